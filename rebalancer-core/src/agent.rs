@@ -1,0 +1,788 @@
+//! The agent's core: one state machine, told the time and what happened, answering with what to do.
+//!
+//! Job: keep the table and the peers' snapshots, decide once an interval, pace the plan, follow its outcomes.
+//! Input: [`Input`]s with `now`. Output: [`Effect`]s.
+//! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use crate::{
+    budget::TokenBucket,
+    decision::{Decision, Hold, Outcomes, Victim},
+    observation::Observation,
+    planner::{self, Balance, Cooldowns},
+    policy::{Mode, Policy},
+    rho::Rho,
+    shim::{GoawayOrder, GoawayResult, ShimReport},
+    table::{ClientKey, ConnectionTable},
+    view::{PeerFault, Peers, ServerState, Snapshot, View},
+    words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
+};
+
+/// Decisions that are kept to be read.
+const HISTORY: usize = 1_000;
+
+/// How long a shim may take to carry out one order.
+const ORDER_EXPIRY: Duration = Duration::from_secs(10);
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time passed.
+    Tick,
+    /// The source spoke.
+    Observations(Vec<Observation>),
+    /// The shim answered.
+    Shim(ShimReport),
+    /// The shim did not answer.
+    ShimFailed(String),
+    /// A peer answered, or did not.
+    Peer(ApiserverName, Result<Snapshot, PeerFault>),
+    /// The shim carried out an order.
+    GoawayAnswered(Vec<(ConnectionId, GoawayResult)>),
+    /// The shim did not carry out an order, or nobody knows.
+    GoawayFailed(Vec<ConnectionId>, String),
+    /// An operator spoke.
+    Command(Command),
+}
+
+/// What an operator may ask.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Decide nothing until resumed.
+    Pause,
+    /// Decide again.
+    Resume,
+    /// Tell these connections, whatever the skew; the budget's rate holds.
+    Goaway(Vec<ConnectionId>),
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Have the shim carry this out, and answer with [`Input::GoawayAnswered`] or [`Input::GoawayFailed`].
+    SendGoaway(GoawayOrder),
+    /// Write down a decision.
+    Record(Decision),
+    /// Write down a decision again: its outcomes are known now.
+    Settled(Decision),
+    /// Ask the source for its complete list.
+    Resync,
+}
+
+/// A plan that is being carried out.
+#[derive(Clone, Debug)]
+struct Plan {
+    generation: u64,
+    decision: u64,
+    unsent: VecDeque<ConnectionId>,
+    asked: BTreeSet<ConnectionId>,
+    told: Vec<(ClientKey, Timestamp)>,
+    keys: BTreeMap<ConnectionId, ClientKey>,
+    outcomes: Outcomes,
+    last_goaway: Timestamp,
+    expires: Timestamp,
+    accepted_before: u64,
+}
+
+/// Totals of one apiserver at an instant; another instance starts anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Totals {
+    instance: u64,
+    goaways: u64,
+    accepted: u64,
+}
+
+/// The state machine. See the module's documentation.
+#[derive(Debug)]
+pub struct Agent {
+    policy: Policy,
+    instance: u64,
+    table: ConnectionTable,
+    peers: Peers,
+    bucket: TokenBucket,
+    cooldowns: Cooldowns,
+    rho: Rho,
+    generation: u64,
+    next_id: u64,
+    paused: bool,
+    rebalancing: bool,
+    shim_fault: Option<String>,
+    shim_instance: String,
+    upstream_ready: Option<bool>,
+    up_since: Option<Timestamp>,
+    started: Timestamp,
+    goaways_total: u64,
+    plan: Option<Plan>,
+    quiet: BTreeMap<ApiserverName, Totals>,
+    learned: BTreeMap<ApiserverName, Totals>,
+    in_transit: u64,
+    history: VecDeque<Decision>,
+    next_decision: Timestamp,
+    outcomes_total: Outcomes,
+}
+
+impl Agent {
+    /// An agent that knows nothing yet. `instance` names this process to its peers.
+    pub fn new(policy: Policy, instance: u64, now: Timestamp) -> Self {
+        Self {
+            instance,
+            table: ConnectionTable::default(),
+            peers: Peers::new(policy.peers.iter().cloned()),
+            bucket: TokenBucket::new(policy.goaway_rate, now),
+            cooldowns: Cooldowns::default(),
+            rho: Rho::default(),
+            generation: 0,
+            next_id: 1,
+            paused: false,
+            rebalancing: false,
+            shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
+            shim_instance: String::new(),
+            upstream_ready: None,
+            up_since: None,
+            started: now,
+            goaways_total: 0,
+            plan: None,
+            quiet: BTreeMap::new(),
+            learned: BTreeMap::new(),
+            in_transit: 0,
+            history: VecDeque::new(),
+            next_decision: now + policy.interval,
+            outcomes_total: Outcomes::default(),
+            policy,
+        }
+    }
+
+    /// Takes one input and says what to do.
+    pub fn handle(&mut self, now: Timestamp, input: Input) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match input {
+            Input::Tick => {}
+            Input::Observations(observations) => self.observe(now, observations, &mut effects),
+            Input::Shim(report) => self.shim_answered(now, &report),
+            Input::ShimFailed(why) => self.shim_fault = Some(why),
+            Input::Peer(name, answer) => self.peers.hear(&name, answer, now),
+            Input::GoawayAnswered(results) => self.goaway_answered(now, &results),
+            Input::GoawayFailed(victims, why) => {
+                self.shim_fault = Some(why);
+                self.goaway_answered(
+                    now,
+                    &victims
+                        .into_iter()
+                        .map(|id| (id, GoawayResult::Unknown))
+                        .collect::<Vec<_>>(),
+                );
+            }
+            Input::Command(Command::Pause) => self.paused = true,
+            Input::Command(Command::Resume) => self.paused = false,
+            Input::Command(Command::Goaway(ids)) => self.asked_by_operator(now, &ids, &mut effects),
+        }
+        self.turn(now, &mut effects);
+        effects
+    }
+
+    /// When to call again with [`Input::Tick`] at the latest.
+    pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
+        let mut at = self.next_decision;
+        if let Some(plan) = &self.plan {
+            let next = if plan.unsent.is_empty() {
+                plan.last_goaway + self.policy.settle
+            } else {
+                self.bucket.next_token(now)
+            };
+            at = at.min(next.max(now + Duration::from_millis(1)));
+        }
+        at
+    }
+
+    /// This apiserver's snapshot, as the peers get it.
+    pub fn snapshot(&self, now: Timestamp) -> Snapshot {
+        let load = self
+            .table
+            .iter()
+            .filter(|(_, connection)| connection.is_active())
+            .map(|(_, connection)| planner::load_of(connection, self.policy.weight))
+            // Not `sum`, which is -0 for nothing.
+            .fold(0.0, |sum, load| sum + load);
+        let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
+        Snapshot {
+            apiserver: self.policy.node.clone(),
+            state: self.state(now),
+            connections: self.table.active() as u64,
+            load,
+            draining: self.table.draining() as u64,
+            goaways_total: self.goaways_total,
+            accepted_total: self.table.accepted_total(),
+            plan_in_flight: self.plan.is_some(),
+            instance: self.instance,
+            names,
+        }
+    }
+
+    /// What would be decided now, without doing it.
+    pub fn preview(&self, now: Timestamp) -> Decision {
+        let view = self.peers.view(self.snapshot(now), now);
+        self.decide(now, view).0
+    }
+
+    /// The connections of this apiserver.
+    pub fn table(&self) -> &ConnectionTable {
+        &self.table
+    }
+
+    /// What is known of the peers.
+    pub fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// The policy it follows.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Decisions, oldest first, at most the newest thousand.
+    pub fn history(&self) -> impl DoubleEndedIterator<Item = &Decision> {
+        self.history.iter()
+    }
+
+    /// Whether an operator paused it.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Whether no plan is in flight or settling.
+    pub fn is_idle(&self) -> bool {
+        self.plan.is_none()
+    }
+
+    /// Tokens in the budget.
+    pub fn budget_tokens(&self, now: Timestamp) -> f64 {
+        self.bucket.tokens(now)
+    }
+
+    /// GOAWAYs sent since the start.
+    pub fn goaways_total(&self) -> u64 {
+        self.goaways_total
+    }
+
+    /// What became of all victims since the start.
+    pub fn outcomes_total(&self) -> Outcomes {
+        self.outcomes_total
+    }
+
+    fn state(&self, now: Timestamp) -> ServerState {
+        if !self.table.is_trusted() {
+            return ServerState::Unknown;
+        }
+        if !self.table.is_listening() || self.upstream_ready == Some(false) {
+            return ServerState::Down;
+        }
+        match self.up_since {
+            Some(since) if now.since(since) < self.policy.interval => ServerState::Starting,
+            _ => ServerState::Ready,
+        }
+    }
+
+    fn observe(&mut self, now: Timestamp, observations: Vec<Observation>, effects: &mut Vec<Effect>) {
+        for observation in observations {
+            let changes = self.table.observe(observation, now);
+            if changes.listener_changed {
+                self.up_since = Some(now);
+            }
+            if changes.lost && !effects.contains(&Effect::Resync) {
+                effects.push(Effect::Resync);
+            }
+        }
+    }
+
+    fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
+        self.shim_fault = None;
+        if self.shim_instance != report.instance {
+            self.shim_instance.clone_from(&report.instance);
+        }
+        if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
+            // The port was open a while before the server behind it was ready: clients come from now on.
+            self.up_since = Some(now);
+        }
+        self.upstream_ready = report.upstream_ready;
+        // A restarted agent goes on above what the shim has seen, or it would be refused.
+        self.generation = self.generation.max(report.generation);
+        self.table.report(report);
+    }
+
+    fn goaway_answered(&mut self, now: Timestamp, results: &[(ConnectionId, GoawayResult)]) {
+        for (id, result) in results {
+            let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
+            if told {
+                self.goaways_total += 1;
+            }
+            if told || *result == GoawayResult::AlreadyDraining {
+                self.table.mark_draining(*id);
+            }
+            let Some(plan) = &mut self.plan else {
+                continue;
+            };
+            if !plan.asked.remove(id) {
+                continue;
+            }
+            plan.last_goaway = now;
+            plan.outcomes.pending -= 1;
+            let Some(key) = plan.keys.remove(id) else {
+                continue;
+            };
+            if told {
+                plan.outcomes.draining += 1;
+                plan.told.push((key, now));
+            } else {
+                plan.outcomes.lost += 1;
+                self.cooldowns.forget(&key);
+            }
+        }
+    }
+
+    /// One turn: follow the plan, decide when it is time, send what the budget allows.
+    fn turn(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        self.cooldowns.expire(now);
+        let due = now >= self.next_decision;
+        if due || self.plan.is_some() {
+            self.follow(now, effects);
+        }
+        if due {
+            self.next_decision = now + self.policy.interval;
+            self.table.sample(now);
+            let view = self.peers.view(self.snapshot(now), now);
+            let (mut decision, balance) = self.decide(now, view);
+            let keeps = balance.is_some_and(|balance| self.keeps_rebalancing(&balance));
+            // While clients are on their way the loads are too low: whoever rebalances goes on until they have landed.
+            let moving = decision
+                .view
+                .entries
+                .values()
+                .any(|entry| entry.snapshot.plan_in_flight);
+            self.rebalancing = keeps || (self.rebalancing && moving);
+            decision.id = self.next_id;
+            self.next_id += 1;
+            if decision.hold.is_none() {
+                self.start(now, &mut decision);
+            }
+            self.remember(decision.clone());
+            effects.push(Effect::Record(decision));
+        }
+        self.send(now, effects);
+    }
+
+    fn keeps_rebalancing(&self, balance: &Balance) -> bool {
+        let bar = if self.rebalancing {
+            self.policy.skew_target
+        } else {
+            balance.trigger
+        };
+        balance.skew > bar
+    }
+
+    /// Learns where clients landed, counts those on their way, and closes a plan that has settled.
+    fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        let view = self.peers.view(self.snapshot(now), now);
+        let totals: BTreeMap<ApiserverName, Totals> = view
+            .entries
+            .iter()
+            .map(|(name, entry)| {
+                let Snapshot {
+                    instance,
+                    goaways_total,
+                    accepted_total,
+                    ..
+                } = entry.snapshot;
+                (
+                    name.clone(),
+                    Totals {
+                        instance,
+                        goaways: goaways_total,
+                        accepted: accepted_total,
+                    },
+                )
+            })
+            .collect();
+        let since = |base: &BTreeMap<ApiserverName, Totals>, name: &ApiserverName, new: &Totals| {
+            base.get(name)
+                .filter(|old| old.instance == new.instance)
+                .map_or((0, 0), |old| {
+                    (
+                        new.goaways.saturating_sub(old.goaways),
+                        new.accepted.saturating_sub(old.accepted),
+                    )
+                })
+        };
+        let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+        if moving {
+            let balance = self.balance(&view);
+            let (mut elsewhere, mut on_donors) = (0, 0);
+            let (mut goaways, mut landed) = (0, 0);
+            for (name, new) in &totals {
+                let accepted = since(&self.learned, name, new).1;
+                if balance.donors.contains(name) {
+                    on_donors += accepted;
+                } else {
+                    elsewhere += accepted;
+                }
+                let (told, taken) = since(&self.quiet, name, new);
+                goaways += told;
+                landed += taken;
+            }
+            self.rho.learn(elsewhere, on_donors);
+            self.in_transit = goaways.saturating_sub(landed);
+        } else {
+            self.quiet = totals.clone();
+            self.in_transit = 0;
+        }
+        self.learned = totals;
+
+        if self.guard(now).is_some()
+            && let Some(plan) = &mut self.plan
+        {
+            // A doubt came up while the plan was on its way: who has not been told is not told.
+            let dropped = plan.unsent.drain(..).collect::<Vec<_>>();
+            self.drop_victims(&dropped);
+        }
+        let settled = self.plan.as_ref().is_some_and(|plan| {
+            let sent = plan.unsent.is_empty() && plan.asked.is_empty();
+            let landed = self.in_transit == 0 && !plan.told.is_empty();
+            sent && (landed || plan.told.is_empty() || now.since(plan.last_goaway) >= self.policy.settle)
+        });
+        if settled && let Some(plan) = self.plan.take() {
+            self.settle(plan, effects);
+        }
+    }
+
+    fn drop_victims(&mut self, dropped: &[ConnectionId]) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        for id in dropped {
+            if let Some(key) = plan.keys.remove(id) {
+                self.cooldowns.forget(&key);
+            }
+            plan.outcomes.pending -= 1;
+            plan.outcomes.lost += 1;
+        }
+    }
+
+    fn settle(&mut self, mut plan: Plan, effects: &mut Vec<Effect>) {
+        // Where users are known they tell who came back; where not, the accepted counter does.
+        let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
+        for (key, at) in &plan.told {
+            let back = match key {
+                ClientKey::User(..) => self
+                    .table
+                    .iter()
+                    .any(|(_, connection)| connection.opened_at >= *at && connection.client_key() == *key),
+                ClientKey::Address(_) => {
+                    let back = accepted > 0;
+                    accepted = accepted.saturating_sub(1);
+                    back
+                }
+            };
+            plan.outcomes.draining -= 1;
+            if back {
+                plan.outcomes.returned += 1;
+            } else {
+                plan.outcomes.moved += 1;
+            }
+        }
+        self.outcomes_total.moved += plan.outcomes.moved;
+        self.outcomes_total.returned += plan.outcomes.returned;
+        self.outcomes_total.lost += plan.outcomes.lost;
+        if let Some(decision) = self
+            .history
+            .iter_mut()
+            .rev()
+            .find(|decision| decision.id == plan.decision)
+        {
+            decision.outcomes = plan.outcomes;
+            effects.push(Effect::Settled(decision.clone()));
+        }
+    }
+
+    /// The first doubt, if there is one.
+    fn guard(&self, now: Timestamp) -> Option<Hold> {
+        if self.paused {
+            return Some(Hold::Paused);
+        }
+        if !self.table.is_trusted() {
+            return Some(Hold::LostEvents {
+                total: self.table.lost_events_total(),
+            });
+        }
+        match self.state(now) {
+            ServerState::Ready => {}
+            ServerState::Down => {
+                return Some(Hold::ApiserverStarting {
+                    apiserver: self.policy.node.clone(),
+                    up: None,
+                });
+            }
+            ServerState::Starting | ServerState::Unknown => {
+                let up = self.up_since.map(|since| now.since(since));
+                return Some(Hold::ApiserverStarting {
+                    apiserver: self.policy.node.clone(),
+                    up,
+                });
+            }
+        }
+        if let Some(hold) = self.peers.hold(self.policy.stale_after(), now) {
+            return Some(hold);
+        }
+        let why = self.shim_fault.clone()?;
+        Some(Hold::ShimUnavailable { why })
+    }
+
+    fn balance(&self, view: &View) -> Balance {
+        planner::balance(
+            view,
+            &self.policy.node,
+            self.policy.skew_target,
+            self.policy.skew_threshold,
+            self.rho.upper(),
+            self.in_transit as f64,
+        )
+    }
+
+    fn decide(&self, now: Timestamp, view: View) -> (Decision, Option<Balance>) {
+        let balance = self.balance(&view);
+        let (victims, hold) = match self.victims(now, &balance) {
+            Ok(victims) => (victims, None),
+            Err(hold) => (Vec::new(), Some(hold)),
+        };
+        let explanation = match &hold {
+            Some(hold) => format!("nothing is done: {hold}"),
+            None => self.explain(&balance, &victims),
+        };
+        let doubtful = self.guard(now).is_some();
+        let decision = Decision {
+            id: 0,
+            generation: self.generation + u64::from(hold.is_none()),
+            at: now,
+            mode: self.policy.mode,
+            node: self.policy.node.clone(),
+            weight: self.policy.weight,
+            view,
+            mean: balance.mean,
+            skew: balance.skew,
+            threshold: balance.trigger,
+            noise_floor: balance.noise_floor,
+            rho: self.rho.mean(balance.donors.len(), balance.apiservers),
+            quota: (balance.quota + 0.5).floor() as u64,
+            outcomes: Outcomes {
+                pending: victims.len() as u64,
+                ..Outcomes::default()
+            },
+            victims,
+            hold,
+            explanation,
+        };
+        (decision, (!doubtful).then_some(balance))
+    }
+
+    fn explain(&self, balance: &Balance, victims: &[Victim]) -> String {
+        format!(
+            "{:.0} load is {:.1} % above the mean of {:.1}; all donors together are {:.1} above the target, {:.1} of it to be told here; {} connections are told now, at {} a second, and the skew is expected to fall to {:+.1} %",
+            balance.mean * (1.0 + balance.skew),
+            balance.skew * 100.0,
+            balance.mean,
+            balance.surplus,
+            balance.quota,
+            victims.len(),
+            self.policy.goaway_rate,
+            (balance.skew - victims.iter().map(|victim| victim.load).sum::<f64>() * self.rho.upper() / balance.mean)
+                * 100.0,
+        )
+    }
+
+    fn victims(&self, now: Timestamp, balance: &Balance) -> Result<Vec<Victim>, Hold> {
+        if let Some(hold) = self.guard(now) {
+            return Err(hold);
+        }
+        if balance.apiservers < 2 {
+            return Err(Hold::FewerThanTwoApiservers {
+                apiservers: balance.apiservers,
+            });
+        }
+        if let Some(plan) = &self.plan {
+            let unsent = plan.unsent.len();
+            return Err(Hold::PlanInFlight {
+                generation: plan.generation,
+                unsent,
+                in_transit: self.in_transit,
+            });
+        }
+        if !self.keeps_rebalancing(balance) {
+            let Balance {
+                skew,
+                noise_floor,
+                trigger,
+                ..
+            } = *balance;
+            return Err(if !self.rebalancing && skew > self.policy.skew_threshold {
+                Hold::Noise { skew, noise_floor }
+            } else {
+                Hold::BelowThreshold {
+                    skew,
+                    threshold: if self.rebalancing {
+                        self.policy.skew_target
+                    } else {
+                        trigger
+                    },
+                }
+            });
+        }
+        if self.rho.is_futile() {
+            return Err(Hold::Futile {
+                rho: self.rho.upper(),
+                landings: self.rho.landings(),
+            });
+        }
+        if self.bucket.tokens(now) < 1.0 {
+            return Err(Hold::BudgetSpent {
+                tokens: self.bucket.tokens(now),
+            });
+        }
+        let share = ((self.policy.goaway_share * self.table.active() as f64).floor() as usize).max(1);
+        let victims = planner::choose(&self.table, &self.policy, &self.cooldowns, balance.quota, share, now)?;
+        if victims.is_empty() {
+            return Err(Hold::BelowThreshold {
+                skew: balance.skew,
+                threshold: self.policy.skew_target,
+            });
+        }
+        Ok(victims)
+    }
+
+    fn start(&mut self, now: Timestamp, decision: &mut Decision) {
+        self.generation += 1;
+        decision.generation = self.generation;
+        let mut keys = BTreeMap::new();
+        for victim in &decision.victims {
+            if let Some(connection) = self.table.connection(victim.connection) {
+                let key = connection.client_key();
+                let connections = self
+                    .table
+                    .iter()
+                    .filter(|(_, other)| other.is_active() && other.client_key() == key)
+                    .count();
+                self.cooldowns
+                    .note(key.clone(), connections, now + self.policy.client_cooldown);
+                keys.insert(victim.connection, key);
+            }
+        }
+        let paced = Duration::from_secs_f64(decision.victims.len() as f64 / self.policy.goaway_rate);
+        self.plan = Some(Plan {
+            generation: self.generation,
+            decision: decision.id,
+            unsent: decision.victims.iter().map(|victim| victim.connection).collect(),
+            asked: BTreeSet::new(),
+            told: Vec::new(),
+            keys,
+            outcomes: decision.outcomes,
+            last_goaway: now,
+            expires: now + paced * 2 + ORDER_EXPIRY,
+            accepted_before: self.table.accepted_total(),
+        });
+    }
+
+    fn send(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let expired = now > plan.expires;
+        let gone: Vec<ConnectionId> = plan
+            .unsent
+            .iter()
+            .copied()
+            .filter(|id| {
+                expired
+                    || !self
+                        .table
+                        .connection(*id)
+                        .is_some_and(|connection| connection.is_active())
+            })
+            .collect();
+        plan.unsent.retain(|id| !gone.contains(id));
+        self.drop_victims(&gone);
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let count = self.bucket.take(plan.unsent.len(), now);
+        if count == 0 {
+            return;
+        }
+        let victims: Vec<ConnectionId> = plan.unsent.drain(..count).collect();
+        plan.last_goaway = now;
+        match self.policy.mode {
+            Mode::Active if self.policy.shim != ShimKind::None => {
+                plan.asked.extend(&victims);
+                let generation = plan.generation;
+                effects.push(Effect::SendGoaway(GoawayOrder {
+                    generation,
+                    expires_in: ORDER_EXPIRY,
+                    victims,
+                }));
+            }
+            // Decided identically, carried out by nobody.
+            Mode::Active | Mode::DryRun => {
+                plan.outcomes.pending -= victims.len() as u64;
+                plan.outcomes.lost += victims.len() as u64;
+            }
+        }
+    }
+
+    fn asked_by_operator(&mut self, now: Timestamp, ids: &[ConnectionId], effects: &mut Vec<Effect>) {
+        if self.plan.is_some() {
+            return;
+        }
+        let view = self.peers.view(self.snapshot(now), now);
+        let (mut decision, _) = self.decide(now, view);
+        decision.id = self.next_id;
+        self.next_id += 1;
+        decision.victims = ids
+            .iter()
+            .filter_map(|id| {
+                let connection = self.table.connection(*id).filter(|connection| connection.is_active())?;
+                Some(Victim {
+                    connection: *id,
+                    client: connection.client,
+                    user: connection.user.clone(),
+                    user_agent: connection.user_agent.clone(),
+                    load: planner::load_of(connection, self.policy.weight),
+                    age: now.since(connection.opened_at),
+                    why: "an operator asked for it".to_owned(),
+                })
+            })
+            .collect();
+        decision.explanation = format!("an operator asked to tell {} connections", decision.victims.len());
+        decision.outcomes = Outcomes {
+            pending: decision.victims.len() as u64,
+            ..Outcomes::default()
+        };
+        if !decision.victims.is_empty() {
+            decision.hold = None;
+            self.start(now, &mut decision);
+        }
+        self.remember(decision.clone());
+        effects.push(Effect::Record(decision));
+    }
+
+    fn remember(&mut self, decision: Decision) {
+        if self.history.len() == HISTORY {
+            self.history.pop_front();
+        }
+        self.history.push_back(decision);
+    }
+
+    /// When the agent started.
+    pub fn started(&self) -> Timestamp {
+        self.started
+    }
+}

@@ -1,0 +1,266 @@
+//! Decisions and holds: what is decided, with the numbers it rests on.
+//!
+//! Every turn of the planner ends in one [`Decision`]; a decision to do nothing names its [`Hold`].
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+use crate::{
+    policy::{Mode, Weight},
+    view::View,
+    words::{ApiserverName, ConnectionId, Timestamp},
+};
+
+/// Why nothing is done. Closed, and each with its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Hold {
+    /// There is nobody to move to.
+    FewerThanTwoApiservers {
+        /// How many can take connections.
+        apiservers: usize,
+    },
+    /// Nothing usable is known of a peer.
+    PeerUnknown {
+        /// Which.
+        peer: ApiserverName,
+        /// Why.
+        why: String,
+    },
+    /// A peer's snapshot is too old.
+    SnapshotStale {
+        /// Which.
+        peer: ApiserverName,
+        /// How old.
+        age: Duration,
+        /// How old it may be.
+        limit: Duration,
+    },
+    /// This apiserver is not far enough above the mean.
+    BelowThreshold {
+        /// Its skew.
+        skew: f64,
+        /// What it takes.
+        threshold: f64,
+    },
+    /// The skew is above the configured threshold, but chance alone makes as much.
+    Noise {
+        /// The skew.
+        skew: f64,
+        /// What chance makes.
+        noise_floor: f64,
+    },
+    /// Whoever could be a victim was told a moment ago, is too young, excluded or otherwise not to be moved.
+    CoolingDown {
+        /// Connections in their client's cool-down.
+        cooling: usize,
+        /// Younger than the minimum age.
+        young: usize,
+        /// Excluded by configuration, or on this node.
+        excluded: usize,
+        /// Not known to speak HTTP/2.
+        unknown: usize,
+    },
+    /// The budget is spent.
+    BudgetSpent {
+        /// Tokens at hand.
+        tokens: f64,
+    },
+    /// Moved clients come back: moving them does not help behind this load balancer.
+    Futile {
+        /// Highest credible rho.
+        rho: f64,
+        /// Landings it rests on.
+        landings: f64,
+    },
+    /// A plan is being carried out or settles.
+    PlanInFlight {
+        /// Its generation.
+        generation: u64,
+        /// Victims not yet told.
+        unsent: usize,
+        /// Clients told that have not landed anywhere yet.
+        in_transit: u64,
+    },
+    /// This apiserver just (re)started, or is down.
+    ApiserverStarting {
+        /// Which.
+        apiserver: ApiserverName,
+        /// For how long it is up; `None` while it is down.
+        up: Option<Duration>,
+    },
+    /// Kernel events were lost and the complete list has not come yet.
+    LostEvents {
+        /// How many were lost since the start.
+        total: u64,
+    },
+    /// An operator paused the agent.
+    Paused,
+    /// The shim does not answer: nothing could be sent.
+    ShimUnavailable {
+        /// What it said.
+        why: String,
+    },
+}
+
+impl Hold {
+    /// The reason as one word, for metrics and JSON.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::FewerThanTwoApiservers { .. } => "fewer_than_two_apiservers",
+            Self::PeerUnknown { .. } => "peer_unknown",
+            Self::SnapshotStale { .. } => "snapshot_stale",
+            Self::BelowThreshold { .. } => "below_threshold",
+            Self::Noise { .. } => "noise",
+            Self::CoolingDown { .. } => "cooling_down",
+            Self::BudgetSpent { .. } => "budget_spent",
+            Self::Futile { .. } => "futile",
+            Self::PlanInFlight { .. } => "plan_in_flight",
+            Self::ApiserverStarting { .. } => "apiserver_starting",
+            Self::LostEvents { .. } => "lost_events",
+            Self::Paused => "paused",
+            Self::ShimUnavailable { .. } => "shim_unavailable",
+        }
+    }
+}
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FewerThanTwoApiservers { apiservers } => {
+                write!(
+                    f,
+                    "{apiservers} apiserver can take connections: there is nobody to move clients to"
+                )
+            }
+            Self::PeerUnknown { peer, why } => write!(f, "nothing is known of peer {peer}: {why}"),
+            Self::SnapshotStale { peer, age, limit } => write!(
+                f,
+                "the snapshot of peer {peer} is {:.1} s old, {:.1} s is allowed",
+                age.as_secs_f64(),
+                limit.as_secs_f64()
+            ),
+            Self::BelowThreshold { skew, threshold } => {
+                write!(
+                    f,
+                    "skew {:+.1} % does not pass {:.1} %",
+                    skew * 100.0,
+                    threshold * 100.0
+                )
+            }
+            Self::Noise { skew, noise_floor } => write!(
+                f,
+                "skew {:+.1} % is within what chance alone makes, {:.1} %",
+                skew * 100.0,
+                noise_floor * 100.0
+            ),
+            Self::CoolingDown {
+                cooling,
+                young,
+                excluded,
+                unknown,
+            } => write!(
+                f,
+                "nobody can be moved now: {cooling} in their cool-down, {young} too young, {excluded} excluded or on this node, {unknown} not known to speak HTTP/2"
+            ),
+            Self::BudgetSpent { tokens } => write!(f, "the budget is spent: {tokens:.1} tokens"),
+            Self::Futile { rho, landings } => write!(
+                f,
+                "moved clients come back: of {landings:.0} landings at most {:.0} % went to another apiserver",
+                rho * 100.0
+            ),
+            Self::PlanInFlight {
+                generation,
+                unsent,
+                in_transit,
+            } => {
+                write!(
+                    f,
+                    "plan {generation} is in flight: {unsent} not told yet, {in_transit} on their way"
+                )
+            }
+            Self::ApiserverStarting {
+                apiserver,
+                up: Some(up),
+            } => {
+                write!(f, "apiserver {apiserver} is up for {:.1} s only", up.as_secs_f64())
+            }
+            Self::ApiserverStarting { apiserver, up: None } => write!(f, "apiserver {apiserver} is down"),
+            Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
+            Self::Paused => f.write_str("paused by an operator"),
+            Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
+        }
+    }
+}
+
+/// One connection chosen to move.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Victim {
+    /// Which connection.
+    pub connection: ConnectionId,
+    /// Its client's address.
+    pub client: SocketAddr,
+    /// Its user, where known.
+    pub user: Option<String>,
+    /// Its user agent, where known.
+    pub user_agent: Option<String>,
+    /// What it weighs.
+    pub load: f64,
+    /// How old it is; older when it was there before the agent.
+    pub age: Duration,
+    /// Why this one.
+    pub why: String,
+}
+
+/// What became of the victims of a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// Not told yet.
+    pub pending: u64,
+    /// Told, old streams still open, and not yet settled.
+    pub draining: u64,
+    /// Went to another apiserver.
+    pub moved: u64,
+    /// Came back here.
+    pub returned: u64,
+    /// Was gone before it could be told.
+    pub lost: u64,
+}
+
+/// What one turn decided, and why.
+#[must_use = "an unread decision is not actionable"]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// Counts the decisions of this agent's process.
+    pub id: u64,
+    /// Counts its plans, and goes on across restarts.
+    pub generation: u64,
+    /// When.
+    pub at: Timestamp,
+    /// Whether it is carried out.
+    pub mode: Mode,
+    /// Whose decision.
+    pub node: ApiserverName,
+    /// What a connection weighs.
+    pub weight: Weight,
+    /// What it rests on.
+    pub view: View,
+    /// Mean load of the apiservers that take connections.
+    pub mean: f64,
+    /// Skew of this apiserver.
+    pub skew: f64,
+    /// Skew that starts a plan.
+    pub threshold: f64,
+    /// Skew that chance alone makes.
+    pub noise_floor: f64,
+    /// Rho, as learned.
+    pub rho: f64,
+    /// GOAWAYs that this apiserver should send.
+    pub quota: u64,
+    /// Who is told.
+    pub victims: Vec<Victim>,
+    /// Why nobody is; `None` exactly when there are victims.
+    pub hold: Option<Hold>,
+    /// What became of them.
+    pub outcomes: Outcomes,
+    /// In plain words: why these, why so many, what is expected.
+    pub explanation: String,
+}

@@ -1,0 +1,182 @@
+//! The frame header, and the few frames the relay writes itself (RFC 9113, sections 4.1 and 6).
+//!
+//! Input and output: bytes. Must never allocate by a length that was read.
+
+use super::error::ErrorCode;
+
+/// What every client sends first (RFC 9113, section 3.4).
+pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The size of a frame header.
+pub const HEADER_LEN: usize = 9;
+
+/// The largest payload that every peer accepts (RFC 9113, section 6.5.2, SETTINGS_MAX_FRAME_SIZE).
+pub const MAX_FRAME_SIZE: usize = 16_384;
+
+/// The highest stream id, which a graceful GOAWAY names first.
+pub const MAX_STREAM_ID: u32 = 0x7fff_ffff;
+
+/// The frame types of RFC 9113 that the relay tells apart; any other passes.
+pub mod kind {
+    #![expect(missing_docs, reason = "the names are those of RFC 9113, section 6")]
+    pub const DATA: u8 = 0x0;
+    pub const HEADERS: u8 = 0x1;
+    pub const PRIORITY: u8 = 0x2;
+    pub const RST_STREAM: u8 = 0x3;
+    pub const SETTINGS: u8 = 0x4;
+    pub const PUSH_PROMISE: u8 = 0x5;
+    pub const PING: u8 = 0x6;
+    pub const GOAWAY: u8 = 0x7;
+    pub const WINDOW_UPDATE: u8 = 0x8;
+    pub const CONTINUATION: u8 = 0x9;
+}
+
+/// The flags of RFC 9113 that the relay reads.
+pub mod flag {
+    #![expect(missing_docs, reason = "the names are those of RFC 9113, section 6")]
+    pub const ACK: u8 = 0x1;
+    pub const END_STREAM: u8 = 0x1;
+    pub const END_HEADERS: u8 = 0x4;
+    pub const PADDED: u8 = 0x8;
+    pub const PRIORITY: u8 = 0x20;
+}
+
+/// A frame header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Length of the payload: 24 bits on the wire.
+    pub length: u32,
+    /// One of [`kind`].
+    pub kind: u8,
+    /// Some of [`flag`].
+    pub flags: u8,
+    /// The stream, without the reserved bit.
+    pub stream: u32,
+}
+
+impl FrameHeader {
+    /// Reads the nine bytes.
+    pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
+        let [l0, l1, l2, kind, flags, s0, s1, s2, s3] = *bytes;
+        Self {
+            length: u32::from_be_bytes([0, l0, l1, l2]),
+            kind,
+            flags,
+            stream: u32::from_be_bytes([s0, s1, s2, s3]) & MAX_STREAM_ID,
+        }
+    }
+
+    /// Appends the nine bytes.
+    pub fn write(self, out: &mut Vec<u8>) {
+        let [_, l0, l1, l2] = self.length.to_be_bytes();
+        out.extend_from_slice(&[l0, l1, l2, self.kind, self.flags]);
+        out.extend_from_slice(&(self.stream & MAX_STREAM_ID).to_be_bytes());
+    }
+
+    /// Whether a flag is set.
+    pub fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// Appends a GOAWAY frame (RFC 9113, section 6.8).
+pub fn write_goaway(last_stream: u32, code: ErrorCode, out: &mut Vec<u8>) {
+    write_header(kind::GOAWAY, 0, 8, out);
+    out.extend_from_slice(&last_stream.to_be_bytes());
+    out.extend_from_slice(&(code as u32).to_be_bytes());
+}
+
+/// Appends a PING frame (RFC 9113, section 6.7).
+pub fn write_ping(payload: [u8; 8], out: &mut Vec<u8>) {
+    write_header(kind::PING, 0, 8, out);
+    out.extend_from_slice(&payload);
+}
+
+/// Appends a RST_STREAM frame (RFC 9113, section 6.4).
+pub fn write_reset(stream: u32, code: ErrorCode, out: &mut Vec<u8>) {
+    write_header(kind::RST_STREAM, stream, 4, out);
+    out.extend_from_slice(&(code as u32).to_be_bytes());
+}
+
+/// Appends a WINDOW_UPDATE frame for the connection (RFC 9113, section 6.9).
+pub fn write_connection_window(increment: u32, out: &mut Vec<u8>) {
+    write_header(kind::WINDOW_UPDATE, 0, 4, out);
+    out.extend_from_slice(&increment.to_be_bytes());
+}
+
+/// Appends a header block as HEADERS and as many CONTINUATION frames as it needs (RFC 9113, section 6.10).
+///
+/// `priority` is the five bytes of the PRIORITY flag's fields, where the client sent them.
+pub fn write_headers(stream: u32, end_stream: bool, priority: Option<[u8; 5]>, block: &[u8], out: &mut Vec<u8>) {
+    let lead = priority.map_or(0, |fields| fields.len());
+    let (first, mut rest) = block.split_at(block.len().min(MAX_FRAME_SIZE - lead));
+    let mut flags = 0;
+    if end_stream {
+        flags |= flag::END_STREAM;
+    }
+    if priority.is_some() {
+        flags |= flag::PRIORITY;
+    }
+    if rest.is_empty() {
+        flags |= flag::END_HEADERS;
+    }
+    FrameHeader {
+        length: (first.len() + lead) as u32,
+        kind: kind::HEADERS,
+        flags,
+        stream,
+    }
+    .write(out);
+    out.extend_from_slice(priority.as_ref().map_or(&[][..], |fields| fields));
+    out.extend_from_slice(first);
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(rest.len().min(MAX_FRAME_SIZE));
+        rest = after;
+        FrameHeader {
+            length: part.len() as u32,
+            kind: kind::CONTINUATION,
+            flags: if rest.is_empty() { flag::END_HEADERS } else { 0 },
+            stream,
+        }
+        .write(out);
+        out.extend_from_slice(part);
+    }
+}
+
+fn write_header(kind: u8, stream: u32, length: u32, out: &mut Vec<u8>) {
+    FrameHeader {
+        length,
+        kind,
+        flags: 0,
+        stream,
+    }
+    .write(out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_block_is_split_at_the_size_every_peer_accepts() {
+        let block = vec![7; MAX_FRAME_SIZE * 2];
+        let mut out = Vec::new();
+        write_headers(3, true, Some([1, 2, 3, 4, 5]), &block, &mut out);
+        let mut rest = &out[..];
+        let mut seen = Vec::new();
+        while let Some((head, after)) = rest.split_first_chunk::<HEADER_LEN>() {
+            let header = FrameHeader::parse(head);
+            assert!(header.length as usize <= MAX_FRAME_SIZE);
+            seen.push((header.kind, header.flags, header.length));
+            rest = &after[header.length as usize..];
+        }
+        assert_eq!(
+            seen,
+            [
+                (kind::HEADERS, flag::END_STREAM | flag::PRIORITY, MAX_FRAME_SIZE as u32),
+                (kind::CONTINUATION, 0, MAX_FRAME_SIZE as u32),
+                (kind::CONTINUATION, flag::END_HEADERS, 5),
+            ]
+        );
+    }
+}

@@ -1,0 +1,275 @@
+//! HPACK (RFC 7541): reading every header block a client sends, and writing literals that leave no trace.
+//!
+//! Job: follow the client's compression state exactly, so that its blocks may pass verbatim.
+//! Output: fields, and literals that are never indexed and so leave the server's state as it was.
+//! Must never decode to more than the bound it is given.
+
+mod fields;
+mod huffman;
+
+use fields::{Fields, OVERHEAD};
+
+use super::error::ConnectionError;
+
+/// The size a dynamic table has until SETTINGS say otherwise (RFC 9113, section 6.5.2).
+pub const DEFAULT_TABLE_SIZE: usize = 4096;
+
+/// One header field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// The name; HTTP/2 has it in lower case (RFC 9113, section 8.2.1).
+    pub name: Box<[u8]>,
+    /// The value.
+    pub value: Box<[u8]>,
+}
+
+/// Follows one direction's header blocks.
+#[derive(Debug)]
+pub struct Decoder {
+    fields: Fields,
+    allowed: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self {
+            fields: Fields::new(DEFAULT_TABLE_SIZE),
+            allowed: DEFAULT_TABLE_SIZE,
+        }
+    }
+}
+
+impl Decoder {
+    /// The receiver announced a table of up to `size` octets; the sender may use it as soon as it reads that.
+    pub fn allow(&mut self, size: usize) {
+        self.allowed = self.allowed.max(size);
+    }
+
+    /// Decodes one complete block, whose list may have `limit` octets, 32 for each field included (RFC 9113, section
+    /// 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE).
+    ///
+    /// # Errors
+    ///
+    /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2), or a list that is larger than the bound.
+    pub fn decode(&mut self, block: &[u8], limit: usize) -> Result<Vec<Field>, ConnectionError> {
+        let mut reader = Reader { rest: block };
+        let mut list = Vec::with_capacity(16);
+        let mut left = limit;
+        while let Some(&first) = reader.rest.first() {
+            if first & 0xe0 == 0x20 {
+                if !list.is_empty() {
+                    return Err(ConnectionError::compression("a table size update after a header field"));
+                }
+                let size = reader.integer(5)?;
+                if size > self.allowed {
+                    return Err(ConnectionError::compression(
+                        "a table size update beyond what was allowed",
+                    ));
+                }
+                self.fields.resize(size);
+                continue;
+            }
+            let field = if first & 0x80 != 0 {
+                let index = reader.integer(7)?;
+                let (name, value) = self.indexed(index)?;
+                Field {
+                    name: name.into(),
+                    value: value.into(),
+                }
+            } else {
+                let indexing = first & 0x40 != 0;
+                let index = reader.integer(if indexing { 6 } else { 4 })?;
+                let name = if index == 0 {
+                    reader.string(left)?
+                } else {
+                    self.indexed(index)?.0.into()
+                };
+                let value = reader.string(left)?;
+                let field = Field { name, value };
+                if indexing {
+                    self.fields.insert(field.clone());
+                }
+                field
+            };
+            left = left
+                .checked_sub(field.name.len() + field.value.len() + OVERHEAD)
+                .ok_or(ConnectionError::calm("a header list is larger than allowed"))?;
+            list.push(field);
+        }
+        Ok(list)
+    }
+
+    fn indexed(&self, index: usize) -> Result<(&[u8], &[u8]), ConnectionError> {
+        self.fields
+            .get(index)
+            .ok_or(ConnectionError::compression("a header index that names nothing"))
+    }
+}
+
+struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl Reader<'_> {
+    fn octet(&mut self) -> Result<u8, ConnectionError> {
+        let (&first, rest) = self
+            .rest
+            .split_first()
+            .ok_or(ConnectionError::compression("a header block ends early"))?;
+        self.rest = rest;
+        Ok(first)
+    }
+
+    /// An integer with a prefix of `bits` (RFC 7541, section 5.1); more than 28 bits are refused.
+    fn integer(&mut self, bits: u32) -> Result<usize, ConnectionError> {
+        let mask = (1_usize << bits) - 1;
+        let mut value = usize::from(self.octet()?) & mask;
+        if value < mask {
+            return Ok(value);
+        }
+        for shift in [0, 7, 14, 21] {
+            let octet = self.octet()?;
+            value += usize::from(octet & 0x7f) << shift;
+            if octet & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(ConnectionError::compression(
+            "an integer in a header block is too large",
+        ))
+    }
+
+    /// A string literal (RFC 7541, section 5.2) of at most `limit` octets once decoded.
+    fn string(&mut self, limit: usize) -> Result<Box<[u8]>, ConnectionError> {
+        let huffman = self.rest.first().is_some_and(|first| first & 0x80 != 0);
+        let length = self.integer(7)?;
+        let (text, rest) = self
+            .rest
+            .split_at_checked(length)
+            .ok_or(ConnectionError::compression("a string in a header block ends early"))?;
+        self.rest = rest;
+        if huffman {
+            // The shortest code has five bits: a string never grows by more than 8/5.
+            let mut out = Vec::with_capacity(limit.min(length * 8 / 5 + 1));
+            huffman::decode(text, limit, &mut out)
+                .map_err(|huffman::Invalid| ConnectionError::compression("a Huffman code is invalid or too long"))?;
+            Ok(out.into_boxed_slice())
+        } else if length > limit {
+            Err(ConnectionError::calm("a header list is larger than allowed"))
+        } else {
+            Ok(text.into())
+        }
+    }
+}
+
+/// Appends a field as a literal that is never indexed (RFC 7541, section 6.2.3): no table changes.
+pub fn write_literal(name: &[u8], value: &[u8], out: &mut Vec<u8>) {
+    out.push(0x10);
+    write_string(name, out);
+    write_string(value, out);
+}
+
+/// Appends a dynamic table size update (RFC 7541, section 6.3) to zero: the table is empty from here on.
+pub fn write_empty_table(out: &mut Vec<u8>) {
+    out.push(0x20);
+}
+
+fn write_string(text: &[u8], out: &mut Vec<u8>) {
+    write_integer(text.len(), 7, 0, out);
+    out.extend_from_slice(text);
+}
+
+fn write_integer(mut value: usize, bits: u32, lead: u8, out: &mut Vec<u8>) {
+    let mask = (1_usize << bits) - 1;
+    if value < mask {
+        out.push(lead | value as u8);
+        return;
+    }
+    out.push(lead | mask as u8);
+    value -= mask;
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn text(list: &[Field]) -> Vec<(String, String)> {
+        let text = |octets: &[u8]| String::from_utf8(octets.to_vec()).expect("the examples are ASCII");
+        list.iter()
+            .map(|field| (text(&field.name), text(&field.value)))
+            .collect()
+    }
+
+    #[test]
+    fn the_request_examples_of_rfc_7541_share_their_table() {
+        // Appendix C.4: three requests on one connection, Huffman coded.
+        let requests: [&[u8]; 3] = [
+            &[
+                0x82, 0x86, 0x84, 0x41, 0x8c, 0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff,
+            ],
+            &[0x82, 0x86, 0x84, 0xbe, 0x58, 0x86, 0xa8, 0xeb, 0x10, 0x64, 0x9c, 0xbf],
+            &[
+                0x82, 0x87, 0x85, 0xbf, 0x40, 0x88, 0x25, 0xa8, 0x49, 0xe9, 0x5b, 0xa9, 0x7d, 0x7f, 0x89, 0x25, 0xa8,
+                0x49, 0xe9, 0x5b, 0xb8, 0xe8, 0xb4, 0xbf,
+            ],
+        ];
+        let mut decoder = Decoder::default();
+        let lists: Vec<_> = requests
+            .iter()
+            .map(|block| text(&decoder.decode(block, 1024).expect("an example decodes")))
+            .collect();
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(lists[0][3], pair(":authority", "www.example.com"));
+        assert_eq!(lists[1][4], pair("cache-control", "no-cache"));
+        assert_eq!(lists[2][3], pair(":authority", "www.example.com"));
+        assert_eq!(lists[2][4], pair("custom-key", "custom-value"));
+    }
+
+    #[test]
+    fn faults_are_refused_with_their_code() {
+        use super::super::error::ErrorCode::{CompressionError, EnhanceYourCalm};
+        let refused = |block: &[u8]| Decoder::default().decode(block, 64).expect_err("a fault").code;
+        assert_eq!(refused(&[0x80]), CompressionError, "index zero");
+        assert_eq!(refused(&[0xff, 0x20]), CompressionError, "an index beyond the table");
+        assert_eq!(refused(&[0x82, 0x20]), CompressionError, "a size update after a field");
+        assert_eq!(refused(&[0x3f, 0xe2, 0x1f]), CompressionError, "a size beyond 4096");
+        assert_eq!(
+            refused(&[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff]),
+            CompressionError,
+            "an integer"
+        );
+        assert_eq!(refused(&[0x00, 0x01]), CompressionError, "an early end");
+        let mut long = vec![0x00, 0x01, b'a', 0x7f, 0x00];
+        long.extend([b'x'; 127]);
+        assert_eq!(refused(&long), EnhanceYourCalm, "a list beyond the bound");
+    }
+
+    proptest! {
+        #[test]
+        fn literals_read_back_and_leave_no_trace(fields in prop::collection::vec(("[a-z-]{1,300}", ".{0,300}"), 0..8)) {
+            let mut block = Vec::new();
+            for (name, value) in &fields {
+                write_literal(name.as_bytes(), value.as_bytes(), &mut block);
+            }
+            let mut decoder = Decoder::default();
+            let list = decoder.decode(&block, 1 << 20).expect("literals decode");
+            prop_assert_eq!(text(&list), fields);
+            prop_assert!(decoder.fields.get(62).is_none());
+        }
+
+        #[test]
+        fn any_bytes_decode_or_are_refused_within_the_bound(block in prop::collection::vec(any::<u8>(), 0..512)) {
+            if let Ok(list) = Decoder::default().decode(&block, 256) {
+                let octets: usize = list.iter().map(|field| field.name.len() + field.value.len() + OVERHEAD).sum();
+                prop_assert!(octets <= 256);
+            }
+        }
+    }
+}

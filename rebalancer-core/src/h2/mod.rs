@@ -1,0 +1,15 @@
+//! HTTP/2 as a relay sees it: frames are passed on, not terminated.
+//!
+//! Job: follow both directions of one connection closely enough to add identity headers to requests, to count
+//! streams and watches, and to say GOAWAY in two phases (RFC 9113, section 6.8) without failing a request.
+//! Input: the bytes that arrived from either side.
+//! Output: the bytes to send to either side.
+//! Must never hold back a DATA frame, change a flow-control window of a stream it relays, or trust a length it read.
+
+pub mod error;
+pub mod frame;
+pub mod hpack;
+pub mod relay;
+mod request;
+mod scan;
+mod streams;

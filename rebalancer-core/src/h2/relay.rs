@@ -1,0 +1,462 @@
+//! One client connection relayed to one upstream connection, frame by frame.
+//!
+//! Job: pass everything, follow streams and header blocks, add the identity headers, and say GOAWAY when told.
+//! Input: the bytes of either side as they arrive.
+//! Output: the bytes for either side, appended to [`Output`].
+//! Must never put a frame of its own inside another frame or a header block, nor raise a last-stream-id it has sent.
+
+use super::{
+    error::{ConnectionError, ErrorCode},
+    frame::{self, FrameHeader, MAX_STREAM_ID, PREFACE, flag, kind},
+    hpack::{self, Decoder},
+    request,
+    scan::{Scanner, Step, take},
+    streams::Streams,
+};
+
+pub use super::request::claims_identity;
+
+/// The largest SETTINGS or GOAWAY payload of the server that is read; larger ones pass unread.
+const MAX_CONTROL_PAYLOAD: u32 = 16_384;
+
+/// The largest dynamic table that is followed, whatever the server offers.
+const MAX_TABLE_SIZE: usize = 65_536;
+
+/// SETTINGS_HEADER_TABLE_SIZE (RFC 9113, section 6.5.2).
+const SETTINGS_HEADER_TABLE_SIZE: u16 = 0x1;
+
+/// What a relay is told at its start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The identity fields of every request, as literals (see [`hpack::write_literal`]).
+    pub identity: Vec<u8>,
+    /// Fields, as literals, of every request that brings no `authorization` of its own.
+    pub unless_authorized: Vec<u8>,
+    /// The client's address, as `X-Forwarded-For` gives it.
+    pub forwarded_for: String,
+    /// How many octets a request's header list may have.
+    pub max_header_bytes: usize,
+    /// The payload of the PING between the two GOAWAYs: not to be guessed by either side.
+    pub ping: [u8; 8],
+}
+
+/// Where the bytes go.
+#[derive(Debug, Default)]
+pub struct Output {
+    /// To the client.
+    pub to_client: Vec<u8>,
+    /// To the server.
+    pub to_server: Vec<u8>,
+}
+
+/// How far the connection is on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// Nobody has said GOAWAY.
+    Active,
+    /// The server said GOAWAY by itself.
+    ByServer,
+    /// GOAWAY(2^31-1) and a PING are sent; streams are still served.
+    Announced,
+    /// GOAWAY(last) is sent: higher streams are refused.
+    Final {
+        /// The highest stream that is served.
+        last: u32,
+    },
+}
+
+/// A request's header block that is still coming.
+#[derive(Debug)]
+struct Block {
+    stream: u32,
+    end_stream: bool,
+    priority: Option<[u8; 5]>,
+    fragment: Vec<u8>,
+    /// Octets of its frames so far, frame headers included: an endless row of empty frames ends too.
+    spent: usize,
+}
+
+/// Both directions of one connection.
+#[derive(Debug)]
+pub struct Relay {
+    settings: Settings,
+    decoder: Decoder,
+    /// The server's table no longer follows the client's blocks: every block goes on as literals.
+    transcoding: bool,
+    table_emptied: bool,
+    preface_left: usize,
+    client: Scanner,
+    server: Scanner,
+    block: Option<Block>,
+    server_in_block: bool,
+    server_began: bool,
+    streams: Streams,
+    drain: Drain,
+    /// Frames of the relay's own, waiting for a place between two of the server's frames.
+    waiting: Vec<u8>,
+    user_agent: Option<Box<[u8]>>,
+    user_agent_changed: bool,
+}
+
+impl Relay {
+    /// A connection whose first bytes are still to come.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            decoder: Decoder::default(),
+            transcoding: false,
+            table_emptied: false,
+            preface_left: PREFACE.len(),
+            client: Scanner::default(),
+            server: Scanner::default(),
+            block: None,
+            server_in_block: false,
+            server_began: false,
+            streams: Streams::default(),
+            drain: Drain::Active,
+            waiting: Vec::new(),
+            user_agent: None,
+            user_agent_changed: false,
+        }
+    }
+
+    /// Takes what the client sent.
+    ///
+    /// # Errors
+    ///
+    /// The client broke the protocol so that its requests cannot be told apart any more; see [`Self::fail`].
+    pub fn client_bytes(&mut self, mut input: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+        if self.preface_left > 0 {
+            let expected = &PREFACE[PREFACE.len() - self.preface_left..];
+            let part = take(&mut input, self.preface_left);
+            if !expected.starts_with(part) {
+                return Err(ConnectionError::protocol("the client's preface is not HTTP/2's"));
+            }
+            self.preface_left -= part.len();
+            out.to_server.extend_from_slice(part);
+        }
+        loop {
+            match self.client.step(&mut input) {
+                Step::Starved => break,
+                Step::Header(header) => self.client_header(header, out)?,
+                Step::Pass(bytes) => out.to_server.extend_from_slice(bytes),
+                Step::Collected(header, payload) if header.kind == kind::PING => {
+                    self.client_pong(header, &payload, out);
+                }
+                Step::Collected(header, payload) => self.client_headers(header, &payload, out)?,
+            }
+        }
+        self.flush(out);
+        Ok(())
+    }
+
+    /// Takes what the server sent.
+    ///
+    /// # Errors
+    ///
+    /// The server's GOAWAY or SETTINGS is malformed.
+    pub fn server_bytes(&mut self, mut input: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+        loop {
+            self.flush(out);
+            match self.server.step(&mut input) {
+                Step::Starved => break,
+                Step::Header(header) => self.server_header(header, out),
+                Step::Pass(bytes) => out.to_client.extend_from_slice(bytes),
+                Step::Collected(header, payload) => self.server_control(header, payload, out)?,
+            }
+        }
+        self.flush(out);
+        Ok(())
+    }
+
+    /// Says GOAWAY in two phases (RFC 9113, section 6.8); `false` when somebody has already said it.
+    pub fn go_away(&mut self, out: &mut Output) -> bool {
+        if self.drain != Drain::Active {
+            return false;
+        }
+        self.drain = Drain::Announced;
+        frame::write_goaway(MAX_STREAM_ID, ErrorCode::NoError, &mut self.waiting);
+        frame::write_ping(self.settings.ping, &mut self.waiting);
+        self.flush(out);
+        true
+    }
+
+    /// Tells the client, where a place is free, why its connection ends.
+    pub fn fail(&mut self, error: ConnectionError, out: &mut Output) {
+        let last = match self.drain {
+            Drain::Final { last } => last,
+            _ => self.streams.highest(),
+        };
+        frame::write_goaway(last, error.code, &mut self.waiting);
+        self.flush(out);
+    }
+
+    /// How far it is on its way out.
+    pub fn drain(&self) -> Drain {
+        self.drain
+    }
+
+    /// Whether the relay's own GOAWAY is complete, no stream is open and no frame is cut: it may close.
+    pub fn is_finished(&self) -> bool {
+        matches!(self.drain, Drain::Final { .. })
+            && self.streams.count() == 0
+            && self.block.is_none()
+            && self.waiting.is_empty()
+            && !self.server_in_block
+            && self.server.at_boundary()
+    }
+
+    /// Streams opened so far.
+    pub fn requests(&self) -> u64 {
+        self.streams.opened()
+    }
+
+    /// Streams open now.
+    pub fn open_streams(&self) -> u32 {
+        self.streams.count()
+    }
+
+    /// Watches open now.
+    pub fn open_watches(&self) -> u32 {
+        self.streams.watches()
+    }
+
+    /// The user agent, when a request brought another one than the last.
+    pub fn take_user_agent(&mut self) -> Option<String> {
+        std::mem::take(&mut self.user_agent_changed)
+            .then(|| String::from_utf8_lossy(self.user_agent.as_deref().unwrap_or_default()).into_owned())
+    }
+
+    fn is_refused(&self, stream: u32) -> bool {
+        matches!(self.drain, Drain::Final { last } if stream > last)
+    }
+
+    fn client_header(&mut self, header: FrameHeader, out: &mut Output) -> Result<(), ConnectionError> {
+        if let Some(block) = &self.block
+            && (header.kind != kind::CONTINUATION || header.stream != block.stream)
+        {
+            return Err(ConnectionError::protocol("a frame inside a header block"));
+        }
+        match header.kind {
+            kind::HEADERS => {
+                if header.stream.is_multiple_of(2) {
+                    return Err(ConnectionError::protocol(
+                        "a request on a stream that is not the client's",
+                    ));
+                }
+                if header.length as usize > self.settings.max_header_bytes {
+                    return Err(ConnectionError::calm("a header block is larger than allowed"));
+                }
+                self.client.collect(header);
+            }
+            kind::CONTINUATION => {
+                let Some(block) = &mut self.block else {
+                    return Err(ConnectionError::protocol("CONTINUATION without HEADERS"));
+                };
+                block.spent += frame::HEADER_LEN + header.length as usize;
+                if block.spent > self.settings.max_header_bytes {
+                    return Err(ConnectionError::calm("a header block is larger than allowed"));
+                }
+                self.client.collect(header);
+            }
+            kind::PING if header.has(flag::ACK) && header.length == 8 => self.client.collect(header),
+            kind::DATA if self.is_refused(header.stream) => {
+                // The client has spent its connection window on it, and the server will never give it back.
+                if header.length > 0 {
+                    frame::write_connection_window(header.length, &mut self.waiting);
+                }
+                self.client.skip(header);
+            }
+            kind::RST_STREAM | kind::WINDOW_UPDATE | kind::PRIORITY if self.is_refused(header.stream) => {
+                self.client.skip(header);
+            }
+            _ => {
+                match header.kind {
+                    kind::DATA if header.has(flag::END_STREAM) => self.streams.client_ended(header.stream),
+                    kind::RST_STREAM => self.streams.reset(header.stream),
+                    _ => {}
+                }
+                header.write(&mut out.to_server);
+                self.client.pass(header);
+            }
+        }
+        Ok(())
+    }
+
+    fn client_headers(&mut self, header: FrameHeader, payload: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+        let block = match self.block.take() {
+            Some(mut block) => {
+                block.fragment.extend_from_slice(payload);
+                block
+            }
+            None => begin_block(header, payload)?,
+        };
+        if header.has(flag::END_HEADERS) {
+            self.request(block, out)
+        } else {
+            self.block = Some(block);
+            Ok(())
+        }
+    }
+
+    fn request(&mut self, block: Block, out: &mut Output) -> Result<(), ConnectionError> {
+        // Decoded in any case: later blocks refer to what this one put into the table.
+        let list = self.decoder.decode(&block.fragment, self.settings.max_header_bytes)?;
+        if self.is_refused(block.stream) {
+            frame::write_reset(block.stream, ErrorCode::RefusedStream, &mut self.waiting);
+            return Ok(());
+        }
+        let is_request = self.streams.is_new(block.stream);
+        if is_request {
+            self.streams
+                .open(block.stream, request::is_watch(&list), block.end_stream)?;
+            let user_agent = request::value_of(&list, b"user-agent");
+            if self.user_agent.as_deref() != user_agent {
+                self.user_agent = user_agent.map(Into::into);
+                self.user_agent_changed = true;
+            }
+        } else if block.end_stream {
+            self.streams.client_ended(block.stream);
+        }
+        self.transcoding |= !request::passes_verbatim(&list);
+        let mut went = if self.transcoding {
+            let mut literals = Vec::with_capacity(block.fragment.len() * 2);
+            if !std::mem::replace(&mut self.table_emptied, true) {
+                hpack::write_empty_table(&mut literals);
+            }
+            if is_request {
+                request::write_request(&list, &self.settings.forwarded_for, &mut literals);
+            } else {
+                request::write_trailers(&list, &mut literals);
+            }
+            literals
+        } else {
+            let mut verbatim = block.fragment;
+            if is_request {
+                request::write_forwarded_for(&self.settings.forwarded_for, &mut verbatim);
+            }
+            verbatim
+        };
+        if is_request {
+            went.extend_from_slice(&self.settings.identity);
+            if request::value_of(&list, b"authorization").is_none() {
+                went.extend_from_slice(&self.settings.unless_authorized);
+            }
+        }
+        frame::write_headers(
+            block.stream,
+            block.end_stream,
+            block.priority,
+            &went,
+            &mut out.to_server,
+        );
+        Ok(())
+    }
+
+    fn client_pong(&mut self, header: FrameHeader, payload: &[u8], out: &mut Output) {
+        if payload != self.settings.ping || self.drain != Drain::Announced {
+            header.write(&mut out.to_server);
+            out.to_server.extend_from_slice(payload);
+            return;
+        }
+        // Every stream the client opened before it read the first GOAWAY has arrived by now.
+        let last = self.streams.highest();
+        self.drain = Drain::Final { last };
+        // The blocks of refused streams never reach the server: its table and the client's part here.
+        self.transcoding = true;
+        frame::write_goaway(last, ErrorCode::NoError, &mut self.waiting);
+    }
+
+    fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
+        match header.kind {
+            kind::SETTINGS | kind::GOAWAY if header.length <= MAX_CONTROL_PAYLOAD => {
+                self.server.collect(header);
+                return;
+            }
+            kind::HEADERS | kind::DATA if header.has(flag::END_STREAM) => self.streams.server_ended(header.stream),
+            kind::RST_STREAM => self.streams.reset(header.stream),
+            _ => {}
+        }
+        if matches!(header.kind, kind::HEADERS | kind::PUSH_PROMISE | kind::CONTINUATION) {
+            self.server_in_block = !header.has(flag::END_HEADERS);
+        }
+        header.write(&mut out.to_client);
+        self.server.pass(header);
+    }
+
+    fn server_control(
+        &mut self,
+        header: FrameHeader,
+        mut payload: Vec<u8>,
+        out: &mut Output,
+    ) -> Result<(), ConnectionError> {
+        if header.kind == kind::SETTINGS {
+            self.server_began = true;
+            for setting in payload.chunks_exact(6) {
+                let (id, value) = setting.split_at(2);
+                if id == SETTINGS_HEADER_TABLE_SIZE.to_be_bytes() {
+                    let value = value.iter().fold(0_usize, |sum, octet| sum << 8 | usize::from(*octet));
+                    self.decoder.allow(value.min(MAX_TABLE_SIZE));
+                }
+            }
+        } else {
+            let Some((last, _)) = payload.split_first_chunk_mut::<4>() else {
+                return Err(ConnectionError::size("the server's GOAWAY is too short"));
+            };
+            match self.drain {
+                // RFC 9113, section 6.8: an endpoint must not increase the last stream id it has sent.
+                Drain::Final { last: sent } => {
+                    *last = (u32::from_be_bytes(*last) & MAX_STREAM_ID).min(sent).to_be_bytes();
+                }
+                Drain::Active => self.drain = Drain::ByServer,
+                Drain::Announced | Drain::ByServer => {}
+            }
+        }
+        header.write(&mut out.to_client);
+        out.to_client.extend_from_slice(&payload);
+        Ok(())
+    }
+
+    /// Sends the relay's own frames when the server's are complete and its SETTINGS, which must come first (RFC 9113,
+    /// section 3.4), have passed.
+    fn flush(&mut self, out: &mut Output) {
+        if !self.waiting.is_empty() && self.server_began && !self.server_in_block && self.server.at_boundary() {
+            out.to_client.append(&mut self.waiting);
+            // An idle connection keeps no buffers.
+            self.waiting = Vec::new();
+        }
+    }
+}
+
+/// Reads the fields of a HEADERS frame before its fragment (RFC 9113, section 6.2).
+fn begin_block(header: FrameHeader, payload: &[u8]) -> Result<Block, ConnectionError> {
+    const SHORT: ConnectionError = ConnectionError::size("a HEADERS frame is shorter than its fields");
+    let mut rest = payload;
+    if header.has(flag::PADDED) {
+        let (&padding, after) = rest.split_first().ok_or(SHORT)?;
+        let length = after
+            .len()
+            .checked_sub(usize::from(padding))
+            .ok_or(ConnectionError::protocol(
+                "a HEADERS frame has more padding than payload",
+            ))?;
+        rest = &after[..length];
+    }
+    let priority = if header.has(flag::PRIORITY) {
+        let (fields, after) = rest.split_first_chunk::<5>().ok_or(SHORT)?;
+        rest = after;
+        Some(*fields)
+    } else {
+        None
+    };
+    Ok(Block {
+        stream: header.stream,
+        end_stream: header.has(flag::END_STREAM),
+        priority,
+        fragment: rest.to_vec(),
+        spent: frame::HEADER_LEN + payload.len(),
+    })
+}
+
+#[cfg(test)]
+mod tests;

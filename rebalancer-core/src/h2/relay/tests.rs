@@ -1,0 +1,361 @@
+//! Both sides are scripted: a client that compresses as clients do, a server that decodes what arrives.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::h2::hpack::Field;
+
+const PING: [u8; 8] = *b"rebalnce";
+
+fn relay() -> Relay {
+    let mut identity = Vec::new();
+    hpack::write_literal(b"x-remote-user", b"alice", &mut identity);
+    Relay::new(Settings {
+        identity,
+        unless_authorized: Vec::new(),
+        forwarded_for: "192.0.2.7".into(),
+        max_header_bytes: 4096,
+        ping: PING,
+    })
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    FrameHeader {
+        length: payload.len() as u32,
+        kind,
+        flags,
+        stream,
+    }
+    .write(&mut out);
+    out.extend_from_slice(payload);
+    out
+}
+
+fn frames(mut bytes: &[u8]) -> Vec<(FrameHeader, Vec<u8>)> {
+    let mut found = Vec::new();
+    while let Some((head, rest)) = bytes.split_first_chunk() {
+        let header = FrameHeader::parse(head);
+        let (payload, rest) = rest.split_at(header.length as usize);
+        found.push((header, payload.to_vec()));
+        bytes = rest;
+    }
+    assert!(bytes.is_empty(), "a frame is cut: {bytes:?}");
+    found
+}
+
+/// `:path: …`, indexed, then `accept: json`, indexed: a later block may refer to them as 63 and 62.
+fn first_block(path: &str) -> Vec<u8> {
+    let mut block = vec![0x82, 0x87, 0x44, path.len() as u8];
+    block.extend_from_slice(path.as_bytes());
+    block.extend_from_slice(&[0x53, 4]);
+    block.extend_from_slice(b"json");
+    block
+}
+
+/// The same request again, by reference alone.
+const AGAIN: [u8; 4] = [0x82, 0x87, 0xbf, 0xbe];
+
+fn started() -> (Relay, Output) {
+    let mut relay = relay();
+    let mut out = Output::default();
+    let settings = frame(kind::SETTINGS, 0, 0, &[]);
+    relay
+        .client_bytes(&[&PREFACE[..], &settings].concat(), &mut out)
+        .expect("a preface");
+    relay.server_bytes(&settings, &mut out).expect("settings");
+    out.to_client.clear();
+    assert_eq!(out.to_server, [&PREFACE[..], &settings].concat());
+    out.to_server.clear();
+    (relay, out)
+}
+
+fn request(stream: u32, block: &[u8]) -> Vec<u8> {
+    frame(kind::HEADERS, flag::END_STREAM | flag::END_HEADERS, stream, block)
+}
+
+/// What the server reads: stream, and the fields after the pseudo-headers.
+fn decoded(to_server: &[u8], server: &mut Decoder) -> Vec<(u32, Vec<(String, String)>)> {
+    let text = |octets: &[u8]| String::from_utf8(octets.to_vec()).expect("ASCII");
+    frames(to_server)
+        .into_iter()
+        .filter(|(header, _)| header.kind == kind::HEADERS)
+        .map(|(header, block)| {
+            let list: Vec<Field> = server.decode(&block, 1 << 16).expect("the server can read it");
+            let fields = list.iter().map(|field| (text(&field.name), text(&field.value)));
+            (
+                header.stream,
+                fields
+                    .filter(|(name, _)| name != ":method" && name != ":scheme")
+                    .collect(),
+            )
+        })
+        .collect()
+}
+
+fn pairs(fields: &[(&str, &str)]) -> Vec<(String, String)> {
+    fields
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect()
+}
+
+#[test]
+fn requests_pass_with_identity_and_address_and_keep_the_tables_equal() {
+    let (mut relay, mut out) = started();
+    let mut server = Decoder::default();
+    let both = [request(1, &first_block("/a?watch=true")), request(3, &AGAIN)].concat();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    let expected = pairs(&[
+        (":path", "/a?watch=true"),
+        ("accept", "json"),
+        ("x-forwarded-for", "192.0.2.7"),
+        ("x-remote-user", "alice"),
+    ]);
+    assert_eq!(
+        decoded(&out.to_server, &mut server),
+        [(1, expected.clone()), (3, expected)]
+    );
+    assert_eq!(
+        (relay.requests(), relay.open_streams(), relay.open_watches()),
+        (2, 2, 2)
+    );
+    let ended = frame(kind::DATA, flag::END_STREAM, 1, b"x");
+    relay.server_bytes(&ended, &mut out).expect("data");
+    assert_eq!(out.to_client, ended);
+    assert_eq!((relay.open_streams(), relay.open_watches()), (1, 1));
+}
+
+#[test]
+fn a_forged_identity_is_removed_and_later_references_still_mean_the_same() {
+    let (mut relay, mut out) = started();
+    let mut server = Decoder::default();
+    let mut forged = first_block("/a");
+    // Indexed, so that the next request could refer to it as well.
+    forged.extend_from_slice(&[0x40, 13]);
+    forged.extend_from_slice(b"x-remote-user");
+    forged.extend_from_slice(&[4]);
+    forged.extend_from_slice(b"root");
+    relay.client_bytes(&request(1, &forged), &mut out).expect("a request");
+    let later = [0x82, 0x87, 0xc0, 0xbf, 0xbe];
+    relay.client_bytes(&request(3, &later), &mut out).expect("a request");
+    let expected = pairs(&[
+        (":path", "/a"),
+        ("accept", "json"),
+        ("x-forwarded-for", "192.0.2.7"),
+        ("x-remote-user", "alice"),
+    ]);
+    assert_eq!(
+        decoded(&out.to_server, &mut server),
+        [(1, expected.clone()), (3, expected)]
+    );
+}
+
+#[test]
+fn a_request_without_authorization_is_given_one_and_another_keeps_its_own() {
+    let mut out = Output::default();
+    let mut unless_authorized = Vec::new();
+    hpack::write_literal(b"authorization", b"none", &mut unless_authorized);
+    let mut relay = Relay::new(Settings {
+        unless_authorized,
+        ..relay().settings
+    });
+    relay.client_bytes(PREFACE, &mut out).expect("a preface");
+    out.to_server.clear();
+    let mut own = vec![0x82, 0x84];
+    hpack::write_literal(b"authorization", b"own", &mut own);
+    let both = [request(1, &[0x82, 0x84]), request(3, &own)].concat();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    let values: Vec<_> = decoded(&out.to_server, &mut Decoder::default())
+        .into_iter()
+        .map(|(_, fields)| {
+            let values = fields.into_iter().filter(|(name, _)| name == "authorization");
+            values.map(|(_, value)| value).collect::<Vec<_>>()
+        })
+        .collect();
+    assert_eq!(values, [["none"], ["own"]]);
+}
+
+#[test]
+fn goaway_has_two_phases_and_no_request_is_lost_between_them() {
+    let (mut relay, mut out) = started();
+    let mut server = Decoder::default();
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    assert!(relay.go_away(&mut out));
+    assert!(!relay.go_away(&mut out), "once is enough");
+    let told = frames(&std::mem::take(&mut out.to_client));
+    assert_eq!(told.len(), 2);
+    assert_eq!(
+        (told[0].0.kind, &told[0].1[..4]),
+        (kind::GOAWAY, &MAX_STREAM_ID.to_be_bytes()[..])
+    );
+    assert_eq!((told[1].0.kind, &told[1].1[..]), (kind::PING, &PING[..]));
+
+    // A request that crossed the GOAWAY on the wire is served; the client's answer to the PING stays here.
+    let crossed = [request(3, &AGAIN), frame(kind::PING, flag::ACK, 0, &PING)].concat();
+    relay.client_bytes(&crossed, &mut out).expect("a crossed request");
+    assert_eq!(relay.drain(), Drain::Final { last: 3 });
+    let told = frames(&std::mem::take(&mut out.to_client));
+    assert_eq!(told.len(), 1);
+    assert_eq!(
+        (told[0].0.kind, &told[0].1[..4]),
+        (kind::GOAWAY, &3_u32.to_be_bytes()[..])
+    );
+    assert_eq!(decoded(&std::mem::take(&mut out.to_server), &mut server).len(), 2);
+
+    // A later one is refused so that the client may send it elsewhere, and gets its window back.
+    let late = [
+        frame(kind::HEADERS, flag::END_HEADERS, 5, &first_block("/late")),
+        frame(kind::DATA, flag::END_STREAM, 5, b"body"),
+    ];
+    relay.client_bytes(&late.concat(), &mut out).expect("a late request");
+    assert!(out.to_server.is_empty());
+    let told = frames(&std::mem::take(&mut out.to_client));
+    assert_eq!((told[0].0.kind, told[0].0.stream), (kind::RST_STREAM, 5));
+    assert_eq!(
+        (told[1].0.kind, &told[1].1[..]),
+        (kind::WINDOW_UPDATE, &4_u32.to_be_bytes()[..])
+    );
+
+    assert!(!relay.is_finished());
+    for stream in [1, 3] {
+        relay
+            .server_bytes(&frame(kind::DATA, flag::END_STREAM, stream, b""), &mut out)
+            .expect("an answer");
+    }
+    assert!(relay.is_finished());
+}
+
+#[test]
+fn the_relays_frames_wait_for_a_place_between_the_servers() {
+    let mut fresh = relay();
+    let mut out = Output::default();
+    assert!(fresh.go_away(&mut out));
+    assert!(out.to_client.is_empty(), "SETTINGS come first");
+
+    let (mut relay, mut out) = started();
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    let head = frame(kind::HEADERS, 0, 1, &[0x88]);
+    let tail = frame(kind::CONTINUATION, flag::END_HEADERS, 1, &[0x88]);
+    let data = frame(kind::DATA, 0, 1, b"abcdef");
+    relay.server_bytes(&head, &mut out).expect("half a block");
+    relay.go_away(&mut out);
+    assert_eq!(out.to_client, head);
+    relay.server_bytes(&tail[..10], &mut out).expect("the other half");
+    relay.server_bytes(&data[..11], &mut out).expect("half a frame");
+    let kinds: Vec<u8> = {
+        relay.server_bytes(&data[11..], &mut out).expect("the rest");
+        frames(&out.to_client).iter().map(|(header, _)| header.kind).collect()
+    };
+    assert_eq!(
+        kinds,
+        [kind::HEADERS, kind::CONTINUATION, kind::GOAWAY, kind::PING, kind::DATA]
+    );
+}
+
+#[test]
+fn the_servers_own_goaway_passes_but_never_raises_what_was_said() {
+    let goaway = |last: u32| frame(kind::GOAWAY, 0, 0, &[last.to_be_bytes(), [0; 4]].concat());
+    let (mut relay, mut out) = started();
+    relay.server_bytes(&goaway(9), &mut out).expect("a GOAWAY");
+    assert_eq!((relay.drain(), &out.to_client), (Drain::ByServer, &goaway(9)));
+    assert!(!relay.go_away(&mut out), "the client is leaving already");
+
+    let (mut relay, mut out) = started();
+    relay.go_away(&mut out);
+    relay
+        .client_bytes(&frame(kind::PING, flag::ACK, 0, &PING), &mut out)
+        .expect("a PONG");
+    out.to_client.clear();
+    relay.server_bytes(&goaway(MAX_STREAM_ID), &mut out).expect("a GOAWAY");
+    assert_eq!(out.to_client, goaway(0));
+}
+
+#[test]
+fn what_cannot_be_followed_ends_the_connection_with_the_right_code() {
+    let refused = |bytes: &[u8]| {
+        let (mut relay, mut out) = started();
+        relay.client_bytes(bytes, &mut out).expect_err("a fault").code
+    };
+    let open = frame(kind::HEADERS, 0, 1, &[0x82]);
+    assert_eq!(
+        refused(&[&open[..], &frame(kind::DATA, 0, 1, b"")].concat()),
+        ErrorCode::ProtocolError
+    );
+    assert_eq!(refused(&frame(kind::CONTINUATION, 0, 1, b"")), ErrorCode::ProtocolError);
+    assert_eq!(refused(&request(2, &[0x82])), ErrorCode::ProtocolError);
+    assert_eq!(refused(&request(1, &[0x80])), ErrorCode::CompressionError);
+    assert_eq!(
+        refused(&frame(kind::HEADERS, flag::PADDED, 1, &[])),
+        ErrorCode::FrameSizeError
+    );
+    assert_eq!(
+        refused(&frame(kind::HEADERS, flag::PADDED, 1, &[2, 0])),
+        ErrorCode::ProtocolError
+    );
+    assert_eq!(refused(&request(1, &[0; 5000])), ErrorCode::EnhanceYourCalm);
+    let flood = [&open[..], &frame(kind::CONTINUATION, 0, 1, b"").repeat(500)].concat();
+    assert_eq!(refused(&flood), ErrorCode::EnhanceYourCalm, "empty CONTINUATION frames");
+    let mut fresh = relay();
+    assert!(
+        fresh
+            .client_bytes(b"GET / HTTP/1.1\r\n", &mut Output::default())
+            .is_err()
+    );
+}
+
+fn any_frames() -> impl Strategy<Value = Vec<u8>> {
+    let block = prop_oneof![
+        Just(first_block("/a?watch=1")),
+        Just(vec![0x82, 0x87, 0x84]),
+        prop::collection::vec(any::<u8>(), 0..64)
+    ];
+    let any_frame = prop_oneof![
+        (0_u32..9, block).prop_map(|(stream, block)| request(stream * 2 + 1, &block)),
+        (
+            0_u8..12,
+            any::<u8>(),
+            0_u32..9,
+            prop::collection::vec(any::<u8>(), 0..64)
+        )
+            .prop_map(|(kind, flags, stream, payload)| frame(kind, flags, stream, &payload)),
+    ];
+    prop::collection::vec(any_frame, 0..24).prop_map(|all| all.concat())
+}
+
+proptest! {
+    #[test]
+    fn how_bytes_are_cut_changes_nothing(
+        client in any_frames(),
+        server in any_frames(),
+        cut in 1_usize..40,
+        goaway in any::<bool>(),
+    ) {
+        let run = |cut: usize| {
+            let (mut relay, mut out) = started();
+            if goaway {
+                relay.go_away(&mut out);
+            }
+            let fault = client.chunks(cut).find_map(|part| relay.client_bytes(part, &mut out).err());
+            let server_fault = server.chunks(cut).find_map(|part| relay.server_bytes(part, &mut out).err());
+            (fault, server_fault, out.to_client, out.to_server, relay.requests(), relay.open_streams())
+        };
+        let whole = run(usize::MAX);
+        let parts = run(cut);
+        prop_assert_eq!(whole, parts);
+    }
+
+    #[test]
+    fn any_bytes_are_survived(client in prop::collection::vec(any::<u8>(), 0..600), server in prop::collection::vec(any::<u8>(), 0..600)) {
+        let (mut relay, mut out) = started();
+        let _ = relay.client_bytes(&client, &mut out);
+        let _ = relay.server_bytes(&server, &mut out);
+        relay.go_away(&mut out);
+        let _ = relay.client_bytes(&client, &mut out);
+        prop_assert!(relay.open_streams() as usize <= Streams::LIMIT);
+    }
+}

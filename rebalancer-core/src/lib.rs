@@ -1,0 +1,23 @@
+//! The pure core of rebalancer: it decides, it never acts.
+//!
+//! Job: keep the table of connections, compare apiservers, and answer each turn with a decision and its reason;
+//! parse what the kernel and the wire hand over (ClientHello, HTTP/2 frames, BTF, Go binaries).
+//! Input: values and bytes, and `now` as an argument.
+//! Output: values and bytes.
+//! It must never read a clock, a file, a socket, the environment or a source of randomness, and never log.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod btf;
+pub mod budget;
+pub mod decision;
+pub mod h2;
+pub mod hello;
+pub mod observation;
+pub mod planner;
+pub mod policy;
+pub mod rho;
+pub mod shim;
+pub mod table;
+pub mod view;
+pub mod words;

@@ -1,0 +1,295 @@
+//! What the operator wants, once it is known to make sense.
+//!
+//! Input: numbers and names as configured. Output: a [`Policy`], or an error that names key, value and allowed range.
+//! Must never read where the numbers come from: flags, environment and files are the shell's.
+
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+
+use crate::words::{ApiserverName, ShimKind};
+
+/// What a connection weighs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weight {
+    /// Each connection weighs 1.
+    Connections,
+    /// Requests a second.
+    Requests,
+    /// Bytes a second, both directions.
+    Bytes,
+    /// Open streams.
+    Streams,
+}
+
+/// Whether plans are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Plans are sent to the shim.
+    Active,
+    /// Everything is decided and recorded, nothing is sent.
+    DryRun,
+}
+
+/// Who is never a victim, by configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exclusions {
+    /// Networks of clients.
+    pub networks: Vec<IpNet>,
+    /// User names.
+    pub users: BTreeSet<String>,
+    /// Beginnings of user agents, such as `kubelet/`.
+    pub user_agents: Vec<String>,
+}
+
+impl Exclusions {
+    /// Whether one of the lists names this client.
+    pub fn matches(&self, client: IpAddr, user: Option<&str>, user_agent: Option<&str>) -> bool {
+        self.networks.iter().any(|network| network.contains(&client))
+            || user.is_some_and(|user| self.users.contains(user))
+            || user_agent.is_some_and(|agent| self.user_agents.iter().any(|prefix| agent.starts_with(prefix.as_str())))
+    }
+}
+
+/// The rules one agent follows. Build it with [`Policy::checked`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// The apiserver of this node.
+    pub node: ApiserverName,
+    /// The other apiservers.
+    pub peers: BTreeSet<ApiserverName>,
+    /// What a connection weighs.
+    pub weight: Weight,
+    /// Skew above which a plan is started (0.10 = 10 % above the mean).
+    pub skew_threshold: f64,
+    /// Skew at which it stops.
+    pub skew_target: f64,
+    /// Time between two decisions.
+    pub interval: Duration,
+    /// GOAWAYs a second on this apiserver.
+    pub goaway_rate: f64,
+    /// Share of the apiserver's connections in one plan, above 0, at most 1.
+    pub goaway_share: f64,
+    /// Time after a plan's last GOAWAY before the next plan.
+    pub settle: Duration,
+    /// Younger connections are not victims.
+    pub min_connection_age: Duration,
+    /// Time in which no client is told twice.
+    pub client_cooldown: Duration,
+    /// Who is never a victim.
+    pub exclusions: Exclusions,
+    /// What sends the GOAWAY.
+    pub shim: ShimKind,
+    /// Whether plans are carried out.
+    pub mode: Mode,
+}
+
+/// A number outside its range.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum PolicyError {
+    /// One value is out of range.
+    #[error("{key} is {value}: allowed is {allowed}")]
+    OutOfRange {
+        /// The configuration key, spelled as the flag.
+        key: &'static str,
+        /// The value as given.
+        value: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// The band is upside down.
+    #[error(
+        "--skew-target {target} is not below --skew-threshold {threshold}: plans would never stop; choose a target below the threshold"
+    )]
+    TargetAboveThreshold {
+        /// The target.
+        target: f64,
+        /// The threshold.
+        threshold: f64,
+    },
+    /// A peer has this node's own name.
+    #[error("--peer {0} has the name of this node (--node-name): each apiserver is named once")]
+    PeerIsSelf(ApiserverName),
+}
+
+impl Policy {
+    /// Defaults of the contract for one node.
+    pub fn new(node: ApiserverName, peers: BTreeSet<ApiserverName>) -> Self {
+        Self {
+            node,
+            peers,
+            weight: Weight::Connections,
+            skew_threshold: 0.10,
+            skew_target: 0.05,
+            interval: Duration::from_secs(5),
+            goaway_rate: 10.0,
+            goaway_share: 0.25,
+            settle: Duration::from_secs(10),
+            min_connection_age: Duration::from_secs(30),
+            client_cooldown: Duration::from_secs(600),
+            exclusions: Exclusions::default(),
+            shim: ShimKind::None,
+            mode: Mode::Active,
+        }
+    }
+
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    ///
+    /// The first value out of range, with its flag and what is allowed.
+    pub fn checked(self) -> Result<Self, PolicyError> {
+        fn within(key: &'static str, value: f64, ok: bool, allowed: &'static str) -> Result<(), PolicyError> {
+            if ok && value.is_finite() {
+                return Ok(());
+            }
+            Err(PolicyError::OutOfRange {
+                key,
+                value: value.to_string(),
+                allowed,
+            })
+        }
+        let Self {
+            skew_threshold,
+            skew_target,
+            goaway_rate,
+            goaway_share,
+            interval,
+            ..
+        } = &self;
+        within(
+            "--skew-threshold",
+            *skew_threshold,
+            *skew_threshold > 0.0 && *skew_threshold <= 10.0,
+            "above 0, at most 10",
+        )?;
+        within(
+            "--skew-target",
+            *skew_target,
+            *skew_target >= 0.0 && *skew_target <= 10.0,
+            "0 to 10, below --skew-threshold",
+        )?;
+        within(
+            "--goaway-rate",
+            *goaway_rate,
+            *goaway_rate > 0.0 && *goaway_rate <= 10_000.0,
+            "above 0, at most 10000 per second",
+        )?;
+        within(
+            "--goaway-share",
+            *goaway_share,
+            *goaway_share > 0.0 && *goaway_share <= 1.0,
+            "above 0, at most 1",
+        )?;
+        let seconds = interval.as_secs_f64();
+        within("--interval", seconds, (0.1..=3600.0).contains(&seconds), "100ms to 1h")?;
+        if skew_target >= skew_threshold {
+            return Err(PolicyError::TargetAboveThreshold {
+                target: *skew_target,
+                threshold: *skew_threshold,
+            });
+        }
+        if self.peers.contains(&self.node) {
+            return Err(PolicyError::PeerIsSelf(self.node));
+        }
+        Ok(self)
+    }
+
+    /// Age from which a peer's snapshot is too old to act on: three intervals, at least 10 s.
+    pub fn stale_after(&self) -> Duration {
+        (self.interval * 3).max(Duration::from_secs(10))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy() -> Policy {
+        Policy::new(ApiserverName::new("a"), BTreeSet::from([ApiserverName::new("b")]))
+    }
+
+    #[test]
+    fn the_defaults_are_in_range() {
+        assert_eq!(policy().checked(), Ok(policy()));
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_named() {
+        for (key, wrong) in [
+            (
+                "--skew-threshold",
+                Policy {
+                    skew_threshold: 0.0,
+                    ..policy()
+                },
+            ),
+            (
+                "--skew-threshold",
+                Policy {
+                    skew_threshold: f64::NAN,
+                    ..policy()
+                },
+            ),
+            (
+                "--skew-target",
+                Policy {
+                    skew_target: -0.1,
+                    ..policy()
+                },
+            ),
+            (
+                "--goaway-rate",
+                Policy {
+                    goaway_rate: 0.0,
+                    ..policy()
+                },
+            ),
+            (
+                "--goaway-share",
+                Policy {
+                    goaway_share: 1.5,
+                    ..policy()
+                },
+            ),
+            (
+                "--interval",
+                Policy {
+                    interval: Duration::ZERO,
+                    ..policy()
+                },
+            ),
+            (
+                "--skew-target",
+                Policy {
+                    skew_target: 0.2,
+                    ..policy()
+                },
+            ),
+            (
+                "--node-name",
+                Policy {
+                    node: ApiserverName::new("b"),
+                    ..policy()
+                },
+            ),
+        ] {
+            let message = wrong.checked().expect_err("out of range").to_string();
+            assert!(message.contains(key), "{message} does not name {key}");
+        }
+    }
+
+    #[test]
+    fn exclusions_match_network_user_and_agent() {
+        let exclusions = Exclusions {
+            networks: vec!["10.0.0.0/8".parse().expect("a network")],
+            users: BTreeSet::from(["admin".to_owned()]),
+            user_agents: vec!["kubelet/".to_owned()],
+        };
+        let elsewhere: IpAddr = "192.0.2.1".parse().expect("an address");
+        assert!(exclusions.matches("10.1.2.3".parse().expect("an address"), None, None));
+        assert!(exclusions.matches(elsewhere, Some("admin"), None));
+        assert!(exclusions.matches(elsewhere, None, Some("kubelet/v1.36")));
+        assert!(!exclusions.matches(elsewhere, Some("other"), Some("kubectl/v1")));
+    }
+}

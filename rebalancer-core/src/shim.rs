@@ -1,0 +1,97 @@
+//! What a shim tells of its connections, and what it is ordered to do.
+//!
+//! Input and output: none; these are values. Wire forms belong to the shell.
+
+use std::{net::SocketAddr, time::Duration};
+
+use crate::words::{ConnectionId, Protocol};
+
+/// How far a connection is in its life, as the shim knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ConnectionState {
+    /// New streams are welcome.
+    Active,
+    /// GOAWAY is sent, old streams are still open.
+    Draining,
+}
+
+/// Figures of one connection since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Streams opened.
+    pub requests: u64,
+    /// Streams open now.
+    pub open_streams: u32,
+    /// Of these, watches.
+    pub open_watches: u32,
+    /// Bytes from the client.
+    pub bytes_in: u64,
+    /// Bytes to the client.
+    pub bytes_out: u64,
+}
+
+/// One connection, as the shim knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShimConnection {
+    /// The socket's cookie.
+    pub id: ConnectionId,
+    /// The client's address.
+    pub client: SocketAddr,
+    /// The address it was accepted on.
+    pub local: SocketAddr,
+    /// What was selected.
+    pub protocol: Protocol,
+    /// How far it is.
+    pub state: ConnectionState,
+    /// The user, where the shim sees it.
+    pub user: Option<String>,
+    /// The user agent of its last request.
+    pub user_agent: Option<String>,
+    /// Its figures.
+    pub counters: Counters,
+}
+
+/// What a shim says when asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShimReport {
+    /// Names the shim's process: another value means it restarted.
+    pub instance: String,
+    /// The highest generation it has carried out: a restarted agent goes on above it.
+    pub generation: u64,
+    /// Whether `connections` is the whole list.
+    pub full: bool,
+    /// Connections that changed.
+    pub connections: Vec<ShimConnection>,
+    /// Connections that ended.
+    pub closed: Vec<ConnectionId>,
+    /// Newer figures of connections that did not otherwise change.
+    pub counters: Vec<(ConnectionId, Counters)>,
+    /// Whether the server behind it answers; `None` when the shim does not know.
+    pub upstream_ready: Option<bool>,
+}
+
+/// Send GOAWAY to just these connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GoawayOrder {
+    /// Of the plan it belongs to; a shim refuses lower ones than it has seen.
+    pub generation: u64,
+    /// Not to be carried out later than this.
+    pub expires_in: Duration,
+    /// Who.
+    pub victims: Vec<ConnectionId>,
+}
+
+/// What became of one order for one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum GoawayResult {
+    /// GOAWAY is sent.
+    Sent,
+    /// It will be sent at the connection's next request.
+    Pending,
+    /// It had one before.
+    AlreadyDraining,
+    /// The shim does not know this connection: it is gone.
+    Unknown,
+    /// It cannot hear a GOAWAY.
+    NotH2,
+}

@@ -1,0 +1,214 @@
+//! Snapshots of all apiservers side by side.
+//!
+//! Job: hold the newest snapshot of each, and say which are missing or stale.
+//! Input: snapshots with the instant they came. Output: a [`View`], or the hold that forbids one.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use crate::{
+    decision::Hold,
+    words::{ApiserverName, Timestamp},
+};
+
+/// How an apiserver is, as its own node's agent sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ServerState {
+    /// It takes connections.
+    Ready,
+    /// It takes connections since a moment ago: clients are still on their way.
+    Starting,
+    /// Nobody listens, or what is behind the shim does not answer.
+    Down,
+    /// Its agent does not know: not seeded yet, or events were lost.
+    Unknown,
+}
+
+/// One apiserver's load at one instant.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// Which apiserver.
+    pub apiserver: ApiserverName,
+    /// How it is.
+    pub state: ServerState,
+    /// Active connections.
+    pub connections: u64,
+    /// Their load, in the unit of the weight.
+    pub load: f64,
+    /// Connections that heard their GOAWAY and still hold old streams.
+    pub draining: u64,
+    /// GOAWAYs sent since its agent started.
+    pub goaways_total: u64,
+    /// HTTP/2 connections accepted since its agent started.
+    pub accepted_total: u64,
+    /// Whether a plan of its agent is in flight or settling.
+    pub plan_in_flight: bool,
+    /// Names the agent's process: another value means the totals begin anew.
+    pub instance: u64,
+    /// The names this agent knows, its own included, to notice peers that disagree.
+    pub names: Vec<ApiserverName>,
+}
+
+/// Why a peer's snapshot cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PeerFault {
+    /// It does not answer.
+    Unreachable(String),
+    /// Its certificate, or what it answered, is wrong.
+    Refused(String),
+    /// It says it is another apiserver than the one configured under this name, or knows other names.
+    Disagrees(String),
+}
+
+/// The newest that is known of each peer.
+#[derive(Clone, Debug, Default)]
+pub struct Peers {
+    known: BTreeMap<ApiserverName, Peer>,
+}
+
+/// What is known of one peer.
+#[derive(Clone, Debug, Default)]
+pub struct Peer {
+    /// Its newest snapshot, and when it came.
+    pub snapshot: Option<(Timestamp, Snapshot)>,
+    /// Why the last attempt failed.
+    pub fault: Option<PeerFault>,
+}
+
+/// One apiserver in a view.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// Its snapshot.
+    pub snapshot: Snapshot,
+    /// How old that is.
+    pub age: Duration,
+}
+
+/// The snapshots of all apiservers, by name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    /// One entry an apiserver.
+    pub entries: BTreeMap<ApiserverName, Entry>,
+}
+
+impl Peers {
+    /// Expects these peers and no others.
+    pub fn new(names: impl IntoIterator<Item = ApiserverName>) -> Self {
+        Self {
+            known: names.into_iter().map(|name| (name, Peer::default())).collect(),
+        }
+    }
+
+    /// Takes what one peer answered, or why it did not.
+    pub fn hear(&mut self, name: &ApiserverName, answer: Result<Snapshot, PeerFault>, now: Timestamp) {
+        let expected: Vec<ApiserverName> = self.known.keys().cloned().collect();
+        let Some(peer) = self.known.get_mut(name) else {
+            return;
+        };
+        match answer {
+            Ok(snapshot) if snapshot.apiserver != *name => {
+                let said = format!("it calls itself {}", snapshot.apiserver);
+                peer.fault = Some(PeerFault::Disagrees(said));
+            }
+            Ok(snapshot) if !expected.iter().all(|name| snapshot.names.contains(name)) => {
+                let theirs = snapshot
+                    .names
+                    .iter()
+                    .map(ApiserverName::as_str)
+                    .collect::<Vec<_>>()
+                    .join(", ");
+                peer.fault = Some(PeerFault::Disagrees(format!("it knows the apiservers {theirs}")));
+            }
+            Ok(snapshot) => {
+                *peer = Peer {
+                    snapshot: Some((now, snapshot)),
+                    fault: None,
+                }
+            }
+            Err(fault) => peer.fault = Some(fault),
+        }
+    }
+
+    /// Each peer with what is known of it.
+    pub fn iter(&self) -> impl Iterator<Item = (&ApiserverName, &Peer)> {
+        self.known.iter()
+    }
+
+    /// What can be shown of all apiservers now, whatever is missing.
+    pub fn view(&self, own: Snapshot, now: Timestamp) -> View {
+        let mut entries: BTreeMap<_, _> = self
+            .known
+            .iter()
+            .filter_map(|(name, peer)| {
+                let (at, snapshot) = peer.snapshot.clone()?;
+                Some((
+                    name.clone(),
+                    Entry {
+                        snapshot,
+                        age: now.since(at),
+                    },
+                ))
+            })
+            .collect();
+        entries.insert(
+            own.apiserver.clone(),
+            Entry {
+                snapshot: own,
+                age: Duration::ZERO,
+            },
+        );
+        View { entries }
+    }
+
+    /// The first reason not to act on what is known, if there is one.
+    pub fn hold(&self, stale_after: Duration, now: Timestamp) -> Option<Hold> {
+        if self.known.is_empty() {
+            return Some(Hold::FewerThanTwoApiservers { apiservers: 1 });
+        }
+        for (name, peer) in &self.known {
+            if let Some(fault @ PeerFault::Disagrees(_)) = &peer.fault {
+                return Some(Hold::PeerUnknown {
+                    peer: name.clone(),
+                    why: fault.to_string(),
+                });
+            }
+            match &peer.snapshot {
+                None => {
+                    let why = peer
+                        .fault
+                        .as_ref()
+                        .map_or("it has not answered yet".to_owned(), PeerFault::to_string);
+                    return Some(Hold::PeerUnknown {
+                        peer: name.clone(),
+                        why,
+                    });
+                }
+                Some((at, _)) if now.since(*at) > stale_after => {
+                    return Some(Hold::SnapshotStale {
+                        peer: name.clone(),
+                        age: now.since(*at),
+                        limit: stale_after,
+                    });
+                }
+                Some((_, snapshot)) if snapshot.state == ServerState::Unknown => {
+                    let why = "its agent does not know its connections yet".to_owned();
+                    return Some(Hold::PeerUnknown {
+                        peer: name.clone(),
+                        why,
+                    });
+                }
+                Some(_) => {}
+            }
+        }
+        None
+    }
+}
+
+impl std::fmt::Display for PeerFault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unreachable(why) => write!(f, "unreachable: {why}"),
+            Self::Refused(why) => write!(f, "refused: {why}"),
+            Self::Disagrees(why) => write!(f, "disagrees: {why}"),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! The first TLS record of each watched connection, as it arrives (cgroup_skb ingress on the root cgroup).
+//!
+//! Every packet of the machine passes here: a connection that is not watched, or classified, costs one lookup.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, bpf_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes},
+    macros::cgroup_skb,
+    programs::SkBuffContext,
+};
+use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS};
+
+use crate::{EARLY, HELLOS, lost};
+
+const PASS: i32 = 1;
+const IPPROTO_TCP: u8 = 6;
+/// TLS content type of a handshake record (RFC 8446, section 5.1).
+const HANDSHAKE: u8 = 22;
+/// No hello is longer: kernel and agent give up here.
+const LONGEST: u32 = 16_384;
+/// include/uapi/linux/if_ether.h, network order.
+const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+
+/// Runs at each packet that arrives for a socket of the machine.
+#[cgroup_skb]
+pub fn client_hello(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context's pointers are the kernel's; each is checked for null before the next step, as the verifier
+    // demands.
+    unsafe {
+        let socket: *mut bpf_sock = core::ptr::read_volatile(&raw const (*skb).__bindgen_anon_2.sk);
+        if socket.is_null() {
+            return PASS;
+        }
+        let full = bpf_sk_fullsock(socket);
+        if full.is_null() {
+            return PASS;
+        }
+        let early: *mut Early = bpf_sk_storage_get(
+            (&raw const EARLY).cast_mut().cast(),
+            full.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+        .cast();
+        if early.is_null() || (*early).done != 0 {
+            return PASS;
+        }
+        capture(skb, early);
+    }
+    PASS
+}
+
+/// Hands over the packet's payload.
+///
+/// # Safety
+///
+/// `skb` is the program's context and `early` a storage of its socket.
+#[inline(always)]
+unsafe fn capture(skb: *mut __sk_buff, early: *mut Early) {
+    let mut ip = [0_u8; 20];
+    // SAFETY: the helper copies into arrays of the given length, or fails.
+    if unsafe { bpf_skb_load_bytes(skb.cast(), 0, ip.as_mut_ptr().cast(), 20) } != 0 {
+        return;
+    }
+    // SAFETY: a field of the context.
+    let (tcp_at, protocol) = if unsafe { (*skb).protocol } == ETH_P_IPV6 {
+        (40, ip[6])
+    } else {
+        (u32::from(ip[0] & 15) * 4, ip[9])
+    };
+    let mut tcp = [0_u8; 20];
+    // SAFETY: as above.
+    if protocol != IPPROTO_TCP || unsafe { bpf_skb_load_bytes(skb.cast(), tcp_at, tcp.as_mut_ptr().cast(), 20) } != 0 {
+        return;
+    }
+    let payload_at = tcp_at + u32::from(tcp[12] >> 4) * 4;
+    // SAFETY: a field of the context.
+    let total = unsafe { (*skb).len };
+    if total <= payload_at {
+        return;
+    }
+    let length = total - payload_at;
+    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+    // SAFETY: `early` is a storage of this socket.
+    let early = unsafe { &mut *early };
+    let offset = sequence.wrapping_sub(early.start);
+    if offset > LONGEST {
+        // Far ahead, or before the beginning: a keep-alive probe, or a hello that nobody sends.
+        if early.seen > LONGEST {
+            early.done = 1;
+        }
+        early.seen += 1;
+        return;
+    }
+    let Some(mut entry) = HELLOS.reserve::<HelloRecord>(0) else {
+        lost(LOST_HELLOS);
+        return;
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the entry is reserved with that size. The length less one goes through memory, so that the compiler, which
+    // knows its range, cannot remove the mask that shows it to the verifier; the helper copies so much, or fails.
+    let (taken, copied) = unsafe {
+        (*record).cookie = bpf_get_socket_cookie(skb.cast());
+        (*record).offset = offset;
+        (*record).length = if length > HELLO_OCTETS as u32 {
+            HELLO_OCTETS as u32 - 1
+        } else {
+            length - 1
+        };
+        let taken = (core::ptr::read_volatile(&raw const (*record).length) & (HELLO_OCTETS as u32 - 1)) + 1;
+        (*record).length = taken;
+        let data = (&raw mut (*record).data).cast();
+        (taken, bpf_skb_load_bytes(skb.cast(), payload_at, data, taken) == 0)
+    };
+    if !copied {
+        entry.discard(0);
+        return;
+    }
+    if offset == 0 && taken >= 5 {
+        // SAFETY: at least five octets were copied.
+        let head = unsafe { *(&raw const (*record).data).cast::<[u8; 5]>() };
+        early.wanted = if head[0] == HANDSHAKE {
+            5 + (u32::from(head[3]) << 8 | u32::from(head[4]))
+        } else {
+            1
+        };
+    }
+    early.seen += taken;
+    if (early.wanted != 0 && early.seen >= early.wanted) || early.seen > LONGEST {
+        early.done = 1;
+    }
+    entry.submit(0);
+}

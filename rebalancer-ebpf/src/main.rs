@@ -1,0 +1,71 @@
+//! The kernel programs: which connections on the watched port open, what their ClientHello offers, when they close.
+//!
+//! Output: two ring buffers and a list. Must never drop, change or delay a packet, and never count a loss as nothing.
+#![no_std]
+#![no_main]
+
+mod hello;
+mod list;
+mod read;
+mod state;
+
+use aya_ebpf::{
+    Global,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{PerCpuArray, RingBuf},
+};
+use rebalancer_common::{Early, LOST_COUNTERS, Offsets};
+
+/// Set by the loader, and frozen: the verifier sees constants.
+#[unsafe(no_mangle)]
+static OFFSETS: Global<Offsets> = Global::new(Offsets {
+    family: 0,
+    state: 0,
+    num: 0,
+    dport: 0,
+    daddr: 0,
+    rcv_saddr: 0,
+    v6_daddr: 0,
+    v6_rcv_saddr: 0,
+    net: 0,
+    inum: 0,
+    rcv_nxt: 0,
+    bytes_received: 0,
+    bytes_acked: 0,
+    port: 0,
+    netns: 0,
+});
+
+/// Opened, closed, listener: [`rebalancer_common::SocketRecord`]. Room for 10,000 events.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+/// Early payloads: [`rebalancer_common::HelloRecord`]. Room for 1,000 hellos.
+#[map]
+static HELLOS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
+
+/// What found no room, by the `LOST_` constants.
+#[map]
+static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOST_COUNTERS, 0);
+
+/// One entry a watched connection, gone with its socket.
+#[btf_map]
+static EARLY: SkStorage<Early> = SkStorage::new();
+
+fn lost(what: u32) {
+    if let Some(count) = LOST.get_ptr_mut(what) {
+        // SAFETY: the verifier checked the pointer for null; the slot is this CPU's, and programs are not migrated.
+        unsafe { *count += 1 };
+    }
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// Helpers that only GPL-compatible programs may call are used.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

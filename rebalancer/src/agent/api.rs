@@ -1,0 +1,381 @@
+//! The local API on the Unix socket, and the metrics.
+//!
+//! Job: show everything the core knows, and pass an operator's commands on.
+//! Must never answer from a copy of its own: each answer is a look at the core.
+
+use std::sync::{Arc, Mutex};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Path, Query, State, rejection::JsonRejection},
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use http_body_util::channel::Channel;
+use rebalancer_core::{
+    agent::{Agent, Command},
+    table::Connection,
+    words::{ConnectionId, Timestamp},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{
+    handle::{AgentHandle, Gone},
+    metrics::Metrics,
+    wire,
+};
+use crate::local::Problem;
+
+/// What every route needs.
+#[derive(Clone)]
+pub struct Context {
+    /// The way to the core.
+    pub agent: AgentHandle,
+    /// The metrics.
+    pub metrics: Arc<Mutex<Metrics>>,
+    /// `ebpf` or `sockdiag`.
+    pub source: &'static str,
+}
+
+/// How many entries a list has when nobody says.
+const LIMIT: usize = 100;
+
+impl From<Gone> for Problem {
+    fn from(gone: Gone) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, gone.to_string())
+    }
+}
+
+/// The local API.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/connections", get(connections))
+        .route("/v1/peers", get(peers))
+        .route("/v1/plan", get(plan))
+        .route("/v1/decisions", get(decisions))
+        .route("/v1/decisions/stream", get(stream))
+        .route("/v1/decisions/{id}", get(decision))
+        .route("/v1/goaway", post(goaway))
+        .route("/v1/pause", post(pause))
+        .route("/v1/resume", post(resume))
+        .route("/openapi.json", get(openapi))
+        .merge(observed())
+        .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path; /openapi.json lists them all") })
+        .with_state(context)
+}
+
+/// What the metrics' port answers.
+pub fn metrics_router(context: Context) -> Router {
+    observed().with_state(context)
+}
+
+fn observed() -> Router<Context> {
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+}
+
+async fn livez(State(context): State<Context>) -> Result<&'static str, Problem> {
+    context.agent.read(|_, _| ()).await?;
+    Ok("ok\n")
+}
+
+async fn readyz(State(context): State<Context>) -> Result<&'static str, Problem> {
+    let trusted = context.agent.read(|agent, _| agent.table().is_trusted()).await?;
+    if trusted {
+        Ok("ok\n")
+    } else {
+        Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the connections are not known yet: the source has not given its complete list",
+        ))
+    }
+}
+
+async fn metrics(State(context): State<Context>) -> Result<Response, Problem> {
+    let metrics = Arc::clone(&context.metrics);
+    let text = context
+        .agent
+        .read(move |agent, now| {
+            let mut metrics = metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            metrics.text(agent, now)
+        })
+        .await?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+}
+
+async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> {
+    let clock = context.agent.clock;
+    let source = context.source;
+    let look = move |agent: &Agent, now: Timestamp| {
+        let policy = agent.policy();
+        let decision = wire::decision(&agent.preview(now), &clock);
+        json!({
+            "node": policy.node.as_str(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_s": now.since(agent.started()).as_secs(),
+            "mode": wire::mode_name(policy.mode),
+            "paused": agent.is_paused(),
+            "source": source,
+            "shim": wire::shim_name(policy.shim),
+            "weight": wire::weight_name(policy.weight),
+            "skew_threshold": policy.skew_threshold,
+            "skew_target": policy.skew_target,
+            "view": decision["view"],
+            "mean": decision["mean"],
+            "skew": decision["skew"],
+            "trigger": decision["threshold"],
+            "noise_floor": decision["noise_floor"],
+            "rho": decision["rho"],
+            "hold": decision["hold"],
+            "goaways_total": agent.goaways_total(),
+            "budget_tokens": agent.budget_tokens(now),
+            "outcomes": wire::outcomes(agent.outcomes_total()),
+            "lost_events_total": agent.table().lost_events_total(),
+        })
+    };
+    Ok(Json(context.agent.read(look).await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConnectionsQuery {
+    state: Option<String>,
+    protocol: Option<String>,
+    sort: Option<String>,
+    limit: Option<usize>,
+}
+
+/// What connections can be sorted by; each puts the largest first.
+const SORTS: [&str; 5] = ["age", "requests", "streams", "watches", "bytes"];
+
+fn one_of(value: Option<&str>, allowed: &[&str], name: &str) -> Result<(), Problem> {
+    match value {
+        Some(value) if !allowed.contains(&value) => Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            format!("{name}={value}: allowed is {}", allowed.join(", ")),
+        )),
+        _ => Ok(()),
+    }
+}
+
+async fn connections(
+    State(context): State<Context>,
+    Query(query): Query<ConnectionsQuery>,
+) -> Result<Json<Value>, Problem> {
+    one_of(query.state.as_deref(), &["active", "draining"], "state")?;
+    one_of(
+        query.protocol.as_deref(),
+        &["h2", "offered", "http/1.1", "unknown"],
+        "protocol",
+    )?;
+    one_of(query.sort.as_deref(), &SORTS, "sort")?;
+    let look = move |agent: &Agent, now: Timestamp| {
+        let wanted = |connection: &Connection| {
+            query
+                .state
+                .as_deref()
+                .is_none_or(|state| state == wire::state_name(connection))
+                && query
+                    .protocol
+                    .as_deref()
+                    .is_none_or(|protocol| protocol == wire::protocol_name(connection.protocol))
+        };
+        let mut found: Vec<_> = agent
+            .table()
+            .iter()
+            .filter(|(_, connection)| wanted(connection))
+            .collect();
+        let key = |connection: &Connection| match query.sort.as_deref() {
+            Some("requests") => connection.counters.requests,
+            Some("streams") => u64::from(connection.counters.open_streams),
+            Some("watches") => u64::from(connection.counters.open_watches),
+            Some("bytes") => connection.counters.bytes_in + connection.counters.bytes_out,
+            _ => u64::try_from(now.since(connection.opened_at).as_millis()).unwrap_or(u64::MAX),
+        };
+        found.sort_by_key(|(id, connection)| (std::cmp::Reverse(key(connection)), *id));
+        let total = found.len();
+        found.truncate(query.limit.unwrap_or(LIMIT));
+        let list: Vec<Value> = found
+            .into_iter()
+            .map(|(id, connection)| wire::connection(id, connection, now))
+            .collect();
+        json!({"total": total, "connections": list})
+    };
+    Ok(Json(context.agent.read(look).await?))
+}
+
+async fn peers(State(context): State<Context>) -> Result<Json<Value>, Problem> {
+    Ok(Json(context.agent.read(wire::peers).await?))
+}
+
+async fn plan(State(context): State<Context>) -> Result<Json<Value>, Problem> {
+    let clock = context.agent.clock;
+    let look = move |agent: &Agent, now| wire::decision(&agent.preview(now), &clock);
+    Ok(Json(context.agent.read(look).await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DecisionsQuery {
+    limit: Option<usize>,
+    since: Option<u64>,
+}
+
+async fn decisions(
+    State(context): State<Context>,
+    Query(query): Query<DecisionsQuery>,
+) -> Result<Json<Value>, Problem> {
+    let clock = context.agent.clock;
+    let look = move |agent: &Agent, _| {
+        let mut newest: Vec<Value> = agent
+            .history()
+            .rev()
+            .take_while(|decision| query.since.is_none_or(|since| decision.id > since))
+            .take(query.limit.unwrap_or(LIMIT))
+            .map(|decision| wire::decision(decision, &clock))
+            .collect();
+        newest.reverse();
+        json!({"decisions": newest})
+    };
+    Ok(Json(context.agent.read(look).await?))
+}
+
+async fn decision(State(context): State<Context>, Path(id): Path<u64>) -> Result<Json<Value>, Problem> {
+    let clock = context.agent.clock;
+    let look = move |agent: &Agent, _| {
+        let mut history = agent.history().rev();
+        history
+            .find(|decision| decision.id == id)
+            .map(|decision| wire::decision(decision, &clock))
+    };
+    context.agent.read(look).await?.map(Json).ok_or_else(|| {
+        Problem::new(
+            StatusCode::NOT_FOUND,
+            format!("decision {id} is not among those kept; the decision log has them all"),
+        )
+    })
+}
+
+/// Decisions as they are made (server-sent events).
+async fn stream(State(context): State<Context>) -> Response {
+    let mut decisions = context.agent.decisions();
+    let clock = context.agent.clock;
+    let (mut sender, body) = Channel::<Bytes>::new(16);
+    tokio::spawn(async move {
+        loop {
+            let event = match decisions.recv().await {
+                Ok(decision) => {
+                    let id = decision.id;
+                    format!(
+                        "id: {id}\nevent: decision\ndata: {}\n\n",
+                        wire::decision(&decision, &clock)
+                    )
+                }
+                Err(RecvError::Lagged(missed)) => format!("event: missed\ndata: {missed}\n\n"),
+                Err(RecvError::Closed) => return,
+            };
+            if sender.send_data(event.into()).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut response = Response::new(Body::new(body));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    response
+}
+
+/// Which connections an operator means.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoawayBody {
+    connection: Option<crate::shim::wire::Id>,
+    client: Option<String>,
+    count: Option<usize>,
+}
+
+async fn goaway(
+    State(context): State<Context>,
+    body: Result<Json<GoawayBody>, JsonRejection>,
+) -> Result<Json<Value>, Problem> {
+    let Json(body) = body.map_err(|rejection| Problem::new(rejection.status(), rejection.body_text()))?;
+    let wrong = |what: String| Problem::new(StatusCode::BAD_REQUEST, what);
+    if usize::from(body.connection.is_some()) + usize::from(body.client.is_some()) + usize::from(body.count.is_some())
+        != 1
+    {
+        return Err(wrong("give exactly one of connection, client and count".into()));
+    }
+    let clock = context.agent.clock;
+    let asked = body.client.clone();
+    let choose = move |agent: &Agent, _| {
+        if !agent.is_idle() {
+            return Err("a plan is in flight: try again when it has settled".to_owned());
+        }
+        let mut chosen: Vec<(ConnectionId, Timestamp)> = agent
+            .table()
+            .iter()
+            .filter(|(id, connection)| {
+                connection.is_active()
+                    && match (&body.connection, &body.client) {
+                        (Some(wanted), _) => wanted.0 == id.0,
+                        (_, Some(client)) => {
+                            *client == connection.client.to_string() || *client == connection.client.ip().to_string()
+                        }
+                        _ => !connection.is_node_local(),
+                    }
+            })
+            .map(|(id, connection)| (id, connection.opened_at))
+            .collect();
+        // The oldest first.
+        chosen.sort_by_key(|(id, opened)| (*opened, *id));
+        chosen.truncate(body.count.unwrap_or(usize::MAX));
+        Ok(chosen.into_iter().map(|(id, _)| id).collect::<Vec<_>>())
+    };
+    let chosen = context
+        .agent
+        .read(choose)
+        .await?
+        .map_err(|busy| Problem::new(StatusCode::CONFLICT, busy))?;
+    if chosen.is_empty() {
+        let who = asked.map_or_else(|| "that id".to_owned(), |client| format!("client {client}"));
+        return Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            format!("no active connection with {who}; /v1/connections lists them"),
+        ));
+    }
+    context.agent.command(Command::Goaway(chosen)).await?;
+    let look = move |agent: &Agent, _| {
+        agent
+            .history()
+            .next_back()
+            .map(|decision| wire::decision(decision, &clock))
+    };
+    Ok(Json(json!({"decision": context.agent.read(look).await?})))
+}
+
+async fn pause(State(context): State<Context>) -> Result<Json<Value>, Problem> {
+    context.agent.command(Command::Pause).await?;
+    tracing::warn!("paused by an operator");
+    Ok(Json(json!({"paused": true})))
+}
+
+async fn resume(State(context): State<Context>) -> Result<Json<Value>, Problem> {
+    context.agent.command(Command::Resume).await?;
+    tracing::warn!("resumed by an operator");
+    Ok(Json(json!({"paused": false})))
+}
+
+async fn openapi() -> Response {
+    let text = include_str!("openapi.json");
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}

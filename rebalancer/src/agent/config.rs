@@ -1,0 +1,527 @@
+//! The agent's configuration: flags over environment over file over defaults.
+//!
+//! Input: the command line and a versioned YAML file. Output: [`Config`], whole and checked, or an error that names key,
+//! value and what is allowed. Must never leave a half-valid configuration to be found out at run time.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+use rebalancer_core::{
+    policy::{Exclusions, Mode, Policy, Weight},
+    words::{ApiserverName, ShimKind},
+};
+use rustls::pki_types::ServerName;
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+
+use crate::{kernel::SourceKind, local::SocketPath, span::Span};
+
+/// The file format's version.
+const VERSION: u32 = 1;
+
+/// What may be given, on the command line or in the file; the file's keys are the flags' names.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Raw {
+    /// YAML file with `version: 1` and any of these flags as keys; flags and environment win over it
+    #[arg(long, env = "REBALANCER_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    #[arg(skip)]
+    version: Option<u32>,
+    /// Name of this node's apiserver, the same for all agents [default: the host name]
+    #[arg(long, env = "REBALANCER_NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    /// Port clients connect to [default: 6443]
+    #[arg(long, env = "REBALANCER_APISERVER_PORT", value_name = "PORT")]
+    apiserver_port: Option<u16>,
+    /// Where connections are counted [default: auto]
+    #[arg(long, env = "REBALANCER_SOURCE", value_enum)]
+    source: Option<SourceKind>,
+    /// What sends the GOAWAY: relay:unix:PATH, steer:auto, steer:PATH or none [default: none]
+    #[arg(long, env = "REBALANCER_SHIM", value_name = "SHIM")]
+    #[serde(deserialize_with = "parsed")]
+    shim: Option<Shim>,
+    /// Another apiserver's agent, as NAME=https://HOST:PORT; give one for each
+    #[arg(long, env = "REBALANCER_PEER", value_delimiter = ',', value_name = "NAME=URL")]
+    #[serde(deserialize_with = "parsed_list")]
+    peer: Vec<PeerAddress>,
+    /// How peers are found [default: static]
+    #[arg(long, env = "REBALANCER_PEERS", value_enum)]
+    peers: Option<Discovery>,
+    /// Address and port the peers ask this agent on [default: [::]:9443 when there are peers]
+    #[arg(long, env = "REBALANCER_PEER_LISTEN", value_name = "ADDRESS")]
+    peer_listen: Option<SocketAddr>,
+    /// Certificate (PEM) of this agent, for both ends of the agents' talk
+    #[arg(long, env = "REBALANCER_PEER_CERT", value_name = "FILE")]
+    peer_cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "REBALANCER_PEER_KEY", value_name = "FILE")]
+    peer_key: Option<PathBuf>,
+    /// CA bundle (PEM) that signs every agent's certificate
+    #[arg(long, env = "REBALANCER_PEER_CA", value_name = "FILE")]
+    peer_ca: Option<PathBuf>,
+    /// Skew above which clients are moved, as a share of the mean [default: 0.10]
+    #[arg(long, env = "REBALANCER_SKEW_THRESHOLD", value_name = "SHARE")]
+    skew_threshold: Option<f64>,
+    /// Skew at which moving stops [default: 0.05]
+    #[arg(long, env = "REBALANCER_SKEW_TARGET", value_name = "SHARE")]
+    skew_target: Option<f64>,
+    /// What a connection weighs [default: connections]
+    #[arg(long, env = "REBALANCER_WEIGHT", value_enum)]
+    weight: Option<WeightName>,
+    /// Time between two decisions [default: 5s]
+    #[arg(long, env = "REBALANCER_INTERVAL", value_name = "DURATION")]
+    interval: Option<Span>,
+    /// GOAWAYs a second on this apiserver [default: 10]
+    #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "RATE")]
+    goaway_rate: Option<f64>,
+    /// Share of this apiserver's connections in one plan [default: 0.25]
+    #[arg(long, env = "REBALANCER_GOAWAY_SHARE", value_name = "SHARE")]
+    goaway_share: Option<f64>,
+    /// Time after a plan's last GOAWAY before the next plan [default: 10s]
+    #[arg(long, env = "REBALANCER_SETTLE", value_name = "DURATION")]
+    settle: Option<Span>,
+    /// Younger connections are left alone [default: 30s]
+    #[arg(long, env = "REBALANCER_MIN_CONNECTION_AGE", value_name = "DURATION")]
+    min_connection_age: Option<Span>,
+    /// Time in which no client is told twice [default: 10m]
+    #[arg(long, env = "REBALANCER_CLIENT_COOLDOWN", value_name = "DURATION")]
+    client_cooldown: Option<Span>,
+    /// Clients of these networks are left alone
+    #[arg(long, env = "REBALANCER_EXCLUDE_CIDR", value_delimiter = ',', value_name = "CIDR")]
+    #[serde(deserialize_with = "parsed_list")]
+    exclude_cidr: Vec<Network>,
+    /// These users are left alone
+    #[arg(long, env = "REBALANCER_EXCLUDE_USER", value_delimiter = ',', value_name = "USER")]
+    exclude_user: Vec<String>,
+    /// Clients whose user agent begins like this are left alone
+    #[arg(
+        long,
+        env = "REBALANCER_EXCLUDE_USER_AGENT",
+        value_delimiter = ',',
+        value_name = "PREFIX"
+    )]
+    exclude_user_agent: Vec<String>,
+    /// Decide and record the same, send nothing
+    #[arg(long, env = "REBALANCER_DRY_RUN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    dry_run: Option<bool>,
+    /// Local API [default: unix:/run/rebalancer/agent.sock]
+    #[arg(long, env = "REBALANCER_API", value_name = "unix:PATH")]
+    #[serde(deserialize_with = "parsed")]
+    api: Option<SocketPath>,
+    /// Address and port of the metrics [default: 127.0.0.1:9470]
+    #[arg(long, env = "REBALANCER_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+    /// File every decision is appended to, one JSON object a line
+    #[arg(long, env = "REBALANCER_DECISION_LOG", value_name = "FILE")]
+    decision_log: Option<PathBuf>,
+}
+
+/// Reads a value that the file spells as the flag does.
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    let text = <Option<String>>::deserialize(deserializer)?;
+    text.map(|text| text.parse().map_err(serde::de::Error::custom))
+        .transpose()
+}
+
+fn parsed_list<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let texts = <Vec<String>>::deserialize(deserializer)?;
+    texts
+        .iter()
+        .map(|text| text.parse().map_err(serde::de::Error::custom))
+        .collect()
+}
+
+/// `ADDRESS/BITS`, or an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network(IpNet);
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse::<IpNet>()
+            .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+            .map(Self)
+            .map_err(|_| format!("`{text}` is not a network: give ADDRESS/BITS, for example 10.0.0.0/8"))
+    }
+}
+
+/// What sends the GOAWAY, and where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shim {
+    /// A relay, by its control socket.
+    Relay(SocketPath),
+    /// The uprobe.
+    Steer(Option<PathBuf>),
+    /// Nothing.
+    None,
+}
+
+impl FromStr for Shim {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(Self::None),
+            Some(("relay", path)) => path.parse().map(Self::Relay),
+            Some(("steer", "auto")) => Ok(Self::Steer(None)),
+            Some(("steer", path)) if path.starts_with('/') => Ok(Self::Steer(Some(path.into()))),
+            _ => Err(format!(
+                "`{text}` is not a shim: allowed are relay:unix:PATH, steer:auto, steer:PATH and none, with absolute paths"
+            )),
+        }
+    }
+}
+
+/// How peers are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Discovery {
+    /// By `--peer`.
+    Static,
+    /// By Leases of the cluster.
+    Kubernetes,
+}
+
+/// `--weight`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightName {
+    /// Each connection weighs 1.
+    Connections,
+    /// Requests a second; needs a shim that sees them.
+    Requests,
+    /// Bytes a second.
+    Bytes,
+    /// Open streams; needs a shim that sees them.
+    Streams,
+}
+
+impl From<WeightName> for Weight {
+    fn from(name: WeightName) -> Self {
+        match name {
+            WeightName::Connections => Self::Connections,
+            WeightName::Requests => Self::Requests,
+            WeightName::Bytes => Self::Bytes,
+            WeightName::Streams => Self::Streams,
+        }
+    }
+}
+
+/// `NAME=https://HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerAddress {
+    /// The peer's node name.
+    pub name: ApiserverName,
+    /// Host, as its certificate names it, and port.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// The host as TLS checks it.
+    pub server_name: ServerName<'static>,
+}
+
+impl FromStr for PeerAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = |what: &str| format!("`{text}` is not NAME=https://HOST:PORT: {what}");
+        let (name, url) = text.split_once('=').ok_or_else(|| wrong("there is no `=`"))?;
+        if name.is_empty() {
+            return Err(wrong("the name is empty"));
+        }
+        let authority = url
+            .strip_prefix("https://")
+            .ok_or_else(|| wrong("the URL does not begin with https://"))?
+            .trim_end_matches('/');
+        let (host, port) = authority.rsplit_once(':').ok_or_else(|| wrong("there is no port"))?;
+        let port = port
+            .parse()
+            .map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let server_name =
+            ServerName::try_from(host.clone()).map_err(|_| wrong("the host is neither a name nor an address"))?;
+        Ok(Self {
+            name: ApiserverName::new(name),
+            host,
+            port,
+            server_name,
+        })
+    }
+}
+
+/// How agents talk to each other.
+#[derive(Clone, Debug)]
+pub struct PeerConfig {
+    /// The others.
+    pub addresses: Vec<PeerAddress>,
+    /// Where this one answers.
+    pub listen: SocketAddr,
+    /// Certificate.
+    pub certificate: PathBuf,
+    /// Key.
+    pub key: PathBuf,
+    /// Who signs all of them.
+    pub ca: PathBuf,
+}
+
+/// What the agent runs with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What is decided by.
+    pub policy: Policy,
+    /// The watched port.
+    pub apiserver_port: u16,
+    /// Where connections are counted.
+    pub source: SourceKind,
+    /// What sends the GOAWAY.
+    pub shim: Shim,
+    /// The other agents; `None` when there are none.
+    pub peers: Option<PeerConfig>,
+    /// The local API.
+    pub api: SocketPath,
+    /// The metrics.
+    pub metrics: SocketAddr,
+    /// The decision log.
+    pub decision_log: Option<PathBuf>,
+}
+
+impl Raw {
+    /// Reads the file, if one is named, and checks everything.
+    ///
+    /// # Errors
+    ///
+    /// The first thing wrong: which key, which value, what is allowed.
+    pub fn complete(self) -> anyhow::Result<Config> {
+        let file = match &self.config {
+            None => Self::default(),
+            Some(path) => {
+                let text = fs::read_to_string(path).with_context(|| format!("--config {}", path.display()))?;
+                let raw: Self = from_yaml(&text).with_context(|| format!("--config {}", path.display()))?;
+                let version = raw
+                    .version
+                    .with_context(|| format!("--config {}: `version: {VERSION}` is missing", path.display()))?;
+                ensure!(
+                    version == VERSION,
+                    "--config {}: version {version} is not known; this program reads version {VERSION}",
+                    path.display()
+                );
+                raw
+            }
+        };
+        self.over(file).checked()
+    }
+
+    /// Takes from `file` what was not given.
+    fn over(self, file: Self) -> Self {
+        fn list<T>(given: Vec<T>, file: Vec<T>) -> Vec<T> {
+            if given.is_empty() { file } else { given }
+        }
+        Self {
+            config: self.config,
+            version: file.version,
+            node_name: self.node_name.or(file.node_name),
+            apiserver_port: self.apiserver_port.or(file.apiserver_port),
+            source: self.source.or(file.source),
+            shim: self.shim.or(file.shim),
+            peer: list(self.peer, file.peer),
+            peers: self.peers.or(file.peers),
+            peer_listen: self.peer_listen.or(file.peer_listen),
+            peer_cert: self.peer_cert.or(file.peer_cert),
+            peer_key: self.peer_key.or(file.peer_key),
+            peer_ca: self.peer_ca.or(file.peer_ca),
+            skew_threshold: self.skew_threshold.or(file.skew_threshold),
+            skew_target: self.skew_target.or(file.skew_target),
+            weight: self.weight.or(file.weight),
+            interval: self.interval.or(file.interval),
+            goaway_rate: self.goaway_rate.or(file.goaway_rate),
+            goaway_share: self.goaway_share.or(file.goaway_share),
+            settle: self.settle.or(file.settle),
+            min_connection_age: self.min_connection_age.or(file.min_connection_age),
+            client_cooldown: self.client_cooldown.or(file.client_cooldown),
+            exclude_cidr: list(self.exclude_cidr, file.exclude_cidr),
+            exclude_user: list(self.exclude_user, file.exclude_user),
+            exclude_user_agent: list(self.exclude_user_agent, file.exclude_user_agent),
+            dry_run: self.dry_run.or(file.dry_run),
+            api: self.api.or(file.api),
+            metrics: self.metrics.or(file.metrics),
+            decision_log: self.decision_log.or(file.decision_log),
+        }
+    }
+
+    fn checked(self) -> anyhow::Result<Config> {
+        let node = match self.node_name {
+            Some(name) => name,
+            None => fs::read_to_string("/proc/sys/kernel/hostname")
+                .context("--node-name is not given and the host name cannot be read")?
+                .trim()
+                .to_owned(),
+        };
+        ensure!(
+            !node.is_empty(),
+            "--node-name is empty: give the name the peers know this node by"
+        );
+        if self.peers == Some(Discovery::Kubernetes) {
+            bail!("--peers kubernetes is not available in this version; name each peer by --peer NAME=URL");
+        }
+        let mut names = BTreeSet::new();
+        for peer in &self.peer {
+            ensure!(
+                names.insert(peer.name.clone()),
+                "--peer names {} twice: each apiserver is named once",
+                peer.name
+            );
+        }
+        let peers = if self.peer.is_empty() {
+            None
+        } else {
+            let needed = |value: Option<PathBuf>, flag: &str| {
+                value.with_context(|| format!("{flag} is missing: agents talk to their peers over mutual TLS"))
+            };
+            Some(PeerConfig {
+                addresses: self.peer,
+                listen: self.peer_listen.unwrap_or(SocketAddr::new([0_u16; 8].into(), 9443)),
+                certificate: needed(self.peer_cert, "--peer-cert")?,
+                key: needed(self.peer_key, "--peer-key")?,
+                ca: needed(self.peer_ca, "--peer-ca")?,
+            })
+        };
+        let apiserver_port = self.apiserver_port.unwrap_or(6443);
+        ensure!(apiserver_port != 0, "--apiserver-port is 0: allowed is 1 to 65535");
+        let shim = self.shim.unwrap_or(Shim::None);
+        let weight = self.weight.unwrap_or(WeightName::Connections);
+        if matches!(weight, WeightName::Requests | WeightName::Streams) && shim == Shim::None {
+            bail!("--weight requests and --weight streams need a shim that sees requests: --shim is none");
+        }
+
+        let defaults = Policy::new(ApiserverName::new(node), names);
+        let or = |given: Option<Span>, default: Duration| given.map_or(default, |span| span.0);
+        let policy = Policy {
+            weight: weight.into(),
+            skew_threshold: self.skew_threshold.unwrap_or(defaults.skew_threshold),
+            skew_target: self.skew_target.unwrap_or(defaults.skew_target),
+            interval: or(self.interval, defaults.interval),
+            goaway_rate: self.goaway_rate.unwrap_or(defaults.goaway_rate),
+            goaway_share: self.goaway_share.unwrap_or(defaults.goaway_share),
+            settle: or(self.settle, defaults.settle),
+            min_connection_age: or(self.min_connection_age, defaults.min_connection_age),
+            client_cooldown: or(self.client_cooldown, defaults.client_cooldown),
+            exclusions: Exclusions {
+                networks: self.exclude_cidr.into_iter().map(|network| network.0).collect(),
+                users: self.exclude_user.into_iter().collect(),
+                user_agents: self.exclude_user_agent,
+            },
+            shim: match shim {
+                Shim::Relay(_) => ShimKind::Relay,
+                Shim::Steer(_) => ShimKind::Steer,
+                Shim::None => ShimKind::None,
+            },
+            mode: if self.dry_run.unwrap_or(false) {
+                Mode::DryRun
+            } else {
+                Mode::Active
+            },
+            ..defaults
+        };
+        Ok(Config {
+            policy: policy.checked()?,
+            apiserver_port,
+            source: self.source.unwrap_or_default(),
+            shim,
+            peers,
+            api: self.api.unwrap_or_else(default_api),
+            metrics: self.metrics.unwrap_or(SocketAddr::new([127, 0, 0, 1].into(), 9470)),
+            decision_log: self.decision_log,
+        })
+    }
+}
+
+/// Where the local API is unless said otherwise.
+pub fn default_api() -> SocketPath {
+    SocketPath("/run/rebalancer/agent.sock".into())
+}
+
+fn from_yaml<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
+    Ok(serde_yaml_ng::from_str(text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn configured(file: &str, flags: Raw) -> anyhow::Result<Config> {
+        flags.over(from_yaml(file)?).checked()
+    }
+
+    fn message(file: &str) -> String {
+        format!("{:#}", configured(file, Raw::default()).expect_err("a fault"))
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let flags = Raw {
+            skew_threshold: Some(0.3),
+            ..Raw::default()
+        };
+        let file =
+            "version: 1\nnode-name: a\nskew-threshold: 0.2\nskew-target: 0.15\ninterval: 2s\nshim: relay:unix:/r\n";
+        let config = configured(file, flags).expect("a configuration");
+        assert_eq!(config.policy.skew_threshold, 0.3);
+        assert_eq!(config.policy.skew_target, 0.15);
+        assert_eq!(config.policy.interval, Duration::from_secs(2));
+        assert_eq!(config.policy.goaway_rate, 10.0);
+        assert_eq!(config.shim, Shim::Relay(SocketPath("/r".into())));
+    }
+
+    #[test]
+    fn each_fault_names_key_value_and_what_is_allowed() {
+        for (file, parts) in [
+            ("skew-treshold: 0.2", &["skew-treshold", "skew-threshold"][..]),
+            ("skew-threshold: 20", &["--skew-threshold", "20", "at most 10"]),
+            (
+                "skew-threshold: 0.1\nskew-target: 0.2",
+                &["--skew-target 0.2", "--skew-threshold 0.1"],
+            ),
+            ("shim: relay", &["relay:unix:PATH"]),
+            ("interval: 5", &["5", "30s"]),
+            ("apiserver-port: 0", &["--apiserver-port", "1 to 65535"]),
+            ("apiserver-port: 70000", &["apiserver-port", "70000"]),
+            ("peer: [b]", &["NAME=https://HOST:PORT"]),
+            ("peer: ['b=https://10.0.0.1:1']", &["--peer-cert"]),
+            (
+                "peer: ['b=https://10.0.0.1:1', 'b=https://10.0.0.2:1']",
+                &["--peer names b twice"],
+            ),
+            ("weight: requests", &["--weight", "--shim is none"]),
+            ("peers: kubernetes", &["--peers kubernetes"]),
+            ("exclude-cidr: [10.0.0.0/99]", &["10.0.0.0/99"]),
+        ] {
+            let said = message(&format!("version: 1\nnode-name: a\n{file}\n"));
+            for part in parts {
+                assert!(
+                    said.contains(part),
+                    "`{file}` is answered by `{said}`, which does not name `{part}`"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn peers_are_named_addresses() {
+        let peer: PeerAddress = "b=https://[2001:db8::1]:9443".parse().expect("a peer");
+        assert_eq!((peer.host.as_str(), peer.port), ("2001:db8::1", 9443));
+        assert!("b=http://10.0.0.1:9443".parse::<PeerAddress>().is_err());
+        assert!("=https://10.0.0.1:9443".parse::<PeerAddress>().is_err());
+        assert!("b=https://10.0.0.1".parse::<PeerAddress>().is_err());
+    }
+}

@@ -1,0 +1,14 @@
+//! The agent: one event loop around the core.
+//!
+//! Job: bring what happens to the core and carry out what it says.
+//! Input: a checked configuration. Output: orders to the shim, decisions for whoever reads them.
+//! Must never decide: see `rebalancer_core::agent`.
+
+pub mod api;
+pub mod config;
+pub mod handle;
+pub mod metrics;
+pub mod peers;
+pub mod record;
+pub mod run;
+pub mod wire;

@@ -1,0 +1,282 @@
+//! The agent's one event loop: it alone owns the core.
+//!
+//! Input: observations, the shim's and the peers' answers, operators' commands, time, signals.
+//! Output: the core's effects, carried out. Must never decide anything itself, nor wait for a peer, shim or disk.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use rebalancer_core::{
+    agent::{Agent, Effect, Input},
+    observation::Observation,
+    policy::Mode,
+    shim::GoawayOrder,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{sleep, sleep_until},
+};
+
+use super::{
+    api::{self, Context as ApiContext},
+    config::{Config, Shim},
+    handle::{AgentHandle, Clock, Request},
+    metrics::Metrics,
+    peers::{self, PeerTls, TlsListener},
+    record::Recorder,
+};
+use crate::{
+    kernel::{Source, SourceError},
+    local, random,
+    shim::link,
+};
+
+/// How long to wait before a failed source is opened again.
+const REOPEN: Duration = Duration::from_secs(1);
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// A start that cannot succeed: what, where, and what to do.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let clock = Clock::start();
+    let (handle, requests) = AgentHandle::new(clock);
+    let (inputs_sender, inputs) = mpsc::channel(256);
+    let recorder = Recorder::open(config.decision_log.as_deref())?;
+    let source = Source::open(config.source, config.apiserver_port)?;
+    let source_name = source.name();
+    let orders = start_shim(&config, &inputs_sender)?;
+    let metrics = Arc::new(Mutex::new(Metrics::new()));
+    let context = ApiContext {
+        agent: handle.clone(),
+        metrics: Arc::clone(&metrics),
+        source: source_name,
+    };
+
+    if let Some(peers) = &config.peers {
+        let tls = Arc::new(PeerTls::load(peers)?);
+        let listener = TlsListener::bind(peers.listen, &tls).await?;
+        serve("the peers' port", listener, peers::router(handle.clone()));
+        for address in &peers.addresses {
+            tokio::spawn(peers::follow(
+                address.clone(),
+                Arc::clone(&tls),
+                config.policy.weight,
+                inputs_sender.clone(),
+            ));
+        }
+    }
+    let metrics_listener = TcpListener::bind(config.metrics)
+        .await
+        .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
+    serve(
+        "the metrics' port",
+        metrics_listener,
+        api::metrics_router(context.clone()),
+    );
+    let socket = local::bind(&config.api.0).context("--api")?;
+    let _file = socket.guard;
+    serve("the local API", socket.listener, api::router(context));
+
+    tracing::info!(
+        node = %config.policy.node,
+        port = config.apiserver_port,
+        source = source_name,
+        shim = super::wire::shim_name(config.policy.shim),
+        mode = super::wire::mode_name(config.policy.mode),
+        peers = config.policy.peers.len(),
+        api = %config.api.0.display(),
+        "watching"
+    );
+    let agent = Agent::new(config.policy.clone(), random::u64(), clock.now());
+    Loop {
+        agent,
+        clock,
+        handle,
+        recorder,
+        metrics,
+        orders,
+    }
+    .run(source, &config, inputs, requests)
+    .await
+}
+
+/// Starts the shim's link; its receiving end goes when the agent ends.
+fn start_shim(config: &Config, inputs: &mpsc::Sender<Input>) -> anyhow::Result<Option<mpsc::Sender<GoawayOrder>>> {
+    match &config.shim {
+        Shim::None => Ok(None),
+        Shim::Relay(socket) => {
+            let (orders, receiver) = mpsc::channel(16);
+            tokio::spawn(link::run(socket.0.clone(), receiver, inputs.clone()));
+            Ok(Some(orders))
+        }
+        Shim::Steer(_) => anyhow::bail!(
+            "--shim steer is not part of this build; run `rebalancer relay` before the apiserver and use --shim relay:unix:PATH"
+        ),
+    }
+}
+
+fn serve<L>(what: &'static str, listener: L, routes: axum::Router)
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, routes).await {
+            tracing::error!(%error, "{what} failed");
+        }
+    });
+}
+
+struct Loop {
+    agent: Agent,
+    clock: Clock,
+    handle: AgentHandle,
+    recorder: Recorder,
+    metrics: Arc<Mutex<Metrics>>,
+    orders: Option<mpsc::Sender<GoawayOrder>>,
+}
+
+impl Loop {
+    async fn run(
+        mut self,
+        source: Source,
+        config: &Config,
+        mut inputs: mpsc::Receiver<Input>,
+        mut requests: mpsc::Receiver<Request>,
+    ) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+        let mut source = Some(source);
+        loop {
+            let wake = self.clock.deadline(self.agent.next_wakeup(self.clock.now()));
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                seen = observe(&mut source, config) => match seen {
+                    Ok(observations) => self.observed(observations, &mut source),
+                    Err(error) => {
+                        tracing::error!(%error, "the source failed: nothing is decided until it is back");
+                        source = None;
+                        self.turn(Input::Observations(vec![Observation::Lost { events: 1 }]), &mut source);
+                    }
+                },
+                Some(input) = inputs.recv() => {
+                    if let Input::GoawayAnswered(results) = &input {
+                        let metrics = self.metrics();
+                        for (_, result) in results {
+                            metrics.told(&self.agent, *result);
+                        }
+                    }
+                    if let Input::GoawayFailed(victims, why) = &input {
+                        tracing::error!(why, victims = victims.len(), "the shim did not carry out an order");
+                        self.metrics().goaway(&self.agent, "failed", victims.len());
+                    }
+                    self.turn(input, &mut source);
+                }
+                Some(request) = requests.recv() => match request {
+                    Request::Read(look) => look(&self.agent, self.clock.now()),
+                    Request::Command(command, done) => {
+                        self.turn(Input::Command(command), &mut source);
+                        // The asker may have gone away.
+                        let _ = done.send(());
+                    }
+                },
+                () = sleep_until(wake) => self.turn(Input::Tick, &mut source),
+            }
+        }
+        tracing::info!("ending: nothing more is sent; clients that were told are on their way");
+        Ok(())
+    }
+
+    fn metrics(&self) -> std::sync::MutexGuard<'_, Metrics> {
+        self.metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn observed(&mut self, observations: Vec<Observation>, source: &mut Option<Source>) {
+        {
+            let metrics = self.metrics();
+            for observation in &observations {
+                metrics.observed(match observation {
+                    Observation::Opened(_) => "opened",
+                    Observation::Classified { .. } => "classified",
+                    Observation::Closed { .. } => "closed",
+                    Observation::Counters(_) => "counters",
+                    Observation::Lost { .. } => "lost",
+                    Observation::Resync { .. } => "resync",
+                });
+            }
+        }
+        let listening = self.agent.table().is_listening();
+        let trusted = self.agent.table().is_trusted();
+        self.turn(Input::Observations(observations), source);
+        let now_listening = self.agent.table().is_listening();
+        if listening != now_listening || !trusted {
+            if now_listening {
+                tracing::info!("the apiserver's port is open");
+            } else {
+                tracing::warn!("nobody listens on the apiserver's port in this network namespace");
+            }
+        }
+    }
+
+    fn turn(&mut self, input: Input, source: &mut Option<Source>) {
+        let began = Instant::now();
+        let effects = self.agent.handle(self.clock.now(), input);
+        self.metrics().turned(began.elapsed());
+        for effect in effects {
+            match effect {
+                Effect::SendGoaway(order) => self.send(order, source),
+                Effect::Record(decision) => {
+                    self.metrics().decided(&decision);
+                    if decision.hold.is_none() && self.agent.policy().mode == Mode::DryRun {
+                        self.metrics().goaway(&self.agent, "not_sent", decision.victims.len());
+                    }
+                    self.recorder.record(&decision, &self.clock);
+                    self.handle.publish(&decision);
+                }
+                Effect::Settled(decision) => {
+                    self.recorder.settled(&decision, &self.clock);
+                    self.handle.publish(&decision);
+                }
+                Effect::Resync => {
+                    if let Some(source) = source {
+                        source.resync();
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, order: GoawayOrder, source: &mut Option<Source>) {
+        let failed = match &self.orders {
+            None => Some((order.victims, "there is no shim".to_owned())),
+            // The link carries out one order at a time; a queue of them means that the shim hangs.
+            Some(orders) => orders
+                .try_send(order)
+                .err()
+                .map(|error| (error.into_inner().victims, "the shim is too slow".to_owned())),
+        };
+        if let Some((victims, why)) = failed {
+            self.turn(Input::GoawayFailed(victims, why), source);
+        }
+    }
+}
+
+/// The next observations; a source that is gone is opened again first.
+async fn observe(source: &mut Option<Source>, config: &Config) -> Result<Vec<Observation>, SourceError> {
+    if source.is_none() {
+        sleep(REOPEN).await;
+        *source = Some(Source::open(config.source, config.apiserver_port)?);
+    }
+    match source {
+        Some(source) => source.next().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,355 @@
+//! The JSON of snapshots, decisions and connections: what peers, the local API and the decision log say.
+//!
+//! Input: the core's values. Output: serde values. Must never lose a number a decision rests on.
+
+use std::{net::SocketAddr, time::Duration};
+
+use rebalancer_core::{
+    agent::Agent,
+    decision::{Decision, Hold, Outcomes},
+    policy::{Mode, Weight},
+    table::Connection,
+    view::{ServerState, Snapshot},
+    words::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::handle::Clock;
+
+/// A snapshot between agents.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WireSnapshot {
+    /// The format's version.
+    pub version: u32,
+    /// Which apiserver.
+    pub apiserver: String,
+    /// `ready`, `starting`, `down` or `unknown`.
+    pub state: WireState,
+    /// Active connections.
+    pub connections: u64,
+    /// Their load.
+    pub load: f64,
+    /// Connections that heard their GOAWAY.
+    pub draining: u64,
+    /// GOAWAYs since the agent started.
+    pub goaways_total: u64,
+    /// Connections accepted since then.
+    pub accepted_total: u64,
+    /// Whether a plan is in flight.
+    pub plan_in_flight: bool,
+    /// Names the process.
+    pub instance: u64,
+    /// The apiservers it knows.
+    pub names: Vec<String>,
+    /// What it weighs by: agents must agree.
+    pub weight: String,
+}
+
+/// The format's version: agents of different ones do not understand each other.
+pub const SNAPSHOT_VERSION: u32 = 1;
+
+/// [`ServerState`] as JSON has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WireState {
+    /// It takes connections.
+    Ready,
+    /// Since a moment ago.
+    Starting,
+    /// Nobody listens.
+    Down,
+    /// Its agent does not know.
+    Unknown,
+}
+
+impl From<ServerState> for WireState {
+    fn from(state: ServerState) -> Self {
+        match state {
+            ServerState::Ready => Self::Ready,
+            ServerState::Starting => Self::Starting,
+            ServerState::Down => Self::Down,
+            ServerState::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl From<WireState> for ServerState {
+    fn from(state: WireState) -> Self {
+        match state {
+            WireState::Ready => Self::Ready,
+            WireState::Starting => Self::Starting,
+            WireState::Down => Self::Down,
+            WireState::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl WireSnapshot {
+    /// What a peer is told.
+    pub fn of(snapshot: &Snapshot, weight: Weight) -> Self {
+        Self {
+            version: SNAPSHOT_VERSION,
+            apiserver: snapshot.apiserver.to_string(),
+            state: snapshot.state.into(),
+            connections: snapshot.connections,
+            load: snapshot.load,
+            draining: snapshot.draining,
+            goaways_total: snapshot.goaways_total,
+            accepted_total: snapshot.accepted_total,
+            plan_in_flight: snapshot.plan_in_flight,
+            instance: snapshot.instance,
+            names: snapshot.names.iter().map(ToString::to_string).collect(),
+            weight: weight_name(weight).to_owned(),
+        }
+    }
+
+    /// What a peer told, for the core.
+    ///
+    /// # Errors
+    ///
+    /// Another version or weight, or a load that is no number: in words.
+    pub fn into_core(self, weight: Weight) -> Result<Snapshot, String> {
+        if self.version != SNAPSHOT_VERSION {
+            return Err(format!(
+                "its snapshots have version {}, this agent's have {SNAPSHOT_VERSION}: run the same release everywhere",
+                self.version
+            ));
+        }
+        if self.weight != weight_name(weight) {
+            return Err(format!(
+                "it weighs by {}, this agent by {}: give all agents the same --weight",
+                self.weight,
+                weight_name(weight)
+            ));
+        }
+        if !self.load.is_finite() || self.load < 0.0 {
+            return Err(format!("its load is {}", self.load));
+        }
+        Ok(Snapshot {
+            apiserver: ApiserverName::new(self.apiserver),
+            state: self.state.into(),
+            connections: self.connections,
+            load: self.load,
+            draining: self.draining,
+            goaways_total: self.goaways_total,
+            accepted_total: self.accepted_total,
+            plan_in_flight: self.plan_in_flight,
+            instance: self.instance,
+            names: self.names.into_iter().map(ApiserverName::new).collect(),
+        })
+    }
+}
+
+/// `connections`, `requests`, `bytes` or `streams`.
+pub fn weight_name(weight: Weight) -> &'static str {
+    match weight {
+        Weight::Connections => "connections",
+        Weight::Requests => "requests",
+        Weight::Bytes => "bytes",
+        Weight::Streams => "streams",
+    }
+}
+
+/// `active` or `dry-run`.
+pub fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Active => "active",
+        Mode::DryRun => "dry-run",
+    }
+}
+
+/// `relay`, `steer` or `none`.
+pub fn shim_name(shim: ShimKind) -> &'static str {
+    match shim {
+        ShimKind::Relay => "relay",
+        ShimKind::Steer => "steer",
+        ShimKind::None => "none",
+    }
+}
+
+/// `unknown`, `http/1.1`, `offered` or `h2`.
+pub fn protocol_name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Unknown => "unknown",
+        Protocol::Http1 => "http/1.1",
+        Protocol::H2Offered => "offered",
+        Protocol::H2Selected => "h2",
+    }
+}
+
+/// `active` or `draining`.
+pub fn state_name(connection: &Connection) -> &'static str {
+    match connection.state {
+        rebalancer_core::shim::ConnectionState::Active => "active",
+        rebalancer_core::shim::ConnectionState::Draining => "draining",
+    }
+}
+
+/// An instant as RFC 3339.
+pub fn instant(clock: &Clock, at: Timestamp) -> String {
+    OffsetDateTime::from(clock.wall(at))
+        .format(&Rfc3339)
+        .unwrap_or_default()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A number with four digits after the point: enough to read, short enough to.
+fn rounded(number: f64) -> Value {
+    if number.is_finite() {
+        json!((number * 10_000.0).round() / 10_000.0)
+    } else {
+        Value::Null
+    }
+}
+
+/// A decision, as the contract has it.
+pub fn decision(decision: &Decision, clock: &Clock) -> Value {
+    let view: Vec<Value> = decision
+        .view
+        .entries
+        .values()
+        .map(|entry| {
+            json!({
+                "apiserver": entry.snapshot.apiserver.as_str(),
+                "state": WireState::from(entry.snapshot.state),
+                "connections": entry.snapshot.connections,
+                "load": rounded(entry.snapshot.load),
+                "draining": entry.snapshot.draining,
+                "age_ms": millis(entry.age),
+            })
+        })
+        .collect();
+    let victims: Vec<Value> = decision
+        .victims
+        .iter()
+        .map(|victim| {
+            let mut shown = json!({
+                "connection": victim.connection.to_string(),
+                "client": victim.client.to_string(),
+                "load": rounded(victim.load),
+                "age_s": victim.age.as_secs(),
+                "why": victim.why,
+            });
+            for (key, value) in [("user", &victim.user), ("user_agent", &victim.user_agent)] {
+                if let Some(value) = value {
+                    shown[key] = json!(value);
+                }
+            }
+            shown
+        })
+        .collect();
+    json!({
+        "id": decision.id,
+        "generation": decision.generation,
+        "at": instant(clock, decision.at),
+        "mode": mode_name(decision.mode),
+        "node": decision.node.as_str(),
+        "weight": weight_name(decision.weight),
+        "view": view,
+        "mean": rounded(decision.mean),
+        "skew": rounded(decision.skew),
+        "threshold": rounded(decision.threshold),
+        "noise_floor": rounded(decision.noise_floor),
+        "rho": rounded(decision.rho),
+        "quota": decision.quota,
+        "victims": victims,
+        "hold": decision.hold.as_ref().map(hold),
+        "outcomes": outcomes(decision.outcomes),
+        "explanation": decision.explanation,
+    })
+}
+
+/// Outcomes, as the contract has them.
+pub fn outcomes(outcomes: Outcomes) -> Value {
+    json!({
+        "pending": outcomes.pending,
+        "draining": outcomes.draining,
+        "moved": outcomes.moved,
+        "returned": outcomes.returned,
+        "lost": outcomes.lost,
+    })
+}
+
+/// A hold: its reason, its numbers, and the sentence.
+pub fn hold(hold: &Hold) -> Value {
+    let mut shown = match hold {
+        Hold::FewerThanTwoApiservers { apiservers } => json!({"apiservers": apiservers}),
+        Hold::PeerUnknown { peer, why } => json!({"peer": peer.as_str(), "why": why}),
+        Hold::SnapshotStale { peer, age, limit } => {
+            json!({"peer": peer.as_str(), "age_ms": millis(*age), "limit_ms": millis(*limit)})
+        }
+        Hold::BelowThreshold { skew, threshold } => json!({"skew": rounded(*skew), "threshold": rounded(*threshold)}),
+        Hold::Noise { skew, noise_floor } => json!({"skew": rounded(*skew), "noise_floor": rounded(*noise_floor)}),
+        Hold::CoolingDown {
+            cooling,
+            young,
+            excluded,
+            unknown,
+        } => json!({"cooling": cooling, "young": young, "excluded": excluded, "unknown": unknown}),
+        Hold::BudgetSpent { tokens } => json!({"tokens": rounded(*tokens)}),
+        Hold::Futile { rho, landings } => json!({"rho": rounded(*rho), "landings": rounded(*landings)}),
+        Hold::PlanInFlight {
+            generation,
+            unsent,
+            in_transit,
+        } => json!({"generation": generation, "unsent": unsent, "in_transit": in_transit}),
+        Hold::ApiserverStarting { apiserver, up } => {
+            json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis)})
+        }
+        Hold::LostEvents { total } => json!({"total": total}),
+        Hold::Paused => json!({}),
+        Hold::ShimUnavailable { why } => json!({"why": why}),
+    };
+    shown["reason"] = json!(hold.reason());
+    shown["message"] = json!(hold.to_string());
+    shown
+}
+
+/// A connection of this apiserver.
+pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> Value {
+    let address = |address: SocketAddr| address.to_string();
+    json!({
+        "connection": id.to_string(),
+        "client": address(connection.client),
+        "local": address(connection.local),
+        "protocol": protocol_name(connection.protocol),
+        "state": state_name(connection),
+        "age_s": now.since(connection.opened_at).as_secs(),
+        "seeded": connection.seeded,
+        "user": connection.user,
+        "user_agent": connection.user_agent,
+        "requests": connection.counters.requests,
+        "open_streams": connection.counters.open_streams,
+        "open_watches": connection.counters.open_watches,
+        "bytes_in": connection.counters.bytes_in,
+        "bytes_out": connection.counters.bytes_out,
+        "requests_per_second": rounded(connection.rates.requests),
+        "bytes_per_second": rounded(connection.rates.bytes),
+    })
+}
+
+/// The peers, and what is known of each.
+pub fn peers(agent: &Agent, now: Timestamp) -> Value {
+    let list: Vec<Value> = agent
+        .peers()
+        .iter()
+        .map(|(name, peer)| {
+            let snapshot = peer.snapshot.as_ref();
+            json!({
+                "apiserver": name.as_str(),
+                "state": snapshot.map(|(_, snapshot)| WireState::from(snapshot.state)),
+                "connections": snapshot.map(|(_, snapshot)| snapshot.connections),
+                "load": snapshot.map(|(_, snapshot)| rounded(snapshot.load)),
+                "draining": snapshot.map(|(_, snapshot)| snapshot.draining),
+                "age_ms": snapshot.map(|(at, _)| millis(now.since(*at))),
+                "fault": peer.fault.as_ref().map(ToString::to_string),
+            })
+        })
+        .collect();
+    json!({"peers": list})
+}

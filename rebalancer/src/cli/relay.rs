@@ -1,0 +1,138 @@
+//! `rebalancer relay`: the front door's flags.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use rustls::pki_types::ServerName;
+
+use super::{Failure, runtime};
+use crate::{
+    local::SocketPath,
+    relay::{self, Config, Files, Limits},
+    span::Span,
+    sys,
+};
+
+/// Stand before the local apiserver, relay its HTTP/2 frames, and say GOAWAY when the agent orders it
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Address and port clients connect to
+    #[arg(long, env = "REBALANCER_LISTEN", default_value = "[::]:6443", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// Address and port of the local apiserver
+    #[arg(long, env = "REBALANCER_UPSTREAM", value_name = "ADDRESS")]
+    upstream: SocketAddr,
+    /// CA bundle (PEM) that the apiserver's serving certificate is verified against
+    #[arg(long, env = "REBALANCER_UPSTREAM_CA", value_name = "FILE")]
+    upstream_ca: PathBuf,
+    /// Name that certificate must have [default: the upstream's address]
+    #[arg(long, env = "REBALANCER_UPSTREAM_SERVER_NAME", value_name = "NAME")]
+    upstream_server_name: Option<String>,
+    /// Serving certificate with its chain (PEM): the apiserver's own
+    #[arg(long, env = "REBALANCER_TLS_CERT", value_name = "FILE")]
+    tls_cert: PathBuf,
+    /// Its private key (PEM)
+    #[arg(long, env = "REBALANCER_TLS_KEY", value_name = "FILE")]
+    tls_key: PathBuf,
+    /// CA bundle (PEM) of client certificates: the apiserver's --client-ca-file
+    #[arg(long, env = "REBALANCER_CLIENT_CA", value_name = "FILE")]
+    client_ca: PathBuf,
+    /// Front-proxy client certificate (PEM), signed by the apiserver's --requestheader-client-ca-file
+    #[arg(long, env = "REBALANCER_PROXY_CLIENT_CERT", value_name = "FILE")]
+    proxy_client_cert: PathBuf,
+    /// Its private key (PEM)
+    #[arg(long, env = "REBALANCER_PROXY_CLIENT_KEY", value_name = "FILE")]
+    proxy_client_key: PathBuf,
+    /// Control socket, where the agent gives its orders
+    #[arg(long, env = "REBALANCER_CONTROL", default_value = "unix:/run/rebalancer/relay.sock", value_parser = clap::value_parser!(SocketPath), value_name = "unix:PATH")]
+    control: SocketPath,
+    /// Connections at a time; more are refused
+    #[arg(long, env = "REBALANCER_MAX_CONNECTIONS", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
+    max_connections: u32,
+    /// Octets a request's header list may have, 32 for each field included (the apiserver allows 1 MiB)
+    #[arg(long, env = "REBALANCER_MAX_HEADER_BYTES", default_value_t = 1 << 20, value_parser = clap::value_parser!(u32).range(4096..=16 << 20), value_name = "OCTETS")]
+    max_header_bytes: u32,
+    /// From accept until both TLS handshakes are done
+    #[arg(
+        long,
+        env = "REBALANCER_HANDSHAKE_TIMEOUT",
+        default_value = "10s",
+        value_name = "DURATION"
+    )]
+    handshake_timeout: Span,
+    /// A connection without a stream and without a byte for so long is closed
+    #[arg(
+        long,
+        env = "REBALANCER_IDLE_TIMEOUT",
+        default_value = "10m",
+        value_name = "DURATION"
+    )]
+    idle_timeout: Span,
+    /// A connection that was told to go is closed after so long, whatever is open on it; watches last an hour at most
+    #[arg(
+        long,
+        env = "REBALANCER_DRAIN_DEADLINE",
+        default_value = "70m",
+        value_name = "DURATION"
+    )]
+    drain_deadline: Span,
+}
+
+/// Runs the relay until it is told to end.
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    let upstream_name = match arguments.upstream_server_name {
+        Some(name) => ServerName::try_from(name.clone()).map_err(|_| {
+            Failure::Configuration(anyhow::anyhow!(
+                "--upstream-server-name {name}: not a DNS name or an IP address"
+            ))
+        })?,
+        None => ServerName::from(arguments.upstream.ip()),
+    };
+    if arguments.listen == arguments.upstream {
+        return Err(Failure::Configuration(anyhow::anyhow!(
+            "--listen and --upstream are both {}: the relay would talk to itself",
+            arguments.listen
+        )));
+    }
+    // Two sockets a connection, and some for everything else.
+    let max_connections = match sys::raise_open_files() {
+        Ok(files) => {
+            let room = usize::try_from(files.saturating_sub(64) / 2).unwrap_or(usize::MAX);
+            let wanted = arguments.max_connections as usize;
+            if room < wanted {
+                tracing::warn!(
+                    wanted,
+                    room,
+                    "the limit of open files (RLIMIT_NOFILE) allows fewer connections than --max-connections"
+                );
+            }
+            wanted.min(room)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+            arguments.max_connections as usize
+        }
+    };
+    let config = Config {
+        listen: arguments.listen,
+        upstream: arguments.upstream,
+        upstream_name,
+        files: Files {
+            certificate: arguments.tls_cert,
+            key: arguments.tls_key,
+            client_ca: arguments.client_ca,
+            proxy_certificate: arguments.proxy_client_cert,
+            proxy_key: arguments.proxy_client_key,
+            upstream_ca: arguments.upstream_ca,
+        },
+        control: arguments.control,
+        limits: Limits {
+            max_connections,
+            max_header_bytes: arguments.max_header_bytes as usize,
+            handshake_timeout: arguments.handshake_timeout.0,
+            idle_timeout: arguments.idle_timeout.0,
+            drain_deadline: arguments.drain_deadline.0,
+        },
+    };
+    runtime()?.block_on(relay::run(config)).map_err(Failure::Configuration)
+}

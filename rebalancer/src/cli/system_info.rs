@@ -1,0 +1,134 @@
+//! `rebalancer system-info`: what this machine lets the agent do, each feature by really trying it.
+
+use std::{fs, path::Path};
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::{Failure, print, runtime, table::Table};
+use crate::kernel::{Source, SourceKind};
+
+/// How the answer is shown.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// For people, or JSON
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people
+    Table,
+    /// One object
+    Json,
+}
+
+/// One feature.
+struct Check {
+    name: &'static str,
+    /// `Ok` with what was found, or why it cannot be used.
+    found: Result<String, String>,
+}
+
+/// Tries each feature.
+pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let runtime = runtime()?;
+    let _inside = runtime.enter();
+    let checks = [
+        Check {
+            name: "kernel",
+            found: read("/proc/sys/kernel/osrelease"),
+        },
+        Check {
+            name: "architecture",
+            found: Ok(std::env::consts::ARCH.to_owned()),
+        },
+        Check {
+            name: "type-information",
+            found: fs::metadata("/sys/kernel/btf/vmlinux")
+                .map(|metadata| format!("/sys/kernel/btf/vmlinux, {} KiB", metadata.len() / 1024))
+                .map_err(|error| format!("/sys/kernel/btf/vmlinux: {error}; needed by --source ebpf")),
+        },
+        Check {
+            name: "capabilities",
+            found: capabilities(),
+        },
+        Check {
+            name: "lockdown",
+            found: Ok(read("/sys/kernel/security/lockdown").unwrap_or_else(|_| "none".to_owned())),
+        },
+        Check {
+            name: "source-ebpf",
+            found: open(SourceKind::Ebpf),
+        },
+        Check {
+            name: "source-sockdiag",
+            found: open(SourceKind::Sockdiag),
+        },
+    ];
+    let text = match arguments.output {
+        Output::Json => {
+            let features: serde_json::Map<String, Value> = checks
+                .iter()
+                .map(|check| {
+                    let shown = match &check.found {
+                        Ok(found) => json!({"ok": true, "found": found}),
+                        Err(why) => json!({"ok": false, "why": why}),
+                    };
+                    (check.name.to_owned(), shown)
+                })
+                .collect();
+            serde_json::to_string_pretty(&features).map_err(anyhow::Error::from)? + "\n"
+        }
+        Output::Table => {
+            let mut table = Table::new(&["FEATURE", "", "FOUND"]);
+            for check in checks {
+                let (mark, text) = match check.found {
+                    Ok(found) => ("yes", found),
+                    Err(why) => ("NO", why),
+                };
+                table.row([check.name.to_owned(), mark.to_owned(), text]);
+            }
+            table.to_string()
+        }
+    };
+    print(&text)
+}
+
+fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(Path::new(path))
+        .map(|text| text.trim().to_owned())
+        .map_err(|error| format!("{path}: {error}"))
+}
+
+/// Opens a source for a port nobody uses, and closes it again.
+fn open(kind: SourceKind) -> Result<String, String> {
+    const NOBODYS: u16 = 1;
+    Source::open(kind, NOBODYS)
+        .map(|_| "works".to_owned())
+        .map_err(|error| error.to_string())
+}
+
+/// The effective capabilities that matter here (capabilities(7)).
+fn capabilities() -> Result<String, String> {
+    const WANTED: [(u32, &str); 4] = [
+        (12, "CAP_NET_ADMIN"),
+        (19, "CAP_SYS_PTRACE"),
+        (38, "CAP_PERFMON"),
+        (39, "CAP_BPF"),
+    ];
+    let status = read("/proc/self/status")?;
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .ok_or("/proc/self/status has no CapEff")?;
+    let (have, lack): (Vec<_>, Vec<_>) = WANTED.into_iter().partition(|(bit, _)| mask >> bit & 1 == 1);
+    let names = |list: &[(u32, &str)]| list.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(", ");
+    if lack.is_empty() {
+        Ok(names(&have))
+    } else {
+        Err(format!("missing {}", names(&lack)))
+    }
+}

@@ -1,0 +1,15 @@
+//! The library half of the `rebalancer` binary, so that its parts can be tested from outside.
+//!
+//! Job: everything that touches the world: kernel programs, sockets, files, clocks, the command line.
+//! Must never decide: what is decided comes from `rebalancer-core`.
+
+pub mod agent;
+pub mod cli;
+pub mod kernel;
+pub mod local;
+pub mod log;
+mod random;
+pub mod relay;
+pub mod shim;
+pub mod span;
+mod sys;

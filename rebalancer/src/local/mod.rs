@@ -1,0 +1,137 @@
+//! Local APIs: a Unix socket only its owner may use, and errors as `application/problem+json` (RFC 9457).
+
+pub mod client;
+
+use std::{
+    fs, io,
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+};
+
+use axum::{
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use tokio::net::UnixListener;
+
+/// Why a socket cannot be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody answers there.
+    #[error("{0} is in use: another process answers on it; end that one, or give this one another path")]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{0} exists and is not a socket; give another path, or remove it")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A bound socket, whose file goes when this goes.
+#[derive(Debug)]
+pub struct LocalSocket {
+    /// The listener.
+    pub listener: UnixListener,
+    /// Removes the file at the end.
+    pub guard: SocketFile,
+}
+
+/// The file of a socket.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // It may have been replaced or removed meanwhile: nothing is lost.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Binds `path` with mode 0600 and takes over a socket that nobody answers on.
+///
+/// # Errors
+///
+/// See [`BindError`].
+pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
+    let failed = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| BindError::Io { action, path, source }
+    };
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.into()));
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => return Err(BindError::InUse(path.into())),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed("look at", path)(error)),
+    }
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).map_err(failed("make the directory", directory))?;
+    }
+    // Bound beside its place and moved there, so that nobody can connect before the mode is set.
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}", std::process::id()));
+    let beside = PathBuf::from(beside);
+    let listener = UnixListener::bind(&beside).map_err(failed("bind", &beside))?;
+    fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of", &beside))?;
+    fs::rename(&beside, path).map_err(failed("move the socket to", path))?;
+    Ok(LocalSocket {
+        listener,
+        guard: SocketFile(path.into()),
+    })
+}
+
+/// `unix:PATH`, as flags name a local socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketPath(pub PathBuf);
+
+impl std::str::FromStr for SocketPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.strip_prefix("unix:") {
+            Some(path) if path.starts_with('/') => Ok(Self(path.into())),
+            _ => Err(format!("`{text}` is not unix:PATH with an absolute path")),
+        }
+    }
+}
+
+/// An error answer (RFC 9457).
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    title: &'static str,
+    status: u16,
+    detail: String,
+}
+
+impl Problem {
+    /// An answer with that status and an explanation for this occurrence.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self {
+            title: status.canonical_reason().unwrap_or("error"),
+            status: status.as_u16(),
+            detail: detail.into(),
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response()
+    }
+}

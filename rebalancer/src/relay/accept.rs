@@ -1,0 +1,233 @@
+//! The front door: accepting, both handshakes, and who the client is.
+//!
+//! Input: sockets. Output: pumps, one task each. Must never keep the port open while the apiserver is unreachable.
+
+use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use rebalancer_core::h2::relay::{Relay, Settings};
+use rustls::pki_types::CertificateDer;
+use socket2::{Domain, Protocol as SocketProtocol, Socket, TcpKeepalive, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Notify, watch},
+    time::{sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    Limits, http1,
+    identity::{Claim, Identity},
+    pump::{self, End},
+    registry::{Connection, Registry},
+    tls::{ALPN, Reloader, Tls},
+    upstream::Target,
+};
+use crate::{
+    random,
+    shim::wire::{Protocol, Upstream},
+    sys,
+};
+
+/// As Go's net package asks it of accepted connections: a vanished client is noticed after some minutes.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(15))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(9);
+
+/// How long to wait before an address or an accept is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What every accepted connection needs.
+pub struct Door {
+    /// Where clients come in.
+    pub listen: SocketAddr,
+    /// Certificates.
+    pub tls: Arc<Reloader>,
+    /// The apiserver.
+    pub target: Arc<Target>,
+    /// Every connection.
+    pub registry: Arc<Registry>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Rings when a connection to the apiserver failed: the health check looks at once.
+    pub doubt: Arc<Notify>,
+}
+
+/// Binds the address.
+///
+/// # Errors
+///
+/// Names the address and what the system says.
+pub fn bind(listen: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bound = || {
+        let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(SocketProtocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&listen.into())?;
+        socket.listen(4096)?;
+        TcpListener::from_std(socket.into())
+    };
+    bound().with_context(|| {
+        format!("--listen {listen}: cannot listen there; is the address this node's, and the port free?")
+    })
+}
+
+/// Accepts while the apiserver does, until told to stop.
+pub async fn run(door: Arc<Door>, mut upstream: watch::Receiver<Upstream>, mut stop: watch::Receiver<bool>) {
+    loop {
+        tokio::select! {
+            seen = state(&mut upstream, is_reachable) => if !seen { return },
+            _ = state(&mut stop, |stop| *stop) => return,
+        }
+        let listener = match bind(door.listen) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "cannot listen; trying again");
+                sleep(RETRY).await;
+                continue;
+            }
+        };
+        tracing::info!(address = %door.listen, upstream = %door.target.address, "listening");
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, client)) => door.admit(stream, client),
+                    Err(error) => {
+                        tracing::error!(%error, "cannot accept; trying again");
+                        sleep(RETRY).await;
+                    }
+                },
+                seen = state(&mut upstream, |seen| !is_reachable(seen)) => {
+                    if !seen {
+                        return;
+                    }
+                    tracing::warn!(upstream = %door.target.address, "the apiserver is unreachable: closing the port");
+                    break;
+                }
+                _ = state(&mut stop, |stop| *stop) => return,
+            }
+        }
+    }
+}
+
+fn is_reachable(state: &Upstream) -> bool {
+    matches!(state, Upstream::Ready | Upstream::Starting)
+}
+
+/// Waits for a state; `false` when nobody will report one any more.
+async fn state<T>(seen: &mut watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> bool {
+    seen.wait_for(wanted).await.is_ok()
+}
+
+/// Takes the entry out of the registry when the task ends, however it ends.
+struct Entry {
+    connection: Arc<Connection>,
+    reason: String,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.connection.close(&self.reason);
+    }
+}
+
+impl Door {
+    fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
+        if self.registry.len() >= self.limits.max_connections {
+            tracing::warn!(%client, limit = self.limits.max_connections, "refused: --max-connections is reached");
+            return;
+        }
+        let prepared = || -> io::Result<_> {
+            stream.set_nodelay(true)?;
+            socket2::SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE)?;
+            Ok((sys::socket_cookie(stream.as_fd())?, stream.local_addr()?))
+        };
+        let (cookie, local) = match prepared() {
+            Ok(prepared) => prepared,
+            // Gone already.
+            Err(error) => {
+                return tracing::debug!(%client, %error, "a connection failed before its first byte");
+            }
+        };
+        let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        let mut entry = Entry {
+            connection: self.registry.open(cookie, canonical(client), canonical(local)),
+            reason: "the relay's task ended early".to_owned(),
+        };
+        let door = Arc::clone(self);
+        tokio::spawn(async move {
+            entry.reason = match door.serve(stream, &entry.connection).await {
+                Ok(end) => end.to_string(),
+                Err(error) => format!("{error:#}"),
+            };
+            tracing::debug!(%client, reason = entry.reason, "closed");
+        });
+    }
+
+    /// Who the client is, as the apiserver's x509 authenticator would say of the same chain.
+    fn claim(&self, tls: &Tls, chain: &[CertificateDer<'_>], connection: &Connection) -> Claim {
+        let rejected = |error: String| {
+            tracing::info!(client = %connection.client(), error, "a client certificate is not accepted");
+            Claim::Rejected
+        };
+        if let Err(error) = tls.verify(chain) {
+            return rejected(error.to_string());
+        }
+        match Identity::of(&chain[0]) {
+            Ok(Some(identity)) => Claim::Accepted(identity),
+            Ok(None) => rejected("it has no common name".to_owned()),
+            Err(error) => rejected(error.to_string()),
+        }
+    }
+
+    async fn serve(&self, stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
+        let tls = self.tls.current();
+        let handshakes = async {
+            let client = TlsAcceptor::from(Arc::clone(&tls.server))
+                .accept(stream)
+                .await
+                .context("the client's TLS handshake failed")?;
+            let (_, session) = client.get_ref();
+            let h2 = session.alpn_protocol() == Some(ALPN[0]);
+            let claim = match session.peer_certificates() {
+                None => Claim::Absent,
+                Some(chain) => self.claim(&tls, chain, connection),
+            };
+            let config = match claim {
+                Claim::Accepted(_) => &tls.front_proxy,
+                Claim::Absent | Claim::Rejected => &tls.anonymous,
+            };
+            let server = self
+                .target
+                .connect(config, ALPN[usize::from(!h2)])
+                .await
+                .inspect_err(|_| self.doubt.notify_one())
+                .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
+            anyhow::Ok((client, server, claim, h2))
+        };
+        let (client, server, claim, h2) = timeout(self.limits.handshake_timeout, handshakes)
+            .await
+            .context("the handshakes took too long")??;
+
+        let end = if h2 {
+            connection.established(Protocol::H2, claim.user());
+            let (identity, unless_authorized) = claim.literals();
+            let relay = Relay::new(Settings {
+                identity,
+                unless_authorized,
+                forwarded_for: connection.client().ip().to_string(),
+                max_header_bytes: self.limits.max_header_bytes,
+                ping: random::u64().to_be_bytes(),
+            });
+            pump::run(client, server, relay, connection).await
+        } else {
+            connection.established(Protocol::Http1, claim.user());
+            http1::run(client, server, Arc::new(claim), connection).await
+        };
+        if matches!(end, End::Server | End::ServerIo(_)) {
+            self.doubt.notify_one();
+        }
+        Ok(end)
+    }
+}

@@ -1,0 +1,201 @@
+//! `rebalancer relay`: a TLS front door before the local apiserver that can say GOAWAY.
+//!
+//! Job: accept, prove who the client is, join it to an upstream connection of its own, and obey the control socket.
+//! Must never accept while the apiserver does not: a load balancer's health check must see the apiserver's state.
+
+mod accept;
+mod control;
+mod http1;
+mod identity;
+mod pump;
+mod registry;
+mod tls;
+mod upstream;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use rustls::pki_types::ServerName;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, watch},
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{
+    local::{self, SocketPath},
+    random,
+    shim::wire::Upstream,
+};
+use accept::Door;
+use registry::Registry;
+pub use tls::Files;
+use tls::Reloader;
+use upstream::Target;
+
+/// How often files, idle connections and drain deadlines are looked at.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// How often a ready apiserver is asked again.
+const CHECK_READY: Duration = Duration::from_secs(2);
+
+/// How often another one is.
+const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
+
+/// Over how long a relay that ends spreads its GOAWAYs.
+const FAREWELL_SECONDS: usize = 10;
+
+/// What a relay is told at start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where clients come in.
+    pub listen: SocketAddr,
+    /// Where the apiserver is.
+    pub upstream: SocketAddr,
+    /// The name its certificate must have.
+    pub upstream_name: ServerName<'static>,
+    /// Certificates and keys.
+    pub files: Files,
+    /// The control socket.
+    pub control: SocketPath,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// What one relay takes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time.
+    pub max_connections: usize,
+    /// Octets of a request's header list.
+    pub max_header_bytes: usize,
+    /// From accept to both handshakes done.
+    pub handshake_timeout: Duration,
+    /// Without a stream and without a byte.
+    pub idle_timeout: Duration,
+    /// From GOAWAY to close.
+    pub drain_deadline: Duration,
+}
+
+/// Runs until SIGTERM or SIGINT and the end of its connections; a second signal ends it at once.
+///
+/// # Errors
+///
+/// A file, the control socket or the address that cannot be used: the operator can mend it.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let tls = Arc::new(Reloader::new(config.files.clone())?);
+    let target = Arc::new(Target {
+        address: config.upstream,
+        name: config.upstream_name.clone(),
+        tls: Arc::clone(&tls),
+    });
+    // An address that can never be bound is said at once, not when the apiserver comes up.
+    drop(accept::bind(config.listen)?);
+    let registry = Registry::new(format!("{:016x}", random::u64()));
+    let control = local::bind(&config.control.0)?;
+    let _file = control.guard;
+    tokio::spawn({
+        let routes = control::router(Arc::clone(&registry));
+        async move {
+            if let Err(error) = axum::serve(control.listener, routes).await {
+                tracing::error!(%error, "the control socket failed");
+            }
+        }
+    });
+
+    let (stop, stopping) = watch::channel(false);
+    let (seen, upstream) = watch::channel(Upstream::Unknown);
+    let doubt = Arc::new(Notify::new());
+    let door = Arc::new(Door {
+        listen: config.listen,
+        tls: Arc::clone(&tls),
+        target: Arc::clone(&target),
+        registry: Arc::clone(&registry),
+        limits: config.limits,
+        doubt: Arc::clone(&doubt),
+    });
+    let accepting = tokio::spawn(accept::run(door, upstream, stopping));
+    tokio::spawn(watch_upstream(target, Arc::clone(&registry), seen, doubt));
+    tokio::spawn(sweep(tls, Arc::clone(&registry), config.limits));
+
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(
+        connections = registry.len(),
+        "ending: no new connections, GOAWAY to the open ones"
+    );
+    stop.send_replace(true);
+    // Ended by its watch: the port is closed.
+    let _ = accepting.await;
+    tokio::select! {
+        () = farewell(&registry) => tracing::info!("every connection is drained"),
+        _ = terminate.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
+        _ = interrupt.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
+    }
+    Ok(())
+}
+
+/// Follows the apiserver's state.
+async fn watch_upstream(
+    target: Arc<Target>,
+    registry: Arc<Registry>,
+    seen: watch::Sender<Upstream>,
+    doubt: Arc<Notify>,
+) {
+    loop {
+        let state = target.check().await;
+        registry.set_upstream(state);
+        let changed = seen.send_if_modified(|last| std::mem::replace(last, state) != state);
+        if changed {
+            tracing::info!(upstream = %target.address, ?state, "the apiserver's state");
+        }
+        let pause = if state == Upstream::Ready {
+            CHECK_READY
+        } else {
+            CHECK_OTHERWISE
+        };
+        // Whichever comes first.
+        let _ = timeout(pause, doubt.notified()).await;
+    }
+}
+
+/// Looks at files, idle connections and drain deadlines.
+async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
+    let mut ticks = interval(SWEEP);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        ticks.tick().await;
+        registry.sweep(limits.idle_timeout, limits.drain_deadline);
+        match tls.reload() {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("certificates have changed: new connections use them"),
+            Err(error) if failing => {
+                tracing::debug!(error = format!("{error:#}"), "certificates still cannot be loaded")
+            }
+            Err(error) => {
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "changed certificates cannot be loaded: the ones in use stay"
+                );
+                failing = true;
+                continue;
+            }
+        }
+        failing = false;
+    }
+}
+
+/// Tells every connection to go, spread over some seconds, and waits until all are gone.
+async fn farewell(registry: &Registry) {
+    let mut ticks = interval(Duration::from_secs(1));
+    let share = registry.len().div_ceil(FAREWELL_SECONDS).max(10);
+    while !registry.is_empty() {
+        ticks.tick().await;
+        registry.go_away_some(share);
+    }
+}

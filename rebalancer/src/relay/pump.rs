@@ -1,0 +1,268 @@
+//! Moves bytes between two TLS streams through the core's frame relay: one task a connection.
+//!
+//! Input: two streams whose handshakes are done, and the entry that carries figures and orders.
+//! Output: how it ended.
+//! Must never read from one side while the other has more than [`HIGH_WATER`] to take: backpressure, not buffers.
+
+use std::{
+    cell::RefCell,
+    io,
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use rebalancer_core::h2::{
+    error::ConnectionError,
+    relay::{Drain, Output, Relay},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    time::timeout,
+};
+
+use super::registry::{Connection, Order};
+
+/// How much may wait for a side before nothing more is read for it.
+const HIGH_WATER: usize = 64 * 1024;
+
+/// How much is read at once.
+const READ: usize = 32 * 1024;
+
+/// A waiting queue larger than this is given back as soon as it is empty.
+const KEPT: usize = 1024;
+
+/// How long a client may take to read its last bytes and close.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// How a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    /// The client closed it.
+    #[error("the client closed the connection")]
+    Client,
+    /// The apiserver closed it.
+    #[error("the apiserver closed the connection")]
+    Server,
+    /// GOAWAY was said and nothing is left to do.
+    #[error("drained")]
+    Drained,
+    /// Idle, or draining, for longer than allowed; or the relay ends.
+    #[error("closed by the relay")]
+    Ordered,
+    /// One side broke the protocol.
+    #[error("protocol: {0}")]
+    Protocol(#[from] ConnectionError),
+    /// The client's socket failed.
+    #[error("the client's connection failed: {0}")]
+    ClientIo(io::Error),
+    /// The apiserver's socket failed.
+    #[error("the apiserver's connection failed: {0}")]
+    ServerIo(io::Error),
+}
+
+/// A side's bytes that are not written yet.
+#[derive(Default)]
+struct Queue {
+    sent: usize,
+    flushed: bool,
+}
+
+impl Queue {
+    /// Writes what it can; ready when everything is with the kernel.
+    fn poll_write<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+        bytes: &mut Vec<u8>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.sent < bytes.len() {
+            let written = ready!(Pin::new(&mut *stream).poll_write(context, &bytes[self.sent..]))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.sent += written;
+            self.flushed = false;
+        }
+        if self.sent > 0 {
+            self.sent = 0;
+            if bytes.capacity() > KEPT {
+                *bytes = Vec::new();
+            } else {
+                bytes.clear();
+            }
+        }
+        if !self.flushed {
+            ready!(Pin::new(stream).poll_flush(context))?;
+            self.flushed = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+thread_local! {
+    /// One buffer a thread: an idle connection holds none.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
+}
+
+/// What one read brought.
+enum Read {
+    Bytes(usize),
+    End,
+}
+
+/// Reads once and hands the bytes over.
+fn poll_read<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    context: &mut Context<'_>,
+    mut take: impl FnMut(&[u8]) -> Result<(), ConnectionError>,
+) -> Poll<io::Result<Result<Read, ConnectionError>>> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let mut buffer = ReadBuf::new(scratch);
+        ready!(Pin::new(stream).poll_read(context, &mut buffer))?;
+        let bytes = buffer.filled();
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(Ok(Read::End)));
+        }
+        Poll::Ready(Ok(take(bytes).map(|()| Read::Bytes(bytes.len()))))
+    })
+}
+
+/// Relays until one side ends, the connection is drained, or it is told to close.
+///
+/// Both streams are shut down in order before this returns: whatever was due to a side has been written to it.
+pub async fn run<C, S>(mut client: C, mut server: S, relay: Relay, connection: &Connection) -> End
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut pump = Pump {
+        relay,
+        out: Output::default(),
+        to_client: Queue::default(),
+        to_server: Queue::default(),
+    };
+    let end = pump.relay(&mut client, &mut server, connection).await;
+    if let End::Protocol(error) = &end {
+        pump.relay.fail(*error, &mut pump.out);
+    }
+    // A server that ends or a failure of ours: what the client can still get, it gets.
+    let last_words = async {
+        let rest = &pump.out.to_client[pump.to_client.sent..];
+        client.write_all(rest).await?;
+        client.shutdown().await?;
+        // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
+        let mut discarded = [0; 512];
+        while client.read(&mut discarded).await? > 0 {}
+        io::Result::Ok(())
+    };
+    if !matches!(end, End::Client | End::ClientIo(_)) {
+        // However it goes, the connection is over.
+        let _ = timeout(LINGER, last_words).await;
+    }
+    let _ = timeout(LINGER, server.shutdown()).await;
+    end
+}
+
+struct Pump {
+    relay: Relay,
+    out: Output,
+    to_client: Queue,
+    to_server: Queue,
+}
+
+impl Pump {
+    async fn relay<C, S>(&mut self, client: &mut C, server: &mut S, connection: &Connection) -> End
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let mut ordered = pin!(connection.ordered());
+        std::future::poll_fn(|context| {
+            while let Poll::Ready(order) = ordered.as_mut().poll(context) {
+                match order {
+                    Order::Close => return Poll::Ready(End::Ordered),
+                    Order::GoAway => {
+                        self.relay.go_away(&mut self.out);
+                    }
+                }
+                ordered.set(connection.ordered());
+            }
+            self.poll(client, server, connection, context)
+        })
+        .await
+    }
+
+    fn poll<C, S>(
+        &mut self,
+        client: &mut C,
+        server: &mut S,
+        connection: &Connection,
+        context: &mut Context<'_>,
+    ) -> Poll<End>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        loop {
+            let mut progress = false;
+            // The client's own requests must not outrun what it reads: both queues bound its reading.
+            while self.out.to_server.len() < HIGH_WATER && self.out.to_client.len() < HIGH_WATER {
+                match poll_read(client, context, |bytes| self.relay.client_bytes(bytes, &mut self.out)) {
+                    Poll::Pending => break,
+                    Poll::Ready(Ok(Ok(Read::Bytes(count)))) => {
+                        progress = true;
+                        connection.add_bytes(count, 0);
+                    }
+                    Poll::Ready(Ok(Ok(Read::End))) => return Poll::Ready(End::Client),
+                    Poll::Ready(Ok(Err(error))) => return Poll::Ready(End::Protocol(error)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(End::ClientIo(error)),
+                }
+            }
+            while self.out.to_client.len() < HIGH_WATER {
+                match poll_read(server, context, |bytes| self.relay.server_bytes(bytes, &mut self.out)) {
+                    Poll::Pending => break,
+                    Poll::Ready(Ok(Ok(Read::Bytes(count)))) => {
+                        progress = true;
+                        connection.add_bytes(0, count);
+                    }
+                    Poll::Ready(Ok(Ok(Read::End))) => return Poll::Ready(End::Server),
+                    Poll::Ready(Ok(Err(error))) => return Poll::Ready(End::Protocol(error)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(End::ServerIo(error)),
+                }
+            }
+            self.report(connection);
+            let mut written = true;
+            match self.to_server.poll_write(server, &mut self.out.to_server, context) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(End::ServerIo(error)),
+                Poll::Pending => written = false,
+            }
+            match self.to_client.poll_write(client, &mut self.out.to_client, context) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(End::ClientIo(error)),
+                Poll::Pending => written = false,
+            }
+            if written && self.relay.is_finished() {
+                return Poll::Ready(End::Drained);
+            }
+            if !progress {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn report(&mut self, connection: &Connection) {
+        connection.set_streams(
+            self.relay.requests(),
+            self.relay.open_streams(),
+            self.relay.open_watches(),
+        );
+        if self.relay.drain() != Drain::Active {
+            connection.set_draining();
+        }
+        if let Some(user_agent) = self.relay.take_user_agent() {
+            connection.set_user_agent(user_agent);
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The control socket's JSON, as docs/relay.md describes it: others can write a shim.
+//!
+//! Input and output: serde values. Must never be used inside the core.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// A connection's id: the socket cookie in lower-case hexadecimal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Id(pub u64);
+
+impl Serialize for Id {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:x}", self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Id {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        u64::from_str_radix(&text, 16).map(Self).map_err(|_| {
+            serde::de::Error::custom(format_args!(
+                "`{text}` is not a connection id (a hexadecimal socket cookie)"
+            ))
+        })
+    }
+}
+
+/// What a connection speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protocol {
+    /// Still in its TLS handshake.
+    #[serde(rename = "unknown")]
+    Unknown,
+    /// HTTP/2.
+    #[serde(rename = "h2")]
+    H2,
+    /// HTTP/1.1: it cannot hear a GOAWAY.
+    #[serde(rename = "http/1.1")]
+    Http1,
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// New streams are welcome.
+    Active,
+    /// GOAWAY is sent.
+    Draining,
+}
+
+/// The server behind the shim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Upstream {
+    /// Not asked yet.
+    Unknown,
+    /// It accepts connections and says `/readyz`.
+    Ready,
+    /// It accepts connections, but does not say that it is ready.
+    Starting,
+    /// It accepts no connection.
+    Unreachable,
+}
+
+/// Figures of one connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Streams (HTTP/2) or requests (HTTP/1.1) so far.
+    pub requests: u64,
+    /// Streams open now.
+    pub open_streams: u32,
+    /// Of these, watches.
+    pub open_watches: u32,
+    /// Octets from the client, TLS taken off.
+    pub bytes_in: u64,
+    /// Octets to the client, TLS taken off.
+    pub bytes_out: u64,
+}
+
+/// One connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Which.
+    pub id: Id,
+    /// The client's address.
+    pub client: SocketAddr,
+    /// The address it was accepted on.
+    pub local: SocketAddr,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// How far it is.
+    pub state: State,
+    /// Milliseconds since it was accepted.
+    pub age_ms: u64,
+    /// The user of its client certificate.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user: Option<String>,
+    /// The user agent of its last request.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user_agent: Option<String>,
+    /// Its figures.
+    #[serde(flatten)]
+    pub counters: Counters,
+}
+
+/// Newer figures of a connection that did not otherwise change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    /// Which.
+    pub id: Id,
+    /// Its figures.
+    #[serde(flatten)]
+    pub counters: Counters,
+}
+
+/// `GET /v1/connections`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connections {
+    /// `relay`, or another shim's name.
+    pub shim: String,
+    /// Names the process.
+    pub instance: String,
+    /// Give it back as `since=INSTANCE:CURSOR` to hear only what changed.
+    pub cursor: u64,
+    /// Whether this is the whole list: the asker forgets what is not in it.
+    pub full: bool,
+    /// The highest generation carried out.
+    pub generation: u64,
+    /// The server behind it.
+    pub upstream: Upstream,
+    /// Connections, or those that changed.
+    pub connections: Vec<Connection>,
+    /// Those that ended since.
+    pub closed: Vec<Id>,
+    /// Figures that changed, with `counters=true`.
+    pub counters: Vec<Counted>,
+}
+
+/// `POST /v1/goaway`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoawayRequest {
+    /// Of the plan; lower ones than seen are refused.
+    pub generation: u64,
+    /// Not to be carried out later than this.
+    pub expires_in_ms: u64,
+    /// Who.
+    pub victims: Vec<Id>,
+}
+
+/// What became of one victim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GoawayResult {
+    /// GOAWAY goes out now.
+    Sent,
+    /// GOAWAY goes out at its next request.
+    Pending,
+    /// It had one before.
+    AlreadyDraining,
+    /// No such connection.
+    Unknown,
+    /// It speaks HTTP/1.1.
+    NotH2,
+}
+
+/// One victim's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answered {
+    /// Which.
+    pub id: Id,
+    /// What.
+    pub result: GoawayResult,
+}
+
+/// The answer to `POST /v1/goaway`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoawayAnswer {
+    /// The order's generation.
+    pub generation: u64,
+    /// One for each victim, in its order.
+    pub results: Vec<Answered>,
+}
+
+/// How a connection that was told to go is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// GOAWAY is written.
+    Draining,
+    /// It is closed.
+    Closed,
+}
+
+/// One line of `GET /v1/outcomes`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutcomeEntry {
+    /// Counts up.
+    pub seq: u64,
+    /// Which connection.
+    pub id: Id,
+    /// Of the order that named it; 0 when it was the shim's own shutdown.
+    pub generation: u64,
+    /// What.
+    pub outcome: Outcome,
+    /// Why it closed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+}
+
+/// `GET /v1/outcomes?since=SEQ`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcomes {
+    /// Names the process.
+    pub instance: String,
+    /// Give it back as `since`.
+    pub next: u64,
+    /// Those from `since` on that are still kept.
+    pub outcomes: Vec<OutcomeEntry>,
+}

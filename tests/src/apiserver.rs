@@ -1,0 +1,104 @@
+//! Real control-plane processes: etcd and kube-apiserver, with the flags kubeadm gives them.
+//!
+//! Input: binaries, certificates, namespaces. Output: running processes.
+
+use std::{fs, net::SocketAddr, os::fd::OwnedFd, path::Path, process::Command, sync::Arc};
+
+use crate::{fixture::Fixture, pki::Pki, process::Process};
+
+/// Starts etcd on that client address (plain HTTP), with its data in `directory`.
+///
+/// # Errors
+///
+/// It cannot be started.
+pub fn start_etcd(
+    fixture: &Fixture,
+    client: SocketAddr,
+    peer: SocketAddr,
+    directory: &Path,
+    namespace: Option<&Arc<OwnedFd>>,
+) -> anyhow::Result<Process> {
+    let mut command = Command::new(&fixture.etcd);
+    command
+        .arg(format!("--data-dir={}", directory.join("etcd").display()))
+        .arg(format!("--listen-client-urls=http://{client}"))
+        .arg(format!("--advertise-client-urls=http://{client}"))
+        .arg(format!("--listen-peer-urls=http://{peer}"))
+        .arg(format!("--initial-advertise-peer-urls=http://{peer}"))
+        .arg(format!("--initial-cluster=default=http://{peer}"))
+        .args(["--unsafe-no-fsync", "--log-level=warn"]);
+    Process::start("etcd", command, namespace, directory)
+}
+
+/// What one kube-apiserver is started with.
+pub struct Settings<'a> {
+    /// The binaries.
+    pub fixture: &'a Fixture,
+    /// The certificates.
+    pub pki: &'a Pki,
+    /// etcd's client address.
+    pub etcd: SocketAddr,
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The address it names itself by.
+    pub advertise: std::net::IpAddr,
+    /// How many apiservers there are.
+    pub count: usize,
+    /// Logs.
+    pub directory: &'a Path,
+    /// A name for its log.
+    pub name: &'a str,
+    /// `--goaway-chance`.
+    pub goaway_chance: f64,
+    /// More flags.
+    pub extra: &'a [String],
+}
+
+/// Starts a kube-apiserver.
+///
+/// # Errors
+///
+/// It cannot be started.
+pub fn start_apiserver(settings: &Settings<'_>, namespace: Option<&Arc<OwnedFd>>) -> anyhow::Result<Process> {
+    let pki = |name: &str| settings.pki.file(name).display().to_string();
+    let tokens = settings.pki.file("tokens.csv");
+    if !tokens.exists() {
+        let mut lines = String::from("the-admins-token,token-admin,uid-1,\"system:masters\"\n");
+        for index in 0..TOKENS {
+            lines.push_str(&format!(
+                "token-{index},token-user-{index},uid-t{index},\"swarm-clients\"\n"
+            ));
+        }
+        fs::write(&tokens, lines)?;
+    }
+    let mut command = Command::new(&settings.fixture.apiserver);
+    command
+        .arg(format!("--etcd-servers=http://{}", settings.etcd))
+        .arg(format!("--bind-address={}", settings.listen.ip()))
+        .arg(format!("--secure-port={}", settings.listen.port()))
+        .arg(format!("--advertise-address={}", settings.advertise))
+        .arg(format!("--apiserver-count={}", settings.count))
+        .arg(format!("--tls-cert-file={}", pki("apiserver.crt")))
+        .arg(format!("--tls-private-key-file={}", pki("apiserver.key")))
+        .arg(format!("--client-ca-file={}", pki("ca.crt")))
+        .arg(format!("--token-auth-file={}", tokens.display()))
+        .arg(format!("--requestheader-client-ca-file={}", pki("front-proxy-ca.crt")))
+        .arg("--requestheader-allowed-names=front-proxy-client")
+        .arg("--requestheader-username-headers=X-Remote-User")
+        .arg("--requestheader-group-headers=X-Remote-Group")
+        .arg("--requestheader-uid-headers=X-Remote-Uid")
+        .arg("--requestheader-extra-headers-prefix=X-Remote-Extra-")
+        .arg(format!("--service-account-issuer=https://{}", crate::pki::SERVER_NAME))
+        .arg(format!("--service-account-key-file={}", pki("sa.pub")))
+        .arg(format!("--service-account-signing-key-file={}", pki("sa.key")))
+        .arg("--service-cluster-ip-range=10.96.0.0/16")
+        .arg("--endpoint-reconciler-type=lease")
+        .arg("--authorization-mode=Node,RBAC")
+        .arg(format!("--goaway-chance={}", settings.goaway_chance))
+        .arg("--v=1")
+        .args(settings.extra);
+    Process::start(settings.name, command, namespace, settings.directory)
+}
+
+/// How many tokens `token-0` and so on there are.
+pub const TOKENS: usize = 50;

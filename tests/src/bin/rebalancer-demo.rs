@@ -1,0 +1,238 @@
+//! The demo, and the two programs it starts itself: the stand-in apiserver and its clients.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::atomic::Ordering::Relaxed, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use rebalancer_tests::{
+    balancer::Policy,
+    binary,
+    demo::{
+        cluster::{Cluster, Kind, Options},
+        report::Report,
+        scene::{INTERRUPTED, Scene},
+        screen::Screen,
+    },
+    fixture::Fixture,
+    pki::Pair,
+    process::log_directory,
+    standin,
+    swarm::clients,
+};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask demo",
+    about = "The main job, end to end, in network namespaces of its own"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    part: Option<Part>,
+    #[command(flatten)]
+    demo: Demo,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// The stand-in apiserver
+    #[command(hide = true)]
+    Standin(Standin),
+    /// The stand-in's clients
+    #[command(hide = true)]
+    Swarm(Swarm),
+}
+
+#[derive(Args)]
+struct Demo {
+    /// Control-plane nodes
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
+    nodes: u8,
+    /// Clients that list and watch
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u16).range(1..=5000))]
+    clients: u16,
+    /// What sends the GOAWAY
+    #[arg(long, default_value = "relay", value_parser = ["relay", "steer"])]
+    shim: String,
+    /// How the load balancer chooses
+    #[arg(long, value_enum, default_value = "roundrobin")]
+    lb: Policy,
+    /// Which apiserver
+    #[arg(long, value_enum, default_value = "auto")]
+    apiserver: Kind,
+    /// The load must be level so many seconds after the restart
+    #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u16).range(10..=3600))]
+    seconds: u16,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+    /// A flag for every agent, for example --agent-flag=--source=sockdiag
+    #[arg(long)]
+    agent_flag: Vec<String>,
+}
+
+#[derive(Args)]
+struct Standin {
+    #[arg(long)]
+    listen: SocketAddr,
+    #[arg(long)]
+    certificate: PathBuf,
+    #[arg(long)]
+    key: PathBuf,
+    #[arg(long)]
+    client_ca: Vec<PathBuf>,
+    #[arg(long)]
+    origin_ms: u64,
+    #[arg(long, default_value_t = 1000)]
+    period_ms: u64,
+    #[arg(long, default_value_t = 0.0)]
+    goaway_chance: f64,
+}
+
+#[derive(Args)]
+struct Swarm {
+    #[arg(long)]
+    server: SocketAddr,
+    #[arg(long)]
+    ca: PathBuf,
+    #[arg(long)]
+    identities: PathBuf,
+    #[arg(long)]
+    clients: usize,
+    #[arg(long, default_value_t = 2000)]
+    period_ms: u64,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.part {
+        Some(Part::Standin(options)) => run_standin(options).map(|()| ExitCode::SUCCESS),
+        Some(Part::Swarm(options)) => run_swarm(options).map(|()| ExitCode::SUCCESS),
+        None => run_demo(&arguments.demo),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_standin(options: Standin) -> anyhow::Result<()> {
+    let options = standin::Options {
+        listen: options.listen,
+        certificate: options.certificate,
+        key: options.key,
+        client_cas: options.client_ca,
+        origin_ms: options.origin_ms,
+        period: Duration::from_millis(options.period_ms),
+        goaway_chance: options.goaway_chance,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(standin::run(options))
+}
+
+fn run_swarm(options: Swarm) -> anyhow::Result<()> {
+    let pair = |index: usize| Pair {
+        certificate: options.identities.join(format!("client-{index}.crt")),
+        key: options.identities.join(format!("client-{index}.key")),
+    };
+    let options = clients::Options {
+        server: options.server,
+        ca: options.ca.clone(),
+        identities: (0..options.clients).map(pair).collect(),
+        period: Duration::from_millis(options.period_ms),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(clients::run(options))
+}
+
+/// Which apiserver, with a word on it.
+fn fixture(kind: Kind) -> anyhow::Result<Option<Fixture>> {
+    let say = |line: &str| eprintln!("{line}");
+    match kind {
+        Kind::Standin => Ok(None),
+        Kind::Real => Fixture::get(say).map(Some),
+        Kind::Auto => {
+            let found = Fixture::at_hand();
+            if found.is_none() {
+                say(
+                    "using the stand-in apiserver; `cargo xtask demo --apiserver real` builds and uses kube-apiserver (needs Go)",
+                );
+            }
+            Ok(found)
+        }
+    }
+}
+
+fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
+    anyhow::ensure!(
+        demo.shim == "relay",
+        "--shim steer: this machine's demo runs with the relay only; leave --shim away"
+    );
+    let fixture = fixture(demo.apiserver)?;
+    let directory = log_directory("rebalancer-demo-")?;
+    let interrupts = signal_watch()?;
+    let mut screen = Screen::new(usize::from(demo.nodes), usize::from(demo.clients)).context("the terminal")?;
+    let report = Report {
+        apiserver: if fixture.is_some() { "real" } else { "standin" },
+        shim: "relay",
+        lb: demo.lb.name(),
+        nodes: usize::from(demo.nodes),
+        clients: usize::from(demo.clients),
+        ..Report::default()
+    };
+    let options = Options {
+        nodes: usize::from(demo.nodes),
+        clients: usize::from(demo.clients),
+        policy: demo.lb,
+        fixture,
+        rebalancer: binary(),
+        agent_flags: demo.agent_flag.clone(),
+        directory: directory.clone(),
+    };
+    let played = Cluster::start(options, &|step| eprintln!("{step}")).and_then(|mut cluster| {
+        let limit = Duration::from_secs(demo.seconds.into());
+        let played = Scene::new(&mut cluster, demo.lb, limit, &mut |event| screen.show(&event)).play(report);
+        cluster.end();
+        played
+    });
+    screen.end();
+    drop(interrupts);
+    match played {
+        Ok(report) => {
+            eprintln!("{report}");
+            if demo.json {
+                println!("{}", serde_json::to_string(&report)?);
+            }
+            if report.is_success() {
+                // Logs are worth keeping only when something went wrong; what cannot be removed stays in /tmp.
+                let _ = std::fs::remove_dir_all(&directory);
+                return Ok(ExitCode::SUCCESS);
+            }
+            eprintln!("logs and decisions: {}", directory.display());
+            Ok(ExitCode::FAILURE)
+        }
+        Err(error) => Err(error.context(format!("logs: {}", directory.display()))),
+    }
+}
+
+/// Ctrl-C and SIGTERM end the scene at its next look, so that everything is taken down in order.
+fn signal_watch() -> anyhow::Result<tokio::runtime::Runtime> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    let _inside = runtime.enter();
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    runtime.spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        INTERRUPTED.store(true, Relaxed);
+    });
+    drop(_inside);
+    Ok(runtime)
+}

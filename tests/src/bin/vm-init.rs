@@ -1,0 +1,96 @@
+//! The first process of a test VM: mounts, modules, the tests, power off.
+//!
+//! Output: what the tests print, on the serial console, and `vm: exit CODE` at the end.
+
+use std::{
+    ffi::CString,
+    fs,
+    io::{self, Write as _},
+    os::fd::AsRawFd as _,
+    path::Path,
+    process::Command,
+};
+
+fn main() {
+    let code = match prepare().and_then(|()| run()) {
+        Ok(code) => code,
+        Err(error) => {
+            println!("vm: {error}");
+            1
+        }
+    };
+    println!("vm: exit {code}");
+    // The console may be gone: there is nobody else to tell.
+    let _ = io::stdout().flush();
+    // SAFETY: reboot and sync take no pointers; this is process 1 of a machine that exists for this test alone.
+    unsafe {
+        libc::sync();
+        libc::reboot(libc::RB_POWER_OFF);
+    }
+}
+
+fn prepare() -> io::Result<()> {
+    for (kind, target) in [
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("tmpfs", "/tmp"),
+        ("tmpfs", "/run"),
+        ("cgroup2", "/sys/fs/cgroup"),
+        ("bpf", "/sys/fs/bpf"),
+    ] {
+        fs::create_dir_all(target)?;
+        if let Err(error) = mount(kind, target) {
+            println!("vm: {kind} on {target}: {error}");
+        }
+    }
+    println!(
+        "vm: kernel {}",
+        fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
+    );
+    let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|entry| entry.path()).collect();
+    modules.sort();
+    for module in modules {
+        if let Err(error) = load(&module) {
+            println!("vm: module {}: {error}", module.display());
+        }
+    }
+    let up = Command::new("/bin/ip").args(["link", "set", "lo", "up"]).status()?;
+    println!("vm: loopback {up}");
+    Ok(())
+}
+
+fn mount(kind: &str, target: &str) -> io::Result<()> {
+    let (kind, target) = (CString::new(kind)?, CString::new(target)?);
+    // SAFETY: the strings live through the call and end in zero; no data is passed.
+    let result = unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn load(module: &Path) -> io::Result<()> {
+    let file = fs::File::open(module)?;
+    // SAFETY: the descriptor is open, the parameters are an empty string that lives through the call.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn run() -> io::Result<i32> {
+    let status = Command::new("/tests")
+        .arg("--test-threads=1")
+        .env("PATH", "/bin")
+        .env("REBALANCER_BIN", "/bin/rebalancer")
+        .env("REBALANCER_SKIPS", "/tmp/skips")
+        .status()?;
+    for line in fs::read_to_string("/tmp/skips").unwrap_or_default().lines() {
+        println!("vm: skipped {line}");
+    }
+    Ok(status.code().unwrap_or(1))
+}

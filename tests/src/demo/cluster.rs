@@ -1,0 +1,305 @@
+//! The demo's control plane: namespaces, certificates, apiservers, relays, agents, load balancer, clients.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context as _;
+use clap::ValueEnum;
+use tokio::runtime::Runtime;
+
+use crate::{
+    apiserver::{Settings, start_apiserver, start_etcd},
+    balancer::{Balancer, Policy},
+    demo_binary,
+    fixture::Fixture,
+    netns::{Namespace, Network},
+    node::{APISERVER, Node, PORT, Shared},
+    pki::Pki,
+    process::Process,
+    swarm::Driver,
+};
+
+/// How long apiservers may take to become ready.
+pub const START: Duration = Duration::from_secs(180);
+
+/// Which apiserver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// The real one when it is at hand, else the stand-in
+    Auto,
+    /// kube-apiserver and etcd; built when they must be
+    Real,
+    /// A small apiserver of this project's tests
+    Standin,
+}
+
+/// What the cluster is made of.
+pub struct Options {
+    /// How many nodes.
+    pub nodes: usize,
+    /// How many clients.
+    pub clients: usize,
+    /// How the load balancer chooses.
+    pub policy: Policy,
+    /// The real thing, or the stand-in.
+    pub fixture: Option<Fixture>,
+    /// The product.
+    pub rebalancer: PathBuf,
+    /// More flags for the agents.
+    pub agent_flags: Vec<String>,
+    /// Logs and sockets.
+    pub directory: PathBuf,
+}
+
+/// A running control plane.
+pub struct Cluster {
+    options: Options,
+    origin_ms: u64,
+    network: Network,
+    pki: Pki,
+    /// The nodes.
+    pub nodes: Vec<Node>,
+    /// The load balancer.
+    pub balancer: Balancer,
+    _runtime: Runtime,
+    _etcd: Option<Process>,
+}
+
+const ETCD: SocketAddr = SocketAddr::new(Network::HUB, 2379);
+const ETCD_PEER: SocketAddr = SocketAddr::new(Network::HUB, 2380);
+
+impl Cluster {
+    /// Starts everything but the clients; `say` hears each step.
+    ///
+    /// # Errors
+    ///
+    /// Not root, or something cannot be started.
+    pub fn start(options: Options, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
+        let count = options.nodes;
+        say(&format!("making {count} network namespaces and the certificates"));
+        let network = Network::new(count)?;
+        let addresses: Vec<IpAddr> = (0..count).map(Network::node_address).collect();
+        let loopback = APISERVER.ip();
+        let pki = Pki::new(&[&addresses[..], &[Network::HUB, loopback]].concat())?;
+        let names: Vec<(String, IpAddr)> = addresses
+            .iter()
+            .enumerate()
+            .map(|(index, address)| (format!("node-{}", index + 1), *address))
+            .collect();
+        let etcd = match &options.fixture {
+            Some(fixture) => {
+                say("starting etcd");
+                Some(start_etcd(
+                    fixture,
+                    ETCD,
+                    ETCD_PEER,
+                    &options.directory,
+                    Some(network.hub.fd()),
+                )?)
+            }
+            None => None,
+        };
+        let origin_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+        let hub = network.hub.clone();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .on_thread_start(move || hub.enter().expect("root may enter a namespace of its own"))
+            .enable_all()
+            .build()?;
+        let backends = addresses
+            .iter()
+            .map(|address| SocketAddr::new(*address, PORT))
+            .collect();
+        let listen = SocketAddr::new(Network::HUB, PORT);
+        let starting = {
+            let (policy, ca) = (options.policy, pki.file("ca.crt"));
+            runtime.spawn(async move { Balancer::start(listen, backends, policy, &ca).await })
+        };
+        let balancer = runtime.block_on(starting)??;
+
+        say(&format!("starting {count} apiservers, relays and agents"));
+        let mut cluster = Self {
+            options,
+            origin_ms,
+            network,
+            pki,
+            nodes: Vec::new(),
+            balancer,
+            _runtime: runtime,
+            _etcd: etcd,
+        };
+        for index in 0..count {
+            let apiserver = cluster.start_apiserver(index)?;
+            let shared = Shared {
+                rebalancer: &cluster.options.rebalancer,
+                pki: &cluster.pki,
+                nodes: &names,
+                directory: &cluster.options.directory,
+                agent_flags: &cluster.options.agent_flags,
+            };
+            let node = Node::start(&shared, index, &cluster.network.nodes[index], apiserver)?;
+            cluster.nodes.push(node);
+        }
+        Ok(cluster)
+    }
+
+    fn start_apiserver(&self, index: usize) -> anyhow::Result<Process> {
+        let namespace = &self.network.nodes[index];
+        let name = format!("apiserver-{}", index + 1);
+        match &self.options.fixture {
+            Some(fixture) => start_apiserver(
+                &Settings {
+                    fixture,
+                    pki: &self.pki,
+                    etcd: ETCD,
+                    listen: APISERVER,
+                    advertise: Network::node_address(index),
+                    count: self.options.nodes,
+                    directory: &self.options.directory,
+                    name: &name,
+                    goaway_chance: 0.0,
+                    extra: &[],
+                },
+                Some(namespace.fd()),
+            ),
+            None => {
+                let pem = |name: &str| self.pki.file(name);
+                let mut command = Command::new(demo_binary());
+                command
+                    .arg("standin")
+                    .arg(format!("--listen={APISERVER}"))
+                    .arg(format!("--origin-ms={}", self.origin_ms))
+                    .arg("--certificate")
+                    .arg(pem("apiserver.crt"))
+                    .arg("--key")
+                    .arg(pem("apiserver.key"))
+                    .arg("--client-ca")
+                    .arg(pem("ca.crt"))
+                    .arg("--client-ca")
+                    .arg(pem("front-proxy-ca.crt"));
+                Process::start(&name, command, Some(namespace.fd()), &self.options.directory)
+            }
+        }
+    }
+
+    /// Starts the clients.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be started.
+    pub fn start_clients(&self) -> anyhow::Result<Driver> {
+        let identities = self.pki.path().join("clients");
+        std::fs::create_dir_all(&identities)?;
+        for index in 0..self.options.clients {
+            self.pki.client(
+                &format!("clients/client-{index}"),
+                &format!("client-{index}"),
+                &["swarm-clients"],
+            )?;
+        }
+        let server = SocketAddr::new(Network::HUB, PORT);
+        let mut command = match &self.options.fixture {
+            Some(fixture) => {
+                let admin = self.pki.pair("admin");
+                let mut command = Command::new(&fixture.swarm);
+                command
+                    .arg(format!("--server=https://{server}"))
+                    .arg(format!("--admin-cert={}", admin.certificate.display()))
+                    .arg(format!("--admin-key={}", admin.key.display()));
+                command
+            }
+            None => {
+                let mut command = Command::new(demo_binary());
+                command.arg("swarm").arg(format!("--server={server}"));
+                command
+            }
+        };
+        command
+            .arg(format!("--ca={}", self.pki.file("ca.crt").display()))
+            .arg(format!("--identities={}", identities.display()))
+            .arg(format!("--clients={}", self.options.clients));
+        Driver::start(command, Some(self.network.hub.fd()), &self.options.directory)
+    }
+
+    /// The version the first apiserver says it has.
+    pub fn version(&self) -> String {
+        match &self.options.fixture {
+            None => crate::standin::VERSION.to_owned(),
+            Some(fixture) => Command::new(&fixture.apiserver)
+                .arg("--version")
+                .output()
+                .ok()
+                .and_then(|output| String::from_utf8(output.stdout).ok())
+                .map(|text| text.trim().trim_start_matches("Kubernetes ").to_owned())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Kills an apiserver the hard way.
+    pub fn kill_apiserver(&mut self, index: usize) {
+        if let Some(mut apiserver) = self.nodes[index].apiserver.take() {
+            apiserver.kill();
+        }
+    }
+
+    /// Starts it again.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn restart_apiserver(&mut self, index: usize) -> anyhow::Result<()> {
+        self.nodes[index].apiserver = Some(self.start_apiserver(index)?);
+        Ok(())
+    }
+
+    /// Active connections per apiserver.
+    ///
+    /// # Errors
+    ///
+    /// A relay does not answer.
+    pub fn loads(&self) -> anyhow::Result<Vec<u64>> {
+        self.nodes.iter().map(Node::active).collect()
+    }
+
+    /// Whether every process still runs.
+    ///
+    /// # Errors
+    ///
+    /// One does not.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        self.nodes.iter_mut().try_for_each(Node::check)
+    }
+
+    /// GOAWAYs sent by all agents since they started.
+    ///
+    /// # Errors
+    ///
+    /// An agent does not answer.
+    pub fn goaways(&self) -> anyhow::Result<u64> {
+        let total = |node: &Node| {
+            node.status()?["goaways_total"]
+                .as_u64()
+                .with_context(|| format!("the status of {}", node.name))
+        };
+        self.nodes.iter().map(total).sum()
+    }
+
+    /// The namespace of a node.
+    pub fn namespace(&self, index: usize) -> &Namespace {
+        &self.network.nodes[index]
+    }
+
+    /// Logs and sockets.
+    pub fn directory(&self) -> &Path {
+        &self.options.directory
+    }
+
+    /// Ends everything, agents first.
+    pub fn end(&mut self) {
+        self.nodes.iter_mut().for_each(Node::end);
+    }
+}

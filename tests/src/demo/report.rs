@@ -1,0 +1,120 @@
+//! What the demo measured: one JSON object, and the same in words.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct LatencyMs {
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 99th percentile.
+    pub p99: f64,
+}
+
+/// The contract's fields.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// `real` or `standin`.
+    pub apiserver: &'static str,
+    /// Its version.
+    pub apiserver_version: String,
+    /// `ebpf` or `sockdiag`.
+    pub source: String,
+    /// `relay` or `steer`.
+    pub shim: &'static str,
+    /// The load balancer's policy.
+    pub lb: &'static str,
+    /// How many apiservers.
+    pub nodes: usize,
+    /// How many clients.
+    pub clients: usize,
+    /// Active connections per apiserver before the crash.
+    pub before: Vec<u64>,
+    /// When the apiserver was ready again.
+    pub after_restart: Vec<u64>,
+    /// At the end.
+    pub after: Vec<u64>,
+    /// Largest distance from the mean at the end.
+    pub skew_after: f64,
+    /// GOAWAYs sent since the restart.
+    pub goaways: u64,
+    /// E/rho at the restart.
+    pub lower_bound: u64,
+    /// From the restart until the load was level; `None` when it never was.
+    pub seconds_to_balance: Option<f64>,
+    /// GOAWAYs sent after that.
+    pub goaways_after_balance: u64,
+    /// For how long that was watched.
+    pub seconds_after_balance: f64,
+    /// Requests that failed since the restart.
+    pub client_errors: u64,
+    /// LISTs after a client's first, since the restart.
+    pub relists: u64,
+    /// Watches that broke since the restart.
+    pub watch_breaks: u64,
+    /// Watch events that never came, since the restart.
+    pub missed_events: u64,
+    /// Of small requests since the restart.
+    pub latency_ms: LatencyMs,
+}
+
+impl Report {
+    /// Largest distance from the mean, as a share of it.
+    pub fn skew(loads: &[u64]) -> f64 {
+        let mean = loads.iter().sum::<u64>() as f64 / loads.len().max(1) as f64;
+        if mean == 0.0 {
+            return 0.0;
+        }
+        loads
+            .iter()
+            .map(|load| (*load as f64 / mean - 1.0).abs())
+            .fold(0.0, f64::max)
+    }
+
+    /// Whether the load became level and no client noticed.
+    pub fn is_success(&self) -> bool {
+        self.seconds_to_balance.is_some() && self.client_errors == 0
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let per_node = |loads: &[u64]| loads.iter().map(u64::to_string).collect::<Vec<_>>().join(" / ");
+        writeln!(
+            f,
+            "{} clients, {} apiservers ({} {}), load balancer {}, shim {}, source {}",
+            self.clients, self.nodes, self.apiserver, self.apiserver_version, self.lb, self.shim, self.source
+        )?;
+        writeln!(f, "  before the crash      {}", per_node(&self.before))?;
+        writeln!(f, "  after the restart     {}", per_node(&self.after_restart))?;
+        writeln!(
+            f,
+            "  at the end            {}   ({:.1} % from the mean at most)",
+            per_node(&self.after),
+            self.skew_after * 100.0
+        )?;
+        match self.seconds_to_balance {
+            Some(seconds) => writeln!(
+                f,
+                "  level after {seconds:.0} s with {} GOAWAYs (the least possible here is {}); {} in the {:.0} s since",
+                self.goaways, self.lower_bound, self.goaways_after_balance, self.seconds_after_balance
+            )?,
+            None => writeln!(f, "  NOT level at the end; {} GOAWAYs", self.goaways)?,
+        }
+        write!(
+            f,
+            "  clients saw {} errors, {} relists, {} broken watches, {} missed events; latency p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms",
+            self.client_errors,
+            self.relists,
+            self.watch_breaks,
+            self.missed_events,
+            self.latency_ms.p50,
+            self.latency_ms.p90,
+            self.latency_ms.p99
+        )
+    }
+}

@@ -1,0 +1,129 @@
+//! A real kube-apiserver, etcd and the client-go swarm: named, found, or built once from their Go modules.
+//!
+//! Output: paths of binaries. Must never build into the work tree: the cache outlives it.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, bail};
+
+/// The release the module in `tests/go` builds.
+pub const VERSION: &str = "v1.36.2";
+
+/// The binaries.
+#[derive(Clone, Debug)]
+pub struct Fixture {
+    /// kube-apiserver.
+    pub apiserver: PathBuf,
+    /// etcd.
+    pub etcd: PathBuf,
+    /// The client-go swarm.
+    pub swarm: PathBuf,
+}
+
+/// Where the Go module is.
+fn module() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("go")
+}
+
+fn cache() -> anyhow::Result<PathBuf> {
+    let base = env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
+        .context("neither XDG_CACHE_HOME nor HOME is set: no place for the built binaries")?;
+    Ok(base.join("rebalancer").join(format!("apiserver-{VERSION}")))
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file())
+}
+
+fn named(variable: &str, program: &str) -> Option<PathBuf> {
+    env::var_os(variable).map(PathBuf::from).or_else(|| on_path(program))
+}
+
+impl Fixture {
+    /// What is at hand without building anything: `KUBE_APISERVER` and `ETCD`, else PATH, else built before.
+    pub fn at_hand() -> Option<Self> {
+        let cache = cache().ok()?;
+        let built = |program: &str| Some(cache.join(program)).filter(|path| path.is_file());
+        Some(Self {
+            apiserver: named("KUBE_APISERVER", "kube-apiserver").or_else(|| built("kube-apiserver"))?,
+            etcd: named("ETCD", "etcd").or_else(|| built("etcd"))?,
+            swarm: built("swarm")?,
+        })
+    }
+
+    /// Whether the swarm that was built is as old as its source.
+    fn is_stale(cache: &Path, program: &str) -> bool {
+        let time = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        let Some(built) = time(&cache.join(program)) else {
+            return true;
+        };
+        let sources = fs::read_dir(module().join("cmd").join(program))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let ours = program == "swarm";
+        ours && sources
+            .filter_map(|entry| time(&entry.path()))
+            .any(|changed| changed > built)
+    }
+
+    /// What is at hand, and the rest built; `say` hears each step before it begins.
+    ///
+    /// # Errors
+    ///
+    /// No Go, or the build fails.
+    pub fn get(say: impl Fn(&str)) -> anyhow::Result<Self> {
+        let cache = cache()?;
+        fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+        let get = |variable: Option<&str>, program: &str| -> anyhow::Result<PathBuf> {
+            if let Some(found) = variable.and_then(|variable| named(variable, program)) {
+                return Ok(found);
+            }
+            let path = cache.join(program);
+            if Self::is_stale(&cache, program) {
+                build(program, &path, &say)?;
+            }
+            Ok(path)
+        };
+        Ok(Self {
+            etcd: get(Some("ETCD"), "etcd")?,
+            swarm: get(None, "swarm")?,
+            apiserver: get(Some("KUBE_APISERVER"), "kube-apiserver")?,
+        })
+    }
+}
+
+fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
+    let Some(go) = on_path("go") else {
+        bail!(
+            "there is no `go` on PATH to build {program} {VERSION} with: install Go 1.26 or later, \
+             or name binaries by KUBE_APISERVER and ETCD"
+        );
+    };
+    say(&format!(
+        "building {program} {VERSION} from its Go modules, once; kube-apiserver takes 5 to 10 minutes on 2 cores"
+    ));
+    let partial = to.with_extension(format!("partial-{}", std::process::id()));
+    let status = Command::new(go)
+        .current_dir(module())
+        .env("CGO_ENABLED", "0")
+        .args(["build", "-trimpath", "-ldflags"])
+        .arg(format!("-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"))
+        .arg("-o")
+        .arg(&partial)
+        .arg(format!("./cmd/{program}"))
+        .status()
+        .context("cannot start go")?;
+    if !status.success() {
+        bail!("`go build` of {program} failed ({status})");
+    }
+    fs::rename(&partial, to).with_context(|| format!("cannot move the binary to {}", to.display()))
+}

@@ -1,0 +1,212 @@
+//! One control-plane node: apiserver, relay and agent, in a namespace of its own.
+//!
+//! Output: running processes and what their sockets say. Must never start one without the kernel's word to end it.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::Value;
+
+use crate::{
+    netns::Namespace,
+    pki::{Pki, SERVER_NAME},
+    process::Process,
+};
+
+/// Where the apiserver listens, behind the relay.
+pub const APISERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6444);
+
+/// The port clients connect to.
+pub const PORT: u16 = 6443;
+
+/// The port agents ask each other on.
+const PEER_PORT: u16 = 9443;
+
+/// A node's processes.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// The apiserver, while it runs.
+    pub apiserver: Option<Process>,
+    relay: Process,
+    agent: Process,
+    directory: PathBuf,
+}
+
+/// What all nodes share.
+pub struct Shared<'a> {
+    /// The binary.
+    pub rebalancer: &'a Path,
+    /// The certificates.
+    pub pki: &'a Pki,
+    /// Names and addresses of all nodes.
+    pub nodes: &'a [(String, IpAddr)],
+    /// Logs and sockets.
+    pub directory: &'a Path,
+    /// More flags for the agents.
+    pub agent_flags: &'a [String],
+}
+
+impl Node {
+    /// Starts relay and agent; the apiserver is the caller's.
+    ///
+    /// # Errors
+    ///
+    /// A process cannot be started.
+    pub fn start(shared: &Shared<'_>, index: usize, namespace: &Namespace, apiserver: Process) -> anyhow::Result<Self> {
+        let (name, address) = &shared.nodes[index];
+        let directory = shared.directory.join(name);
+        std::fs::create_dir_all(&directory)?;
+        let pem = |name: &str| shared.pki.file(name);
+        let mut relay = Command::new(shared.rebalancer);
+        relay
+            .arg("relay")
+            .arg(format!("--listen={address}:{PORT}"))
+            .arg(format!("--upstream={APISERVER}"))
+            .arg(format!("--upstream-server-name={SERVER_NAME}"))
+            .arg("--upstream-ca")
+            .arg(pem("ca.crt"))
+            .arg("--tls-cert")
+            .arg(pem("apiserver.crt"))
+            .arg("--tls-key")
+            .arg(pem("apiserver.key"))
+            .arg("--client-ca")
+            .arg(pem("ca.crt"))
+            .arg("--proxy-client-cert")
+            .arg(pem("front-proxy-client.crt"))
+            .arg("--proxy-client-key")
+            .arg(pem("front-proxy-client.key"))
+            .arg(format!("--control=unix:{}", directory.join("relay.sock").display()));
+        let relay = Process::start("relay", relay, Some(namespace.fd()), &directory)?;
+
+        let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
+        let mut agent = Command::new(shared.rebalancer);
+        agent
+            .arg("agent")
+            .arg(format!("--node-name={name}"))
+            .arg(format!("--apiserver-port={PORT}"))
+            .arg(format!("--shim=relay:unix:{}", directory.join("relay.sock").display()))
+            .arg(format!("--api=unix:{}", directory.join("agent.sock").display()))
+            .arg(format!(
+                "--decision-log={}",
+                directory.join("decisions.jsonl").display()
+            ))
+            .arg(format!("--peer-listen={address}:{PEER_PORT}"))
+            .arg("--peer-cert")
+            .arg(&identity.certificate)
+            .arg("--peer-key")
+            .arg(&identity.key)
+            .arg("--peer-ca")
+            .arg(pem("ca.crt"))
+            .args(shared.agent_flags);
+        for (peer, at) in shared.nodes {
+            if peer != name {
+                agent.arg(format!("--peer={peer}=https://{at}:{PEER_PORT}"));
+            }
+        }
+        let agent = Process::start("agent", agent, Some(namespace.fd()), &directory)?;
+        Ok(Self {
+            name: name.clone(),
+            address: *address,
+            apiserver: Some(apiserver),
+            relay,
+            agent,
+            directory,
+        })
+    }
+
+    /// Whether everything that should run does.
+    ///
+    /// # Errors
+    ///
+    /// A process has ended: its last lines.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        for process in [&mut self.relay, &mut self.agent]
+            .into_iter()
+            .chain(self.apiserver.as_mut())
+        {
+            process.is_running().with_context(|| format!("on {}", self.name))?;
+        }
+        Ok(())
+    }
+
+    /// Active HTTP/2 client connections, as the relay counts them: another view than the agent's own.
+    ///
+    /// # Errors
+    ///
+    /// The relay does not answer.
+    pub fn active(&self) -> anyhow::Result<u64> {
+        let answer = ask(&self.directory.join("relay.sock"), "/v1/connections")?;
+        let list = answer["connections"].as_array().context("a list of connections")?;
+        let active = list
+            .iter()
+            .filter(|connection| connection["protocol"] == "h2" && connection["state"] == "active");
+        Ok(active.count() as u64)
+    }
+
+    /// What the agent says of itself.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub fn status(&self) -> anyhow::Result<Value> {
+        ask(&self.directory.join("agent.sock"), "/v1/status")
+    }
+
+    /// The agent's decisions with a higher id.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub fn decisions(&self, since: u64) -> anyhow::Result<Vec<Value>> {
+        let mut answer = ask(
+            &self.directory.join("agent.sock"),
+            &format!("/v1/decisions?limit=1000&since={since}"),
+        )?;
+        match answer["decisions"].take() {
+            Value::Array(list) => Ok(list),
+            other => anyhow::bail!("decisions are {other}"),
+        }
+    }
+
+    /// Where the agent answers.
+    pub fn api(&self) -> PathBuf {
+        self.directory.join("agent.sock")
+    }
+
+    /// Ends agent, relay and apiserver, in that order.
+    pub fn end(&mut self) {
+        let patience = Duration::from_secs(3);
+        self.agent.terminate(patience);
+        // Its connections are the demo's own: nobody waits for them to drain.
+        self.relay.kill();
+        if let Some(mut apiserver) = self.apiserver.take() {
+            apiserver.kill();
+        }
+    }
+}
+
+/// `GET PATH` on a local socket.
+///
+/// # Errors
+///
+/// Nobody answers, or not with JSON.
+pub fn ask(socket: &Path, path: &str) -> anyhow::Result<Value> {
+    let mut stream = UnixStream::connect(socket).with_context(|| format!("cannot reach {}", socket.display()))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("an HTTP answer")?;
+    anyhow::ensure!(head.contains(" 200 "), "{path}: {head}\n{body}");
+    serde_json::from_str(body).with_context(|| format!("the answer to {path}"))
+}

@@ -1,0 +1,154 @@
+//! A cluster's certificates, made anew for each run and held in a directory that goes with it.
+//!
+//! Output: PEM files by the names kubeadm gives them, and client certificates on demand.
+
+use std::{
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+
+/// The name every serving certificate has besides its addresses.
+pub const SERVER_NAME: &str = "kubernetes.default.svc";
+
+/// Who may sign.
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// The certificates of one cluster.
+pub struct Pki {
+    directory: tempfile::TempDir,
+    cluster: Authority,
+    front_proxy: Authority,
+}
+
+/// A certificate and its key.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// The certificate (PEM).
+    pub certificate: PathBuf,
+    /// The key (PEM).
+    pub key: PathBuf,
+}
+
+impl Pki {
+    /// Makes both authorities, a serving certificate for `addresses`, the front-proxy client, an administrator and the
+    /// key of service account tokens.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be written.
+    pub fn new(addresses: &[IpAddr]) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("rebalancer-pki-").tempdir()?;
+        let cluster = authority(directory.path(), "ca", "kubernetes")?;
+        let front_proxy = authority(directory.path(), "front-proxy-ca", "front-proxy-ca")?;
+        let pki = Self {
+            directory,
+            cluster,
+            front_proxy,
+        };
+        let mut serving = CertificateParams::new(vec![SERVER_NAME.into(), "kubernetes".into(), "localhost".into()])?;
+        serving
+            .subject_alt_names
+            .extend(addresses.iter().map(|address| SanType::IpAddress(*address)));
+        name(&mut serving, "kube-apiserver", &[]);
+        serving.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&pki.cluster, serving, pki.path(), "apiserver")?;
+        let mut proxy = CertificateParams::default();
+        name(&mut proxy, "front-proxy-client", &[]);
+        proxy.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&pki.front_proxy, proxy, pki.path(), "front-proxy-client")?;
+        pki.client("admin", "admin", &["system:masters"])?;
+        let tokens = KeyPair::generate()?;
+        fs::write(pki.file("sa.key"), tokens.serialize_pem())?;
+        fs::write(pki.file("sa.pub"), tokens.public_key_pem())?;
+        Ok(pki)
+    }
+
+    /// Where they are.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// One of the files.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path().join(name)
+    }
+
+    /// A certificate and its key by their common stem.
+    pub fn pair(&self, stem: &str) -> Pair {
+        Pair {
+            certificate: self.file(&format!("{stem}.crt")),
+            key: self.file(&format!("{stem}.key")),
+        }
+    }
+
+    /// A client certificate of the cluster's authority, in files of that stem.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn client(&self, stem: &str, user: &str, groups: &[&str]) -> anyhow::Result<Pair> {
+        let mut params = CertificateParams::default();
+        name(&mut params, user, groups);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&self.cluster, params, self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A certificate of the cluster's authority for both ends of the agents' talk, valid for one address.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn peer(&self, stem: &str, address: IpAddr) -> anyhow::Result<Pair> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names.push(SanType::IpAddress(address));
+        name(&mut params, stem, &[]);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&self.cluster, params, self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+}
+
+fn name(params: &mut CertificateParams, user: &str, groups: &[&str]) {
+    params.distinguished_name = DistinguishedName::new();
+    for group in groups {
+        params.distinguished_name.push(DnType::OrganizationName, *group);
+    }
+    params.distinguished_name.push(DnType::CommonName, user);
+}
+
+fn authority(directory: &Path, stem: &str, common_name: &str) -> anyhow::Result<Authority> {
+    let mut params = CertificateParams::default();
+    name(&mut params, common_name, &[]);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = KeyPair::generate()?;
+    let certificate = params.self_signed(&key)?;
+    write(directory, stem, &certificate.pem(), &key)?;
+    Ok(Authority {
+        issuer: Issuer::new(params, key),
+    })
+}
+
+fn sign(authority: &Authority, params: CertificateParams, directory: &Path, stem: &str) -> anyhow::Result<()> {
+    let key = KeyPair::generate()?;
+    let certificate = params.signed_by(&key, &authority.issuer)?;
+    write(directory, stem, &certificate.pem(), &key)
+}
+
+fn write(directory: &Path, stem: &str, certificate: &str, key: &KeyPair) -> anyhow::Result<()> {
+    for (ending, text) in [("crt", certificate), ("key", &key.serialize_pem())] {
+        let path = directory.join(format!("{stem}.{ending}"));
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! One etcd, one kube-apiserver and one relay on loopback in a namespace of their own, started once.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    process::Command,
+    sync::{Mutex, OnceLock},
+    time::Duration,
+};
+
+use rebalancer_tests::{
+    apiserver::{Settings, start_apiserver, start_etcd},
+    binary,
+    fixture::Fixture,
+    kubectl::{self, Kubectl, Who},
+    netns::Namespace,
+    pki::{Pki, SERVER_NAME},
+    process::{Process, log_directory, tail, wait_for},
+    skip,
+};
+
+const START: Duration = Duration::from_secs(120);
+
+pub struct World {
+    pub pki: Pki,
+    pub apiserver: SocketAddr,
+    pub relay: SocketAddr,
+    pub logs: PathBuf,
+    control: PathBuf,
+    processes: Mutex<Vec<Process>>,
+}
+
+static WORLD: OnceLock<Option<World>> = OnceLock::new();
+
+impl World {
+    /// The world, with the calling thread in its namespace; `None` when it cannot be made here, which is counted.
+    pub fn get() -> Option<&'static Self> {
+        static NAMESPACE: OnceLock<Namespace> = OnceLock::new();
+        let fixture = match Fixture::get(|line| eprintln!("{line}")) {
+            Ok(fixture) if kubectl::is_installed() => fixture,
+            Ok(_) => {
+                skip("there is no kubectl on PATH");
+                return None;
+            }
+            Err(error) => {
+                skip(&format!("{error:#}"));
+                return None;
+            }
+        };
+        let namespace = NAMESPACE.get_or_init(|| Namespace::new().expect("a network namespace"));
+        namespace.enter().expect("its own namespace");
+        WORLD
+            .get_or_init(|| Some(Self::start(&fixture).expect("a kube-apiserver behind a relay")))
+            .as_ref()
+    }
+
+    fn start(fixture: &Fixture) -> anyhow::Result<Self> {
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let at = |port| SocketAddr::new(loopback, port);
+        let logs = log_directory("rebalancer-apiserver-")?;
+        let pki = Pki::new(&[loopback])?;
+        let mut processes = vec![start_etcd(fixture, at(2379), at(2380), &logs, None)?];
+        processes.push(start_apiserver(
+            &Settings {
+                fixture,
+                pki: &pki,
+                etcd: at(2379),
+                listen: at(6444),
+                advertise: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+                count: 1,
+                directory: &logs,
+                name: "kube-apiserver",
+                goaway_chance: 0.0,
+                extra: &[],
+            },
+            None,
+        )?);
+        let control = logs.join("relay.sock");
+        let pem = |name: &str| pki.file(name);
+        let mut relay = Command::new(binary());
+        relay
+            .args(["relay", "--listen=127.0.0.1:6443", "--upstream=127.0.0.1:6444"])
+            .arg(format!("--upstream-server-name={SERVER_NAME}"))
+            .arg("--upstream-ca")
+            .arg(pem("ca.crt"))
+            .arg("--tls-cert")
+            .arg(pem("apiserver.crt"))
+            .arg("--tls-key")
+            .arg(pem("apiserver.key"))
+            .arg("--client-ca")
+            .arg(pem("ca.crt"))
+            .arg("--proxy-client-cert")
+            .arg(pem("front-proxy-client.crt"))
+            .arg("--proxy-client-key")
+            .arg(pem("front-proxy-client.key"))
+            .arg(format!("--control=unix:{}", control.display()))
+            .env("REBALANCER_LOG", "debug");
+        processes.push(Process::start("relay", relay, None, &logs)?);
+        let world = Self {
+            pki,
+            apiserver: at(6444),
+            relay: at(6443),
+            logs,
+            control,
+            processes: Mutex::new(processes),
+        };
+        let admin = Kubectl::new(&world.pki, world.relay, &Who::Certificate(world.pki.pair("admin")))?;
+        let mut processes = world.processes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let ready = wait_for(START, || {
+            if let Some(error) = processes.iter_mut().find_map(|process| process.is_running().err()) {
+                panic!("{error:#}");
+            }
+            let answer = admin.run(&["get", "--raw", "/readyz"]).ok()?.ok()?;
+            (answer == "ok").then_some(())
+        });
+        anyhow::ensure!(
+            ready.is_some(),
+            "kube-apiserver did not become ready behind the relay:\n{}\n{}",
+            tail(&std::fs::read_to_string(world.logs.join("kube-apiserver.log"))?),
+            tail(&std::fs::read_to_string(world.logs.join("relay.log"))?)
+        );
+        drop(processes);
+        Ok(world)
+    }
+
+    /// An answer without the address it came from, and without what changes from request to request.
+    pub fn neutral(&self, text: &str) -> String {
+        text.replace(&self.relay.to_string(), "ADDRESS")
+            .replace(&self.apiserver.to_string(), "ADDRESS")
+            .lines()
+            // klog lines carry a time and a process id.
+            .map(|line| line.split_once("] ").map_or(line, |(_, rest)| rest))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
+    /// The relay's connections.
+    pub fn connections(&self) -> Vec<serde_json::Value> {
+        match self.control("GET /v1/connections", "")["connections"].take() {
+            serde_json::Value::Array(list) => list,
+            other => panic!("connections are {other}"),
+        }
+    }
+
+    /// Asks the control socket.
+    pub fn control(&self, request: &str, body: &str) -> serde_json::Value {
+        let answer = self.control_raw(request, body);
+        let (_, json) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+        serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+
+    /// Asks the control socket: the whole answer.
+    pub fn control_raw(&self, request: &str, body: &str) -> String {
+        let mut socket = UnixStream::connect(&self.control).expect("the control socket");
+        write!(
+            socket,
+            "{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .expect("a request");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("an answer");
+        answer
+    }
+}

@@ -1,0 +1,48 @@
+//! Everything a person does with the project.
+
+mod ci;
+mod debian;
+mod demo;
+mod ebpf;
+mod run;
+mod test;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Everything a person does with the project", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The main job, end to end, in network namespaces of its own
+    Demo(demo::Arguments),
+    /// Run the tests, set-up included; the last line counts passed, failed and skipped
+    Test(test::Arguments),
+    /// Compile the kernel programs, and install what that needs into the target directory
+    BuildEbpf,
+    /// Formatting, lints, then the tests: what CI runs
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run_demo(&arguments),
+        Command::Test(arguments) => test::run_tests(&arguments),
+        Command::BuildEbpf => ebpf::build().map(|_| ExitCode::SUCCESS),
+        Command::Ci => ci::run(),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
