@@ -72,7 +72,7 @@ pub struct Raw {
     /// Skew above which clients are moved, as a share of the mean [default: 0.10]
     #[arg(long, env = "REBALANCER_SKEW_THRESHOLD", value_name = "SHARE")]
     skew_threshold: Option<f64>,
-    /// Skew at which moving stops [default: 0.05]
+    /// Skew at which moving stops [default: 0.03]
     #[arg(long, env = "REBALANCER_SKEW_TARGET", value_name = "SHARE")]
     skew_target: Option<f64>,
     /// What a connection weighs [default: connections]
