@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod balancer;
+pub mod bench;
 pub mod demo;
 pub mod fixture;
 pub mod kubectl;
