@@ -4,6 +4,7 @@ pub mod apiserver;
 pub mod balancer;
 pub mod demo;
 pub mod fixture;
+pub mod h2wire;
 pub mod kubectl;
 pub mod netns;
 pub mod node;
