@@ -209,18 +209,12 @@ pub fn choose(
         if connection.state == ConnectionState::Draining || connection.protocol == Protocol::Http1 {
             continue;
         }
-        let Connection {
-            client,
-            user,
-            user_agent,
-            ..
-        } = connection;
         if connection.protocol == Protocol::Unknown {
             unknown += 1;
         } else if connection.is_node_local()
             || policy
                 .exclusions
-                .matches(client.ip(), user.as_deref(), user_agent.as_deref())
+                .matches(connection.client().ip(), connection.user(), connection.user_agent())
         {
             excluded += 1;
         } else if now.since(connection.opened_at) < policy.min_connection_age && !connection.seeded {
@@ -270,9 +264,9 @@ pub fn choose(
         room -= load;
         victims.push(Victim {
             connection: id,
-            client: connection.client,
-            user: connection.user.clone(),
-            user_agent: connection.user_agent.clone(),
+            client: connection.client(),
+            user: connection.user().map(str::to_owned),
+            user_agent: connection.user_agent().map(str::to_owned),
             load,
             age: now.since(connection.opened_at),
             why: match policy.weight {

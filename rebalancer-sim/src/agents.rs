@@ -64,7 +64,8 @@ impl World<'_> {
 
     /// Plans to hand over what an agent has not heard yet.
     pub(crate) fn news(&mut self, server: usize) {
-        if self.nodes[server].agent.is_some() && self.nodes[server].flush_at.is_none() && self.nodes[server].has_news() {
+        if self.nodes[server].agent.is_some() && self.nodes[server].flush_at.is_none() && self.nodes[server].has_news()
+        {
             self.nodes[server].flush_at = Some(self.now + BATCH);
             self.at(self.now + BATCH, Event::Flush(server));
         }
@@ -151,7 +152,9 @@ impl World<'_> {
 
     /// Whether no agent has a plan in flight.
     pub(crate) fn agents_are_idle(&self) -> bool {
-        self.nodes.iter().all(|node| node.agent.as_ref().is_none_or(Agent::is_idle))
+        self.nodes
+            .iter()
+            .all(|node| node.agent.as_ref().is_none_or(Agent::is_idle))
     }
 
     fn tell(&mut self, server: usize, input: Input) {
@@ -173,7 +176,9 @@ impl World<'_> {
                     }
                     self.run.plans += 1;
                     if self.run.explanations.len() < EXPLANATIONS {
-                        self.run.explanations.push(format!("{}: {}", decision.node, decision.explanation));
+                        self.run
+                            .explanations
+                            .push(format!("{}: {}", decision.node, decision.explanation));
                     }
                     for peer in 0..self.nodes.len() {
                         let wait = self.random.below(POLL as usize) as u64;

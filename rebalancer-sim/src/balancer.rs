@@ -262,10 +262,16 @@ mod tests {
             LoadBalancer::Maglev,
         ] {
             assert_eq!(landings(kind, &seen, 300)[2], 0, "{kind}");
-            assert_eq!(kind.to_string().parse::<LoadBalancer>().map(|k| k.to_string()), Ok(kind.to_string()));
+            assert_eq!(
+                kind.to_string().parse::<LoadBalancer>().map(|k| k.to_string()),
+                Ok(kind.to_string())
+            );
         }
         seen.iter_mut().for_each(|backend| backend.up = false);
-        assert_eq!(Balancer::new(LoadBalancer::Random, Random::new(1, 1)).pick(0, 0, &seen), None);
+        assert_eq!(
+            Balancer::new(LoadBalancer::Random, Random::new(1, 1)).pick(0, 0, &seen),
+            None
+        );
     }
 
     #[test]

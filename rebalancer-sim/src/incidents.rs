@@ -3,7 +3,10 @@
 //! Input: an incident. Output: broken connections, new clients, agents that start anew.
 //! Must never touch an agent's decisions: an incident reaches it as it would in a real cluster.
 
-use crate::{setup::Incident, world::{Event, World, millis}};
+use crate::{
+    setup::Incident,
+    world::{Event, World, millis},
+};
 
 impl World<'_> {
     pub(crate) fn incident(&mut self, incident: &Incident) {

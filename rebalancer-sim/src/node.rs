@@ -214,7 +214,10 @@ impl Node {
 
     /// Newer figures of every connection, as a relay gives them.
     pub fn counters(&self, connections: &[Connection]) -> Input {
-        let counted = self.open.iter().map(|index| (id_of(*index), counters(&connections[*index])));
+        let counted = self
+            .open
+            .iter()
+            .map(|index| (id_of(*index), counters(&connections[*index])));
         Input::Shim(ShimReport {
             instance: "relay".to_owned(),
             counters: counted.collect(),

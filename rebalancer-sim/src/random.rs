@@ -123,7 +123,10 @@ mod tests {
             ("poisson", 80.0, mean(20_000, || random.poisson(80.0) as f64)),
         ] {
             let spread = 0.03 * (1.0 + expected);
-            assert!((drawn - expected).abs() < spread, "{name}: {drawn}, expected {expected}");
+            assert!(
+                (drawn - expected).abs() < spread,
+                "{name}: {drawn}, expected {expected}"
+            );
         }
     }
 

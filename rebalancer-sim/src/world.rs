@@ -391,7 +391,11 @@ impl<'a> World<'a> {
             Contender::MaxConnectionAge(age) => {
                 let seconds = age.as_secs_f64() * self.random.uniform(0.9, 1.1);
                 // At the start connections are of any age.
-                if self.now == START { seconds * self.random.unit() } else { seconds }
+                if self.now == START {
+                    seconds * self.random.unit()
+                } else {
+                    seconds
+                }
             }
             Contender::Rebalancer | Contender::Nothing => f64::INFINITY,
         };
@@ -570,7 +574,10 @@ impl<'a> World<'a> {
         let servers: Vec<usize> = (0..self.nodes.len()).filter(up).collect();
         let total: f64 = servers.iter().map(|server| self.loads[*server]).sum();
         let mean = total / servers.len().max(1) as f64;
-        let fullest = servers.iter().copied().max_by(|a, b| self.loads[*a].total_cmp(&self.loads[*b]));
+        let fullest = servers
+            .iter()
+            .copied()
+            .max_by(|a, b| self.loads[*a].total_cmp(&self.loads[*b]));
         self.skew = match fullest {
             Some(server) if mean > 0.0 => self.loads[server] / mean - 1.0,
             _ => 0.0,

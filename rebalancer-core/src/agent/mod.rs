@@ -177,19 +177,12 @@ impl Agent {
 
     /// This apiserver's snapshot, as the peers get it.
     pub fn snapshot(&self, now: Timestamp) -> Snapshot {
-        let load = self
-            .table
-            .iter()
-            .filter(|(_, connection)| connection.is_active())
-            .map(|(_, connection)| planner::load_of(connection, self.policy.weight))
-            // Not `sum`, which is -0 for nothing.
-            .fold(0.0, |sum, load| sum + load);
         let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
         Snapshot {
             apiserver: self.policy.node.clone(),
             state: self.state(now),
             connections: self.table.active() as u64,
-            load,
+            load: self.table.load(self.policy.weight),
             draining: self.table.draining() as u64,
             goaways_total: self.goaways_total,
             accepted_total: self.table.accepted_total(),
@@ -510,9 +503,9 @@ impl Agent {
                 let connection = self.table.connection(*id).filter(|connection| connection.is_active())?;
                 Some(Victim {
                     connection: *id,
-                    client: connection.client,
-                    user: connection.user.clone(),
-                    user_agent: connection.user_agent.clone(),
+                    client: connection.client(),
+                    user: connection.user().map(str::to_owned),
+                    user_agent: connection.user_agent().map(str::to_owned),
                     load: planner::load_of(connection, self.policy.weight),
                     age: now.since(connection.opened_at),
                     why: "an operator asked for it".to_owned(),
