@@ -150,11 +150,11 @@ impl World<'_> {
         }
     }
 
-    /// Whether no agent has a plan in flight.
-    pub(crate) fn agents_are_idle(&self) -> bool {
-        self.nodes
-            .iter()
-            .all(|node| node.agent.as_ref().is_none_or(Agent::is_idle))
+    /// Whether no agent has a plan in flight, nor takes part in a rebalancing.
+    pub(crate) fn agents_are_done(&self) -> bool {
+        let now = Timestamp::from_millis(self.now);
+        let is_done = |agent: &Agent| agent.is_idle() && !agent.snapshot(now).rebalancing;
+        self.nodes.iter().all(|node| node.agent.as_ref().is_none_or(is_done))
     }
 
     fn tell(&mut self, server: usize, input: Input) {

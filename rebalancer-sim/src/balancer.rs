@@ -22,7 +22,7 @@ pub enum LoadBalancer {
     LeastconnInstances(usize),
     /// The better of two chosen at random.
     PowerOfTwo,
-    /// By the client's address alone: it comes straight back.
+    /// A client comes straight back to where it was while that is up: a stick table, or the nearest apiserver.
     Affinity,
     /// Maglev's consistent hashing over address and port (Eisenbud and others, NSDI 2016).
     Maglev,
@@ -72,8 +72,8 @@ impl Balancer {
         self.kind = kind;
     }
 
-    /// Where the next connection of `client` lands; `None` when no apiserver is up.
-    pub fn pick(&mut self, client: usize, port: u64, backends: &[Backend]) -> Option<usize> {
+    /// Where the next connection of `client` lands, who was at `last` before; `None` when no apiserver is up.
+    pub fn pick(&mut self, client: usize, last: Option<usize>, port: u64, backends: &[Backend]) -> Option<usize> {
         let up: Vec<usize> = (0..backends.len()).filter(|index| backends[*index].up).collect();
         if up.is_empty() {
             return None;
@@ -103,7 +103,7 @@ impl Balancer {
                 }
             }
             LoadBalancer::Affinity => {
-                let mut at = mix(client as u64) as usize % backends.len();
+                let mut at = last.unwrap_or(mix(client as u64) as usize) % backends.len();
                 while !backends[at].up {
                     at = (at + 1) % backends.len();
                 }
@@ -227,7 +227,7 @@ mod tests {
         let mut balancer = Balancer::new(kind, Random::new(1, 1));
         let mut landed = vec![0; seen.len()];
         for client in 0..count {
-            landed[balancer.pick(client, client as u64, seen).expect("one is up")] += 1;
+            landed[balancer.pick(client, None, client as u64, seen).expect("one is up")] += 1;
         }
         landed
     }
@@ -269,7 +269,7 @@ mod tests {
         }
         seen.iter_mut().for_each(|backend| backend.up = false);
         assert_eq!(
-            Balancer::new(LoadBalancer::Random, Random::new(1, 1)).pick(0, 0, &seen),
+            Balancer::new(LoadBalancer::Random, Random::new(1, 1)).pick(0, None, 0, &seen),
             None
         );
     }
@@ -279,7 +279,11 @@ mod tests {
         let seen = backends(&[0, 0, 0]);
         let mut balancer = Balancer::new(LoadBalancer::Affinity, Random::new(1, 1));
         for client in 0..50 {
-            assert_eq!(balancer.pick(client, 1, &seen), balancer.pick(client, 2, &seen));
+            assert_eq!(
+                balancer.pick(client, None, 1, &seen),
+                balancer.pick(client, None, 2, &seen)
+            );
+            assert_eq!(balancer.pick(client, Some(client % 3), 1, &seen), Some(client % 3));
         }
     }
 }

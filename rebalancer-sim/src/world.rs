@@ -80,6 +80,8 @@ pub(crate) struct Client {
     home: Option<usize>,
     /// Where it counts: where it is, or where it was until it has landed.
     counted: Option<usize>,
+    /// Where it was last.
+    last: Option<usize>,
     /// Watches that old connections still hold.
     elsewhere: u32,
     /// Which planned connect is the one that counts.
@@ -302,6 +304,7 @@ impl<'a> World<'a> {
                 requests: group.requests.draw(&mut self.random),
                 home: None,
                 counted: None,
+                last: None,
                 elsewhere: 0,
                 attempt: 0,
                 tries: 0,
@@ -335,7 +338,12 @@ impl<'a> World<'a> {
                 sockets: node.open.len(),
             })
             .collect();
-        match self.balancer.pick(client, self.connections.len() as u64, &backends) {
+        match self.balancer.pick(
+            client,
+            self.clients[client].last,
+            self.connections.len() as u64,
+            &backends,
+        ) {
             Some(server) => self.land(client, server),
             None => {
                 let tries = self.clients[client].tries;
@@ -368,6 +376,7 @@ impl<'a> World<'a> {
             position: self.nodes[server].open.len(),
         };
         known.home = Some(index);
+        known.last = Some(server);
         known.tries = 0;
         self.in_transit -= 1;
         let relist = std::mem::take(&mut known.relist) && group.list_seconds > 0.0;
@@ -588,12 +597,13 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Balanced is: the fullest is within the target, everyone has landed, and no plan is under way.
+    /// Balanced is: the fullest is within the target, everyone has landed, and no agent means to go on.
     fn check_balance(&mut self) {
-        if self.balanced_at.is_some() || self.in_transit > 0 || self.skew > self.setup.policy.skew_target {
+        // The skew is a quotient: what is at the target exactly is not above it.
+        if self.balanced_at.is_some() || self.in_transit > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
             return;
         }
-        if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_idle() {
+        if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_done() {
             return;
         }
         self.balanced_at = Some(self.now);

@@ -312,7 +312,7 @@ impl Agent {
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
-        let moves = self.motion.look(&view);
+        let moves = self.motion.look(&view, self.policy.settle, now);
         if underway {
             self.rho
                 .learn(moves.iter().map(|moved| (&moved.apiserver, moved.landings)));
@@ -376,9 +376,7 @@ impl Agent {
         // A doubt says nothing about the rebalancing: it waits.
         let rebalancing = match doubt {
             Some(_) => self.rebalancing.clone(),
-            None => self
-                .rebalancing
-                .after(&balance, &view, self.policy.skew_target, &self.rho),
+            None => self.rebalancing.after(&balance, &view, &self.rho),
         };
         let chosen = match doubt {
             Some(doubt) => Err(doubt),
