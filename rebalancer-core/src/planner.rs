@@ -41,6 +41,8 @@ pub struct Balance {
     pub surplus_connections: f64,
     /// How much load this apiserver should tell to go, in the unit of the weight.
     pub quota: f64,
+    /// The largest quota of any donor, in connections of mean weight: below a half nobody has anything to tell.
+    pub largest_quota: f64,
 }
 
 /// Deviations of random placement that make the noise floor.
@@ -93,11 +95,26 @@ pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, r
         .map(|(name, (load, _))| (expected(name, *load) - ceiling).max(0.0))
         .sum();
     let all = if credible > 0.0 { surplus / credible } else { 0.0 };
+    let quota_of = |name: &ApiserverName, load: f64| {
+        let expected = expected(name, load);
+        if expected > ceiling {
+            expected + all * back(name) - ceiling
+        } else {
+            0.0
+        }
+    };
     let own = ready.get(node).map_or(0.0, |(load, _)| expected(node, *load));
-    let quota = if own > ceiling {
-        own + all * back(node) - ceiling
-    } else {
-        0.0
+    let quota = ready.get(node).map_or(0.0, |(load, _)| quota_of(node, *load));
+    let largest_quota = ready
+        .iter()
+        .map(|(name, (load, _))| quota_of(name, *load))
+        .fold(0.0, f64::max);
+    let in_connections = |load: f64| {
+        if per_connection > 0.0 {
+            load / per_connection
+        } else {
+            0.0
+        }
     };
 
     let population = connections as f64 + in_transit;
@@ -120,12 +137,9 @@ pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, r
         donors,
         rho: credible,
         surplus,
-        surplus_connections: if per_connection > 0.0 {
-            surplus / per_connection
-        } else {
-            0.0
-        },
+        surplus_connections: in_connections(surplus),
         quota,
+        largest_quota: in_connections(largest_quota),
     }
 }
 
@@ -209,18 +223,12 @@ pub fn choose(
         if connection.state == ConnectionState::Draining || connection.protocol == Protocol::Http1 {
             continue;
         }
-        let Connection {
-            client,
-            user,
-            user_agent,
-            ..
-        } = connection;
         if connection.protocol == Protocol::Unknown {
             unknown += 1;
         } else if connection.is_node_local()
             || policy
                 .exclusions
-                .matches(client.ip(), user.as_deref(), user_agent.as_deref())
+                .matches(connection.client().ip(), connection.user(), connection.user_agent())
         {
             excluded += 1;
         } else if now.since(connection.opened_at) < policy.min_connection_age && !connection.seeded {
@@ -270,9 +278,9 @@ pub fn choose(
         room -= load;
         victims.push(Victim {
             connection: id,
-            client: connection.client,
-            user: connection.user.clone(),
-            user_agent: connection.user_agent.clone(),
+            client: connection.client(),
+            user: connection.user().map(str::to_owned),
+            user_agent: connection.user_agent().map(str::to_owned),
             load,
             age: now.since(connection.opened_at),
             why: match policy.weight {

@@ -177,19 +177,12 @@ impl Agent {
 
     /// This apiserver's snapshot, as the peers get it.
     pub fn snapshot(&self, now: Timestamp) -> Snapshot {
-        let load = self
-            .table
-            .iter()
-            .filter(|(_, connection)| connection.is_active())
-            .map(|(_, connection)| planner::load_of(connection, self.policy.weight))
-            // Not `sum`, which is -0 for nothing.
-            .fold(0.0, |sum, load| sum + load);
         let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
         Snapshot {
             apiserver: self.policy.node.clone(),
             state: self.state(now),
             connections: self.table.active() as u64,
-            load,
+            load: self.table.load(self.policy.weight),
             draining: self.table.draining() as u64,
             goaways_total: self.goaways_total,
             accepted_total: self.table.accepted_total(),
@@ -319,7 +312,7 @@ impl Agent {
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
-        let moves = self.motion.look(&view);
+        let moves = self.motion.look(&view, self.policy.settle, now);
         if underway {
             self.rho
                 .learn(moves.iter().map(|moved| (&moved.apiserver, moved.landings)));
@@ -383,9 +376,7 @@ impl Agent {
         // A doubt says nothing about the rebalancing: it waits.
         let rebalancing = match doubt {
             Some(_) => self.rebalancing.clone(),
-            None => self
-                .rebalancing
-                .after(&balance, &view, self.policy.skew_target, &self.rho),
+            None => self.rebalancing.after(&balance, &view, &self.rho),
         };
         let chosen = match doubt {
             Some(doubt) => Err(doubt),
@@ -510,9 +501,9 @@ impl Agent {
                 let connection = self.table.connection(*id).filter(|connection| connection.is_active())?;
                 Some(Victim {
                     connection: *id,
-                    client: connection.client,
-                    user: connection.user.clone(),
-                    user_agent: connection.user_agent.clone(),
+                    client: connection.client(),
+                    user: connection.user().map(str::to_owned),
+                    user_agent: connection.user_agent().map(str::to_owned),
                     load: planner::load_of(connection, self.policy.weight),
                     age: now.since(connection.opened_at),
                     why: "an operator asked for it".to_owned(),

@@ -4,11 +4,14 @@
 //! Input: views. Output: what happened since the last look, and how many clients are in transit.
 //! Must never take a restarted agent's totals for movements: they begin anew.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use crate::{
     view::{Snapshot, View},
-    words::ApiserverName,
+    words::{ApiserverName, Timestamp},
 };
 
 /// Totals of one apiserver at an instant; another instance starts anew.
@@ -37,14 +40,17 @@ pub(super) struct Motion {
     told: u64,
     landed: u64,
     draining: u64,
+    /// GOAWAYs of the last settle time.
+    recent: VecDeque<(Timestamp, u64)>,
 }
 
 impl Motion {
     /// Looks at a view.
     ///
     /// Landings count from the first GOAWAY on, until all who were told have landed. Whoever was told and has not landed
-    /// still holds the old connection, so no more are in transit than are draining.
-    pub fn look(&mut self, view: &View) -> Vec<Moves> {
+    /// still holds the old connection, or was told within the settle time: a client without streams closes its connection
+    /// at once and opens the next with its next request.
+    pub fn look(&mut self, view: &View, settle: Duration, now: Timestamp) -> Vec<Moves> {
         let mut moves = Vec::new();
         for (name, entry) in &view.entries {
             let Snapshot {
@@ -70,7 +76,14 @@ impl Motion {
             });
         }
         self.draining = view.entries.values().map(|entry| entry.snapshot.draining).sum();
-        self.told += moves.iter().map(|moved| moved.goaways).sum::<u64>();
+        let told = moves.iter().map(|moved| moved.goaways).sum::<u64>();
+        self.told += told;
+        if told > 0 {
+            self.recent.push_back((now, told));
+        }
+        while self.recent.front().is_some_and(|(at, _)| now.since(*at) >= settle) {
+            self.recent.pop_front();
+        }
         if self.told > 0 {
             self.landed += moves.iter().map(|moved| moved.landings).sum::<u64>();
         }
@@ -82,6 +95,7 @@ impl Motion {
 
     /// Clients that were told and have not landed.
     pub fn in_transit(&self) -> u64 {
-        self.told.saturating_sub(self.landed).min(self.draining)
+        let recent: u64 = self.recent.iter().map(|(_, told)| told).sum();
+        self.told.saturating_sub(self.landed).min(self.draining + recent)
     }
 }

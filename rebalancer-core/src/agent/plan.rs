@@ -54,11 +54,7 @@ impl Agent {
         for victim in &decision.victims {
             if let Some(connection) = self.table.connection(victim.connection) {
                 let key = connection.client_key();
-                let connections = self
-                    .table
-                    .iter()
-                    .filter(|(_, other)| other.is_active() && other.client_key() == key)
-                    .count();
+                let connections = self.table.active_of(&key);
                 self.cooldowns
                     .note(key.clone(), connections, now + self.policy.client_cooldown);
                 keys.insert(victim.connection, key);
@@ -166,12 +162,15 @@ impl Agent {
         };
         // Where users are known they tell who came back; where not, the accepted counter does.
         let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
+        let began = plan.told.iter().map(|(_, at)| *at).min().unwrap_or(now);
+        let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
+        for connection in self.table.scan().filter(|connection| connection.opened_at >= began) {
+            let newest = opened.entry(connection.client_key()).or_default();
+            *newest = connection.opened_at.max(*newest);
+        }
         for (key, at) in &plan.told {
             let back = match key {
-                ClientKey::User(..) => self
-                    .table
-                    .iter()
-                    .any(|(_, connection)| connection.opened_at >= *at && connection.client_key() == *key),
+                ClientKey::User(_) => opened.get(key).is_some_and(|opened| opened >= at),
                 ClientKey::Address(_) => {
                     let back = accepted > 0;
                     accepted = accepted.saturating_sub(1);

@@ -49,11 +49,11 @@ impl Rebalancing {
     ///
     /// It is the cluster's, not one apiserver's: a donor that has reached the target may be pushed above it again by
     /// those who still move. So it goes on, and an agent joins the others', until all are within the target.
-    pub fn after(&self, balance: &Balance, view: &View, target: f64, rho: &Rho) -> Self {
+    pub fn after(&self, balance: &Balance, view: &View, rho: &Rho) -> Self {
         let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let others = view.entries.values().any(|entry| entry.snapshot.rebalancing);
         let starts = balance.largest_skew > balance.trigger;
-        let unfinished = moving || balance.largest_skew > target;
+        let unfinished = moving || balance.largest_quota >= NOTHING;
         match self {
             Self::On(course) if unfinished && course.apiservers == balance.apiservers => {
                 if moving || course.left(rho) >= NOTHING {

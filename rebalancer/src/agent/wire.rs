@@ -321,14 +321,14 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
     let address = |address: SocketAddr| address.to_string();
     json!({
         "connection": id.to_string(),
-        "client": address(connection.client),
-        "local": address(connection.local),
+        "client": address(connection.client()),
+        "local": address(connection.local()),
         "protocol": protocol_name(connection.protocol),
         "state": state_name(connection),
         "age_s": now.since(connection.opened_at).as_secs(),
         "seeded": connection.seeded,
-        "user": connection.user,
-        "user_agent": connection.user_agent,
+        "user": connection.user(),
+        "user_agent": connection.user_agent(),
         "requests": connection.counters.requests,
         "open_streams": connection.counters.open_streams,
         "open_watches": connection.counters.open_watches,
