@@ -63,6 +63,8 @@ pub enum Hold {
     BudgetSpent {
         /// Tokens at hand.
         tokens: f64,
+        /// GOAWAYs this apiserver may still send in this rebalancing.
+        allowance: f64,
     },
     /// Moved clients come back: moving them does not help behind this load balancer.
     Futile {
@@ -161,7 +163,10 @@ impl fmt::Display for Hold {
                 f,
                 "nobody can be moved now: {cooling} in their cool-down, {young} too young, {excluded} excluded or on this node, {unknown} not known to speak HTTP/2"
             ),
-            Self::BudgetSpent { tokens } => write!(f, "the budget is spent: {tokens:.1} tokens"),
+            Self::BudgetSpent { tokens, allowance } => write!(
+                f,
+                "the budget is spent: {tokens:.1} tokens, {allowance:.1} GOAWAYs left in this rebalancing"
+            ),
             Self::Futile { rho, landings } => write!(
                 f,
                 "moved clients come back: of {landings:.0} landings at most {:.0} % went to another apiserver",

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use crate::{
     decision::{Hold, Victim},
     policy::{Policy, Weight},
+    rho::Rho,
     shim::ConnectionState,
     table::{ClientKey, Connection, ConnectionTable},
     view::{ServerState, View},
@@ -24,16 +25,24 @@ pub struct Balance {
     pub mean: f64,
     /// Skew of this apiserver, with the returns it must expect counted.
     pub skew: f64,
+    /// The largest skew of any apiserver, counted in the same way.
+    pub largest_skew: f64,
     /// Skew that chance alone makes: twice the relative deviation of random placement.
     pub noise_floor: f64,
     /// Skew that starts a plan: the configured threshold or the noise floor, whichever is higher.
     pub trigger: f64,
     /// The apiservers above the target.
     pub donors: Vec<ApiserverName>,
+    /// Rho for these donors that the quota rests on: the highest that is credible.
+    pub rho: f64,
     /// How much all donors together are above the target.
     pub surplus: f64,
+    /// The surplus in connections of mean weight: the moves that counting would need.
+    pub surplus_connections: f64,
     /// How much load this apiserver should tell to go, in the unit of the weight.
     pub quota: f64,
+    /// The largest quota of any donor, in connections of mean weight: below a half nobody has anything to tell.
+    pub largest_quota: f64,
 }
 
 /// Deviations of random placement that make the noise floor.
@@ -42,11 +51,11 @@ const NOISE_DEVIATIONS: f64 = 2.0;
 /// Computes where the loads stand.
 ///
 /// With loads `c`, target `T = (1 + t) * mean`, surplus `E = sum (c - T)+` and the chance `rho` that a moved client
-/// lands on no donor, `G = E / rho` GOAWAYs are needed in all; each of the `k` donors gets `(1 - rho) / k` of them back,
-/// so its own quota is `(c + G * (1 - rho) / k - T)+`.
+/// lands on no donor, `G = E / rho` GOAWAYs are needed in all; each donor gets its part of `(1 - rho) * G` back, by the
+/// share of new connections that land on it, so its own quota is `(c + G * back - T)+`.
 /// `in_transit` clients have been told and have not landed: they belong to nobody yet but count in the mean,
 /// and their returns are expected in the same way.
-pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, rho: f64, in_transit: f64) -> Balance {
+pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, rho: &Rho, in_transit: f64) -> Balance {
     let ready: BTreeMap<&ApiserverName, (f64, u64)> = view
         .entries
         .iter()
@@ -71,22 +80,42 @@ pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, r
         .filter(|(_, (load, _))| *load > ceiling)
         .map(|(name, _)| (*name).clone())
         .collect();
-    let k = donors.len().max(1) as f64;
-    let back = (1.0 - rho) / k;
-    let expected = |load: f64| {
+    let credible = rho.upper(&donors);
+    let on_donors: f64 = donors.iter().map(|donor| rho.share(donor, apiservers)).sum();
+    let back = |name: &ApiserverName| (1.0 - credible) * rho.share(name, apiservers) / on_donors;
+    let expected = |name: &ApiserverName, load: f64| {
         if load > ceiling {
-            load + transit_load * back
+            load + transit_load * back(name)
         } else {
             load
         }
     };
     let surplus: f64 = ready
-        .values()
-        .map(|(load, _)| (expected(*load) - ceiling).max(0.0))
+        .iter()
+        .map(|(name, (load, _))| (expected(name, *load) - ceiling).max(0.0))
         .sum();
-    let all = if rho > 0.0 { surplus / rho } else { 0.0 };
-    let own = ready.get(node).map_or(0.0, |(load, _)| expected(*load));
-    let quota = if own > ceiling { own + all * back - ceiling } else { 0.0 };
+    let all = if credible > 0.0 { surplus / credible } else { 0.0 };
+    let quota_of = |name: &ApiserverName, load: f64| {
+        let expected = expected(name, load);
+        if expected > ceiling {
+            expected + all * back(name) - ceiling
+        } else {
+            0.0
+        }
+    };
+    let own = ready.get(node).map_or(0.0, |(load, _)| expected(node, *load));
+    let quota = ready.get(node).map_or(0.0, |(load, _)| quota_of(node, *load));
+    let largest_quota = ready
+        .iter()
+        .map(|(name, (load, _))| quota_of(name, *load))
+        .fold(0.0, f64::max);
+    let in_connections = |load: f64| {
+        if per_connection > 0.0 {
+            load / per_connection
+        } else {
+            0.0
+        }
+    };
 
     let population = connections as f64 + in_transit;
     let noise_floor = if population > 0.0 {
@@ -94,16 +123,23 @@ pub fn balance(view: &View, node: &ApiserverName, target: f64, threshold: f64, r
     } else {
         f64::INFINITY
     };
-    let skew = if mean > 0.0 { own / mean - 1.0 } else { 0.0 };
+    let skew_of = |expected: f64| if mean > 0.0 { expected / mean - 1.0 } else { 0.0 };
     Balance {
         apiservers,
         mean,
-        skew,
+        skew: skew_of(own),
+        largest_skew: ready
+            .iter()
+            .map(|(name, (load, _))| skew_of(expected(name, *load)))
+            .fold(0.0, f64::max),
         noise_floor,
         trigger: threshold.max(noise_floor),
         donors,
+        rho: credible,
         surplus,
+        surplus_connections: in_connections(surplus),
         quota,
+        largest_quota: in_connections(largest_quota),
     }
 }
 
@@ -187,18 +223,12 @@ pub fn choose(
         if connection.state == ConnectionState::Draining || connection.protocol == Protocol::Http1 {
             continue;
         }
-        let Connection {
-            client,
-            user,
-            user_agent,
-            ..
-        } = connection;
         if connection.protocol == Protocol::Unknown {
             unknown += 1;
         } else if connection.is_node_local()
             || policy
                 .exclusions
-                .matches(client.ip(), user.as_deref(), user_agent.as_deref())
+                .matches(connection.client().ip(), connection.user(), connection.user_agent())
         {
             excluded += 1;
         } else if now.since(connection.opened_at) < policy.min_connection_age && !connection.seeded {
@@ -248,9 +278,9 @@ pub fn choose(
         room -= load;
         victims.push(Victim {
             connection: id,
-            client: connection.client,
-            user: connection.user.clone(),
-            user_agent: connection.user_agent.clone(),
+            client: connection.client(),
+            user: connection.user().map(str::to_owned),
+            user_agent: connection.user_agent().map(str::to_owned),
             load,
             age: now.since(connection.opened_at),
             why: match policy.weight {
@@ -284,6 +314,7 @@ mod tests {
                 goaways_total: 0,
                 accepted_total: 0,
                 plan_in_flight: false,
+                rebalancing: false,
                 instance: 1,
                 names: vec![],
             };
@@ -300,9 +331,24 @@ mod tests {
         }
     }
 
+    /// Landings from which every set of donors has about this rho: `others` apiservers that are no donors share it.
+    fn landings(loads: &[f64], rho: f64) -> Rho {
+        let mean = loads.iter().sum::<f64>() / loads.len() as f64;
+        let (donors, others): (Vec<_>, Vec<_>) = (0..loads.len()).partition(|index| loads[*index] > 1.05 * mean);
+        let mut learned = Rho::default();
+        let names: Vec<_> = (0..loads.len()).map(name).collect();
+        let each = |of: &[usize], share: f64| (share * 1e9 / of.len().max(1) as f64) as u64;
+        let of = |group: &[usize], share| -> Vec<_> {
+            group.iter().map(|index| (&names[*index], each(group, share))).collect()
+        };
+        learned.learn([of(&donors, 1.0 - rho), of(&others, rho)].concat());
+        learned
+    }
+
     fn quotas(loads: &[f64], rho: f64) -> Vec<f64> {
+        let rho = landings(loads, rho);
         (0..loads.len())
-            .map(|index| balance(&view(loads), &name(index), 0.05, 0.10, rho, 0.0).quota)
+            .map(|index| balance(&view(loads), &name(index), 0.05, 0.10, &rho, 0.0).quota)
             .collect()
     }
 
@@ -310,15 +356,32 @@ mod tests {
     #[test]
     fn quotas_are_the_worked_figures() {
         for (rho, goaways) in [(1.0, 300.0), (1.0 - 4.0 / 9.0, 540.0), (1.0 / 3.0, 900.0)] {
-            let sum: f64 = quotas(&[500.0, 500.0, 0.0], rho).iter().sum();
-            assert!((sum - goaways).abs() < 1e-6, "rho {rho}: {sum}, expected {goaways}");
+            let loads = [500.0, 500.0, 0.0];
+            let sum: f64 = quotas(&loads, rho).iter().sum();
+            // The quota rests on the highest credible rho, which is a little above what was learned.
+            let credible = landings(&loads, rho).upper(&[name(0), name(1)]);
+            assert!(
+                (sum - goaways * rho / credible).abs() < 1e-6,
+                "rho {rho}: {sum}, expected {goaways}"
+            );
+            assert!(
+                (goaways * 0.85..=goaways + 1e-6).contains(&sum),
+                "rho {rho}: {sum}, expected {goaways}"
+            );
         }
     }
 
     #[test]
     fn clients_on_their_way_are_not_asked_for_again() {
         // Of (500, 500, 0) the donors told 150 each, nobody has landed yet.
-        let during = balance(&view(&[350.0, 350.0, 0.0]), &name(0), 0.05, 0.10, 1.0, 300.0);
+        let during = balance(
+            &view(&[350.0, 350.0, 0.0]),
+            &name(0),
+            0.05,
+            0.10,
+            &Rho::default(),
+            300.0,
+        );
         assert_eq!((during.mean, during.quota), (1000.0 / 3.0, 0.0));
     }
 
@@ -326,7 +389,7 @@ mod tests {
     fn an_apiserver_that_is_down_is_no_recipient() {
         let mut view = view(&[100.0, 100.0, 0.0]);
         view.entries.get_mut(&name(2)).expect("three entries").snapshot.state = ServerState::Down;
-        let balance = balance(&view, &name(0), 0.05, 0.10, 1.0, 0.0);
+        let balance = balance(&view, &name(0), 0.05, 0.10, &Rho::default(), 0.0);
         assert_eq!((balance.apiservers, balance.skew, balance.quota), (2, 0.0, 0.0));
     }
 
@@ -336,8 +399,10 @@ mod tests {
             loads in prop::collection::vec(0.0f64..5_000.0, 2..12),
             rho in 0.05f64..1.0,
         ) {
-            let k = balance(&view(&loads), &name(0), 0.05, 0.10, rho, 0.0).donors.len().max(1) as f64;
+            let landings = landings(&loads, rho);
+            let balance = balance(&view(&loads), &name(0), 0.05, 0.10, &landings, 0.0);
             let quotas = quotas(&loads, rho);
+            let (k, rho) = (balance.donors.len().max(1) as f64, balance.rho);
             let all: f64 = quotas.iter().sum();
             let mean = loads.iter().sum::<f64>() / loads.len() as f64;
             for (load, quota) in loads.iter().zip(&quotas) {

@@ -120,7 +120,7 @@ impl Policy {
             peers,
             weight: Weight::Connections,
             skew_threshold: 0.10,
-            skew_target: 0.05,
+            skew_target: 0.03,
             interval: Duration::from_secs(5),
             goaway_rate: 10.0,
             goaway_share: 0.25,

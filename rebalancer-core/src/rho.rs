@@ -1,75 +1,86 @@
 //! Rho: the chance that a moved client lands on an apiserver that is not a donor.
 //!
-//! Job: learn it from where new connections land while a plan settles.
-//! Input: counts of landings. Output: a mean and its upper credible bound.
+//! Job: learn where new connections land while clients are on their way.
+//! Input: landings per apiserver. Output: a mean and an upper credible bound for any set of donors.
 //! Must never depend on client addresses: a proxying load balancer hides them.
 
-/// A Beta posterior over rho.
-#[derive(Clone, Debug, PartialEq)]
+use std::collections::BTreeMap;
+
+use crate::words::ApiserverName;
+
+/// Landings by apiserver: a Dirichlet posterior, so that rho of a set of donors is a Beta one.
+///
+/// One share per apiserver and not one rho: when a donor has reached the target, rho of those that remain is another.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rho {
-    elsewhere: f64,
-    on_donors: f64,
+    landed: BTreeMap<ApiserverName, f64>,
 }
 
 /// Landings that are remembered: older ones fade, because a load balancer may change.
 const MEMORY: f64 = 400.0;
 
+/// What the prior, an even choice among the apiservers, is worth in landings.
+const PRIOR: f64 = 2.0;
+
+/// With fewer landings nothing is known yet.
+const FEW: f64 = 10.0;
+
 /// Landings from which rho near 0 is believed.
-const ENOUGH: f64 = 20.0;
+const ENOUGH: f64 = 100.0;
 
 /// Below this upper bound moving is futile.
 const FUTILE: f64 = 0.05;
 
-impl Default for Rho {
-    fn default() -> Self {
-        Self {
-            elsewhere: 0.0,
-            on_donors: 0.0,
-        }
-    }
-}
-
 impl Rho {
     /// Learns from landings since the last call.
-    pub fn learn(&mut self, elsewhere: u64, on_donors: u64) {
-        self.elsewhere += elsewhere as f64;
-        self.on_donors += on_donors as f64;
-        let total = self.elsewhere + self.on_donors;
+    pub fn learn<'a>(&mut self, landings: impl IntoIterator<Item = (&'a ApiserverName, u64)>) {
+        for (name, count) in landings {
+            if count > 0 {
+                *self.landed.entry(name.clone()).or_default() += count as f64;
+            }
+        }
+        let total = self.landings();
         if total > MEMORY {
-            self.elsewhere *= MEMORY / total;
-            self.on_donors *= MEMORY / total;
+            self.landed.values_mut().for_each(|count| *count *= MEMORY / total);
         }
     }
 
-    /// Mean of the posterior; the prior is Beta(1, 1) shifted to `1 - k/n` as design requires, worth two landings.
-    pub fn mean(&self, donors: usize, apiservers: usize) -> f64 {
-        let prior = 1.0 - donors as f64 / apiservers.max(1) as f64;
-        (2.0 * prior + self.elsewhere) / (2.0 + self.elsewhere + self.on_donors)
+    /// The share of new connections that land on one of `apiservers` apiservers; it starts from an even choice.
+    pub fn share(&self, name: &ApiserverName, apiservers: usize) -> f64 {
+        let landed = self.landed.get(name).copied().unwrap_or_default();
+        (landed + PRIOR / apiservers.max(1) as f64) / (self.landings() + PRIOR)
+    }
+
+    /// Mean of rho's posterior; without landings it is `1 - k/n`.
+    pub fn mean(&self, donors: &[ApiserverName], apiservers: usize) -> f64 {
+        let on_donors: f64 = donors.iter().map(|donor| self.share(donor, apiservers)).sum();
+        (1.0 - on_donors).max(0.0)
     }
 
     /// The highest rho that is still credible: two standard deviations above the mean, 1 while nothing is learned.
     ///
     /// Quotas use this one: a first plan never sends more than a load balancer with rho = 1 needs,
     /// and what it leaves undone the next plan does with a rho that is known.
-    pub fn upper(&self) -> f64 {
-        let a = self.elsewhere + 1.0;
-        let b = self.on_donors + 1.0;
-        let n = a + b;
-        if n < 12.0 {
+    pub fn upper(&self, donors: &[ApiserverName]) -> f64 {
+        let landings = self.landings();
+        if landings < FEW {
             return 1.0;
         }
+        let on_donors: f64 = donors.iter().filter_map(|donor| self.landed.get(donor)).sum();
+        let (a, b) = (landings - on_donors + 1.0, on_donors + 1.0);
+        let n = a + b;
         let deviation = (a * b / (n * n * (n + 1.0))).sqrt();
         (a / n + 2.0 * deviation).min(1.0)
     }
 
-    /// Whether moving has been seen to be pointless.
-    pub fn is_futile(&self) -> bool {
-        self.elsewhere + self.on_donors >= ENOUGH * 5.0 && self.upper() < FUTILE
+    /// Whether moving clients off these donors has been seen to be pointless.
+    pub fn is_futile(&self, donors: &[ApiserverName]) -> bool {
+        self.landings() >= ENOUGH && self.upper(donors) < FUTILE
     }
 
     /// Landings that it rests on.
     pub fn landings(&self) -> f64 {
-        self.elsewhere + self.on_donors
+        self.landed.values().sum()
     }
 }
 
@@ -77,30 +88,47 @@ impl Rho {
 mod tests {
     use super::*;
 
-    #[test]
-    fn unknown_is_optimistic() {
-        assert_eq!(Rho::default().upper(), 1.0);
-        assert!((Rho::default().mean(2, 3) - 1.0 / 3.0).abs() < 1e-9);
+    fn names() -> [ApiserverName; 3] {
+        ["a", "b", "c"].map(ApiserverName::new)
+    }
+
+    fn learned(landings: [u64; 3]) -> Rho {
+        let mut rho = Rho::default();
+        rho.learn(names().iter().zip(landings));
+        rho
     }
 
     #[test]
-    fn landings_are_learned() {
-        let mut rho = Rho::default();
-        rho.learn(30, 60);
-        assert!((0.30..0.37).contains(&rho.mean(2, 3)), "{rho:?}");
-        assert!((0.35..0.47).contains(&rho.upper()), "{rho:?}");
-        assert!(!rho.is_futile());
+    fn unknown_is_an_even_choice_and_optimistic() {
+        let donors = &names()[..2];
+        assert_eq!(Rho::default().upper(donors), 1.0);
+        assert!((Rho::default().mean(donors, 3) - 1.0 / 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn landings_are_learned_for_any_set_of_donors() {
+        let rho = learned([30, 30, 30]);
+        let [a, b, _] = names();
+        for (donors, expected) in [(vec![a.clone(), b], 1.0 / 3.0), (vec![a], 2.0 / 3.0)] {
+            assert!((rho.mean(&donors, 3) - expected).abs() < 0.02, "{donors:?}: {rho:?}");
+            assert!(
+                (expected..expected + 0.12).contains(&rho.upper(&donors)),
+                "{donors:?}: {rho:?}"
+            );
+            assert!(!rho.is_futile(&donors));
+        }
     }
 
     #[test]
     fn all_back_is_futile_and_is_forgotten_when_it_changes() {
-        let mut rho = Rho::default();
-        rho.learn(0, 200);
-        assert!(rho.is_futile());
+        let mut rho = learned([200, 0, 0]);
+        let donors = &names()[..1];
+        assert!(rho.is_futile(donors));
+        assert!(!rho.is_futile(&names()[1..2]), "clients of b would land on a");
         for _ in 0..40 {
-            rho.learn(20, 0);
+            rho.learn([(&names()[2], 20)]);
         }
-        assert!(!rho.is_futile());
-        assert!(rho.mean(2, 3) > 0.7, "{rho:?}");
+        assert!(!rho.is_futile(donors));
+        assert!(rho.mean(donors, 3) > 0.7, "{rho:?}");
     }
 }

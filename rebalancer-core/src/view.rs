@@ -42,6 +42,8 @@ pub struct Snapshot {
     pub accepted_total: u64,
     /// Whether a plan of its agent is in flight or settling.
     pub plan_in_flight: bool,
+    /// Whether its agent takes part in a rebalancing that has not reached the target.
+    pub rebalancing: bool,
     /// Names the agent's process: another value means the totals begin anew.
     pub instance: u64,
     /// The names this agent knows, its own included, to notice peers that disagree.

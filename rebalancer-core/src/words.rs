@@ -3,15 +3,15 @@
 //! Input and output: none; these are values.
 //! Must never grow behaviour that belongs to the module that owns a rule.
 
-use std::{fmt, ops::Add, time::Duration};
+use std::{fmt, ops::Add, sync::Arc, time::Duration};
 
-/// One apiserver, named by its node.
+/// One apiserver, named by its node. Cheap to clone: every view holds all of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ApiserverName(String);
+pub struct ApiserverName(Arc<str>);
 
 impl ApiserverName {
     /// Takes the name as the node spells it.
-    pub fn new(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
         Self(name.into())
     }
 

@@ -1,4 +1,17 @@
-//! A seeded simulator in virtual time: apiservers, a load balancer, clients, and the policies side by side.
+//! A seeded simulator in virtual time: apiservers, a load balancer, clients, and the contenders side by side.
 //!
+//! Job: say what the rebalancer, the goaway lottery, an age limit and nobody do to one and the same cluster, and what it costs.
+//! Input: a [`setup::Setup`] and a seed. Output: a [`figures::Run`].
 //! It drives the very core the agent runs; it must never read a clock or an unseeded source of randomness.
 #![forbid(unsafe_code)]
+
+mod agents;
+pub mod balancer;
+pub mod figures;
+mod incidents;
+mod node;
+mod random;
+pub mod setup;
+mod world;
+
+pub use world::simulate;

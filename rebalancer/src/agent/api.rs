@@ -329,7 +329,8 @@ async fn goaway(
                     && match (&body.connection, &body.client) {
                         (Some(wanted), _) => wanted.0 == id.0,
                         (_, Some(client)) => {
-                            *client == connection.client.to_string() || *client == connection.client.ip().to_string()
+                            *client == connection.client().to_string()
+                                || *client == connection.client().ip().to_string()
                         }
                         _ => !connection.is_node_local(),
                     }

@@ -39,6 +39,8 @@ pub struct WireSnapshot {
     pub accepted_total: u64,
     /// Whether a plan is in flight.
     pub plan_in_flight: bool,
+    /// Whether it takes part in a rebalancing.
+    pub rebalancing: bool,
     /// Names the process.
     pub instance: u64,
     /// The apiservers it knows.
@@ -99,6 +101,7 @@ impl WireSnapshot {
             goaways_total: snapshot.goaways_total,
             accepted_total: snapshot.accepted_total,
             plan_in_flight: snapshot.plan_in_flight,
+            rebalancing: snapshot.rebalancing,
             instance: snapshot.instance,
             names: snapshot.names.iter().map(ToString::to_string).collect(),
             weight: weight_name(weight).to_owned(),
@@ -136,6 +139,7 @@ impl WireSnapshot {
             goaways_total: self.goaways_total,
             accepted_total: self.accepted_total,
             plan_in_flight: self.plan_in_flight,
+            rebalancing: self.rebalancing,
             instance: self.instance,
             names: self.names.into_iter().map(ApiserverName::new).collect(),
         })
@@ -291,7 +295,9 @@ pub fn hold(hold: &Hold) -> Value {
             excluded,
             unknown,
         } => json!({"cooling": cooling, "young": young, "excluded": excluded, "unknown": unknown}),
-        Hold::BudgetSpent { tokens } => json!({"tokens": rounded(*tokens)}),
+        Hold::BudgetSpent { tokens, allowance } => {
+            json!({"tokens": rounded(*tokens), "allowance": rounded(*allowance)})
+        }
         Hold::Futile { rho, landings } => json!({"rho": rounded(*rho), "landings": rounded(*landings)}),
         Hold::PlanInFlight {
             generation,
@@ -315,14 +321,14 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
     let address = |address: SocketAddr| address.to_string();
     json!({
         "connection": id.to_string(),
-        "client": address(connection.client),
-        "local": address(connection.local),
+        "client": address(connection.client()),
+        "local": address(connection.local()),
         "protocol": protocol_name(connection.protocol),
         "state": state_name(connection),
         "age_s": now.since(connection.opened_at).as_secs(),
         "seeded": connection.seeded,
-        "user": connection.user,
-        "user_agent": connection.user_agent,
+        "user": connection.user(),
+        "user_agent": connection.user_agent(),
         "requests": connection.counters.requests,
         "open_streams": connection.counters.open_streams,
         "open_watches": connection.counters.open_watches,

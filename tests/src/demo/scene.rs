@@ -23,9 +23,6 @@ const QUIET: Duration = Duration::from_secs(60);
 /// How often the scene is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The agents' default `--skew-target`, on which the lower bound rests.
-const TARGET: f64 = 0.05;
-
 /// What the audience hears.
 pub enum Event<'a> {
     /// A step begins.
@@ -129,7 +126,10 @@ impl<'a> Scene<'a> {
         let ready = Instant::now();
         let goaways_before = self.cluster.goaways()?;
         report.after_restart = self.cluster.loads()?;
-        report.lower_bound = lower_bound(&report.after_restart, self.policy);
+        let target = self.cluster.nodes[0].status()?["skew_target"]
+            .as_f64()
+            .context("the status has no skew_target")?;
+        report.lower_bound = lower_bound(&report.after_restart, target, self.policy);
         self.step("it is ready and empty; the agents compare");
 
         self.level(&mut swarm, &mut report, ready, goaways_before)?;
@@ -279,9 +279,9 @@ impl<'a> Scene<'a> {
 }
 
 /// E/rho: what all donors are above the target, over the chance that a moved client lands on another apiserver.
-fn lower_bound(loads: &[u64], policy: Policy) -> u64 {
+fn lower_bound(loads: &[u64], target: f64, policy: Policy) -> u64 {
     let mean = loads.iter().sum::<u64>() as f64 / loads.len() as f64;
-    let ceiling = mean * (1.0 + TARGET);
+    let ceiling = mean * (1.0 + target);
     let surplus: f64 = loads.iter().map(|load| (*load as f64 - ceiling).max(0.0)).sum();
     (surplus / policy.rho(loads.len())).round() as u64
 }
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn the_lower_bound_is_the_designs() {
-        assert_eq!(lower_bound(&[0, 500, 500], Policy::Leastconn), 300);
-        assert_eq!(lower_bound(&[0, 500, 500], Policy::Roundrobin), 900);
+        assert_eq!(lower_bound(&[0, 500, 500], 0.05, Policy::Leastconn), 300);
+        assert_eq!(lower_bound(&[0, 500, 500], 0.05, Policy::Roundrobin), 900);
     }
 }

@@ -4,29 +4,33 @@
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
-};
+mod motion;
+mod plan;
+mod rebalancing;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::VecDeque, time::Duration};
+
+use motion::Motion;
+use plan::Plan;
+use rebalancing::Rebalancing;
 
 use crate::{
     budget::TokenBucket,
     decision::{Decision, Hold, Outcomes, Victim},
     observation::Observation,
     planner::{self, Balance, Cooldowns},
-    policy::{Mode, Policy},
+    policy::Policy,
     rho::Rho,
     shim::{GoawayOrder, GoawayResult, ShimReport},
-    table::{ClientKey, ConnectionTable},
+    table::ConnectionTable,
     view::{PeerFault, Peers, ServerState, Snapshot, View},
     words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
 };
 
 /// Decisions that are kept to be read.
 const HISTORY: usize = 1_000;
-
-/// How long a shim may take to carry out one order.
-const ORDER_EXPIRY: Duration = Duration::from_secs(10);
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -73,29 +77,6 @@ pub enum Effect {
     Resync,
 }
 
-/// A plan that is being carried out.
-#[derive(Clone, Debug)]
-struct Plan {
-    generation: u64,
-    decision: u64,
-    unsent: VecDeque<ConnectionId>,
-    asked: BTreeSet<ConnectionId>,
-    told: Vec<(ClientKey, Timestamp)>,
-    keys: BTreeMap<ConnectionId, ClientKey>,
-    outcomes: Outcomes,
-    last_goaway: Timestamp,
-    expires: Timestamp,
-    accepted_before: u64,
-}
-
-/// Totals of one apiserver at an instant; another instance starts anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Totals {
-    instance: u64,
-    goaways: u64,
-    accepted: u64,
-}
-
 /// The state machine. See the module's documentation.
 #[derive(Debug)]
 pub struct Agent {
@@ -109,7 +90,7 @@ pub struct Agent {
     generation: u64,
     next_id: u64,
     paused: bool,
-    rebalancing: bool,
+    rebalancing: Rebalancing,
     shim_fault: Option<String>,
     shim_instance: String,
     upstream_ready: Option<bool>,
@@ -117,9 +98,7 @@ pub struct Agent {
     started: Timestamp,
     goaways_total: u64,
     plan: Option<Plan>,
-    quiet: BTreeMap<ApiserverName, Totals>,
-    learned: BTreeMap<ApiserverName, Totals>,
-    in_transit: u64,
+    motion: Motion,
     history: VecDeque<Decision>,
     next_decision: Timestamp,
     outcomes_total: Outcomes,
@@ -138,7 +117,7 @@ impl Agent {
             generation: 0,
             next_id: 1,
             paused: false,
-            rebalancing: false,
+            rebalancing: Rebalancing::Off,
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
             shim_instance: String::new(),
             upstream_ready: None,
@@ -146,9 +125,7 @@ impl Agent {
             started: now,
             goaways_total: 0,
             plan: None,
-            quiet: BTreeMap::new(),
-            learned: BTreeMap::new(),
-            in_transit: 0,
+            motion: Motion::default(),
             history: VecDeque::new(),
             next_decision: now + policy.interval,
             outcomes_total: Outcomes::default(),
@@ -200,23 +177,17 @@ impl Agent {
 
     /// This apiserver's snapshot, as the peers get it.
     pub fn snapshot(&self, now: Timestamp) -> Snapshot {
-        let load = self
-            .table
-            .iter()
-            .filter(|(_, connection)| connection.is_active())
-            .map(|(_, connection)| planner::load_of(connection, self.policy.weight))
-            // Not `sum`, which is -0 for nothing.
-            .fold(0.0, |sum, load| sum + load);
         let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
         Snapshot {
             apiserver: self.policy.node.clone(),
             state: self.state(now),
             connections: self.table.active() as u64,
-            load,
+            load: self.table.load(self.policy.weight),
             draining: self.table.draining() as u64,
             goaways_total: self.goaways_total,
             accepted_total: self.table.accepted_total(),
             plan_in_flight: self.plan.is_some(),
+            rebalancing: self.rebalancing.course().is_some(),
             instance: self.instance,
             names,
         }
@@ -313,36 +284,6 @@ impl Agent {
         self.table.report(report);
     }
 
-    fn goaway_answered(&mut self, now: Timestamp, results: &[(ConnectionId, GoawayResult)]) {
-        for (id, result) in results {
-            let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
-            if told {
-                self.goaways_total += 1;
-            }
-            if told || *result == GoawayResult::AlreadyDraining {
-                self.table.mark_draining(*id);
-            }
-            let Some(plan) = &mut self.plan else {
-                continue;
-            };
-            if !plan.asked.remove(id) {
-                continue;
-            }
-            plan.last_goaway = now;
-            plan.outcomes.pending -= 1;
-            let Some(key) = plan.keys.remove(id) else {
-                continue;
-            };
-            if told {
-                plan.outcomes.draining += 1;
-                plan.told.push((key, now));
-            } else {
-                plan.outcomes.lost += 1;
-                self.cooldowns.forget(&key);
-            }
-        }
-    }
-
     /// One turn: follow the plan, decide when it is time, send what the budget allows.
     fn turn(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         self.cooldowns.expire(now);
@@ -354,15 +295,8 @@ impl Agent {
             self.next_decision = now + self.policy.interval;
             self.table.sample(now);
             let view = self.peers.view(self.snapshot(now), now);
-            let (mut decision, balance) = self.decide(now, view);
-            let keeps = balance.is_some_and(|balance| self.keeps_rebalancing(&balance));
-            // While clients are on their way the loads are too low: whoever rebalances goes on until they have landed.
-            let moving = decision
-                .view
-                .entries
-                .values()
-                .any(|entry| entry.snapshot.plan_in_flight);
-            self.rebalancing = keeps || (self.rebalancing && moving);
+            let (mut decision, rebalancing) = self.decide(now, view);
+            self.rebalancing = rebalancing;
             decision.id = self.next_id;
             self.next_id += 1;
             if decision.hold.is_none() {
@@ -374,136 +308,21 @@ impl Agent {
         self.send(now, effects);
     }
 
-    fn keeps_rebalancing(&self, balance: &Balance) -> bool {
-        let bar = if self.rebalancing {
-            self.policy.skew_target
-        } else {
-            balance.trigger
-        };
-        balance.skew > bar
-    }
-
     /// Learns where clients landed, counts those on their way, and closes a plan that has settled.
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let view = self.peers.view(self.snapshot(now), now);
-        let totals: BTreeMap<ApiserverName, Totals> = view
-            .entries
-            .iter()
-            .map(|(name, entry)| {
-                let Snapshot {
-                    instance,
-                    goaways_total,
-                    accepted_total,
-                    ..
-                } = entry.snapshot;
-                (
-                    name.clone(),
-                    Totals {
-                        instance,
-                        goaways: goaways_total,
-                        accepted: accepted_total,
-                    },
-                )
-            })
-            .collect();
-        let since = |base: &BTreeMap<ApiserverName, Totals>, name: &ApiserverName, new: &Totals| {
-            base.get(name)
-                .filter(|old| old.instance == new.instance)
-                .map_or((0, 0), |old| {
-                    (
-                        new.goaways.saturating_sub(old.goaways),
-                        new.accepted.saturating_sub(old.accepted),
-                    )
-                })
-        };
-        let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
-        if moving {
-            let balance = self.balance(&view);
-            let (mut elsewhere, mut on_donors) = (0, 0);
-            let (mut goaways, mut landed) = (0, 0);
-            for (name, new) in &totals {
-                let accepted = since(&self.learned, name, new).1;
-                if balance.donors.contains(name) {
-                    on_donors += accepted;
-                } else {
-                    elsewhere += accepted;
-                }
-                let (told, taken) = since(&self.quiet, name, new);
-                goaways += told;
-                landed += taken;
-            }
-            self.rho.learn(elsewhere, on_donors);
-            self.in_transit = goaways.saturating_sub(landed);
-        } else {
-            self.quiet = totals.clone();
-            self.in_transit = 0;
+        let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
+        let moves = self.motion.look(&view, self.policy.settle, now);
+        if underway {
+            self.rho
+                .learn(moves.iter().map(|moved| (&moved.apiserver, moved.landings)));
         }
-        self.learned = totals;
-
-        if self.guard(now).is_some()
-            && let Some(plan) = &mut self.plan
-        {
-            // A doubt came up while the plan was on its way: who has not been told is not told.
-            let dropped = plan.unsent.drain(..).collect::<Vec<_>>();
-            self.drop_victims(&dropped);
+        self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
+        if self.guard(now).is_some() {
+            // A doubt came up while a plan was on its way: who has not been told is not told.
+            self.drop_unsent();
         }
-        let settled = self.plan.as_ref().is_some_and(|plan| {
-            let sent = plan.unsent.is_empty() && plan.asked.is_empty();
-            let landed = self.in_transit == 0 && !plan.told.is_empty();
-            sent && (landed || plan.told.is_empty() || now.since(plan.last_goaway) >= self.policy.settle)
-        });
-        if settled && let Some(plan) = self.plan.take() {
-            self.settle(plan, effects);
-        }
-    }
-
-    fn drop_victims(&mut self, dropped: &[ConnectionId]) {
-        let Some(plan) = &mut self.plan else {
-            return;
-        };
-        for id in dropped {
-            if let Some(key) = plan.keys.remove(id) {
-                self.cooldowns.forget(&key);
-            }
-            plan.outcomes.pending -= 1;
-            plan.outcomes.lost += 1;
-        }
-    }
-
-    fn settle(&mut self, mut plan: Plan, effects: &mut Vec<Effect>) {
-        // Where users are known they tell who came back; where not, the accepted counter does.
-        let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
-        for (key, at) in &plan.told {
-            let back = match key {
-                ClientKey::User(..) => self
-                    .table
-                    .iter()
-                    .any(|(_, connection)| connection.opened_at >= *at && connection.client_key() == *key),
-                ClientKey::Address(_) => {
-                    let back = accepted > 0;
-                    accepted = accepted.saturating_sub(1);
-                    back
-                }
-            };
-            plan.outcomes.draining -= 1;
-            if back {
-                plan.outcomes.returned += 1;
-            } else {
-                plan.outcomes.moved += 1;
-            }
-        }
-        self.outcomes_total.moved += plan.outcomes.moved;
-        self.outcomes_total.returned += plan.outcomes.returned;
-        self.outcomes_total.lost += plan.outcomes.lost;
-        if let Some(decision) = self
-            .history
-            .iter_mut()
-            .rev()
-            .find(|decision| decision.id == plan.decision)
-        {
-            decision.outcomes = plan.outcomes;
-            effects.push(Effect::Settled(decision.clone()));
-        }
+        self.settle(now, effects);
     }
 
     /// The first doubt, if there is one.
@@ -545,14 +364,25 @@ impl Agent {
             &self.policy.node,
             self.policy.skew_target,
             self.policy.skew_threshold,
-            self.rho.upper(),
-            self.in_transit as f64,
+            &self.rho,
+            self.motion.in_transit() as f64,
         )
     }
 
-    fn decide(&self, now: Timestamp, view: View) -> (Decision, Option<Balance>) {
+    /// What would be decided, and what the rebalancing is then.
+    fn decide(&self, now: Timestamp, view: View) -> (Decision, Rebalancing) {
         let balance = self.balance(&view);
-        let (victims, hold) = match self.victims(now, &balance) {
+        let doubt = self.guard(now);
+        // A doubt says nothing about the rebalancing: it waits.
+        let rebalancing = match doubt {
+            Some(_) => self.rebalancing.clone(),
+            None => self.rebalancing.after(&balance, &view, &self.rho),
+        };
+        let chosen = match doubt {
+            Some(doubt) => Err(doubt),
+            None => self.victims(now, &balance, &rebalancing),
+        };
+        let (victims, hold) = match chosen {
             Ok(victims) => (victims, None),
             Err(hold) => (Vec::new(), Some(hold)),
         };
@@ -560,7 +390,6 @@ impl Agent {
             Some(hold) => format!("nothing is done: {hold}"),
             None => self.explain(&balance, &victims),
         };
-        let doubtful = self.guard(now).is_some();
         let decision = Decision {
             id: 0,
             generation: self.generation + u64::from(hold.is_none()),
@@ -573,7 +402,7 @@ impl Agent {
             skew: balance.skew,
             threshold: balance.trigger,
             noise_floor: balance.noise_floor,
-            rho: self.rho.mean(balance.donors.len(), balance.apiservers),
+            rho: self.rho.mean(&balance.donors, balance.apiservers),
             quota: (balance.quota + 0.5).floor() as u64,
             outcomes: Outcomes {
                 pending: victims.len() as u64,
@@ -583,7 +412,7 @@ impl Agent {
             hold,
             explanation,
         };
-        (decision, (!doubtful).then_some(balance))
+        (decision, rebalancing)
     }
 
     fn explain(&self, balance: &Balance, victims: &[Victim]) -> String {
@@ -596,146 +425,66 @@ impl Agent {
             balance.quota,
             victims.len(),
             self.policy.goaway_rate,
-            (balance.skew - victims.iter().map(|victim| victim.load).sum::<f64>() * self.rho.upper() / balance.mean)
-                * 100.0,
+            (balance.skew - victims.iter().map(|victim| victim.load).sum::<f64>() * balance.rho / balance.mean) * 100.0,
         )
     }
 
-    fn victims(&self, now: Timestamp, balance: &Balance) -> Result<Vec<Victim>, Hold> {
-        if let Some(hold) = self.guard(now) {
-            return Err(hold);
-        }
+    fn victims(&self, now: Timestamp, balance: &Balance, rebalancing: &Rebalancing) -> Result<Vec<Victim>, Hold> {
         if balance.apiservers < 2 {
             return Err(Hold::FewerThanTwoApiservers {
                 apiservers: balance.apiservers,
             });
         }
         if let Some(plan) = &self.plan {
-            let unsent = plan.unsent.len();
             return Err(Hold::PlanInFlight {
                 generation: plan.generation,
-                unsent,
-                in_transit: self.in_transit,
+                unsent: plan.unsent.len(),
+                in_transit: self.motion.in_transit(),
             });
         }
-        if !self.keeps_rebalancing(balance) {
-            let Balance {
-                skew,
-                noise_floor,
-                trigger,
-                ..
-            } = *balance;
-            return Err(if !self.rebalancing && skew > self.policy.skew_threshold {
-                Hold::Noise { skew, noise_floor }
+        let skew = balance.skew;
+        let Some(course) = rebalancing.course() else {
+            return Err(if skew > self.policy.skew_threshold {
+                Hold::Noise {
+                    skew,
+                    noise_floor: balance.noise_floor,
+                }
             } else {
                 Hold::BelowThreshold {
                     skew,
-                    threshold: if self.rebalancing {
-                        self.policy.skew_target
-                    } else {
-                        trigger
-                    },
+                    threshold: balance.trigger,
                 }
             });
+        };
+        let reached = Hold::BelowThreshold {
+            skew,
+            threshold: self.policy.skew_target,
+        };
+        if balance.quota <= 0.0 || skew <= self.policy.skew_target {
+            return Err(reached);
         }
-        if self.rho.is_futile() {
+        if self.rho.is_futile(&balance.donors) {
             return Err(Hold::Futile {
-                rho: self.rho.upper(),
+                rho: self.rho.upper(&balance.donors),
                 landings: self.rho.landings(),
             });
         }
-        if self.bucket.tokens(now) < 1.0 {
+        // This apiserver's part of what the rebalancing may still cost: as its quota is of all donors' together.
+        let part = balance.quota * balance.rho / balance.surplus;
+        let allowance = course.left(&self.rho) * part;
+        if self.bucket.tokens(now) < 1.0 || allowance < 0.5 {
             return Err(Hold::BudgetSpent {
                 tokens: self.bucket.tokens(now),
+                allowance,
             });
         }
-        let share = ((self.policy.goaway_share * self.table.active() as f64).floor() as usize).max(1);
-        let victims = planner::choose(&self.table, &self.policy, &self.cooldowns, balance.quota, share, now)?;
+        let share = (self.policy.goaway_share * self.table.active() as f64).floor();
+        let limit = share.min((allowance + 0.5).floor()).max(1.0) as usize;
+        let victims = planner::choose(&self.table, &self.policy, &self.cooldowns, balance.quota, limit, now)?;
         if victims.is_empty() {
-            return Err(Hold::BelowThreshold {
-                skew: balance.skew,
-                threshold: self.policy.skew_target,
-            });
+            return Err(reached);
         }
         Ok(victims)
-    }
-
-    fn start(&mut self, now: Timestamp, decision: &mut Decision) {
-        self.generation += 1;
-        decision.generation = self.generation;
-        let mut keys = BTreeMap::new();
-        for victim in &decision.victims {
-            if let Some(connection) = self.table.connection(victim.connection) {
-                let key = connection.client_key();
-                let connections = self
-                    .table
-                    .iter()
-                    .filter(|(_, other)| other.is_active() && other.client_key() == key)
-                    .count();
-                self.cooldowns
-                    .note(key.clone(), connections, now + self.policy.client_cooldown);
-                keys.insert(victim.connection, key);
-            }
-        }
-        let paced = Duration::from_secs_f64(decision.victims.len() as f64 / self.policy.goaway_rate);
-        self.plan = Some(Plan {
-            generation: self.generation,
-            decision: decision.id,
-            unsent: decision.victims.iter().map(|victim| victim.connection).collect(),
-            asked: BTreeSet::new(),
-            told: Vec::new(),
-            keys,
-            outcomes: decision.outcomes,
-            last_goaway: now,
-            expires: now + paced * 2 + ORDER_EXPIRY,
-            accepted_before: self.table.accepted_total(),
-        });
-    }
-
-    fn send(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
-        let Some(plan) = &mut self.plan else {
-            return;
-        };
-        let expired = now > plan.expires;
-        let gone: Vec<ConnectionId> = plan
-            .unsent
-            .iter()
-            .copied()
-            .filter(|id| {
-                expired
-                    || !self
-                        .table
-                        .connection(*id)
-                        .is_some_and(|connection| connection.is_active())
-            })
-            .collect();
-        plan.unsent.retain(|id| !gone.contains(id));
-        self.drop_victims(&gone);
-        let Some(plan) = &mut self.plan else {
-            return;
-        };
-        let count = self.bucket.take(plan.unsent.len(), now);
-        if count == 0 {
-            return;
-        }
-        let victims: Vec<ConnectionId> = plan.unsent.drain(..count).collect();
-        plan.last_goaway = now;
-        match self.policy.mode {
-            Mode::Active if self.policy.shim != ShimKind::None => {
-                plan.asked.extend(&victims);
-                let generation = plan.generation;
-                effects.push(Effect::SendGoaway(GoawayOrder {
-                    generation,
-                    expires_in: ORDER_EXPIRY,
-                    victims,
-                }));
-            }
-            // Decided identically, carried out by nobody.
-            Mode::Active | Mode::DryRun => {
-                plan.outcomes.pending -= victims.len() as u64;
-                plan.outcomes.lost += victims.len() as u64;
-            }
-        }
     }
 
     fn asked_by_operator(&mut self, now: Timestamp, ids: &[ConnectionId], effects: &mut Vec<Effect>) {
@@ -752,9 +501,9 @@ impl Agent {
                 let connection = self.table.connection(*id).filter(|connection| connection.is_active())?;
                 Some(Victim {
                     connection: *id,
-                    client: connection.client,
-                    user: connection.user.clone(),
-                    user_agent: connection.user_agent.clone(),
+                    client: connection.client(),
+                    user: connection.user().map(str::to_owned),
+                    user_agent: connection.user_agent().map(str::to_owned),
                     load: planner::load_of(connection, self.policy.weight),
                     age: now.since(connection.opened_at),
                     why: "an operator asked for it".to_owned(),

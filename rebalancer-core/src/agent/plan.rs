@@ -1,0 +1,213 @@
+//! A plan in flight: told at the budget's pace, followed until it has settled.
+//!
+//! Job: from the victims of a decision to their outcomes.
+//! Must never tell anyone after the plan has expired or a doubt came up, nor tell a connection twice.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use super::{Agent, Effect};
+use crate::{
+    decision::{Decision, Outcomes},
+    policy::Mode,
+    shim::{GoawayOrder, GoawayResult},
+    table::ClientKey,
+    words::{ConnectionId, ShimKind, Timestamp},
+};
+
+/// How long a shim may take to carry out one order.
+const ORDER_EXPIRY: Duration = Duration::from_secs(10);
+
+/// A plan that is being carried out.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub generation: u64,
+    pub unsent: VecDeque<ConnectionId>,
+    pub last_goaway: Timestamp,
+    decision: u64,
+    asked: BTreeSet<ConnectionId>,
+    told: Vec<(ClientKey, Timestamp)>,
+    keys: BTreeMap<ConnectionId, ClientKey>,
+    outcomes: Outcomes,
+    expires: Timestamp,
+    accepted_before: u64,
+}
+
+impl Plan {
+    /// Whether everyone was told, and nearly everyone landed or had the time to: the few that are left stay counted as
+    /// in transit.
+    fn is_settled(&self, in_transit: u64, settle: Duration, now: Timestamp) -> bool {
+        let sent = self.unsent.is_empty() && self.asked.is_empty();
+        let landed = self.told.is_empty() || in_transit * 10 <= self.told.len() as u64;
+        sent && (landed || now.since(self.last_goaway) >= settle)
+    }
+}
+
+impl Agent {
+    /// Makes the decision's victims the plan in flight.
+    pub(super) fn start(&mut self, now: Timestamp, decision: &mut Decision) {
+        self.generation += 1;
+        decision.generation = self.generation;
+        let mut keys = BTreeMap::new();
+        for victim in &decision.victims {
+            if let Some(connection) = self.table.connection(victim.connection) {
+                let key = connection.client_key();
+                let connections = self.table.active_of(&key);
+                self.cooldowns
+                    .note(key.clone(), connections, now + self.policy.client_cooldown);
+                keys.insert(victim.connection, key);
+            }
+        }
+        let paced = Duration::from_secs_f64(decision.victims.len() as f64 / self.policy.goaway_rate);
+        self.plan = Some(Plan {
+            generation: self.generation,
+            decision: decision.id,
+            unsent: decision.victims.iter().map(|victim| victim.connection).collect(),
+            asked: BTreeSet::new(),
+            told: Vec::new(),
+            keys,
+            outcomes: decision.outcomes,
+            last_goaway: now,
+            expires: now + paced * 2 + ORDER_EXPIRY,
+            accepted_before: self.table.accepted_total(),
+        });
+    }
+
+    /// Sends what the budget allows.
+    pub(super) fn send(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let expired = now > plan.expires;
+        let table = &self.table;
+        let is_active = |id: ConnectionId| table.connection(id).is_some_and(|connection| connection.is_active());
+        let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
+        plan.unsent = unsent.into();
+        self.drop_victims(&gone);
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let count = self.bucket.take(plan.unsent.len(), now);
+        if count == 0 {
+            return;
+        }
+        let victims: Vec<ConnectionId> = plan.unsent.drain(..count).collect();
+        plan.last_goaway = now;
+        match self.policy.mode {
+            Mode::Active if self.policy.shim != ShimKind::None => {
+                plan.asked.extend(&victims);
+                let generation = plan.generation;
+                effects.push(Effect::SendGoaway(GoawayOrder {
+                    generation,
+                    expires_in: ORDER_EXPIRY,
+                    victims,
+                }));
+            }
+            // Decided identically, carried out by nobody.
+            Mode::Active | Mode::DryRun => {
+                plan.outcomes.pending -= victims.len() as u64;
+                plan.outcomes.lost += victims.len() as u64;
+            }
+        }
+    }
+
+    /// Takes in what the shim made of an order.
+    pub(super) fn goaway_answered(&mut self, now: Timestamp, results: &[(ConnectionId, GoawayResult)]) {
+        for (id, result) in results {
+            let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
+            if told {
+                self.goaways_total += 1;
+            }
+            if told || *result == GoawayResult::AlreadyDraining {
+                self.table.mark_draining(*id);
+            }
+            let Some(plan) = &mut self.plan else {
+                continue;
+            };
+            if !plan.asked.remove(id) {
+                continue;
+            }
+            plan.last_goaway = now;
+            plan.outcomes.pending -= 1;
+            let Some(key) = plan.keys.remove(id) else {
+                continue;
+            };
+            if told {
+                plan.outcomes.draining += 1;
+                plan.told.push((key, now));
+            } else {
+                plan.outcomes.lost += 1;
+                self.cooldowns.forget(&key);
+            }
+        }
+    }
+
+    /// Gives up those who have not been told.
+    pub(super) fn drop_unsent(&mut self) {
+        let dropped: Vec<ConnectionId> = match &mut self.plan {
+            Some(plan) => plan.unsent.drain(..).collect(),
+            None => return,
+        };
+        self.drop_victims(&dropped);
+    }
+
+    /// Closes the plan when it has settled.
+    pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        let in_transit = self.motion.in_transit();
+        let settled = |plan: &mut Plan| plan.is_settled(in_transit, self.policy.settle, now);
+        let Some(mut plan) = self.plan.take_if(settled) else {
+            return;
+        };
+        // Where users are known they tell who came back; where not, the accepted counter does.
+        let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
+        let began = plan.told.iter().map(|(_, at)| *at).min().unwrap_or(now);
+        let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
+        for connection in self.table.scan().filter(|connection| connection.opened_at >= began) {
+            let newest = opened.entry(connection.client_key()).or_default();
+            *newest = connection.opened_at.max(*newest);
+        }
+        for (key, at) in &plan.told {
+            let back = match key {
+                ClientKey::User(_) => opened.get(key).is_some_and(|opened| opened >= at),
+                ClientKey::Address(_) => {
+                    let back = accepted > 0;
+                    accepted = accepted.saturating_sub(1);
+                    back
+                }
+            };
+            plan.outcomes.draining -= 1;
+            if back {
+                plan.outcomes.returned += 1;
+            } else {
+                plan.outcomes.moved += 1;
+            }
+        }
+        self.outcomes_total.moved += plan.outcomes.moved;
+        self.outcomes_total.returned += plan.outcomes.returned;
+        self.outcomes_total.lost += plan.outcomes.lost;
+        let decided = self
+            .history
+            .iter_mut()
+            .rev()
+            .find(|decision| decision.id == plan.decision);
+        if let Some(decision) = decided {
+            decision.outcomes = plan.outcomes;
+            effects.push(Effect::Settled(decision.clone()));
+        }
+    }
+
+    fn drop_victims(&mut self, dropped: &[ConnectionId]) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        for id in dropped {
+            if let Some(key) = plan.keys.remove(id) {
+                self.cooldowns.forget(&key);
+            }
+            plan.outcomes.pending -= 1;
+            plan.outcomes.lost += 1;
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Three agents and a load balancer in virtual time: what they do together, and when they stop.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::{
+    observation::Socket,
+    shim::{ConnectionState, Counters, ShimConnection},
+    words::Protocol,
+};
+
+#[derive(Clone, Copy, Debug)]
+enum Balancer {
+    RoundRobin,
+    LeastSockets,
+    Affinity,
+}
+
+struct World {
+    agents: Vec<Agent>,
+    /// Live sockets of each apiserver: connection, and whether it heard its GOAWAY.
+    sockets: Vec<BTreeMap<u64, bool>>,
+    /// Clients that come back: when, and where they were.
+    coming: BTreeSet<(u64, u64, usize)>,
+    balancer: Balancer,
+    turn: usize,
+    next_id: u64,
+    ms: u64,
+    goaways: usize,
+    per_second: BTreeMap<(usize, u64), usize>,
+}
+
+/// How long a told client takes to its next request, and so to its new connection.
+const RETURN_MS: u64 = 700;
+
+impl World {
+    fn new(loads: &[u64], balancer: Balancer, change: impl Fn(&mut Policy)) -> Self {
+        let names: Vec<_> = (0..loads.len())
+            .map(|index| ApiserverName::new(format!("n{index}")))
+            .collect();
+        let agents = names.iter().map(|name| {
+            let peers = names.iter().filter(|other| *other != name).cloned().collect();
+            let mut policy = Policy::new(name.clone(), peers);
+            policy.shim = ShimKind::Relay;
+            change(&mut policy);
+            Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default())
+        });
+        let mut world = Self {
+            agents: agents.collect(),
+            sockets: vec![BTreeMap::new(); loads.len()],
+            coming: BTreeSet::new(),
+            balancer,
+            turn: 0,
+            next_id: 1,
+            ms: 0,
+            goaways: 0,
+            per_second: BTreeMap::new(),
+        };
+        for (index, load) in loads.iter().enumerate() {
+            let listener = Some(ConnectionId(u64::MAX - index as u64));
+            let empty = Observation::Resync {
+                sockets: vec![],
+                listener,
+            };
+            world.input(index, Input::Observations(vec![empty]));
+            for _ in 0..*load {
+                world.land(index);
+            }
+        }
+        world
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.ms)
+    }
+
+    fn land(&mut self, index: usize) {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.sockets[index].insert(id, false);
+        let local = format!("10.0.0.{}:6443", index + 1).parse().expect("an address");
+        let port = 1024 + (id % 60_000) as u16;
+        let remote = (std::net::Ipv4Addr::new(10, 1, (id >> 16) as u8, 1), port).into();
+        let socket = Socket {
+            id: ConnectionId(id),
+            local,
+            remote,
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        self.input(index, Input::Observations(vec![Observation::Opened(socket)]));
+        let known = ShimConnection {
+            id: ConnectionId(id),
+            client: remote,
+            local,
+            protocol: Protocol::H2Selected,
+            state: ConnectionState::Active,
+            user: None,
+            user_agent: None,
+            counters: Counters::default(),
+        };
+        let report = ShimReport {
+            connections: vec![known],
+            upstream_ready: Some(true),
+            ..ShimReport::default()
+        };
+        self.input(index, Input::Shim(report));
+    }
+
+    fn choose(&mut self, from: usize) -> usize {
+        self.turn += 1;
+        match self.balancer {
+            Balancer::RoundRobin => self.turn % self.sockets.len(),
+            Balancer::LeastSockets => (0..self.sockets.len())
+                .min_by_key(|index| self.sockets[*index].len())
+                .expect("apiservers"),
+            Balancer::Affinity => from,
+        }
+    }
+
+    fn input(&mut self, index: usize, input: Input) {
+        let now = self.now();
+        let effects = self.agents[index].handle(now, input);
+        for effect in effects {
+            let Effect::SendGoaway(order) = effect else { continue };
+            self.goaways += order.victims.len();
+            *self.per_second.entry((index, self.ms / 1000)).or_default() += order.victims.len();
+            let mut results = Vec::new();
+            for id in order.victims {
+                let told = self.sockets[index].get_mut(&id.0).expect("a live connection");
+                assert!(!*told, "{id} is told twice");
+                *told = true;
+                self.coming.insert((self.ms + RETURN_MS + id.0 % 13, id.0, index));
+                results.push((id, GoawayResult::Sent));
+            }
+            self.input(index, Input::GoawayAnswered(results));
+        }
+    }
+
+    fn run(&mut self, seconds: u64) {
+        let until = self.ms + seconds * 1000;
+        while self.ms < until {
+            self.ms += 50;
+            while let Some((_, _, from)) = self.coming.pop_first_if(|(at, ..)| *at <= self.ms) {
+                let to = self.choose(from);
+                self.land(to);
+            }
+            for index in 0..self.agents.len() {
+                // As the agents do: peers once a second, none of them at the same instant.
+                if self.ms % 1000 == index as u64 * 150 {
+                    for other in 0..self.agents.len() {
+                        if other != index {
+                            let snapshot = self.agents[other].snapshot(self.now());
+                            let name = snapshot.apiserver.clone();
+                            self.input(index, Input::Peer(name, Ok(snapshot)));
+                        }
+                    }
+                }
+                self.input(index, Input::Tick);
+            }
+        }
+    }
+
+    fn active(&self) -> Vec<usize> {
+        let active = |sockets: &BTreeMap<u64, bool>| sockets.values().filter(|told| !**told).count();
+        self.sockets.iter().map(active).collect()
+    }
+
+    fn holds(&self) -> Vec<&'static str> {
+        let last = |agent: &Agent| agent.history().next_back().and_then(|decision| decision.hold.clone());
+        self.agents
+            .iter()
+            .map(|agent| last(agent).map_or("none", |hold| hold.reason()))
+            .collect()
+    }
+}
+
+trait PopFirstIf<T> {
+    fn pop_first_if(&mut self, condition: impl Fn(&T) -> bool) -> Option<T>;
+}
+
+impl<T: Ord> PopFirstIf<T> for BTreeSet<T> {
+    fn pop_first_if(&mut self, condition: impl Fn(&T) -> bool) -> Option<T> {
+        if condition(self.first()?) {
+            self.pop_first()
+        } else {
+            None
+        }
+    }
+}
+
+#[test]
+fn loads_become_level_at_the_least_cost_and_then_nothing_happens() {
+    for (loads, balancer, rho) in [
+        (&[150, 150, 0][..], Balancer::RoundRobin, 1.0 / 3.0),
+        (&[150, 150, 0], Balancer::LeastSockets, 1.0),
+        (&[152, 148, 0], Balancer::RoundRobin, 1.0 / 3.0),
+        (&[500, 500, 0], Balancer::RoundRobin, 1.0 / 3.0),
+        (&[500, 500, 0], Balancer::LeastSockets, 1.0),
+        (&[800, 100, 100], Balancer::LeastSockets, 1.0),
+        (&[250, 250, 250, 250, 0], Balancer::RoundRobin, 0.2),
+    ] {
+        let case = format!("{loads:?} {balancer:?}");
+        let mut world = World::new(loads, balancer, |_| {});
+        world.run(180);
+        let active = world.active();
+        let total: usize = active.iter().sum();
+        let mean = total as f64 / active.len() as f64;
+        assert_eq!(total as u64, loads.iter().sum::<u64>(), "{case}: everybody is back");
+        let ceiling = mean * (1.0 + Policy::new(ApiserverName::new("a"), BTreeSet::new()).skew_target);
+        // Whoever was above the target ends at it; what is missing below is as much.
+        let lowest = mean - (ceiling - mean) * (active.len() - 1) as f64;
+        for load in &active {
+            assert!(
+                (lowest - 1.0..=ceiling + 1.0).contains(&(*load as f64)),
+                "{case}: {active:?}"
+            );
+        }
+        let surplus: f64 = loads.iter().map(|load| (*load as f64 - ceiling).max(0.0)).sum();
+        let least = surplus / rho;
+        let goaways = world.goaways;
+        assert!(
+            goaways as f64 <= 1.25 * least,
+            "{case}: {goaways} GOAWAYs, {least:.0} are needed"
+        );
+        for count in world.per_second.values() {
+            assert!(
+                *count <= 20,
+                "{case}: {count} in a second, with a burst of 10 and 10 a second"
+            );
+        }
+        assert_eq!(world.holds(), vec!["below_threshold"; loads.len()], "{case}");
+        world.run(600);
+        assert_eq!(world.goaways, goaways, "{case}: it goes on");
+    }
+}
+
+#[test]
+fn affinity_is_seen_to_be_futile() {
+    let mut world = World::new(&[150, 150, 0], Balancer::Affinity, |policy| {
+        policy.client_cooldown = Duration::from_secs(60);
+    });
+    world.run(600);
+    let holds = world.holds();
+    assert!(
+        holds.contains(&"futile") || holds.contains(&"noise"),
+        "moving has been seen not to help: {holds:?}"
+    );
+    let goaways = world.goaways;
+    world.run(600);
+    assert_eq!(world.goaways, goaways, "and so it stopped");
+}
+
+#[test]
+fn chance_alone_starts_nothing() {
+    let mut world = World::new(&[108, 100, 92], Balancer::RoundRobin, |_| {});
+    world.run(120);
+    assert_eq!(world.goaways, 0);
+}

@@ -1,0 +1,165 @@
+//! One connection, kept small: a table may hold a million of them.
+//!
+//! Job: what is known of one connection. Input: the table's changes. Output: answers about it.
+//! Must never own text: who a client is, is shared between its connections.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use crate::{
+    shim::{ConnectionState, Counters},
+    words::{ConnectionId, Protocol, Timestamp},
+};
+
+/// One live client connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Connection {
+    /// The socket's cookie.
+    pub id: ConnectionId,
+    /// When it was first seen.
+    pub opened_at: Timestamp,
+    /// Figures since it was opened.
+    pub counters: Counters,
+    /// Figures a second, smoothed (see [`super::ConnectionTable::sample`]).
+    pub rates: Rates,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// How far it is.
+    pub state: ConnectionState,
+    /// Whether `opened_at` is when the agent started to look, so that the connection is older than that.
+    pub seeded: bool,
+    pub(super) sampled: Sampled,
+    pub(super) client: Address,
+    pub(super) local: Arc<SocketAddr>,
+    pub(super) identity: Option<Arc<Identity>>,
+}
+
+/// Totals at the last sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sampled {
+    /// Whether there was one.
+    pub is_set: bool,
+    pub requests: u64,
+    pub bytes: u64,
+}
+
+/// Who is behind a connection, as far as the shim sees it; shared by all connections of the same client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Identity {
+    /// The user.
+    pub user: Option<Arc<str>>,
+    /// The user agent.
+    pub user_agent: Option<Arc<str>>,
+}
+
+/// A socket address in 18 bytes rather than 32; IPv4 as its mapped IPv6 address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address {
+    ip: [u8; 16],
+    port: u16,
+}
+
+/// Figures a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rates {
+    /// Requests a second.
+    pub requests: f64,
+    /// Bytes a second, both directions.
+    pub bytes: f64,
+}
+
+/// Names a client across its connections.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ClientKey {
+    /// User and user agent, told by the shim.
+    User(Arc<Identity>),
+    /// Without a user: the address with its port, that is this one connection.
+    ///
+    /// The address alone would not do: behind a proxying load balancer it is the balancer's, and everyone's.
+    Address(SocketAddr),
+}
+
+impl Connection {
+    /// The client, or a proxying load balancer in front of it.
+    pub fn client(&self) -> SocketAddr {
+        self.client.into()
+    }
+
+    /// The address it was accepted on.
+    pub fn local(&self) -> SocketAddr {
+        *self.local
+    }
+
+    /// The user, where the shim sees it.
+    pub fn user(&self) -> Option<&str> {
+        self.identity.as_ref()?.user.as_deref()
+    }
+
+    /// The user agent, where the shim sees it.
+    pub fn user_agent(&self) -> Option<&str> {
+        self.identity.as_ref()?.user_agent.as_deref()
+    }
+
+    /// Whether the client is on this node: it would come straight back.
+    pub fn is_node_local(&self) -> bool {
+        self.client.ip == Address::from(*self.local).ip
+    }
+
+    /// Whether it counts as load: not HTTP/1.1, which cannot be moved, and not draining, which has moved.
+    pub fn is_active(&self) -> bool {
+        self.state == ConnectionState::Active && self.protocol != Protocol::Http1
+    }
+
+    /// Who the client is, as far as is known.
+    pub fn client_key(&self) -> ClientKey {
+        match &self.identity {
+            Some(identity) if identity.user.is_some() => ClientKey::User(Arc::clone(identity)),
+            _ => ClientKey::Address(self.client()),
+        }
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        let ip = match address.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        Self {
+            ip: ip.octets(),
+            port: address.port(),
+        }
+    }
+}
+
+impl From<Address> for SocketAddr {
+    fn from(address: Address) -> Self {
+        let ip = Ipv6Addr::from(address.ip);
+        // Sources and shims hand over mapped addresses as IPv4, so that nothing else is mapped.
+        let ip = ip
+            .to_ipv4_mapped()
+            .map_or(IpAddr::V6(ip), |ip: Ipv4Addr| IpAddr::V4(ip));
+        Self::new(ip, address.port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_come_back() {
+        for text in ["192.0.2.7:6443", "[2001:db8::7]:1", "[::1]:65535"] {
+            let address: SocketAddr = text.parse().expect("an address");
+            assert_eq!(SocketAddr::from(Address::from(address)), address);
+        }
+    }
+
+    #[test]
+    fn a_connection_is_small() {
+        let size = size_of::<Connection>();
+        assert!(size <= 144, "{size} bytes");
+    }
+}

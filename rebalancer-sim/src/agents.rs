@@ -1,0 +1,220 @@
+//! The agents of a simulated cluster: the core itself, told the virtual time.
+//!
+//! Input: what the world shows them and what their peers say. Output: GOAWAYs, carried out at once as by a relay.
+//! Must never change what the core decides.
+//!
+//! Agents hear each other once a second while a plan is under way and once an interval otherwise: nothing changes between.
+
+use std::collections::BTreeSet;
+
+use rebalancer_core::{
+    agent::{Agent, Effect, Input},
+    policy::{Policy, Weight},
+    shim::GoawayResult,
+    view::{PeerFault, Snapshot},
+    words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
+};
+
+use crate::{
+    node::{Life, index_of},
+    world::{Event, World},
+};
+
+/// How long a batch of observations is gathered.
+const BATCH: u64 = 200;
+
+/// How often peers are asked while a plan is under way.
+const POLL: u64 = 1_000;
+
+/// Explanations that are kept.
+const EXPLANATIONS: usize = 8;
+
+impl World<'_> {
+    /// Starts an agent, or starts it anew: it knows nothing and hears the complete list.
+    pub(crate) fn start_agent(&mut self, server: usize) {
+        if !self.nodes[server].member {
+            self.nodes[server].agent = None;
+            return;
+        }
+        let peers: BTreeSet<ApiserverName> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(index, node)| *index != server && node.member)
+            .map(|(_, node)| node.name.clone())
+            .collect();
+        let policy = Policy {
+            node: self.nodes[server].name.clone(),
+            peers,
+            shim: ShimKind::Relay,
+            ..self.setup.policy.clone()
+        };
+        self.instances += 1;
+        // Agents are not in step.
+        let phase = self.random.below(self.setup.policy.interval.as_millis() as usize) as u64;
+        let now = Timestamp::from_millis(self.now);
+        let agent = Agent::new(policy, self.instances, Timestamp::from_millis(self.now - phase));
+        self.nodes[server].agent = Some(agent);
+        self.nodes[server].resync(&self.connections);
+        self.flush(server);
+        self.schedule(server, now);
+        let wait = self.random.below(POLL as usize) as u64;
+        self.poll_in(server, wait);
+    }
+
+    /// Plans to hand over what an agent has not heard yet.
+    pub(crate) fn news(&mut self, server: usize) {
+        if self.nodes[server].agent.is_some() && self.nodes[server].flush_at.is_none() && self.nodes[server].has_news()
+        {
+            self.nodes[server].flush_at = Some(self.now + BATCH);
+            self.at(self.now + BATCH, Event::Flush(server));
+        }
+    }
+
+    pub(crate) fn flush(&mut self, server: usize) {
+        self.nodes[server].flush_at = None;
+        if self.now < self.nodes[server].frozen_until {
+            return;
+        }
+        let identities = self.setup.identities.then_some(self.identities.as_slice());
+        for input in self.nodes[server].news(&self.connections, identities) {
+            self.tell(server, input);
+        }
+    }
+
+    pub(crate) fn wake(&mut self, server: usize, wish: u64) {
+        if self.nodes[server].wake.0 != wish || self.nodes[server].agent.is_none() {
+            return;
+        }
+        let frozen = self.nodes[server].frozen_until;
+        if self.now < frozen {
+            self.at(frozen, Event::Wake(server, wish));
+            return;
+        }
+        self.nodes[server].wake.1 = u64::MAX;
+        self.flush(server);
+        if self.setup.policy.weight != Weight::Connections && self.now >= self.nodes[server].count_at {
+            self.nodes[server].count_at = self.now + self.setup.policy.interval.as_millis() as u64;
+            self.count_requests(server);
+            let counters = self.nodes[server].counters(&self.connections);
+            self.tell(server, counters);
+        }
+        self.tell(server, Input::Tick);
+    }
+
+    fn poll_in(&mut self, server: usize, wait: u64) {
+        self.nodes[server].poll += 1;
+        let wish = self.nodes[server].poll;
+        self.at(self.now + wait, Event::Poll(server, wish));
+    }
+
+    pub(crate) fn poll(&mut self, server: usize, wish: u64) {
+        if self.nodes[server].poll != wish || self.nodes[server].agent.is_none() {
+            return;
+        }
+        let now = Timestamp::from_millis(self.now);
+        let mut busy = false;
+        for peer in 0..self.nodes.len() {
+            let Some(agent) = &self.nodes[peer].agent else {
+                continue;
+            };
+            busy |= !agent.is_idle();
+            if peer == server || !self.nodes[peer].member {
+                continue;
+            }
+            let name = self.nodes[peer].name.clone();
+            let apart = self.partition.contains(&server) != self.partition.contains(&peer);
+            let silent = self.now < self.nodes[peer].frozen_until;
+            let answer = if apart || silent || (self.loss > 0.0 && self.random.chance(self.loss)) {
+                Err(PeerFault::Unreachable("no answer".to_owned()))
+            } else {
+                Ok(agent.snapshot(now))
+            };
+            if self.delay > 0 {
+                self.at(self.now + self.delay, Event::Answer(server, name, Box::new(answer)));
+            } else {
+                self.answered(server, name, answer);
+            }
+        }
+        let wait = if busy || self.loss > 0.0 {
+            POLL
+        } else {
+            self.setup.policy.interval.as_millis() as u64
+        };
+        self.poll_in(server, wait);
+    }
+
+    pub(crate) fn answered(&mut self, server: usize, from: ApiserverName, answer: Result<Snapshot, PeerFault>) {
+        if self.now >= self.nodes[server].frozen_until && self.nodes[server].agent.is_some() {
+            self.tell(server, Input::Peer(from, answer));
+        }
+    }
+
+    /// Whether no agent has a plan in flight, nor takes part in a rebalancing.
+    pub(crate) fn agents_are_done(&self) -> bool {
+        let now = Timestamp::from_millis(self.now);
+        let is_done = |agent: &Agent| agent.is_idle() && !agent.snapshot(now).rebalancing;
+        self.nodes.iter().all(|node| node.agent.as_ref().is_none_or(is_done))
+    }
+
+    fn tell(&mut self, server: usize, input: Input) {
+        let now = Timestamp::from_millis(self.now);
+        let Some(agent) = &mut self.nodes[server].agent else {
+            return;
+        };
+        for effect in agent.handle(now, input) {
+            match effect {
+                Effect::SendGoaway(order) => {
+                    let results = order.victims.iter().map(|id| (*id, self.carry_out(*id))).collect();
+                    self.tell(server, Input::GoawayAnswered(results));
+                }
+                Effect::Record(decision) => {
+                    self.run.decisions += 1;
+                    if let Some(hold) = &decision.hold {
+                        *self.run.holds.entry(hold.reason()).or_default() += 1;
+                        continue;
+                    }
+                    self.run.plans += 1;
+                    if self.run.explanations.len() < EXPLANATIONS {
+                        self.run
+                            .explanations
+                            .push(format!("{}: {}", decision.node, decision.explanation));
+                    }
+                    for peer in 0..self.nodes.len() {
+                        let wait = self.random.below(POLL as usize) as u64;
+                        self.poll_in(peer, wait);
+                    }
+                }
+                Effect::Settled(_) => {}
+                Effect::Resync => {
+                    self.nodes[server].resync(&self.connections);
+                    self.news(server);
+                }
+            }
+        }
+        self.schedule(server, now);
+    }
+
+    fn carry_out(&mut self, id: ConnectionId) -> GoawayResult {
+        match self.connections[index_of(id)].life {
+            Life::Active => {
+                self.goaway(index_of(id));
+                GoawayResult::Sent
+            }
+            Life::Draining => GoawayResult::AlreadyDraining,
+            Life::Closed => GoawayResult::Unknown,
+        }
+    }
+
+    fn schedule(&mut self, server: usize, now: Timestamp) {
+        let Some(agent) = &self.nodes[server].agent else {
+            return;
+        };
+        let at = agent.next_wakeup(now).as_millis().max(self.now);
+        let (wish, planned) = self.nodes[server].wake;
+        if at < planned {
+            self.nodes[server].wake = (wish + 1, at);
+            self.at(at, Event::Wake(server, wish + 1));
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What happens to a simulated cluster.
+//!
+//! Input: an incident. Output: broken connections, new clients, agents that start anew.
+//! Must never touch an agent's decisions: an incident reaches it as it would in a real cluster.
+
+use crate::{
+    setup::Incident,
+    world::{Event, World, millis},
+};
+
+impl World<'_> {
+    pub(crate) fn incident(&mut self, incident: &Incident) {
+        match incident {
+            Incident::Crash(server) => self.crash(*server),
+            Incident::Start(server) => {
+                self.nodes[*server].up = true;
+                self.nodes[*server].listener += 1;
+                self.nodes[*server].resync(&self.connections);
+                self.news(*server);
+                self.measure();
+            }
+            Incident::Members(members) => {
+                for server in 0..self.nodes.len() {
+                    let member = members.contains(&server);
+                    let was = std::mem::replace(&mut self.nodes[server].member, member);
+                    if was && !member {
+                        self.crash(server);
+                    }
+                    if !was && member {
+                        self.nodes[server].up = true;
+                    }
+                }
+                if self.contender == crate::setup::Contender::Rebalancer {
+                    for server in 0..self.nodes.len() {
+                        self.start_agent(server);
+                    }
+                }
+                self.measure();
+            }
+            Incident::Arrive(group) => {
+                let first = self.admit(group.clone());
+                for client in first..first + group.count {
+                    let wait = self.random.uniform(0.0, 1.0);
+                    self.connect_in(client, wait);
+                }
+            }
+            Incident::ListFlood(count) => {
+                for client in self.listers().into_iter().take(*count) {
+                    let wait = self.random.uniform(0.0, 0.5);
+                    self.at(self.now + millis(wait), Event::Relist(client));
+                }
+            }
+            Incident::Balancer(kind) => self.balancer.become_kind(*kind),
+            Incident::SnapshotLoss(share) => self.loss = *share,
+            Incident::SnapshotDelay(delay) => self.delay = delay.as_millis() as u64,
+            Incident::Partition(side) => self.partition.clone_from(side),
+            Incident::Freeze(server, length) => {
+                self.nodes[*server].frozen_until = self.now + length.as_millis() as u64;
+            }
+        }
+    }
+
+    /// All connections of an apiserver break at once.
+    fn crash(&mut self, server: usize) {
+        self.nodes[server].up = false;
+        for index in self.nodes[server].open.clone() {
+            self.break_connection(index);
+        }
+        self.nodes[server].resync(&self.connections);
+        self.news(server);
+        self.measure();
+    }
+}
