@@ -15,6 +15,7 @@ pub mod golang;
 pub mod h2;
 pub mod hello;
 pub mod observation;
+pub mod pace;
 pub mod planner;
 pub mod policy;
 pub mod rho;

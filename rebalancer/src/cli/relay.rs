@@ -8,7 +8,7 @@ use rustls::pki_types::ServerName;
 use super::{Failure, runtime};
 use crate::{
     local::SocketPath,
-    relay::{self, Config, Files, Limits},
+    relay::{self, Config, Files, Limits, WatchHandover},
     span::Span,
     sys,
 };
@@ -76,6 +76,13 @@ pub struct Arguments {
         value_name = "DURATION"
     )]
     drain_deadline: Span,
+    /// End the watches of a connection that was told to go, each between two events, spread over so long from two
+    /// seconds after its GOAWAY on; clients resume them on their new connection [default: leave them]
+    #[arg(long, env = "REBALANCER_WATCH_HANDOVER", value_name = "DURATION")]
+    watch_handover: Option<Span>,
+    /// How many watches are ended so in a second, of all connections
+    #[arg(long, env = "REBALANCER_WATCH_HANDOVER_RATE", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), requires = "watch_handover", value_name = "COUNT")]
+    watch_handover_rate: u32,
 }
 
 /// Runs the relay until it is told to end.
@@ -132,6 +139,10 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             handshake_timeout: arguments.handshake_timeout.0,
             idle_timeout: arguments.idle_timeout.0,
             drain_deadline: arguments.drain_deadline.0,
+            watch_handover: arguments.watch_handover.map(|over| WatchHandover {
+                over: over.0,
+                per_second: arguments.watch_handover_rate,
+            }),
         },
     };
     runtime()?.block_on(relay::run(config)).map_err(Failure::Configuration)

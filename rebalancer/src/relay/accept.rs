@@ -219,6 +219,7 @@ impl Door {
                 forwarded_for: connection.client().ip().to_string(),
                 max_header_bytes: self.limits.max_header_bytes,
                 ping: random::u64().to_be_bytes(),
+                watch_handover: self.limits.watch_handover.is_some(),
             });
             pump::run(client, server, relay, connection).await
         } else {

@@ -5,6 +5,7 @@
 
 mod accept;
 mod control;
+mod handover;
 mod http1;
 mod identity;
 mod pump;
@@ -28,6 +29,7 @@ use crate::{
     shim::wire::Upstream,
 };
 use accept::Door;
+pub use handover::WatchHandover;
 use registry::Registry;
 pub use tls::Files;
 use tls::Reloader;
@@ -75,6 +77,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// From GOAWAY to close.
     pub drain_deadline: Duration,
+    /// How watches of draining connections are ended; `None` leaves them.
+    pub watch_handover: Option<WatchHandover>,
 }
 
 /// Runs until SIGTERM or SIGINT and the end of its connections; a second signal ends it at once.
@@ -116,6 +120,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     });
     let accepting = tokio::spawn(accept::run(door, upstream, stopping));
     tokio::spawn(watch_upstream(target, Arc::clone(&registry), seen, doubt));
+    if let Some(settings) = config.limits.watch_handover {
+        tokio::spawn(handover::run(Arc::clone(&registry), settings));
+    }
     tokio::spawn(sweep(tls, Arc::clone(&registry), config.limits));
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;

@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -22,6 +22,7 @@ const REMEMBERED: usize = 65_536;
 
 const GO_AWAY: u8 = 1;
 const CLOSE: u8 = 2;
+const HAND_OVER: u8 = 4;
 
 /// One connection's entry.
 #[derive(Debug)]
@@ -48,6 +49,10 @@ pub struct Connection {
     active_at: AtomicU64,
     /// The registry's coarse time of the GOAWAY.
     told_at: AtomicU64,
+    /// The last GOAWAY is written: no new stream is taken.
+    final_said: AtomicBool,
+    /// How many watches may be ended so far.
+    handover: AtomicU32,
     signal: AtomicU8,
     wake: Notify,
     registry: Arc<Registry>,
@@ -58,6 +63,8 @@ pub struct Connection {
 pub enum Order {
     /// Say GOAWAY.
     GoAway,
+    /// End so many watches, those that were ended before included.
+    HandOver(u32),
     /// Close now.
     Close,
 }
@@ -140,6 +147,8 @@ impl Registry {
             counted: AtomicU64::new(0),
             active_at: AtomicU64::new(self.coarse_ms.load(Relaxed)),
             told_at: AtomicU64::new(0),
+            final_said: AtomicBool::new(false),
+            handover: AtomicU32::new(0),
             signal: AtomicU8::new(0),
             wake: Notify::new(),
             registry: Arc::clone(self),
@@ -239,6 +248,25 @@ impl Registry {
             } else if connection.protocol() != Protocol::H2 && connection.counters().open_streams == 0 {
                 connection.order(CLOSE);
             }
+        }
+    }
+
+    /// The connections that take no new streams, with their open watches.
+    pub fn handing_over(&self) -> Vec<(u64, u32)> {
+        let inner = self.inner();
+        let told = inner
+            .open
+            .values()
+            .filter(|connection| connection.final_said.load(Relaxed));
+        told.map(|connection| (connection.id.0, connection.open_watches.load(Relaxed)))
+            .collect()
+    }
+
+    /// Lets a connection end so many watches, those that were ended before included.
+    pub fn hand_over(&self, id: u64, total: u32) {
+        if let Some(connection) = self.inner().open.get(&id) {
+            connection.handover.store(total, Relaxed);
+            connection.order(HAND_OVER);
         }
     }
 
@@ -347,6 +375,11 @@ impl Connection {
         }
     }
 
+    /// The last GOAWAY is written.
+    pub fn set_final(&self) {
+        self.final_said.store(true, Relaxed);
+    }
+
     /// It is over; the entry goes.
     pub fn close(&self, reason: &str) {
         if self.is_told() {
@@ -374,6 +407,10 @@ impl Connection {
             if signal & GO_AWAY != 0 {
                 self.signal.fetch_and(!GO_AWAY, Relaxed);
                 return Order::GoAway;
+            }
+            if signal & HAND_OVER != 0 {
+                self.signal.fetch_and(!HAND_OVER, Relaxed);
+                return Order::HandOver(self.handover.load(Relaxed));
             }
             woken.await;
         }
