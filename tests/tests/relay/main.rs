@@ -5,5 +5,6 @@
 mod abuse;
 mod faults;
 mod goaway;
+mod handover;
 mod requests;
 mod world;
