@@ -18,6 +18,7 @@ pub mod observation;
 pub mod pace;
 pub mod planner;
 pub mod policy;
+pub mod proxy_protocol;
 pub mod rho;
 pub mod shim;
 pub mod table;

@@ -207,15 +207,29 @@ impl Peer {
     ///
     /// The connection or the handshake fails.
     pub fn connect_with(config: ClientConfig, server: SocketAddr) -> anyhow::Result<Self> {
-        let socket = patient(TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?)?;
+        let socket = TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?;
+        Self::handshake(socket, config)
+    }
+
+    /// Goes on as a client on a socket that something was said on before.
+    ///
+    /// # Errors
+    ///
+    /// The handshake fails.
+    pub fn over(socket: TcpStream, pki: &Pki, identity: Option<&Pair>, protocol: &[u8]) -> anyhow::Result<Self> {
+        Self::handshake(socket, client_config(pki, identity, protocol)?)
+    }
+
+    fn handshake(socket: TcpStream, config: ClientConfig) -> anyhow::Result<Self> {
+        let socket = patient(socket)?;
         let mut tls = ClientConnection::new(Arc::new(config), ServerName::try_from(SERVER_NAME)?)?;
         tls.complete_io(&mut &socket).context("the client's handshake")?;
-        let (protocol, certified) = (tls.alpn_protocol().unwrap_or_default().to_vec(), true);
+        let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();
         Ok(Self {
             stream: Box::new(StreamOwned::new(tls, socket.try_clone()?)),
             socket,
             protocol,
-            certified,
+            certified: true,
         })
     }
 

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
 use super::{Failure, runtime};
@@ -46,6 +47,15 @@ pub struct Arguments {
     /// Control socket, where the agent gives its orders
     #[arg(long, env = "REBALANCER_CONTROL", default_value = "unix:/run/rebalancer/relay.sock", value_parser = clap::value_parser!(SocketPath), value_name = "unix:PATH")]
     control: SocketPath,
+    /// Load balancers that begin each connection with a PROXY protocol header (version 1 or 2): a connection from these
+    /// networks without a well-formed one is refused
+    #[arg(
+        long,
+        env = "REBALANCER_PROXY_PROTOCOL",
+        value_delimiter = ',',
+        value_name = "CIDR,..."
+    )]
+    proxy_protocol: Vec<IpNet>,
     /// Connections at a time; more are refused
     #[arg(long, env = "REBALANCER_MAX_CONNECTIONS", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
     max_connections: u32,
@@ -133,6 +143,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             upstream_ca: arguments.upstream_ca,
         },
         control: arguments.control,
+        proxies: arguments.proxy_protocol,
         limits: Limits {
             max_connections,
             max_header_bytes: arguments.max_header_bytes as usize,

@@ -5,6 +5,7 @@
 use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rebalancer_core::h2::relay::{Relay, Settings};
 use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol as SocketProtocol, Socket, TcpKeepalive, Type};
@@ -18,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     Limits, http1,
     identity::{Claim, Identity},
+    proxy_protocol,
     pump::{self, End},
     registry::{Connection, Registry},
     tls::{ALPN, Reloader, Tls},
@@ -48,6 +50,8 @@ pub struct Door {
     pub target: Arc<Target>,
     /// Every connection.
     pub registry: Arc<Registry>,
+    /// Who begins with a PROXY protocol header.
+    pub proxies: Vec<IpNet>,
     /// Bounds.
     pub limits: Limits,
     /// Rings when a connection to the apiserver failed: the health check looks at once.
@@ -181,9 +185,16 @@ impl Door {
         }
     }
 
-    async fn serve(&self, stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
+    async fn serve(&self, mut stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
         let tls = self.tls.current();
         let handshakes = async {
+            if proxy_protocol::is_listed(&self.proxies, connection.client())
+                && let Some(client) = proxy_protocol::take(&mut stream)
+                    .await
+                    .inspect_err(|error| tracing::info!(load_balancer = %connection.client(), %error, "refused"))?
+            {
+                connection.set_client(client);
+            }
             let client = TlsAcceptor::from(Arc::clone(&tls.server))
                 .accept(stream)
                 .await

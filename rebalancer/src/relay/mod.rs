@@ -8,6 +8,7 @@ mod control;
 mod handover;
 mod http1;
 mod identity;
+mod proxy_protocol;
 mod pump;
 mod registry;
 mod tls;
@@ -16,6 +17,7 @@ mod upstream;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -60,6 +62,8 @@ pub struct Config {
     pub files: Files,
     /// The control socket.
     pub control: SocketPath,
+    /// The load balancers that begin each connection with a PROXY protocol header.
+    pub proxies: Vec<IpNet>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -115,6 +119,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tls: Arc::clone(&tls),
         target: Arc::clone(&target),
         registry: Arc::clone(&registry),
+        proxies: config.proxies,
         limits: config.limits,
         doubt: Arc::clone(&doubt),
     });

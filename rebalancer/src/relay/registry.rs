@@ -28,7 +28,9 @@ const HAND_OVER: u8 = 4;
 #[derive(Debug)]
 pub struct Connection {
     id: Id,
-    client: SocketAddr,
+    peer: SocketAddr,
+    /// Whom the load balancer named.
+    client: OnceLock<SocketAddr>,
     local: SocketAddr,
     accepted: Instant,
     protocol: AtomicU8,
@@ -130,7 +132,8 @@ impl Registry {
     pub fn open(self: &Arc<Self>, cookie: u64, client: SocketAddr, local: SocketAddr) -> Arc<Connection> {
         let connection = Arc::new(Connection {
             id: Id(cookie),
-            client,
+            peer: client,
+            client: OnceLock::new(),
             local,
             accepted: Instant::now(),
             protocol: AtomicU8::new(Protocol::Unknown as u8),
@@ -324,9 +327,16 @@ const ORDERED: u8 = 1;
 const TOLD: u8 = 2;
 
 impl Connection {
-    /// The client's address.
+    /// The client's address, as the socket has it or the load balancer named it.
     pub fn client(&self) -> SocketAddr {
-        self.client
+        self.client.get().copied().unwrap_or(self.peer)
+    }
+
+    /// The load balancer named the client.
+    pub fn set_client(&self, client: SocketAddr) {
+        // Set once, before anything else is known.
+        let _ = self.client.set(client);
+        self.touch();
     }
 
     /// TLS is done: what was selected, and who the certificate names.
@@ -472,7 +482,7 @@ impl Connection {
     fn shown(&self) -> wire::Connection {
         wire::Connection {
             id: self.id,
-            client: self.client,
+            client: self.client(),
             local: self.local,
             protocol: self.protocol(),
             state: if self.is_told() { State::Draining } else { State::Active },

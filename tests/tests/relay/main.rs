@@ -6,5 +6,6 @@ mod abuse;
 mod faults;
 mod goaway;
 mod handover;
+mod proxy_protocol;
 mod requests;
 mod world;
