@@ -220,7 +220,12 @@ impl Peer {
         Self::handshake(socket, client_config(pki, identity, protocol)?)
     }
 
-    fn handshake(socket: TcpStream, config: ClientConfig) -> anyhow::Result<Self> {
+    /// Goes on as a client with that configuration on a socket of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The handshake fails.
+    pub fn handshake(socket: TcpStream, config: ClientConfig) -> anyhow::Result<Self> {
         let socket = patient(socket)?;
         let mut tls = ClientConnection::new(Arc::new(config), ServerName::try_from(SERVER_NAME)?)?;
         tls.complete_io(&mut &socket).context("the client's handshake")?;
