@@ -20,6 +20,9 @@ use crate::shim::wire::{self, GoawayResult, Id, Outcome, OutcomeEntry, Protocol,
 /// How many ended connections and outcomes are remembered: an agent that polls less often than this asks for all.
 const REMEMBERED: usize = 65_536;
 
+/// How long a new HTTP/1.1 connection is given for its first request when the process ends.
+const FIRST_REQUEST: Duration = Duration::from_secs(10);
+
 const GO_AWAY: u8 = 1;
 const CLOSE: u8 = 2;
 const HAND_OVER: u8 = 4;
@@ -248,7 +251,11 @@ impl Registry {
             }
             if connection.order_goaway(0) == GoawayResult::Sent {
                 told += 1;
-            } else if connection.protocol() != Protocol::H2 && connection.counters().open_streams == 0 {
+            } else if connection.protocol() == Protocol::Http1
+                && connection.open_streams.load(Relaxed) == 0
+                // One whose first request is still on its way would see it fail.
+                && (connection.requests() > 0 || connection.accepted.elapsed() > FIRST_REQUEST)
+            {
                 connection.order(CLOSE);
             }
         }

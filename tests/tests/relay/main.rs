@@ -8,4 +8,5 @@ mod goaway;
 mod handover;
 mod proxy_protocol;
 mod requests;
+mod takeover;
 mod world;
