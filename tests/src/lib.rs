@@ -12,6 +12,7 @@ pub mod node;
 pub mod pki;
 pub mod process;
 pub mod standin;
+pub mod storm;
 pub mod swarm;
 
 use std::{env, fs::OpenOptions, io::Write as _, path::PathBuf, thread};

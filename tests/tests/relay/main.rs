@@ -5,5 +5,8 @@
 mod abuse;
 mod faults;
 mod goaway;
+mod handover;
+mod proxy_protocol;
 mod requests;
+mod takeover;
 mod world;
