@@ -109,6 +109,7 @@ pub(crate) struct World<'a> {
     pub(crate) in_transit: usize,
     balanced_at: Option<u64>,
     since: u64,
+    goaways_before: u64,
     skew_at: u64,
     skew: f64,
     skew_area: f64,
@@ -160,6 +161,7 @@ impl<'a> World<'a> {
             in_transit: 0,
             balanced_at: None,
             since: START,
+            goaways_before: 0,
             skew_at: START,
             skew: 0.0,
             skew_area: 0.0,
@@ -231,9 +233,9 @@ impl<'a> World<'a> {
         let total = self.run.goaways_total;
         if let Some(at) = self.balanced_at {
             self.run.to_balance = Some(Duration::from_millis(at - self.since));
-            self.run.goaways_after = total - self.run.goaways;
+            self.run.goaways_after = total - self.goaways_before - self.run.goaways;
         } else {
-            self.run.goaways = total;
+            self.run.goaways = total - self.goaways_before;
         }
         self.run.mean_skew = self.skew_area / (self.now - START).max(1) as f64;
         self.run.last_skew = self.skew;
@@ -287,6 +289,7 @@ impl<'a> World<'a> {
             }
             Event::Incident(number) => {
                 self.since = self.now;
+                self.goaways_before = self.run.goaways_total;
                 self.balanced_at = None;
                 self.incident(&self.setup.incidents[number].1.clone());
             }
@@ -607,7 +610,7 @@ impl<'a> World<'a> {
             return;
         }
         self.balanced_at = Some(self.now);
-        self.run.goaways = self.run.goaways_total;
+        self.run.goaways = self.run.goaways_total - self.goaways_before;
     }
 
     fn sample(&mut self) {
