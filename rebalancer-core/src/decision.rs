@@ -188,7 +188,12 @@ impl fmt::Display for Hold {
             } => {
                 write!(f, "apiserver {apiserver} is up for {:.1} s only", up.as_secs_f64())
             }
-            Self::ApiserverStarting { apiserver, up: None } => write!(f, "apiserver {apiserver} is down"),
+            Self::ApiserverStarting { apiserver, up: None } => {
+                write!(
+                    f,
+                    "apiserver {apiserver} is down, or its clients are still looking for another"
+                )
+            }
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
             Self::Paused => f.write_str("paused by an operator"),
             Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),

@@ -74,6 +74,8 @@ pub struct Peer {
     pub snapshot: Option<(Timestamp, Snapshot)>,
     /// Why the last attempt failed.
     pub fault: Option<PeerFault>,
+    /// When it was first heard to be down after it had been up.
+    down_since: Option<Timestamp>,
 }
 
 /// One apiserver in a view.
@@ -121,9 +123,19 @@ impl Peers {
                 peer.fault = Some(PeerFault::Disagrees(format!("it knows the apiservers {theirs}")));
             }
             Ok(snapshot) => {
+                let is_down = |snapshot: &Snapshot| snapshot.state == ServerState::Down;
+                let was_up = peer.snapshot.as_ref().is_some_and(|(_, before)| !is_down(before));
+                let down_since = if !is_down(&snapshot) {
+                    None
+                } else if was_up {
+                    Some(now)
+                } else {
+                    peer.down_since
+                };
                 *peer = Peer {
                     snapshot: Some((now, snapshot)),
                     fault: None,
+                    down_since,
                 }
             }
             Err(fault) => peer.fault = Some(fault),
@@ -162,7 +174,9 @@ impl Peers {
     }
 
     /// The first reason not to act on what is known, if there is one.
-    pub fn hold(&self, stale_after: Duration, now: Timestamp) -> Option<Hold> {
+    ///
+    /// While the clients of an apiserver that just went down look for another, loads say nothing: that takes `settle`.
+    pub fn hold(&self, stale_after: Duration, settle: Duration, now: Timestamp) -> Option<Hold> {
         if self.known.is_empty() {
             return Some(Hold::FewerThanTwoApiservers { apiservers: 1 });
         }
@@ -199,6 +213,12 @@ impl Peers {
                     });
                 }
                 Some(_) => {}
+            }
+            if peer.down_since.is_some_and(|since| now.since(since) < settle) {
+                return Some(Hold::ApiserverStarting {
+                    apiserver: name.clone(),
+                    up: None,
+                });
             }
         }
         None

@@ -106,7 +106,8 @@ pub(crate) struct World<'a> {
     pub(crate) balancer: Balancer,
     pub(crate) random: Random,
     loads: Vec<f64>,
-    pub(crate) in_transit: usize,
+    /// Clients that count nowhere: they are new, or their connection broke.
+    pub(crate) uncounted: usize,
     balanced_at: Option<u64>,
     since: u64,
     goaways_before: u64,
@@ -158,7 +159,7 @@ impl<'a> World<'a> {
             balancer: Balancer::new(setup.balancer, Random::new(seed, 1)),
             random: Random::new(seed, 2),
             loads: vec![0.0; nodes.len()],
-            in_transit: 0,
+            uncounted: 0,
             balanced_at: None,
             since: START,
             goaways_before: 0,
@@ -313,7 +314,7 @@ impl<'a> World<'a> {
                 tries: 0,
                 relist: false,
             });
-            self.in_transit += 1;
+            self.uncounted += 1;
             self.identities.push(Identity {
                 user: format!("{}-{number}", group.name),
                 user_agent: group.name.clone(),
@@ -381,11 +382,11 @@ impl<'a> World<'a> {
         known.home = Some(index);
         known.last = Some(server);
         known.tries = 0;
-        self.in_transit -= 1;
         let relist = std::mem::take(&mut known.relist) && group.list_seconds > 0.0;
         let rate = known.requests + f64::from(group.watches) * 2_000.0 / (WATCH_LIFE.0 + WATCH_LIFE.1);
-        if let Some(before) = known.counted.replace(server) {
-            self.loads[before] -= weight;
+        match known.counted.replace(server) {
+            Some(before) => self.loads[before] -= weight,
+            None => self.uncounted -= 1,
         }
         self.loads[server] += weight;
         self.work(server, f64::from(connection.watches) * WATCH_START);
@@ -432,7 +433,6 @@ impl<'a> World<'a> {
         self.nodes[server].active -= 1;
         self.nodes[server].touched(index);
         self.clients[client].home = None;
-        self.in_transit += 1;
         let watches = self.connections[index].watches;
         self.clients[client].elsewhere += watches;
         let mut first = f64::INFINITY;
@@ -505,7 +505,6 @@ impl<'a> World<'a> {
         if life == Life::Active {
             node.active -= 1;
             self.clients[client].home = None;
-            self.in_transit += 1;
         } else {
             self.clients[client].elsewhere -= self.connections[index].watches;
         }
@@ -530,6 +529,7 @@ impl<'a> World<'a> {
     fn forget(&mut self, client: usize) {
         if let Some(server) = self.clients[client].counted.take() {
             self.loads[server] -= self.weight_of(client);
+            self.uncounted += 1;
         }
     }
 
@@ -600,10 +600,11 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Balanced is: the fullest is within the target, everyone has landed, and no agent means to go on.
+    /// Balanced is: the fullest is within the target, with clients on their way counted where they were told to go; nobody
+    /// is still looking for an apiserver; and no agent means to go on.
     fn check_balance(&mut self) {
         // The skew is a quotient: what is at the target exactly is not above it.
-        if self.balanced_at.is_some() || self.in_transit > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
+        if self.balanced_at.is_some() || self.uncounted > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
             return;
         }
         if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_done() {

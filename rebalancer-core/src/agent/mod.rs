@@ -351,7 +351,7 @@ impl Agent {
                 });
             }
         }
-        if let Some(hold) = self.peers.hold(self.policy.stale_after(), now) {
+        if let Some(hold) = self.peers.hold(self.policy.stale_after(), self.policy.settle, now) {
             return Some(hold);
         }
         let why = self.shim_fault.clone()?;
