@@ -3,24 +3,26 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
+/// The programs that count, and the one that answers in an apiserver's place.
+const OBJECTS: [&str; 2] = ["rebalancer-ebpf.o", "rebalancer-steer.o"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     // TARGET/PROFILE/build/PACKAGE/out, or one deeper when a target triple is named.
-    let beside = out
-        .ancestors()
-        .skip(4)
-        .take(2)
-        .map(|directory| directory.join("ebpf/rebalancer-ebpf.o"));
-    println!("cargo::rerun-if-env-changed=REBALANCER_EBPF_OBJECT");
-    let named = env::var_os("REBALANCER_EBPF_OBJECT").map(PathBuf::from);
-    let candidates: Vec<PathBuf> = named.into_iter().chain(beside).collect();
-    for candidate in &candidates {
-        println!("cargo::rerun-if-changed={}", candidate.display());
+    let beside = out.ancestors().skip(4).take(2).map(|directory| directory.join("ebpf"));
+    println!("cargo::rerun-if-env-changed=REBALANCER_EBPF_OBJECTS");
+    let named = env::var_os("REBALANCER_EBPF_OBJECTS").map(PathBuf::from);
+    let directories: Vec<PathBuf> = named.into_iter().chain(beside).collect();
+    for name in OBJECTS {
+        let candidates: Vec<PathBuf> = directories.iter().map(|directory| directory.join(name)).collect();
+        for candidate in &candidates {
+            println!("cargo::rerun-if-changed={}", candidate.display());
+        }
+        let object = match candidates.iter().find(|path| path.is_file()) {
+            Some(path) => fs::read(path)?,
+            None => Vec::new(),
+        };
+        fs::write(out.join(name), object)?;
     }
-    let object = match candidates.iter().find(|path| path.is_file()) {
-        Some(path) => fs::read(path)?,
-        None => Vec::new(),
-    };
-    fs::write(out.join("rebalancer-ebpf.o"), object)?;
     Ok(())
 }

@@ -3,6 +3,8 @@
 //! Must never hold an enum, a bool or a pointer: the two sides are compiled apart.
 #![no_std]
 
+pub mod steer;
+
 /// [`SocketRecord::kind`]: a connection was accepted.
 pub const KIND_OPENED: u32 = 1;
 /// [`SocketRecord::kind`]: a connection is no longer established.
@@ -114,4 +116,12 @@ pub struct Offsets {
 mod user {
     // SAFETY: `repr(C)` integers without padding: any bytes are a value, and a value is nothing but its bytes.
     unsafe impl aya::Pod for super::Offsets {}
+    // SAFETY: as above; the sizes are asserted to be the sums of the members'.
+    unsafe impl aya::Pod for super::steer::ClientKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::steer::Victim {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::steer::Requests {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::steer::RequestOffsets {}
 }

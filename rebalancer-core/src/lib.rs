@@ -11,6 +11,7 @@ pub mod agent;
 pub mod btf;
 pub mod budget;
 pub mod decision;
+pub mod golang;
 pub mod h2;
 pub mod hello;
 pub mod observation;

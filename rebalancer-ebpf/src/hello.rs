@@ -8,6 +8,7 @@ use aya_ebpf::{
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
+use aya_log_ebpf::{debug, warn};
 use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS};
 
 use crate::{EARLY, HELLOS, lost};
@@ -46,7 +47,7 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
         if early.is_null() || (*early).done != 0 {
             return PASS;
         }
-        capture(skb, early);
+        capture(&ctx, early);
     }
     PASS
 }
@@ -55,9 +56,10 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
 ///
 /// # Safety
 ///
-/// `skb` is the program's context and `early` a storage of its socket.
+/// `early` is a storage of the packet's socket.
 #[inline(always)]
-unsafe fn capture(skb: *mut __sk_buff, early: *mut Early) {
+unsafe fn capture(ctx: &SkBuffContext, early: *mut Early) {
+    let skb: *mut __sk_buff = ctx.skb.skb;
     let mut ip = [0_u8; 20];
     // SAFETY: the helper copies into arrays of the given length, or fails.
     if unsafe { bpf_skb_load_bytes(skb.cast(), 0, ip.as_mut_ptr().cast(), 20) } != 0 {
@@ -95,6 +97,7 @@ unsafe fn capture(skb: *mut __sk_buff, early: *mut Early) {
     }
     let Some(mut entry) = HELLOS.reserve::<HelloRecord>(0) else {
         lost(LOST_HELLOS);
+        warn!(ctx, "no room for the first octets of a connection");
         return;
     };
     let record = entry.as_mut_ptr();
@@ -131,4 +134,5 @@ unsafe fn capture(skb: *mut __sk_buff, early: *mut Early) {
         early.done = 1;
     }
     entry.submit(0);
+    debug!(ctx, "{} octets of a hello at {}", taken, offset);
 }

@@ -7,6 +7,7 @@ use aya_ebpf::{
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
+use aya_log_ebpf::{debug, warn};
 use rebalancer_common::{Early, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_STORAGE};
 
 use crate::{EARLY, EVENTS, OFFSETS, lost, read};
@@ -40,6 +41,7 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     }
     let Some(mut entry) = EVENTS.reserve(0) else {
         lost(LOST_EVENTS);
+        warn!(&ctx, "no room for the event of a socket on port {}", offsets.port);
         return 0;
     };
     let mut record = read::record(socket, &offsets);
@@ -48,6 +50,7 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     record.kind = kind;
     entry.write(record);
     entry.submit(0);
+    debug!(&ctx, "socket {:x}: state {} to {}", record.cookie, old, new);
     0
 }
 

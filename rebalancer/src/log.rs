@@ -15,7 +15,8 @@ pub const LEVEL: &str = "REBALANCER_LOG";
 pub fn start() -> anyhow::Result<()> {
     let filter = match std::env::var(LEVEL) {
         Ok(text) => EnvFilter::try_new(&text).map_err(|error| anyhow::anyhow!("{LEVEL}={text}: {error}"))?,
-        Err(_) => EnvFilter::new("info"),
+        // The kernel programs have a level of their own (`--kernel-log`).
+        Err(_) => EnvFilter::new("info,rebalancer_ebpf=trace"),
     };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

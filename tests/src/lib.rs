@@ -2,8 +2,10 @@
 
 pub mod apiserver;
 pub mod balancer;
+pub mod bench;
 pub mod demo;
 pub mod fixture;
+pub mod h2wire;
 pub mod kubectl;
 pub mod netns;
 pub mod node;

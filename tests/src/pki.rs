@@ -120,8 +120,11 @@ impl Pki {
 
 fn name(params: &mut CertificateParams, user: &str, groups: &[&str]) {
     params.distinguished_name = DistinguishedName::new();
-    for group in groups {
-        params.distinguished_name.push(DnType::OrganizationName, *group);
+    // rcgen keeps one value for each kind of name, so a second organization goes by its OID.
+    let kinds = [DnType::OrganizationName, DnType::CustomDnType(vec![2, 5, 4, 10])];
+    assert!(groups.len() <= kinds.len(), "two groups at most: {groups:?}");
+    for (kind, group) in kinds.into_iter().zip(groups) {
+        params.distinguished_name.push(kind, *group);
     }
     params.distinguished_name.push(DnType::CommonName, user);
 }

@@ -26,17 +26,25 @@ struct Toolchain {
     library: Option<PathBuf>,
 }
 
-/// Where the object is.
-pub fn object() -> PathBuf {
-    target().join("ebpf/rebalancer-ebpf.o")
+/// The objects, by the names of the binaries they are: the programs that count, and the one that answers in an
+/// apiserver's place, which fewer kernels take.
+const OBJECTS: [&str; 2] = ["rebalancer-ebpf", "rebalancer-steer"];
+
+/// The directory the objects are in.
+pub fn directory() -> PathBuf {
+    target().join("ebpf")
 }
 
-/// Builds the object when a source is newer than it, and says what it does.
+/// Builds the objects when a source is newer than one of them, says what it does, and answers with their directory.
 pub fn build() -> anyhow::Result<PathBuf> {
-    let object = object();
-    if is_fresh(&object)? {
-        eprintln!("the kernel programs are up to date: {}", object.display());
-        return Ok(object);
+    let objects = OBJECTS.map(|name| directory().join(format!("{name}.o")));
+    let mut fresh = true;
+    for object in &objects {
+        fresh &= is_fresh(object)?;
+    }
+    if fresh {
+        eprintln!("the kernel programs are up to date: {}", directory().display());
+        return Ok(directory());
     }
     let toolchain = toolchain()?;
     let linker = linker(&toolchain)?;
@@ -72,13 +80,16 @@ pub fn build() -> anyhow::Result<PathBuf> {
         command.env("__CARGO_TESTS_ONLY_SRC_ROOT", library);
     }
     run(&mut command)?;
-    let built = target()
-        .join("ebpf/build")
-        .join(bpf_target())
-        .join("release/rebalancer-ebpf");
-    fs::copy(&built, &object).with_context(|| format!("cannot copy {} to {}", built.display(), object.display()))?;
-    eprintln!("the kernel programs: {}", object.display());
-    Ok(object)
+    for (name, object) in OBJECTS.iter().zip(&objects) {
+        let built = target()
+            .join("ebpf/build")
+            .join(bpf_target())
+            .join("release")
+            .join(name);
+        fs::copy(&built, object).with_context(|| format!("cannot copy {} to {}", built.display(), object.display()))?;
+        eprintln!("the kernel programs: {}", object.display());
+    }
+    Ok(directory())
 }
 
 fn bpf_target() -> &'static str {

@@ -1,5 +1,6 @@
 //! Everything a person does with the project.
 
+mod bench;
 mod ci;
 mod debian;
 mod demo;
@@ -25,6 +26,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run the tests, set-up included; the last line counts passed, failed and skipped
     Test(test::Arguments),
+    /// Measure: processor time, latency and memory, beside what else there is
+    Bench(bench::Arguments),
     /// Compile the kernel programs, and install what that needs into the target directory
     BuildEbpf,
     /// Formatting, lints, then the tests: what CI runs
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Test(arguments) => test::run_tests(&arguments),
+        Command::Bench(arguments) => bench::run_bench(&arguments),
         Command::BuildEbpf => ebpf::build().map(|_| ExitCode::SUCCESS),
         Command::Ci => ci::run(),
     };

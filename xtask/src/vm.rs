@@ -187,7 +187,7 @@ struct Guest {
 impl Guest {
     /// Builds everything without shared libraries.
     fn build(group: &str) -> anyhow::Result<Self> {
-        let object = ebpf::build()?;
+        let objects = ebpf::build()?;
         let directory = target().join("vm/build");
         let build = |arguments: &[&str]| {
             let mut command = cargo(arguments);
@@ -195,7 +195,7 @@ impl Guest {
                 .args(["--target", TRIPLE])
                 .env("CARGO_TARGET_DIR", &directory)
                 .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Cstrip=symbols")
-                .env("REBALANCER_EBPF_OBJECT", &object);
+                .env("REBALANCER_EBPF_OBJECTS", &objects);
             command
         };
         run(&mut build(&["build", "--package", "rebalancer", "--bin", "rebalancer"]))?;

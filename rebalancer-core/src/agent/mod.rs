@@ -460,7 +460,7 @@ impl Agent {
             skew,
             threshold: self.policy.skew_target,
         };
-        if skew <= self.policy.skew_target {
+        if balance.quota <= 0.0 || skew <= self.policy.skew_target {
             return Err(reached);
         }
         if self.rho.is_futile(&balance.donors) {

@@ -22,6 +22,9 @@ const MAX_CONTROL_PAYLOAD: u32 = 16_384;
 /// The largest dynamic table that is followed, whatever the server offers.
 const MAX_TABLE_SIZE: usize = 65_536;
 
+/// How many octets of the relay's own frames may wait for a place between the server's.
+const MAX_WAITING: usize = 65_536;
+
 /// SETTINGS_HEADER_TABLE_SIZE (RFC 9113, section 6.5.2).
 const SETTINGS_HEADER_TABLE_SIZE: u16 = 0x1;
 
@@ -264,6 +267,7 @@ impl Relay {
                 // The client has spent its connection window on it, and the server will never give it back.
                 if header.length > 0 {
                     frame::write_connection_window(header.length, &mut self.waiting);
+                    self.bound_waiting()?;
                 }
                 self.client.skip(header);
             }
@@ -304,7 +308,7 @@ impl Relay {
         let list = self.decoder.decode(&block.fragment, self.settings.max_header_bytes)?;
         if self.is_refused(block.stream) {
             frame::write_reset(block.stream, ErrorCode::RefusedStream, &mut self.waiting);
-            return Ok(());
+            return self.bound_waiting();
         }
         let is_request = self.streams.is_new(block.stream);
         if is_request {
@@ -350,6 +354,14 @@ impl Relay {
             &went,
             &mut out.to_server,
         );
+        Ok(())
+    }
+
+    /// A client that goes on opening refused streams while the server stands inside a frame does not grow the queue.
+    fn bound_waiting(&self) -> Result<(), ConnectionError> {
+        if self.waiting.len() > MAX_WAITING {
+            return Err(ConnectionError::calm("too many refused streams wait for their answer"));
+        }
         Ok(())
     }
 

@@ -22,7 +22,11 @@ use rebalancer_core::{
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
-use crate::{kernel::SourceKind, local::SocketPath, span::Span};
+use crate::{
+    kernel::{KernelLog, SourceKind},
+    local::SocketPath,
+    span::Span,
+};
 
 /// The file format's version.
 const VERSION: u32 = 1;
@@ -46,6 +50,9 @@ pub struct Raw {
     /// Where connections are counted [default: auto]
     #[arg(long, env = "REBALANCER_SOURCE", value_enum)]
     source: Option<SourceKind>,
+    /// What the kernel programs say of themselves in the log [default: off]
+    #[arg(long, env = "REBALANCER_KERNEL_LOG", value_enum)]
+    kernel_log: Option<KernelLog>,
     /// What sends the GOAWAY: relay:unix:PATH, steer:auto, steer:PATH or none [default: none]
     #[arg(long, env = "REBALANCER_SHIM", value_name = "SHIM")]
     #[serde(deserialize_with = "parsed")]
@@ -284,6 +291,8 @@ pub struct Config {
     pub apiserver_port: u16,
     /// Where connections are counted.
     pub source: SourceKind,
+    /// What the kernel programs log.
+    pub kernel_log: KernelLog,
     /// What sends the GOAWAY.
     pub shim: Shim,
     /// The other agents; `None` when there are none.
@@ -333,6 +342,7 @@ impl Raw {
             node_name: self.node_name.or(file.node_name),
             apiserver_port: self.apiserver_port.or(file.apiserver_port),
             source: self.source.or(file.source),
+            kernel_log: self.kernel_log.or(file.kernel_log),
             shim: self.shim.or(file.shim),
             peer: list(self.peer, file.peer),
             peers: self.peers.or(file.peers),
@@ -437,6 +447,7 @@ impl Raw {
             policy: policy.checked()?,
             apiserver_port,
             source: self.source.unwrap_or_default(),
+            kernel_log: self.kernel_log.unwrap_or_default(),
             shim,
             peers,
             api: self.api.unwrap_or_else(default_api),

@@ -49,7 +49,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (handle, requests) = AgentHandle::new(clock);
     let (inputs_sender, inputs) = mpsc::channel(256);
     let recorder = Recorder::open(config.decision_log.as_deref())?;
-    let source = Source::open(config.source, config.apiserver_port)?;
+    let source = Source::open(config.source, config.apiserver_port, config.kernel_log)?;
     let source_name = source.name();
     let orders = start_shim(&config, &inputs_sender)?;
     let metrics = Arc::new(Mutex::new(Metrics::new()));
@@ -273,7 +273,7 @@ impl Loop {
 async fn observe(source: &mut Option<Source>, config: &Config) -> Result<Vec<Observation>, SourceError> {
     if source.is_none() {
         sleep(REOPEN).await;
-        *source = Some(Source::open(config.source, config.apiserver_port)?);
+        *source = Some(Source::open(config.source, config.apiserver_port, config.kernel_log)?);
     }
     match source {
         Some(source) => source.next().await,

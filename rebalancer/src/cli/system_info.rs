@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
-use crate::kernel::{Source, SourceKind};
+use crate::kernel::{KernelLog, Source, SourceKind};
 
 /// How the answer is shown.
 #[derive(Debug, Args)]
@@ -105,7 +105,7 @@ fn read(path: &str) -> Result<String, String> {
 /// Opens a source for a port nobody uses, and closes it again.
 fn open(kind: SourceKind) -> Result<String, String> {
     const NOBODYS: u16 = 1;
-    Source::open(kind, NOBODYS)
+    Source::open(kind, NOBODYS, KernelLog::Off)
         .map(|_| "works".to_owned())
         .map_err(|error| error.to_string())
 }

@@ -8,7 +8,10 @@ use std::{
     io::{self, Read as _},
     mem,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, AsRawFd},
+        unix::fs::MetadataExt as _,
+    },
     path::PathBuf,
     time::Duration,
 };
@@ -18,6 +21,7 @@ use aya::{
     maps::{MapData, PerCpuArray, RingBuf},
     programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter, ProgramError},
 };
+use aya_log::EbpfLogger;
 use rebalancer_common::{
     HelloRecord, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_HELLOS, LOST_STORAGE, Offsets, SocketRecord,
 };
@@ -28,9 +32,14 @@ use rebalancer_core::{
     words::{ConnectionId, Protocol},
 };
 use tokio::{
-    io::unix::AsyncFd,
+    io::{
+        Interest,
+        unix::{AsyncFd, AsyncFdReadyMutGuard},
+    },
     time::{Interval, MissedTickBehavior, interval},
 };
+
+use super::KernelLog;
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-ebpf.o"));
@@ -129,6 +138,8 @@ pub struct Programs {
     ebpf: Ebpf,
     events: AsyncFd<RingBuf<MapData>>,
     hellos: AsyncFd<RingBuf<MapData>>,
+    /// What the programs say of themselves; `None` when that is off.
+    log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     lost: PerCpuArray<MapData, u64>,
     counted_lost: [u64; 3],
     assemblies: HashMap<u64, Assembly>,
@@ -144,7 +155,7 @@ impl Programs {
     /// # Errors
     ///
     /// See [`EbpfError`].
-    pub fn open(port: u16) -> Result<Self, EbpfError> {
+    pub fn open(port: u16, log: KernelLog) -> Result<Self, EbpfError> {
         if OBJECT.is_empty() {
             return Err(EbpfError::NotBuilt);
         }
@@ -152,6 +163,7 @@ impl Programs {
         let kernel_btf = Btf::from_sys_fs().map_err(|error| refused("its own type information")(&error))?;
         let mut ebpf = EbpfLoader::new()
             .override_global("OFFSETS", &offsets, true)
+            .override_global(aya_log::LEVEL, &(log as u8), true)
             .load(OBJECT)
             .map_err(|error| refused("the maps")(&error))?;
 
@@ -182,6 +194,10 @@ impl Programs {
         Ok(Self {
             events: ring(&mut ebpf, "EVENTS")?,
             hellos: ring(&mut ebpf, "HELLOS")?,
+            log: match log {
+                KernelLog::Off => None,
+                _ => Some(logger(&mut ebpf)?),
+            },
             lost: take(&mut ebpf, "LOST")
                 .and_then(|map| PerCpuArray::try_from(map).map_err(|error| refused("a map")(&error)))?,
             counted_lost: [0; 3],
@@ -212,6 +228,11 @@ impl Programs {
             tokio::select! {
                 ready = self.events.readable() => ready.map_err(ring_failed)?.clear_ready(),
                 ready = self.hellos.readable() => ready.map_err(ring_failed)?.clear_ready(),
+                ready = readable(&mut self.log) => {
+                    let mut ready = ready.map_err(ring_failed)?;
+                    ready.get_inner_mut().flush();
+                    ready.clear_ready();
+                }
                 _ = self.ticks.tick() => {
                     let observations = self.check()?;
                     if !observations.is_empty() {
@@ -360,6 +381,20 @@ fn ring_failed(source: io::Error) -> EbpfError {
     EbpfError::Io {
         what: "a ring buffer",
         source,
+    }
+}
+
+fn logger(ebpf: &mut Ebpf) -> Result<AsyncFd<EbpfLogger<&'static dyn log::Log>>, EbpfError> {
+    let logger = EbpfLogger::init(ebpf).map_err(|error| refused("the programs' log")(&error))?;
+    // SAFETY: the logger owns its ring's descriptor and keeps it open, the same one, for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(|error| ring_failed(error.into()))
+}
+
+/// Ready when the programs said something; never when their log is off.
+async fn readable<T: AsRawFd>(log: &mut Option<AsyncFd<T>>) -> io::Result<AsyncFdReadyMutGuard<'_, T>> {
+    match log {
+        Some(log) => log.readable_mut().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -25,6 +25,27 @@ pub enum SourceKind {
     Sockdiag,
 }
 
+/// What the kernel programs say of themselves in the log; each level includes those before it.
+///
+/// Off, the verifier removes every log statement: the programs are as if there were none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelLog {
+    /// Nothing.
+    #[default]
+    Off = 0,
+    /// What failed.
+    Error = 1,
+    /// What found no room.
+    Warn = 2,
+    /// What is worth knowing.
+    Info = 3,
+    /// Each event.
+    Debug = 4,
+    /// Each step.
+    Trace = 5,
+}
+
 /// Why a source cannot be had, or has failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -63,11 +84,11 @@ impl Source {
     /// # Errors
     ///
     /// What the kernel refuses, and what to do about it.
-    pub fn open(kind: SourceKind, port: u16) -> Result<Self, SourceError> {
+    pub fn open(kind: SourceKind, port: u16, log: KernelLog) -> Result<Self, SourceError> {
         match kind {
-            SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(port)?))),
+            SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(port, log)?))),
             SourceKind::Sockdiag => Ok(Self::Sockdiag(sockdiag::Sockdiag::open(port)?)),
-            SourceKind::Auto => match ebpf::Programs::open(port) {
+            SourceKind::Auto => match ebpf::Programs::open(port, log) {
                 Ok(programs) => Ok(Self::Ebpf(Box::new(programs))),
                 Err(error) => {
                     tracing::warn!(

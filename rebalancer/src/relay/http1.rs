@@ -43,28 +43,75 @@ where
         Err(error) => return End::ServerIo(std::io::Error::other(error)),
     };
     let sender = Arc::new(Mutex::new(sender));
-    let service =
-        service_fn(|request| forward(request, Arc::clone(&sender), Arc::clone(&claim), Arc::clone(connection)));
+    let upgraded: Arc<Mutex<Option<Upgraded>>> = Arc::default();
+    let service = service_fn(|request| {
+        forward(
+            request,
+            Arc::clone(&sender),
+            Arc::clone(&claim),
+            Arc::clone(connection),
+            Arc::clone(&upgraded),
+        )
+    });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
         .serve_connection(TokioIo::new(client), service)
         .with_upgrades();
-    let ordered = async { while connection.ordered().await != Order::Close {} };
-    let mut upstream = std::pin::pin!(upstream.with_upgrades());
-    let mut served = std::pin::pin!(served);
-    tokio::select! {
-        result = &mut served => match result {
-            Ok(()) => End::Client,
-            Err(error) => End::ClientIo(std::io::Error::other(error)),
-        },
-        _ = &mut upstream => {
-            // The answer's last bytes may still be on their way to the client.
-            served.as_mut().graceful_shutdown();
-            let _ = served.await;
-            End::Server
+    let exchange = async {
+        let mut upstream = std::pin::pin!(upstream.with_upgrades());
+        let mut served = std::pin::pin!(served);
+        let end = tokio::select! {
+            result = &mut served => match result {
+                Ok(()) => End::Client,
+                Err(error) => End::ClientIo(std::io::Error::other(error)),
+            },
+            _ = &mut upstream => {
+                // The answer's last bytes may still be on their way to the client.
+                served.as_mut().graceful_shutdown();
+                let _ = served.await;
+                return match upgraded.lock().await.take() {
+                    Some(upgraded) => upgraded.splice().await,
+                    None => End::Server,
+                };
+            }
+        };
+        match upgraded.lock().await.take() {
+            // The server's half becomes bytes only when its connection is driven to that point.
+            Some(upgraded) => tokio::join!(upgraded.splice(), upstream).0,
+            None => end,
         }
+    };
+    let ordered = async { while connection.ordered().await != Order::Close {} };
+    tokio::select! {
+        end = exchange => end,
         () = ordered => End::Ordered,
+    }
+}
+
+/// Both halves of a connection after `101`: it is this connection's to the end, in figures and in the list.
+struct Upgraded {
+    client: OnUpgrade,
+    server: OnUpgrade,
+    in_flight: InFlight,
+}
+
+impl Upgraded {
+    async fn splice(self) -> End {
+        let joined = async {
+            let (client, server) = tokio::try_join!(self.client, self.server)?;
+            let copied = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await;
+            anyhow::Ok(copied?)
+        };
+        match joined.await {
+            Ok((from_client, to_client)) => {
+                self.in_flight
+                    .connection
+                    .add_bytes(from_client as usize, to_client as usize);
+            }
+            Err(error) => tracing::debug!(%error, "an upgraded connection ended"),
+        }
+        End::Client
     }
 }
 
@@ -73,6 +120,7 @@ async fn forward(
     sender: Arc<Mutex<SendRequest<Incoming>>>,
     claim: Arc<Claim>,
     connection: Arc<Connection>,
+    upgraded: Arc<Mutex<Option<Upgraded>>>,
 ) -> Result<Response<Body>, hyper::Error> {
     if let Some(agent) = request
         .headers()
@@ -109,7 +157,11 @@ async fn forward(
     };
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let from_server = hyper::upgrade::on(&mut answer);
-        tokio::spawn(splice(from_client, from_server, in_flight));
+        *upgraded.lock().await = Some(Upgraded {
+            client: from_client,
+            server: from_server,
+            in_flight,
+        });
         return Ok(answer.map(|body| body.boxed()));
     }
     Ok(answer.map(|body| {
@@ -155,18 +207,6 @@ fn rewrite(request: &mut Request<Incoming>, claim: &Claim, connection: &Connecti
                 .entry(header::AUTHORIZATION)
                 .or_insert(HeaderValue::from_static(REJECTED));
         }
-    }
-}
-
-async fn splice(client: OnUpgrade, server: OnUpgrade, in_flight: InFlight) {
-    let joined = async {
-        let (client, server) = tokio::try_join!(client, server)?;
-        let copied = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await;
-        anyhow::Ok(copied?)
-    };
-    match joined.await {
-        Ok((from_client, to_client)) => in_flight.connection.add_bytes(from_client as usize, to_client as usize),
-        Err(error) => tracing::debug!(%error, "an upgraded connection ended"),
     }
 }
 

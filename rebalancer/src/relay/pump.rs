@@ -35,6 +35,9 @@ const KEPT: usize = 1024;
 /// How long a client may take to read its last bytes and close.
 const LINGER: Duration = Duration::from_secs(10);
 
+/// How many octets of such a client are read and thrown away.
+const LINGER_OCTETS: usize = 256 * 1024;
+
 /// How a connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum End {
@@ -153,7 +156,13 @@ where
         client.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
         let mut discarded = [0; 512];
-        while client.read(&mut discarded).await? > 0 {}
+        let mut left = LINGER_OCTETS;
+        while left > 0 {
+            match client.read(&mut discarded).await? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
         io::Result::Ok(())
     };
     if !matches!(end, End::Client | End::ClientIo(_)) {

@@ -41,14 +41,15 @@ pub struct Files {
 }
 
 impl Files {
-    fn all(&self) -> [&Path; 6] {
+    /// Each with its flag.
+    fn all(&self) -> [(&'static str, &Path); 6] {
         [
-            &self.certificate,
-            &self.key,
-            &self.client_ca,
-            &self.proxy_certificate,
-            &self.proxy_key,
-            &self.upstream_ca,
+            ("--tls-cert", &self.certificate),
+            ("--tls-key", &self.key),
+            ("--client-ca", &self.client_ca),
+            ("--proxy-client-cert", &self.proxy_certificate),
+            ("--proxy-client-key", &self.proxy_key),
+            ("--upstream-ca", &self.upstream_ca),
         ]
     }
 }
@@ -166,8 +167,10 @@ impl Reloader {
 }
 
 fn read_all(files: &Files) -> anyhow::Result<Vec<Vec<u8>>> {
-    let read = |path: &&Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    files.all().iter().map(read).collect()
+    let read = |(flag, path): (&str, &Path)| {
+        fs::read(path).with_context(|| format!("{flag} {}: cannot read it", path.display()))
+    };
+    files.all().into_iter().map(read).collect()
 }
 
 fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {

@@ -1,0 +1,240 @@
+//! What an operator gets wrong at a start: exit code 2, and one message that names what, where and what to do.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+/// A directory with what a relay and an agent need, all of it good.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut authority = rcgen::CertificateParams::new(vec![]).expect("parameters");
+        authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let authority_pem = authority.self_signed(&key).expect("a certificate").pem();
+        let issuer = rcgen::Issuer::new(authority, key);
+        let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).expect("a file");
+        write("ca.crt", &authority_pem);
+        for name in ["good", "other"] {
+            let key = rcgen::KeyPair::generate().expect("a key");
+            let parameters = rcgen::CertificateParams::new(vec![name.to_owned()]).expect("parameters");
+            let certificate = parameters.signed_by(&key, &issuer).expect("a certificate");
+            write(&format!("{name}.crt"), &certificate.pem());
+            write(&format!("{name}.key"), &key.serialize_pem());
+        }
+        write("garbage", "this is no PEM\n");
+        Self(directory)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn config(&self, text: &str) -> String {
+        let path = self.path("config.yaml");
+        fs::write(&path, format!("version: 1\nnode-name: a\n{text}\n")).expect("a file");
+        format!("--config={}", path.display())
+    }
+
+    fn agent(&self) -> Vec<String> {
+        [
+            "agent",
+            "--node-name=a",
+            "--source=sockdiag",
+            "--metrics=127.0.0.1:0",
+            &format!("--api=unix:{}", self.path("agent.sock").display()),
+        ]
+        .map(str::to_owned)
+        .into()
+    }
+
+    fn peered(&self) -> Vec<String> {
+        let mut flags = self.agent();
+        flags.extend([
+            "--peer=b=https://127.0.0.1:1".to_owned(),
+            "--peer-listen=127.0.0.1:0".to_owned(),
+            format!("--peer-cert={}", self.path("good.crt").display()),
+            format!("--peer-key={}", self.path("good.key").display()),
+            format!("--peer-ca={}", self.path("ca.crt").display()),
+        ]);
+        flags
+    }
+
+    fn relay(&self) -> Vec<String> {
+        let mut flags: Vec<String> = ["relay", "--listen=127.0.0.1:0", "--upstream=127.0.0.1:1"]
+            .map(str::to_owned)
+            .into();
+        for (flag, file) in [
+            ("upstream-ca", "ca.crt"),
+            ("client-ca", "ca.crt"),
+            ("tls-cert", "good.crt"),
+            ("tls-key", "good.key"),
+            ("proxy-client-cert", "good.crt"),
+            ("proxy-client-key", "good.key"),
+        ] {
+            flags.push(format!("--{flag}={}", self.path(file).display()));
+        }
+        flags.push(format!("--control=unix:{}", self.path("relay.sock").display()));
+        flags
+    }
+}
+
+/// The flags, with some of them given again: the last one wins nothing, so they are replaced.
+fn with(mut flags: Vec<String>, changes: &[String]) -> Vec<String> {
+    for change in changes {
+        let name = change.split('=').next().expect("a flag");
+        flags.retain(|flag| flag.split('=').next() != Some(name));
+        flags.push(change.clone());
+    }
+    flags
+}
+
+fn run(program: &mut Command, flags: &[String]) -> (Option<i32>, String) {
+    let Output { status, stderr, .. } = program.args(flags).output().expect("the binary starts");
+    (status.code(), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+fn check(flags: &[String], parts: &[&str]) {
+    let (code, said) = run(&mut Command::new(env!("CARGO_BIN_EXE_rebalancer")), flags);
+    assert_eq!(code, Some(2), "{flags:?} said: {said}");
+    for part in parts {
+        assert!(said.contains(part), "{flags:?} does not name `{part}`: {said}");
+    }
+}
+
+fn flag(name: &str, path: &Path) -> String {
+    format!("{name}={}", path.display())
+}
+
+#[test]
+fn an_agents_configuration() {
+    let files = Files::new();
+    let agent = || files.agent();
+    check(
+        &with(agent(), &[files.config("skew-treshold: 0.2")]),
+        &["config.yaml", "skew-treshold", "skew-threshold"],
+    );
+    check(&with(agent(), &[files.config("peers: []")]), &["config.yaml", "peers"]);
+    check(
+        &with(agent(), &[flag("--config", &files.path("nowhere.yaml"))]),
+        &["--config", "nowhere.yaml", "No such file"],
+    );
+    let shares = |threshold: &str, target: &str| {
+        let changes = [
+            format!("--skew-threshold={threshold}"),
+            format!("--skew-target={target}"),
+        ];
+        with(files.agent(), &changes)
+    };
+    check(&shares("20", "0.1"), &["--skew-threshold is 20", "above 0, at most 10"]);
+    check(&shares("0.1", "0.2"), &["--skew-target 0.2", "--skew-threshold 0.1"]);
+    check(
+        &with(agent(), &["--goaway-share=0".to_owned()]),
+        &["--goaway-share is 0", "above 0, at most 1"],
+    );
+    check(
+        &with(agent(), &["--apiserver-port=70000".to_owned()]),
+        &["70000", "--apiserver-port"],
+    );
+    check(
+        &with(agent(), &["--shim=relay".to_owned()]),
+        &["--shim", "relay:unix:PATH"],
+    );
+    check(
+        &with(agent(), &[flag("--decision-log", &files.path("no/such/directory"))]),
+        &["--decision-log", "no/such/directory"],
+    );
+}
+
+#[test]
+fn an_agents_peers() {
+    let files = Files::new();
+    let changed = |changes: &[String]| with(files.peered(), changes);
+    check(
+        &changed(&[flag("--peer-cert", &files.path("nowhere.crt"))]),
+        &["--peer-cert", "nowhere.crt"],
+    );
+    check(
+        &changed(&[flag("--peer-cert", &files.path("garbage"))]),
+        &["--peer-cert", "garbage", "certificate"],
+    );
+    check(
+        &changed(&[flag("--peer-key", &files.path("other.key"))]),
+        &["--peer-cert", "--peer-key", "do not belong together"],
+    );
+    check(
+        &changed(&["--peer=a=https://127.0.0.1:1".to_owned()]),
+        &["--peer a", "--node-name"],
+    );
+    check(
+        &changed(&["--peer=b=http://127.0.0.1:1".to_owned()]),
+        &["--peer", "NAME=https://HOST:PORT"],
+    );
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address");
+    check(
+        &changed(&[format!("--peer-listen={address}")]),
+        &["--peer-listen", &address.to_string()],
+    );
+    check(
+        &changed(&[format!("--metrics={address}")]),
+        &["--metrics", &address.to_string()],
+    );
+}
+
+#[test]
+fn a_relays_files_and_addresses() {
+    let files = Files::new();
+    let changed = |changes: &[String]| with(files.relay(), changes);
+    for name in ["--tls-cert", "--client-ca", "--upstream-ca", "--proxy-client-cert"] {
+        check(
+            &changed(&[flag(name, &files.path("nowhere.crt"))]),
+            &[name, "nowhere.crt"],
+        );
+        check(&changed(&[flag(name, &files.path("garbage"))]), &[name, "garbage"]);
+    }
+    check(
+        &changed(&[flag("--tls-key", &files.path("other.key"))]),
+        &["--tls-cert", "--tls-key"],
+    );
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address");
+    check(
+        &changed(&[format!("--listen={address}")]),
+        &["--listen", &address.to_string(), "port free"],
+    );
+    check(&changed(&["--idle-timeout=5".to_owned()]), &["--idle-timeout", "30s"]);
+}
+
+#[test]
+fn an_agent_without_capabilities_names_those_it_needs() {
+    let files = Files::new();
+    let mut flags = vec![env!("CARGO_BIN_EXE_rebalancer").to_owned()];
+    flags.extend(with(files.agent(), &["--source=ebpf".to_owned()]));
+    // No capability is in reach of a program started so, whoever starts it.
+    let mut dropped = Command::new("setpriv");
+    dropped.args(["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]);
+    let (code, said) = if nobody_is_root() {
+        run(&mut Command::new(env!("CARGO_BIN_EXE_rebalancer")), &flags[1..])
+    } else {
+        run(&mut dropped, &flags)
+    };
+    assert_eq!(code, Some(2), "{said}");
+    // A build without kernel programs, which needs no privilege to be made, says that first.
+    let expected = ["CAP_BPF", "cargo xtask build-ebpf"];
+    assert!(expected.iter().any(|part| said.contains(part)), "{said}");
+}
+
+fn nobody_is_root() -> bool {
+    let status = fs::read_to_string("/proc/self/status").expect("a process may read its status");
+    !status
+        .lines()
+        .any(|line| line.starts_with("CapEff:") && line.trim_end().ends_with("ffffff"))
+}

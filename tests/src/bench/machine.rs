@@ -1,0 +1,199 @@
+//! Processors and processes: where they may run, what they spent, what they hold.
+//!
+//! Input: /proc. Output: figures in nanoseconds and KiB.
+
+use std::{
+    ffi::OsStr,
+    fs, io, mem,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail};
+
+/// The two processors of a run: the measured process has one to itself, its peers share the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Cores {
+    /// The measured process's.
+    pub measured: usize,
+    /// Backend's and clients'.
+    pub others: usize,
+}
+
+impl Cores {
+    /// The last two this process may use: the first serve most interrupts.
+    ///
+    /// # Errors
+    ///
+    /// There are fewer than two.
+    pub fn pick() -> anyhow::Result<Self> {
+        // SAFETY: an all-zero cpu_set_t is the empty set.
+        let mut allowed: libc::cpu_set_t = unsafe { mem::zeroed() };
+        // SAFETY: the pointer is to a set of the given size, which lives through the call.
+        if unsafe { libc::sched_getaffinity(0, mem::size_of_val(&allowed), &raw mut allowed) } != 0 {
+            return Err(io::Error::last_os_error()).context("cannot ask which processors may be used");
+        }
+        // SAFETY: the index is below the set's size, and the set is initialised.
+        let usable = |core: &usize| unsafe { libc::CPU_ISSET(*core, &allowed) };
+        let mut cores = (0..libc::CPU_SETSIZE as usize).rev().filter(usable);
+        match (cores.next(), cores.next()) {
+            (Some(measured), Some(others)) => Ok(Self { measured, others }),
+            _ => bail!("the benchmark needs two processors: one for the proxy, one for backend and client"),
+        }
+    }
+}
+
+/// A command that runs on one processor only.
+pub fn pinned(core: usize, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("taskset");
+    command.arg("-c").arg(core.to_string()).arg(program);
+    command
+}
+
+/// Nanoseconds all threads of a process have run (Documentation/scheduler/sched-stats.rst).
+///
+/// # Errors
+///
+/// The process is gone.
+pub fn cpu_ns(process: u32) -> anyhow::Result<u64> {
+    let tasks = PathBuf::from(format!("/proc/{process}/task"));
+    let mut sum = 0;
+    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {}", tasks.display()))? {
+        // A thread that has just ended is left out.
+        if let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) {
+            sum += first_number(&text).context("schedstat is not a number")?;
+        }
+    }
+    Ok(sum)
+}
+
+/// KiB of memory that count for a process: its own, and its share of what it shares (proc_pid_smaps_rollup(5)).
+///
+/// # Errors
+///
+/// The process is gone.
+pub fn pss_kib(process: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{process}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    text.lines()
+        .find_map(|line| first_number(line.strip_prefix("Pss:")?))
+        .with_context(|| format!("{path} has no Pss"))
+}
+
+fn first_number(text: &str) -> Option<u64> {
+    text.split_whitespace().next()?.parse().ok()
+}
+
+/// What the whole machine did, so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Busy {
+    at: Instant,
+    busy_ns: u64,
+    stolen_ns: u64,
+}
+
+impl Busy {
+    /// Reads it for the two processors.
+    ///
+    /// # Errors
+    ///
+    /// /proc/stat cannot be read.
+    pub fn now(cores: Cores) -> anyhow::Result<Self> {
+        let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+        // SAFETY: sysconf takes an integer.
+        let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+        let tick_ns = 1_000_000_000 / u64::try_from(ticks_per_second).unwrap_or(100).max(1);
+        let mut now = Self {
+            at: Instant::now(),
+            busy_ns: 0,
+            stolen_ns: 0,
+        };
+        for core in [cores.measured, cores.others] {
+            let name = format!("cpu{core} ");
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(&name))
+                .with_context(|| format!("/proc/stat has no cpu{core}"))?;
+            let fields: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+            // user nice system idle iowait irq softirq steal (proc_stat(5))
+            let [user, nice, system, _, _, irq, softirq, steal, ..] = fields[..] else {
+                bail!("/proc/stat has fewer fields than Linux 2.6.11 wrote");
+            };
+            now.busy_ns += (user + nice + system + irq + softirq) * tick_ns;
+            now.stolen_ns += steal * tick_ns;
+        }
+        Ok(now)
+    }
+
+    /// The share of the two processors' time since `earlier` that neither was idle nor ours.
+    pub fn others_share(self, earlier: Self, ours_ns: u64) -> f64 {
+        let both = 2.0 * (self.at - earlier.at).as_nanos() as f64;
+        let busy = (self.busy_ns - earlier.busy_ns + self.stolen_ns - earlier.stolen_ns) as f64;
+        ((busy - ours_ns as f64) / both).max(0.0)
+    }
+}
+
+/// How many descriptors a process may have open, after asking for all that may be had.
+///
+/// # Errors
+///
+/// What getrlimit(2) says.
+pub fn open_files() -> io::Result<u64> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the pointer is to an rlimit that lives through the call.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let wanted = libc::rlimit {
+        rlim_cur: limit.rlim_max.max(WANTED_FILES),
+        rlim_max: limit.rlim_max.max(WANTED_FILES),
+    };
+    let all = libc::rlimit {
+        rlim_cur: limit.rlim_max,
+        rlim_max: limit.rlim_max,
+    };
+    for attempt in [wanted, all] {
+        // SAFETY: the pointer is to an rlimit that lives through the call.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const attempt) } == 0 {
+            return Ok(attempt.rlim_cur);
+        }
+    }
+    Ok(limit.rlim_cur)
+}
+
+/// Two a client of the largest run, and room.
+const WANTED_FILES: u64 = 24_000;
+
+/// The processor's name.
+pub fn processor() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| "unknown processor".to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// The kernel's release.
+pub fn kernel_release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
+}
+
+/// What a program says of its version, on its first line that says anything.
+pub fn version_of(program: &Path, flag: &str, libraries: Option<&Path>) -> String {
+    let mut command = Command::new(program);
+    command.arg(flag);
+    if let Some(libraries) = libraries {
+        command.env("LD_LIBRARY_PATH", libraries);
+    }
+    let text = command.output().map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&text)
+        .lines()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("unknown")
+        .trim()
+        .to_owned()
+}

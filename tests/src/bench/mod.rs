@@ -1,0 +1,11 @@
+//! What the benchmarks measure with: processors, processes, load, peers, and the runs themselves.
+//!
+//! Output: figures. Must never compare figures of different runs.
+
+pub mod floor;
+pub mod kernel;
+pub mod load;
+pub mod machine;
+pub mod peers;
+pub mod relay;
+pub mod report;

@@ -1,0 +1,278 @@
+//! The relay beside haproxy, Envoy and the floor, in one run against the same backend.
+//!
+//! Input: programs. Output: [`Figures`]. Must never keep a figure of a run in which a client failed.
+
+use std::{collections::BTreeMap, path::Path, thread, time::Duration};
+
+use anyhow::Context as _;
+
+use super::{
+    load::{Load, Running, Served, Shape},
+    machine::{self, Busy, Cores, cpu_ns, pss_kib},
+    peers::{BACKEND, FIGURES, Peer, Programs, Start},
+};
+use crate::{pki::Pki, process::Process};
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// How often everything takes its turn.
+    pub rounds: usize,
+    /// How long one turn is measured.
+    pub window: Duration,
+    /// Clients with an open watch, for each proxy.
+    pub watching: u64,
+    /// The same for the relay once more, while others work.
+    pub watching_relay: u64,
+}
+
+impl Effort {
+    /// Five to six minutes.
+    pub const FULL: Self = Self {
+        rounds: 3,
+        window: Duration::from_millis(2500),
+        watching: 2000,
+        watching_relay: 10_000,
+    };
+
+    /// Under two minutes.
+    pub const QUICK: Self = Self {
+        rounds: 1,
+        window: Duration::from_millis(1500),
+        watching: 500,
+        watching_relay: 2000,
+    };
+}
+
+/// Connections with one watch each, while events are counted.
+const WATCHES: u64 = 50;
+
+/// Between two events of one watch: 10,000 events a second in all.
+const EVENT_PERIOD: Duration = Duration::from_millis(5);
+
+/// Descriptors that the relay needs beside its connections.
+const SPARE_FILES: u64 = 128;
+
+/// What one turn of one proxy spent.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Requests or events.
+    pub count: u64,
+    /// The proxy's processor time for each, in microseconds.
+    pub proxy_us: f64,
+    /// The backend's.
+    pub backend_us: f64,
+}
+
+/// What a proxy held for each client with an open watch.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// How many clients.
+    pub clients: u64,
+    /// KiB for each, both of its sides counted.
+    pub kib_per_client: f64,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub struct Figures {
+    /// By shape and proxy.
+    pub requests: BTreeMap<(&'static str, Peer), Vec<Sample>>,
+    /// By proxy.
+    pub events: BTreeMap<Peer, Vec<Sample>>,
+    /// The median of sequential response times in microseconds; `None` is directly.
+    pub latency: BTreeMap<Option<Peer>, Vec<f64>>,
+    /// By proxy.
+    pub held: BTreeMap<Peer, Held>,
+    /// The relay, with as many as descriptors allow.
+    pub held_relay: Option<Held>,
+    /// Requests of other clients while those were held: how many, and the relay's time for each in microseconds.
+    pub while_held: Option<Sample>,
+    /// Each turn's share of the two processors that others had.
+    pub others: Vec<f64>,
+    /// The versions of what was compared.
+    pub versions: Vec<String>,
+}
+
+/// One run.
+struct Bench<'a> {
+    start: Start<'a>,
+    load: Load<'a>,
+    backend: Process,
+    effort: Effort,
+    figures: Figures,
+    open_files: u64,
+}
+
+/// A moment of a turn.
+struct Moment {
+    proxy_ns: u64,
+    backend_ns: u64,
+    client_ns: u64,
+    served: Served,
+    busy: Busy,
+}
+
+/// Measures everything; `say` hears what is being done.
+///
+/// # Errors
+///
+/// A program cannot be started, ends early, or a client does not get through.
+pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&str)) -> anyhow::Result<Figures> {
+    let cores = Cores::pick()?;
+    let open_files = machine::open_files().context("cannot ask how many files may be open")?;
+    let pki = Pki::new(&[BACKEND.ip()])?;
+    let start = Start {
+        programs,
+        pki: &pki,
+        directory,
+        cores,
+    };
+    let load = Load {
+        program: &programs.h2load,
+        libraries: &programs.libraries,
+        figures: FIGURES,
+        cores,
+        directory,
+    };
+    let mut bench = Bench {
+        backend: start.backend()?,
+        start,
+        load,
+        effort,
+        figures: Figures::default(),
+        open_files,
+    };
+    bench.figures.versions = vec![
+        machine::version_of(&programs.haproxy, "-v", Some(&programs.libraries)),
+        machine::version_of(&programs.envoy, "--version", None),
+        machine::version_of(&programs.h2load, "--version", Some(&programs.libraries)),
+    ];
+    for peer in Peer::ALL {
+        say(&format!("{}: memory of {} open watches", peer.name(), effort.watching));
+        let held = bench.hold(peer, effort.watching, |_, _| Ok(()))?;
+        bench.figures.held.insert(peer, held);
+    }
+    // Each client costs the relay two descriptors.
+    let clients = effort
+        .watching_relay
+        .min((bench.open_files.saturating_sub(SPARE_FILES)) / 2);
+    say(&format!("relay: {clients} open watches, while other clients work"));
+    bench.hold_while_working(clients)?;
+
+    let mut proxies = Vec::new();
+    for peer in Peer::ALL {
+        proxies.push((peer, bench.start.peer(peer)?));
+    }
+    for round in 0..effort.rounds {
+        say(&format!("round {} of {}", round + 1, effort.rounds));
+        // Nobody is always the first after a pause.
+        proxies.rotate_left(1);
+        for shape in Shape::ALL {
+            for (peer, proxy) in &proxies {
+                bench.requests(*peer, proxy, shape)?;
+            }
+        }
+        let direct = bench.load.requests(BACKEND.port(), Shape::Sequential)?;
+        thread::sleep(effort.window);
+        bench.latency(None, direct)?;
+        for (peer, proxy) in &proxies {
+            bench.events(*peer, proxy)?;
+        }
+    }
+    Ok(bench.figures)
+}
+
+impl Bench<'_> {
+    fn now(&self, proxy: &Process, client: &Running) -> anyhow::Result<Moment> {
+        Ok(Moment {
+            served: self.load.served()?,
+            proxy_ns: cpu_ns(proxy.id())?,
+            backend_ns: cpu_ns(self.backend.id())?,
+            client_ns: cpu_ns(client.id())?,
+            busy: Busy::now(self.start.cores)?,
+        })
+    }
+
+    /// Watches a running client for one window.
+    fn turn(&mut self, proxy: &Process, client: &mut Running, count: impl Fn(Served) -> u64) -> anyhow::Result<Sample> {
+        let before = self.now(proxy, client)?;
+        thread::sleep(self.effort.window);
+        let after = self.now(proxy, client)?;
+        client.check()?;
+        let (proxy_ns, backend_ns) = (after.proxy_ns - before.proxy_ns, after.backend_ns - before.backend_ns);
+        let ours = proxy_ns + backend_ns + after.client_ns - before.client_ns;
+        self.figures.others.push(after.busy.others_share(before.busy, ours));
+        let count = count(after.served) - count(before.served);
+        anyhow::ensure!(count > 0, "nothing came through:\n{}", proxy.log());
+        let each = |ns: u64| ns as f64 / 1000.0 / count as f64;
+        Ok(Sample {
+            count,
+            proxy_us: each(proxy_ns),
+            backend_us: each(backend_ns),
+        })
+    }
+
+    fn requests(&mut self, peer: Peer, proxy: &Process, shape: Shape) -> anyhow::Result<()> {
+        let mut client = self.load.requests(peer.port(), shape)?;
+        let sample = self.turn(proxy, &mut client, |served| served.requests)?;
+        let key = (shape.name(), peer);
+        self.figures.requests.entry(key).or_default().push(sample);
+        if shape == Shape::Sequential {
+            self.latency(Some(peer), client)?;
+        } else {
+            client.stop();
+        }
+        Ok(())
+    }
+
+    fn latency(&mut self, peer: Option<Peer>, client: Running) -> anyhow::Result<()> {
+        client.stop();
+        let median = self.load.median_us()?;
+        self.figures.latency.entry(peer).or_default().push(median);
+        Ok(())
+    }
+
+    fn events(&mut self, peer: Peer, proxy: &Process) -> anyhow::Result<()> {
+        let mut client = self.load.watches(peer.port(), WATCHES, Some(EVENT_PERIOD))?;
+        let sample = self.turn(proxy, &mut client, |served| served.events)?;
+        self.figures.events.entry(peer).or_default().push(sample);
+        client.stop();
+        Ok(())
+    }
+
+    /// Opens watches through a fresh proxy, and weighs it.
+    fn hold(
+        &mut self,
+        peer: Peer,
+        clients: u64,
+        meanwhile: impl FnOnce(&mut Self, &Process) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Held> {
+        let proxy = self.start.peer(peer)?;
+        let before = pss_kib(proxy.id())?;
+        let mut client = self.load.watches(peer.port(), clients, None)?;
+        let after = pss_kib(proxy.id())?;
+        meanwhile(self, &proxy)?;
+        client.check()?;
+        let open = self.load.served()?.watches;
+        anyhow::ensure!(open == clients, "{} of {clients} watches are still open", open);
+        client.stop();
+        Ok(Held {
+            clients,
+            kib_per_client: after.saturating_sub(before) as f64 / clients as f64,
+        })
+    }
+
+    fn hold_while_working(&mut self, clients: u64) -> anyhow::Result<()> {
+        let mut worked = None;
+        let held = self.hold(Peer::Relay, clients, |bench, proxy| {
+            let mut working = bench.load.requests(Peer::Relay.port(), Shape::Batched)?;
+            worked = Some(bench.turn(proxy, &mut working, |served| served.requests)?);
+            working.stop();
+            Ok(())
+        })?;
+        self.figures.held_relay = Some(held);
+        self.figures.while_held = worked;
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! The benchmarks, and the floor that one of them starts itself; `cargo xtask bench` builds and runs it.
+//!
+//! Output: one JSON object on stdout, the page's tables in a file, progress on stderr.
+
+use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use rebalancer_tests::{
+    bench::{
+        floor, kernel,
+        peers::Programs,
+        relay::{self, Effort},
+    },
+    process::log_directory,
+};
+
+#[derive(Parser)]
+#[command(about = "The benchmarks; `cargo xtask bench` builds and runs this with what it needs")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The relay beside haproxy, Envoy and the floor
+    Relay(Relay),
+    /// What the kernel programs cost
+    Kernel(Kernel),
+    /// The byte-for-byte TLS relay
+    #[command(hide = true)]
+    Floor(Floor),
+}
+
+#[derive(Args)]
+struct Relay {
+    #[command(flatten)]
+    programs: Programs,
+    /// Fewer and shorter turns
+    #[arg(long)]
+    quick: bool,
+    /// Where the tables go
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Kernel {
+    /// The `rebalancer` binary
+    #[arg(long)]
+    rebalancer: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Floor {
+    #[arg(long)]
+    listen: SocketAddr,
+    #[arg(long)]
+    upstream: SocketAddr,
+    #[arg(long)]
+    certificates: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    let say = |text: &str| eprintln!("bench: {text}");
+    let directory = || -> anyhow::Result<PathBuf> {
+        let directory = log_directory("rebalancer-bench-")?;
+        eprintln!("bench: logs in {}", directory.display());
+        Ok(directory)
+    };
+    let (json, page, path) = match command {
+        Command::Floor(floor) => return floor::run(floor.listen, floor.upstream, &floor.certificates),
+        Command::Relay(arguments) => {
+            let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
+            let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Kernel(arguments) => {
+            let figures = kernel::run(&arguments.rebalancer, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+    };
+    fs::write(&path, page).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{json}");
+    Ok(())
+}

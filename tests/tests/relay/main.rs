@@ -1,0 +1,9 @@
+//! The relay's binary against scripted peers: what it puts on the wire, and what it survives.
+//!
+//! Each test has a relay and an apiserver of its own, on loopback in a network namespace of its own.
+
+mod abuse;
+mod faults;
+mod goaway;
+mod requests;
+mod world;

@@ -1,0 +1,134 @@
+//! What a request carries when it comes out of the relay: identity, address, and nothing a client forged.
+
+use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, Peer, block, fields, frame, get, kind, request};
+
+use crate::world::{OK, RELAY, World};
+
+fn values<'a>(list: &'a [(String, String)], name: &str) -> Vec<&'a str> {
+    let named = list.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+    named.map(|(_, value)| value.as_str()).collect()
+}
+
+#[test]
+fn a_certificates_user_and_groups_are_named_over_the_front_proxys_certificate() {
+    let world = World::start(&[]);
+    let alice = world
+        .pki
+        .client("alice", "alice", &["dev", "ops"])
+        .expect("a certificate");
+    let (mut client, mut server) = world.open(Some(&alice));
+    assert!(server.certified, "the front-proxy certificate is shown");
+    client.send(&request(1, "/api"));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    assert_eq!(values(&list, ":path"), ["/api"]);
+    assert_eq!(values(&list, "x-remote-user"), ["alice"]);
+    assert_eq!(values(&list, "x-remote-group"), ["dev", "ops"]);
+    assert_eq!(values(&list, "x-forwarded-for"), ["127.0.0.1"]);
+    let entry = &world.connections()[0];
+    assert_eq!((&entry["user"], &entry["protocol"]), (&"alice".into(), &"h2".into()));
+}
+
+#[test]
+fn without_a_certificate_nobody_is_named_and_no_certificate_is_shown() {
+    let world = World::start(&[]);
+    let (mut client, mut server) = world.open(None);
+    assert!(!server.certified);
+    client.send(&request(1, "/"));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    assert!(list.iter().all(|(name, _)| !name.starts_with("x-remote-")), "{list:?}");
+    assert_eq!(values(&list, "authorization"), [""; 0]);
+}
+
+#[test]
+fn forged_identities_are_removed_from_headers_and_trailers() {
+    let world = World::start(&[]);
+    let bob = world.pki.client("bob", "bob", &[]).expect("a certificate");
+    let (mut client, mut server) = world.open(Some(&bob));
+    let mut forged = get("/");
+    forged.extend(block(&[
+        ("x-remote-user", "root"),
+        ("X-Remote-Group", "system:masters"),
+        ("x-REMOTE-extra-scopes", "all"),
+        ("x-remote-uid", "0"),
+        ("x-forwarded-for", "192.0.2.9"),
+        ("accept", "application/json"),
+    ]));
+    client.send(&frame(kind::HEADERS, END_HEADERS, 1, &forged));
+    let trailers = block(&[("x-remote-group", "system:masters"), ("checksum", "1")]);
+    client.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &trailers));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    assert_eq!(values(&list, "x-remote-user"), ["bob"]);
+    assert_eq!(values(&list, "x-remote-group"), [""; 0]);
+    assert_eq!(values(&list, "x-remote-extra-scopes"), [""; 0]);
+    assert_eq!(values(&list, "x-remote-uid"), [""; 0]);
+    assert_eq!(values(&list, "accept"), ["application/json"]);
+    assert_eq!(values(&list, "x-forwarded-for"), ["192.0.2.9, 127.0.0.1"]);
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    assert_eq!(list, [("checksum".to_owned(), "1".to_owned())]);
+}
+
+#[test]
+fn http1_and_upgrades_carry_the_same_identity_and_then_pass_octets() {
+    let world = World::start(&[]);
+    let alice = world.pki.client("alice", "alice", &["dev"]).expect("a certificate");
+    let mut client = Peer::connect(&world.pki, RELAY, Some(&alice), b"http/1.1").expect("a handshake");
+    client.send(
+        b"POST /exec HTTP/1.1\r\nHost: kubernetes\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
+          X-Remote-User: root\r\nx-remote-group: system:masters\r\nX-Forwarded-For: 192.0.2.9\r\n\r\n",
+    );
+    let accepted = world.accept();
+    let mut server = accepted.peer;
+    assert!(server.certified);
+    let list: Vec<(String, String)> = accepted
+        .head
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    assert_eq!(values(&list, "x-remote-user"), ["alice"]);
+    assert_eq!(values(&list, "x-remote-group"), ["dev"]);
+    assert_eq!(values(&list, "x-forwarded-for"), ["192.0.2.9, 127.0.0.1"]);
+    assert_eq!(values(&list, "upgrade"), ["SPDY/3.1"]);
+    server.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n");
+    assert!(client.read_head().starts_with("HTTP/1.1 101 "));
+    client.send(b"\x80\x03 from the client");
+    assert_eq!(server.read(18), b"\x80\x03 from the client");
+    server.send(b"\x80\x03 from the server");
+    assert_eq!(client.read(18), b"\x80\x03 from the server");
+    assert_eq!(world.go_away(client.local()), "not_h2");
+}
+
+#[test]
+fn frames_and_windows_pass_untouched_both_ways() {
+    let world = World::start(&[]);
+    let (mut client, mut server) = world.open(None);
+    client.send(&frame(kind::HEADERS, END_HEADERS, 1, &get("/")));
+    server.expect(kind::HEADERS);
+    let window = 70_000_u32.to_be_bytes();
+    let cases: [(u8, u8, u32, &[u8]); 6] = [
+        (kind::SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]),
+        (kind::WINDOW_UPDATE, 0, 0, &window),
+        (kind::WINDOW_UPDATE, 0, 1, &window),
+        (kind::PRIORITY, 0, 1, &[0, 0, 0, 0, 16]),
+        (kind::DATA, 8, 1, &[3, b'a', 0, 0, 0]),
+        // A type nobody knows (RFC 9113, section 5.5).
+        (0x42, 0x42, 1, b"extension"),
+    ];
+    for (kind, flags, stream, payload) in cases {
+        client.send(&frame(kind, flags, stream, payload));
+        let got = server.receive();
+        assert_eq!(
+            (got.kind, got.flags, got.stream, &got.payload[..]),
+            (kind, flags, stream, payload)
+        );
+        server.send(&frame(kind, flags, stream, payload));
+        let got = client.receive();
+        assert_eq!(
+            (got.kind, got.flags, got.stream, &got.payload[..]),
+            (kind, flags, stream, payload)
+        );
+    }
+    server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &OK));
+    assert_eq!(client.expect(kind::HEADERS).payload, OK);
+}

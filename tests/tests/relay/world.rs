@@ -1,0 +1,274 @@
+//! One relay on loopback in a namespace of its own, before a scripted apiserver.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    process::Command,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver},
+    },
+    thread,
+};
+
+use rebalancer_tests::{
+    binary,
+    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, Peer, frame, kind, request},
+    netns::Namespace,
+    pki::{Pair, Pki, SERVER_NAME},
+    process::{Process, tail, wait_for},
+};
+use rustls::{
+    RootCertStore, ServerConfig, ServerConnection,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    server::WebPkiClientVerifier,
+};
+
+pub const RELAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
+pub const UPSTREAM: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6444);
+
+/// `:status: 200` (RFC 7541, appendix A, index 8).
+pub const OK: [u8; 1] = [0x88];
+
+pub struct World {
+    pub pki: Pki,
+    pub relay: Process,
+    _logs: tempfile::TempDir,
+    accepted: Receiver<Accepted>,
+    control: PathBuf,
+}
+
+/// A connection that the relay opened for a client.
+pub struct Accepted {
+    pub peer: Peer,
+    /// The head of an HTTP/1.1 request, which was read to tell it from a health check.
+    pub head: String,
+}
+
+impl World {
+    /// Starts both, with more flags for the relay; the calling thread is in the namespace from here on.
+    pub fn start(flags: &[&str]) -> Self {
+        let namespace = Namespace::new().expect("a network namespace");
+        namespace.enter().expect("its own namespace");
+        let logs = tempfile::Builder::new()
+            .prefix("rebalancer-relay-")
+            .tempdir()
+            .expect("a directory");
+        let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
+        let accepted = serve(&pki);
+        let control = logs.path().join("relay.sock");
+        let relay = start_relay(&pki, &namespace, &logs, &control, "relay", flags);
+        let mut world = Self {
+            pki,
+            relay,
+            _logs: logs,
+            accepted,
+            control,
+        };
+        let open = wait_for(PATIENCE, || {
+            world.relay.is_running().expect("the relay runs");
+            TcpStream::connect(RELAY).ok().map(drop)
+        });
+        assert!(
+            open.is_some(),
+            "the relay does not listen:\n{}",
+            tail(&world.relay.log())
+        );
+        world
+    }
+
+    /// Another client and its upstream connection, both past their HTTP/2 beginnings.
+    pub fn open(&self, identity: Option<&Pair>) -> (Peer, Peer) {
+        let mut client = Peer::connect(&self.pki, RELAY, identity, b"h2").expect("a handshake");
+        client.begin_client(&[]);
+        let mut server = self.accept().peer;
+        server.begin_server();
+        assert_eq!(client.expect(kind::SETTINGS).flags, 0);
+        assert_eq!(client.expect(kind::SETTINGS).flags, 1);
+        (client, server)
+    }
+
+    /// The next connection that the relay opens.
+    pub fn accept(&self) -> Accepted {
+        self.accepted
+            .recv_timeout(PATIENCE)
+            .unwrap_or_else(|_| panic!("the relay opens no connection:\n{}", tail(&self.relay.log())))
+    }
+
+    /// A client that works, to see that it still does later.
+    pub fn bystander(&self) -> Bystander {
+        let (client, server) = self.open(None);
+        let mut bystander = Bystander {
+            client,
+            server,
+            stream: 1,
+        };
+        bystander.is_served();
+        bystander
+    }
+
+    /// Resident memory of the relay's process, in KiB (proc_pid_status(5), VmRSS).
+    pub fn resident_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.relay.id());
+        let status = fs::read_to_string(path).expect("the relay runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
+            .expect("VmRSS in KiB")
+    }
+
+    /// The relay's connections.
+    pub fn connections(&self) -> Vec<serde_json::Value> {
+        match self.control("GET /v1/connections", "")["connections"].take() {
+            serde_json::Value::Array(list) => list,
+            other => panic!("connections are {other}"),
+        }
+    }
+
+    /// The id of the connection from that address.
+    pub fn id_of(&self, client: SocketAddr) -> String {
+        let found = wait_for(PATIENCE, || {
+            let all = self.connections();
+            let ours = all.iter().find(|entry| entry["client"] == client.to_string())?;
+            (ours["protocol"] != "unknown").then(|| ours["id"].as_str().expect("an id").to_owned())
+        });
+        found.unwrap_or_else(|| panic!("the relay does not list {client}"))
+    }
+
+    /// Orders GOAWAY for a client.
+    pub fn go_away(&self, client: SocketAddr) -> String {
+        let id = self.id_of(client);
+        let body = format!(r#"{{"generation": 1, "expires_in_ms": 10000, "victims": ["{id}"]}}"#);
+        let answer = self.control("POST /v1/goaway", &body);
+        answer["results"][0]["result"].as_str().expect("a result").to_owned()
+    }
+
+    /// Asks the control socket.
+    pub fn control(&self, request: &str, body: &str) -> serde_json::Value {
+        let mut socket = UnixStream::connect(&self.control).expect("the control socket");
+        write!(
+            socket,
+            "{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .expect("a request");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("an answer");
+        let (_, json) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+        serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+}
+
+/// Starts a relay on [`RELAY`].
+pub fn start_relay(
+    pki: &Pki,
+    namespace: &Namespace,
+    logs: &tempfile::TempDir,
+    control: &std::path::Path,
+    name: &str,
+    flags: &[&str],
+) -> Process {
+    let pem = |name: &str| pki.file(name);
+    let mut relay = Command::new(binary());
+    relay
+        .arg("relay")
+        .arg(format!("--listen={RELAY}"))
+        .arg(format!("--upstream={UPSTREAM}"))
+        .arg(format!("--upstream-server-name={SERVER_NAME}"))
+        .arg("--upstream-ca")
+        .arg(pem("ca.crt"))
+        .arg("--tls-cert")
+        .arg(pem("apiserver.crt"))
+        .arg("--tls-key")
+        .arg(pem("apiserver.key"))
+        .arg("--client-ca")
+        .arg(pem("ca.crt"))
+        .arg("--proxy-client-cert")
+        .arg(pem("front-proxy-client.crt"))
+        .arg("--proxy-client-key")
+        .arg(pem("front-proxy-client.key"))
+        .arg(format!("--control=unix:{}", control.display()))
+        .args(flags)
+        .env("REBALANCER_LOG", "debug");
+    Process::start(name, relay, Some(namespace.fd()), logs.path()).expect("the relay starts")
+}
+
+/// A client whose neighbours misbehave.
+pub struct Bystander {
+    client: Peer,
+    server: Peer,
+    stream: u32,
+}
+
+impl Bystander {
+    /// One request goes through and is answered.
+    pub fn is_served(&mut self) {
+        self.client.send(&request(self.stream, "/bystander"));
+        assert_eq!(self.server.expect(kind::HEADERS).stream, self.stream);
+        self.server
+            .send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, self.stream, &OK));
+        let expected = Frame {
+            kind: kind::HEADERS,
+            flags: END_STREAM | END_HEADERS,
+            stream: self.stream,
+            payload: OK.to_vec(),
+        };
+        assert_eq!(self.client.receive(), expected);
+        self.stream += 2;
+    }
+}
+
+/// Accepts for ever on a thread: health checks are answered, everything else is handed over.
+fn serve(pki: &Pki) -> Receiver<Accepted> {
+    let listener = TcpListener::bind(UPSTREAM).expect("a free port in a namespace of its own");
+    let config = Arc::new(server_config(pki).expect("the apiserver's certificates"));
+    let (hand_over, accepted) = mpsc::channel();
+    thread::spawn(move || {
+        for socket in listener.incoming() {
+            let (hand_over, config) = (hand_over.clone(), Arc::clone(&config));
+            let socket = socket.expect("a connection");
+            thread::spawn(move || {
+                let tls = ServerConnection::new(config).expect("a session");
+                // The health check connects first without TLS.
+                let Ok(mut peer) = Peer::accept(tls, socket) else {
+                    return;
+                };
+                let mut head = String::new();
+                if peer.protocol == b"http/1.1" {
+                    head = peer.read_head();
+                    if head.starts_with("GET /readyz ") {
+                        return peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+                    }
+                }
+                // The test may have ended.
+                let _ = hand_over.send(Accepted { peer, head });
+            });
+        }
+    });
+    accepted
+}
+
+fn server_config(pki: &Pki) -> anyhow::Result<ServerConfig> {
+    let mut roots = RootCertStore::empty();
+    for name in ["ca.crt", "front-proxy-ca.crt"] {
+        for certificate in CertificateDer::pem_file_iter(pki.file(name))? {
+            roots.add(certificate?)?;
+        }
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .allow_unauthenticated()
+        .build()?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(
+            CertificateDer::pem_file_iter(pki.file("apiserver.crt"))?.collect::<Result<Vec<_>, _>>()?,
+            PrivateKeyDer::from_pem_file(pki.file("apiserver.key"))?,
+        )?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}

@@ -1,0 +1,114 @@
+//! `bench`: each benchmark's figures, as a table, as JSON, and in docs/bench.md.
+//!
+//! Must never write a page from a quick run.
+
+mod kernel;
+mod page;
+mod relay;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::run::{cargo, is_root, run, shown, target};
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(clap::Subcommand)]
+enum Bench {
+    /// What the kernel programs cost for an event and a packet
+    Kernel(kernel::Arguments),
+    /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
+    Relay(relay::Arguments),
+}
+
+/// Runs one.
+pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    match &arguments.bench {
+        Bench::Kernel(arguments) => kernel::run_bench(arguments),
+        Bench::Relay(arguments) => relay::run_bench(arguments),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the binary that is measured and the one that measures, as they are released.
+fn build() -> anyhow::Result<()> {
+    run(&mut cargo([
+        "build",
+        "--release",
+        "--package",
+        "rebalancer",
+        "--package",
+        "rebalancer-tests",
+        "--bin",
+        "rebalancer",
+        "--bin",
+        "rebalancer-bench",
+    ]))
+}
+
+/// What a benchmark found.
+struct Outcome {
+    /// One JSON object.
+    json: String,
+    /// Markdown.
+    tables: String,
+}
+
+/// Runs the measuring binary, as root where it must be.
+fn measure(name: &str, needs_root: bool, flags: impl FnOnce(&mut Command)) -> anyhow::Result<Outcome> {
+    let page = target().join(format!("bench-{name}.md"));
+    let binary = target().join("release/rebalancer-bench");
+    let mut command = if needs_root && !is_root() {
+        eprintln!("network namespaces and eBPF need root: the benchmark runs under sudo");
+        let mut command = Command::new("sudo");
+        command.arg("-E").arg(&binary);
+        command
+    } else {
+        Command::new(&binary)
+    };
+    command.arg(name).arg("--page").arg(&page);
+    flags(&mut command);
+    let line = shown(&command);
+    eprintln!("+ {line}");
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    if !output.status.success() {
+        bail!("the benchmark failed ({})", output.status);
+    }
+    Ok(Outcome {
+        json: String::from_utf8(output.stdout).context("the benchmark's figures are not text")?,
+        tables: fs::read_to_string(&page).with_context(|| format!("cannot read {}", page.display()))?,
+    })
+}
+
+/// Shows the outcome: with `json` the object alone on stdout; on the page unless the run was a quick one.
+fn show(name: &str, outcome: &Outcome, json: bool, quick: bool) -> anyhow::Result<()> {
+    if json {
+        eprint!("{}", outcome.tables);
+        print!("{}", outcome.json);
+    } else {
+        println!("{}\n{name} {}", outcome.tables, outcome.json.trim_end());
+    }
+    if quick {
+        eprintln!("a quick run: docs/bench.md stays as it is");
+        return Ok(());
+    }
+    page::replace(name, &outcome.tables)
+}
+
+/// The built `rebalancer`.
+fn rebalancer() -> PathBuf {
+    target().join("release/rebalancer")
+}
