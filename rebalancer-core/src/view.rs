@@ -34,10 +34,18 @@ pub struct Snapshot {
     pub connections: u64,
     /// Their load, in the unit of the weight.
     pub load: f64,
+    /// The part of it that belongs to clients which are heavier than the target: moving them helps nobody.
+    pub unmovable: f64,
     /// Connections that heard their GOAWAY and still hold old streams.
     pub draining: u64,
+    /// Streams open on those.
+    pub draining_streams: u64,
     /// GOAWAYs sent since its agent started.
     pub goaways_total: u64,
+    /// What those who were told weighed, since its agent started.
+    pub told_load_total: f64,
+    /// Requests it refused for overload (429) a short while ago, as far as its shim sees that.
+    pub refused: u64,
     /// HTTP/2 connections accepted since its agent started.
     pub accepted_total: u64,
     /// Whether a plan of its agent is in flight or settling.

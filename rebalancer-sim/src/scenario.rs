@@ -39,7 +39,7 @@ pub const SCENARIOS: [Scenario; 14] = [
     },
     Scenario {
         name: "heavy-tail",
-        about: "3,000 clients, lognormal request rates (sigma 1.5), weighed by requests, behind leastconn",
+        about: "3,000 clients, lognormal request rates (sigma 1.5), weighed by requests, behind leastconn as HAProxy counts",
         build: heavy_tail,
     },
     Scenario {
@@ -177,7 +177,8 @@ fn heavy_tail() -> Setup {
     policy.skew_threshold = 0.055;
     Setup {
         policy,
-        ..cluster(vec![clients], LoadBalancer::Leastconn, minutes(60))
+        // One that does not count draining sockets sends whoever leaves the emptiest straight back to it.
+        ..cluster(vec![clients], LoadBalancer::LeastconnSockets, minutes(60))
     }
 }
 

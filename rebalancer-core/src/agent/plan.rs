@@ -11,7 +11,8 @@ use std::{
 use super::{Agent, Effect};
 use crate::{
     decision::{Decision, Outcomes},
-    policy::Mode,
+    planner,
+    policy::{Mode, Weight},
     shim::{GoawayOrder, GoawayResult},
     table::ClientKey,
     words::{ConnectionId, ShimKind, Timestamp},
@@ -37,11 +38,11 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Whether everyone was told, and nearly everyone landed or had the time to: the few that are left stay counted as
-    /// in transit.
-    fn is_settled(&self, in_transit: u64, settle: Duration, now: Timestamp) -> bool {
+    /// in transit. What must be measured takes that time always.
+    fn is_settled(&self, in_transit: u64, is_measured: bool, settle: Duration, now: Timestamp) -> bool {
         let sent = self.unsent.is_empty() && self.asked.is_empty();
-        let landed = self.told.is_empty() || in_transit * 10 <= self.told.len() as u64;
-        sent && (landed || now.since(self.last_goaway) >= settle)
+        let nearly_all = !is_measured && in_transit * 10 <= self.told.len() as u64;
+        sent && (self.told.is_empty() || nearly_all || now.since(self.last_goaway) >= settle)
     }
 }
 
@@ -119,6 +120,9 @@ impl Agent {
             let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
             if told {
                 self.goaways_total += 1;
+                let connection = self.table.connection(*id);
+                self.told_load_total +=
+                    connection.map_or(0.0, |connection| planner::load_of(connection, self.policy.weight));
             }
             if told || *result == GoawayResult::AlreadyDraining {
                 self.table.mark_draining(*id);
@@ -156,7 +160,8 @@ impl Agent {
     /// Closes the plan when it has settled.
     pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let in_transit = self.motion.in_transit();
-        let settled = |plan: &mut Plan| plan.is_settled(in_transit, self.policy.settle, now);
+        let is_measured = self.policy.weight != Weight::Connections;
+        let settled = |plan: &mut Plan| plan.is_settled(in_transit, is_measured, self.policy.settle, now);
         let Some(mut plan) = self.plan.take_if(settled) else {
             return;
         };
