@@ -32,12 +32,14 @@ const ENOUGH: f64 = 100.0;
 const FUTILE: f64 = 0.05;
 
 impl Rho {
-    /// Learns from landings since the last call.
-    pub fn learn<'a>(&mut self, landings: impl IntoIterator<Item = (&'a ApiserverName, u64)>) {
+    /// Learns from landings since the last call; no more of them count than clients were `expected` to land, for the others
+    /// come for reasons of their own: after a crash they are many.
+    pub fn learn<'a>(&mut self, landings: impl IntoIterator<Item = (&'a ApiserverName, u64)>, expected: f64) {
+        let landings: Vec<_> = landings.into_iter().filter(|(_, count)| *count > 0).collect();
+        let all: u64 = landings.iter().map(|(_, count)| count).sum();
+        let part = (expected / all.max(1) as f64).min(1.0);
         for (name, count) in landings {
-            if count > 0 {
-                *self.landed.entry(name.clone()).or_default() += count as f64;
-            }
+            *self.landed.entry(name.clone()).or_default() += count as f64 * part;
         }
         let total = self.landings();
         if total > MEMORY {
@@ -78,6 +80,12 @@ impl Rho {
         self.landings() >= ENOUGH && self.upper(donors) < FUTILE
     }
 
+    /// Landings on apiservers that are no donors.
+    pub fn elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+        let landed = self.landed.iter().filter(|(name, _)| !donors.contains(name));
+        landed.map(|(_, count)| count).sum()
+    }
+
     /// Landings that it rests on.
     pub fn landings(&self) -> f64 {
         self.landed.values().sum()
@@ -94,7 +102,7 @@ mod tests {
 
     fn learned(landings: [u64; 3]) -> Rho {
         let mut rho = Rho::default();
-        rho.learn(names().iter().zip(landings));
+        rho.learn(names().iter().zip(landings), 1e12);
         rho
     }
 
@@ -126,7 +134,7 @@ mod tests {
         assert!(rho.is_futile(donors));
         assert!(!rho.is_futile(&names()[1..2]), "clients of b would land on a");
         for _ in 0..40 {
-            rho.learn([(&names()[2], 20)]);
+            rho.learn([(&names()[2], 20)], 1e12);
         }
         assert!(!rho.is_futile(donors));
         assert!(rho.mean(donors, 3) > 0.7, "{rho:?}");

@@ -49,7 +49,7 @@ pub const SCENARIOS: [Scenario; 14] = [
     },
     Scenario {
         name: "list-flood",
-        about: "a restart, and 200 agents that LIST everything while the load is moved back",
+        about: "a restart behind leastconn; 200 agents break, land on the empty apiserver all at once and LIST everything",
         build: list_flood,
     },
     Scenario {
@@ -208,12 +208,13 @@ fn list_flood() -> Setup {
         list_seconds: 2.0,
     };
     let mut incidents = dies_and_returns(2, 300, 60).to_vec();
-    incidents.push((Duration::from_secs(380), Incident::ListFlood(200)));
+    // A moment after the apiserver is back, and before its clients are.
+    incidents.push((Duration::from_secs(368), Incident::ListFlood(200)));
     Setup {
         incidents,
         ..cluster(
             vec![Group::kubelets(1_000), listers],
-            LoadBalancer::RoundRobin,
+            LoadBalancer::LeastconnSockets,
             minutes(60),
         )
     }

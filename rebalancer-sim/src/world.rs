@@ -533,7 +533,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn break_client(&mut self, client: usize) {
+    pub(crate) fn break_client(&mut self, client: usize) {
         if let Some(home) = self.clients[client].home {
             self.break_connection(home);
         }
@@ -556,7 +556,7 @@ impl<'a> World<'a> {
     }
 
     /// A client lists everything, or is refused and tries again.
-    pub(crate) fn list(&mut self, client: usize) {
+    fn list(&mut self, client: usize) {
         let seconds = self.groups[self.clients[client].group].list_seconds;
         let Some(home) = self.clients[client].home else {
             self.clients[client].relist = true;
@@ -565,6 +565,7 @@ impl<'a> World<'a> {
         let server = self.connections[home].server;
         if self.work(server, 0.0) > LIST_SEATS * LIST_PATIENCE {
             self.nodes[server].refused += 1;
+            self.news(server);
             let wait = self.random.uniform(1.0, 2.0);
             self.at(self.now + millis(wait), Event::Relist(client));
         } else {

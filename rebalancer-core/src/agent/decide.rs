@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, Effect, rebalancing::Rebalancing};
+use super::{Agent, Effect, futility::PROBE, rebalancing::Rebalancing};
 use crate::{
     decision::{Decision, Hold, Outcomes, Victim},
     planner::{self, Balance, Request},
@@ -82,17 +82,42 @@ impl Agent {
         (decision, rebalancing)
     }
 
+    /// Why these, why so many, and what is expected.
     fn explain(&self, balance: &Balance, victims: &[Victim]) -> String {
+        let load: f64 = victims.iter().map(|victim| victim.load).sum();
+        let unit = match self.policy.weight {
+            Weight::Connections => "connections",
+            Weight::Requests => "requests a second",
+            Weight::Bytes => "bytes a second",
+            Weight::Streams => "open streams",
+        };
+        let expected = balance.skew - load * balance.rho / balance.mean;
+        let why = match self.policy.weight {
+            Weight::Connections => "those with the fewest open watches, then the oldest",
+            Weight::Requests | Weight::Bytes | Weight::Streams => "the heaviest that fit",
+        };
+        let rest = balance.needed - load;
+        let then = if rest >= 1.0 {
+            format!("; the other {rest:.0} when it is known where these land")
+        } else {
+            String::new()
+        };
         format!(
-            "{:.0} load is {:.1} % above the mean of {:.1}; all donors together are {:.1} above the target, {:.1} of it to be told here; {} connections are told now, at {} a second, and the skew is expected to fall to {:+.1} %",
+            "{:.0} {unit} are {:.1} % above the mean of {:.1}; {} above the target of {:.1} %, together by {:.1}; since {:.0} % of those who move are taken to go elsewhere, {:.1} are to be told here: {} connections now ({why}), at {} a second, and the skew is expected to fall to {:+.1} %{then}",
             balance.mean * (1.0 + balance.skew),
             balance.skew * 100.0,
             balance.mean,
+            match balance.donors.len() {
+                1 => "it alone is".to_owned(),
+                donors => format!("{donors} apiservers are"),
+            },
+            self.policy.skew_target * 100.0,
             balance.surplus,
-            balance.quota,
+            balance.rho * 100.0,
+            balance.needed,
             victims.len(),
             self.policy.goaway_rate,
-            (balance.skew - victims.iter().map(|victim| victim.load).sum::<f64>() * balance.rho / balance.mean) * 100.0,
+            expected * 100.0,
         )
     }
 
@@ -142,7 +167,7 @@ impl Agent {
         if balance.quota <= 0.0 || skew <= self.policy.skew_target {
             return Err(reached);
         }
-        if self.rho.is_futile(&balance.donors) {
+        if self.futility.holds() {
             return Err(Hold::Futile {
                 rho: self.rho.upper(&balance.donors),
                 landings: self.rho.landings(),
@@ -163,6 +188,11 @@ impl Agent {
         let share = (self.policy.goaway_share * self.table.active() as f64).floor();
         let horizon = self.policy.goaway_rate * PLAN_HORIZON.as_secs_f64();
         let limit = share.min(horizon).min((allowance + 0.5).floor()).max(1.0) as usize;
+        let limit = if self.futility.is_probe() {
+            limit.min(PROBE)
+        } else {
+            limit
+        };
         if balance.quota <= 0.0 {
             return Err(reached);
         }

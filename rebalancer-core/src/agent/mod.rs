@@ -5,6 +5,7 @@
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
 mod decide;
+mod futility;
 mod motion;
 mod plan;
 mod rebalancing;
@@ -14,6 +15,7 @@ mod tests;
 
 use std::{collections::VecDeque, time::Duration};
 
+use futility::Futility;
 use motion::Motion;
 use plan::Plan;
 use rebalancing::Rebalancing;
@@ -28,7 +30,7 @@ use crate::{
     rho::Rho,
     shim::{GoawayOrder, GoawayResult, ShimReport},
     table::ConnectionTable,
-    view::{PeerFault, Peers, ServerState, Snapshot},
+    view::{Entry, PeerFault, Peers, ServerState, Snapshot},
     words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
 };
 
@@ -107,6 +109,9 @@ pub struct Agent {
     /// Load of those who are heavier than the target, as of the last decision.
     unmovable: f64,
     stress: Stress,
+    futility: Futility,
+    /// The apiservers that took connections at the last decision.
+    ready: Vec<ApiserverName>,
     plan: Option<Plan>,
     motion: Motion,
     history: VecDeque<Decision>,
@@ -137,6 +142,8 @@ impl Agent {
             told_load_total: 0.0,
             unmovable: 0.0,
             stress: Stress::default(),
+            futility: Futility::default(),
+            ready: Vec::new(),
             plan: None,
             motion: Motion::default(),
             history: VecDeque::new(),
@@ -178,10 +185,12 @@ impl Agent {
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
         let mut at = self.next_decision;
         if let Some(plan) = &self.plan {
-            let next = if plan.unsent.is_empty() {
-                plan.last_goaway + self.policy.settle
-            } else {
-                self.bucket.next_token(now)
+            let next = match plan.unsent.front() {
+                None => plan.last_goaway + self.policy.settle,
+                Some(id) => {
+                    let cost = self.table.connection(*id).map_or(1.0, planner::cost_of);
+                    self.bucket.affords_at(cost, now)
+                }
             };
             at = at.min(next.max(now + Duration::from_millis(1)));
         }
@@ -326,6 +335,7 @@ impl Agent {
             self.table.sample(now);
             let full_ceiling =
                 planner::full_ceiling(&self.peers.view(self.snapshot(now), now), self.policy.skew_target);
+            self.look_at_rho(now);
             self.unmovable = planner::unmovable(&self.table, self.policy.weight, full_ceiling);
             let view = self.peers.view(self.snapshot(now), now);
             let (mut decision, rebalancing) = self.decide(now, view);
@@ -341,14 +351,40 @@ impl Agent {
         self.send(now, effects);
     }
 
+    /// Forgets where clients landed when the apiservers are others now, and follows whether moving helps.
+    fn look_at_rho(&mut self, now: Timestamp) {
+        let view = self.peers.view(self.snapshot(now), now);
+        let is_ready = |(_, entry): &(&ApiserverName, &Entry)| entry.snapshot.state == ServerState::Ready;
+        let ready: Vec<ApiserverName> = view
+            .entries
+            .iter()
+            .filter(is_ready)
+            .map(|(name, _)| name.clone())
+            .collect();
+        if ready != self.ready {
+            self.ready = ready;
+            self.rho = Rho::default();
+            self.futility = Futility::default();
+        }
+        // Without donors every landing is elsewhere: that says nothing.
+        let donors = self.balance(&view).donors;
+        if !donors.is_empty() {
+            self.futility.look(&mut self.rho, &donors, now);
+        }
+    }
+
     /// Learns where clients landed, counts those on their way, and closes a plan that has settled.
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
+        let expected = self.motion.in_transit();
         let moves = self.motion.look(&view, self.policy.settle, now);
+        let expected = expected + moves.iter().map(|moved| moved.goaways).sum::<u64>();
         if underway {
-            self.rho
-                .learn(moves.iter().map(|moved| (&moved.apiserver, moved.landings)));
+            self.rho.learn(
+                moves.iter().map(|moved| (&moved.apiserver, moved.landings)),
+                expected as f64,
+            );
         }
         self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
         if self.guard(now).is_some() || self.stressed(&view, &self.balance(&view)).is_some() {

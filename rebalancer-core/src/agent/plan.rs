@@ -61,7 +61,11 @@ impl Agent {
                 keys.insert(victim.connection, key);
             }
         }
-        let paced = Duration::from_secs_f64(decision.victims.len() as f64 / self.policy.goaway_rate);
+        let costs = decision.victims.iter().map(|victim| {
+            let connection = self.table.connection(victim.connection);
+            connection.map_or(1.0, planner::cost_of)
+        });
+        let paced = Duration::from_secs_f64(costs.sum::<f64>() / self.policy.goaway_rate);
         self.plan = Some(Plan {
             generation: self.generation,
             decision: decision.id,
@@ -90,11 +94,18 @@ impl Agent {
         let Some(plan) = &mut self.plan else {
             return;
         };
-        let count = self.bucket.take(plan.unsent.len(), now);
-        if count == 0 {
+        let mut victims: Vec<ConnectionId> = Vec::new();
+        while let Some(id) = plan.unsent.front().copied() {
+            let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
+            if !self.bucket.pay(cost, now) {
+                break;
+            }
+            plan.unsent.pop_front();
+            victims.push(id);
+        }
+        if victims.is_empty() {
             return;
         }
-        let victims: Vec<ConnectionId> = plan.unsent.drain(..count).collect();
         plan.last_goaway = now;
         match self.policy.mode {
             Mode::Active if self.policy.shim != ShimKind::None => {
@@ -199,6 +210,7 @@ impl Agent {
             .find(|decision| decision.id == plan.decision);
         if let Some(decision) = decided {
             decision.outcomes = plan.outcomes;
+            decision.explanation += &afterwards(plan.outcomes, self.policy.settle);
             effects.push(Effect::Settled(decision.clone()));
         }
     }
@@ -215,4 +227,22 @@ impl Agent {
             plan.outcomes.lost += 1;
         }
     }
+}
+
+/// What became of a plan, in words.
+fn afterwards(outcomes: Outcomes, settle: Duration) -> String {
+    let Outcomes {
+        moved, returned, lost, ..
+    } = outcomes;
+    let mut words = format!("; afterwards: {moved} went elsewhere, {returned} came back");
+    if lost > 0 {
+        words += &format!(", {lost} were not told: they were gone, or a doubt came up");
+    }
+    if returned > moved {
+        words += &format!(
+            " (within {:.0} s; a load balancer that sends clients back makes moving cost more)",
+            settle.as_secs_f64()
+        );
+    }
+    words
 }

@@ -203,6 +203,17 @@ pub fn unmovable(table: &ConnectionTable, weight: Weight, ceiling: f64) -> f64 {
         .fold(0.0, |sum, load| sum + load)
 }
 
+/// A token of the budget pays for one reconnect, or for the start of so many watches where the client lands.
+const WATCHES_PER_TOKEN: u32 = 10;
+
+/// What telling a connection costs, in tokens: one, and one more for each ten watches that start anew elsewhere.
+///
+/// A watch takes a seat of the recipient's flow control until its first events are sent; a client with a thousand watches
+/// is not moved at the pace of a thousand clients with one.
+pub fn cost_of(connection: &Connection) -> f64 {
+    f64::from(1 + connection.counters.open_watches / WATCHES_PER_TOKEN)
+}
+
 /// What a connection weighs.
 pub fn load_of(connection: &Connection, weight: Weight) -> f64 {
     match weight {
@@ -266,7 +277,7 @@ mod tests {
         let of = |group: &[usize], share| -> Vec<_> {
             group.iter().map(|index| (&names[*index], each(group, share))).collect()
         };
-        learned.learn([of(&donors, 1.0 - rho), of(&others, rho)].concat());
+        learned.learn([of(&donors, 1.0 - rho), of(&others, rho)].concat(), 1e12);
         learned
     }
 
