@@ -573,10 +573,14 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Clients that list, for an incident.
+    /// Clients that list, those with the longest lists first.
     pub(crate) fn listers(&self) -> Vec<usize> {
-        let lists = |client: &usize| self.groups[self.clients[*client].group].list_seconds > 0.0;
-        (0..self.clients.len()).filter(lists).collect()
+        let seconds = |client: usize| self.groups[self.clients[client].group].list_seconds;
+        let mut listers: Vec<usize> = (0..self.clients.len())
+            .filter(|client| seconds(*client) > 0.0)
+            .collect();
+        listers.sort_by(|a, b| seconds(*b).total_cmp(&seconds(*a)));
+        listers
     }
 
     /// Follows the skew of the fullest apiserver.

@@ -170,7 +170,7 @@ impl Agent {
         if self.futility.holds() {
             return Err(Hold::Futile {
                 rho: self.rho.upper(&balance.donors),
-                landings: self.rho.landings(),
+                landings: self.rho.landings(&balance.donors),
             });
         }
         if let Some(hold) = self.stressed(view, balance).or_else(|| self.peer_plan(view)) {
@@ -277,6 +277,9 @@ impl Agent {
         if !decision.victims.is_empty() {
             decision.hold = None;
             self.start(now, &mut decision);
+            if let Some(plan) = &mut self.plan {
+                plan.is_ordered = true;
+            }
         }
         self.remember(decision.clone());
         effects.push(Effect::Record(decision));

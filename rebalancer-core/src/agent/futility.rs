@@ -40,7 +40,7 @@ impl Futility {
                 *rho = Rho::default();
                 Self::Probing(wait)
             }
-            Self::Probing(wait) if rho.landings() >= PROBE as f64 => {
+            Self::Probing(wait) if rho.landings(donors) >= PROBE as f64 => {
                 if rho.elsewhere(donors) < 1.0 {
                     let wait = (wait * 2).min(LONGEST_WAIT);
                     Self::Until(now + wait, wait)
@@ -74,21 +74,21 @@ mod tests {
         let donors = [donor.clone()];
         let mut rho = Rho::default();
         let mut futility = Futility::default();
-        rho.learn([(&donor, 300)], 1e12);
+        rho.learn(&[(donor.clone(), 300)], &donors, 1e12);
         futility.look(&mut rho, &donors, at(0));
         assert!(futility.holds());
         futility.look(&mut rho, &donors, at(29));
         assert!(futility.holds());
         futility.look(&mut rho, &donors, at(30));
-        assert!(futility.is_probe() && rho.landings() == 0.0);
-        rho.learn([(&donor, PROBE as u64)], 1e12);
+        assert!(futility.is_probe() && rho.landings(&donors) == 0.0);
+        rho.learn(&[(donor.clone(), PROBE as u64)], &donors, 1e12);
         futility.look(&mut rho, &donors, at(31));
         assert!(futility.holds());
         futility.look(&mut rho, &donors, at(90));
         assert!(futility.holds(), "an hour this time");
         futility.look(&mut rho, &donors, at(91));
         assert!(futility.is_probe());
-        rho.learn([(&donor, PROBE as u64), (&other, 2)], 1e12);
+        rho.learn(&[(donor.clone(), PROBE as u64), (other, 2)], &donors, 1e12);
         futility.look(&mut rho, &donors, at(92));
         assert!(!futility.holds() && !futility.is_probe());
     }

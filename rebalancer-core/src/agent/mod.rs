@@ -381,15 +381,20 @@ impl Agent {
         let moves = self.motion.look(&view, self.policy.settle, now);
         let expected = expected + moves.iter().map(|moved| moved.goaways).sum::<u64>();
         if underway {
-            self.rho.learn(
-                moves.iter().map(|moved| (&moved.apiserver, moved.landings)),
-                expected as f64,
-            );
+            let landings: Vec<_> = moves
+                .iter()
+                .map(|moved| (moved.apiserver.clone(), moved.landings))
+                .collect();
+            let donors = self.balance(&view).donors;
+            self.rho.learn(&landings, &donors, expected as f64);
         }
         self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
-        if self.guard(now).is_some() || self.stressed(&view, &self.balance(&view)).is_some() {
+        let balance = self.balance(&view);
+        if self.guard(now).is_some() || self.stressed(&view, &balance).is_some() {
             // A doubt came up while a plan was on its way: who has not been told is not told.
             self.drop_unsent();
+        } else if self.plan.as_ref().is_some_and(|plan| !plan.is_ordered) {
+            self.trim(balance.room);
         }
         self.settle(now, effects);
     }

@@ -27,6 +27,8 @@ pub(super) struct Plan {
     pub generation: u64,
     pub unsent: VecDeque<ConnectionId>,
     pub last_goaway: Timestamp,
+    /// Whether an operator asked for it, whatever the skew.
+    pub is_ordered: bool,
     decision: u64,
     asked: BTreeSet<ConnectionId>,
     told: Vec<(ClientKey, Timestamp)>,
@@ -75,6 +77,7 @@ impl Agent {
             keys,
             outcomes: decision.outcomes,
             last_goaway: now,
+            is_ordered: false,
             expires: now + paced * 2 + ORDER_EXPIRY,
             accepted_before: self.table.accepted_total(),
         });
@@ -157,6 +160,24 @@ impl Agent {
                 self.cooldowns.forget(&key);
             }
         }
+    }
+
+    /// Gives up those who have not been told and for whom there is no room any more: clients leave for other reasons too.
+    pub(super) fn trim(&mut self, mut room: f64) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let (table, weight) = (&self.table, self.policy.weight);
+        let fits = |id: &ConnectionId| {
+            let load = table
+                .connection(*id)
+                .map_or(0.0, |connection| planner::load_of(connection, weight));
+            room -= load;
+            room > -1e-6
+        };
+        let (unsent, dropped): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(fits);
+        plan.unsent = unsent.into();
+        self.drop_victims(&dropped);
     }
 
     /// Gives up those who have not been told.

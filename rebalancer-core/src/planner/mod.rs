@@ -50,6 +50,8 @@ pub struct Balance {
     pub needed: f64,
     /// How much of it may be told now: whoever does not come back must not leave it below the mean.
     pub quota: f64,
+    /// How far this apiserver is above the mean while it is above the target: more than that never leaves it.
+    pub room: f64,
     /// The largest quota of any donor, in connections of mean weight: below a half nobody has anything to tell.
     pub largest_quota: f64,
 }
@@ -175,6 +177,13 @@ pub fn balance(view: &View, policy: &Policy, rho: &Rho, transit: Transit) -> Bal
         surplus_connections: in_connections(surplus),
         needed,
         quota,
+        room: ready.get(node).map_or(0.0, |(load, _)| {
+            if expected(node, *load) > ceiling {
+                (load - mean).max(0.0)
+            } else {
+                0.0
+            }
+        }),
         largest_quota: in_connections(largest_quota),
     }
 }
@@ -272,12 +281,13 @@ mod tests {
         let mean = loads.iter().sum::<f64>() / loads.len() as f64;
         let (donors, others): (Vec<_>, Vec<_>) = (0..loads.len()).partition(|index| loads[*index] > 1.05 * mean);
         let mut learned = Rho::default();
-        let names: Vec<_> = (0..loads.len()).map(name).collect();
         let each = |of: &[usize], share: f64| (share * 1e9 / of.len().max(1) as f64) as u64;
         let of = |group: &[usize], share| -> Vec<_> {
-            group.iter().map(|index| (&names[*index], each(group, share))).collect()
+            group.iter().map(|index| (name(*index), each(group, share))).collect()
         };
-        learned.learn([of(&donors, 1.0 - rho), of(&others, rho)].concat(), 1e12);
+        let landings = [of(&donors, 1.0 - rho), of(&others, rho)].concat();
+        let donors: Vec<_> = donors.into_iter().map(name).collect();
+        learned.learn(&landings, &donors, f64::INFINITY);
         learned
     }
 
