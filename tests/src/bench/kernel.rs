@@ -7,7 +7,7 @@
 use std::{
     fs, io,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{FromRawFd as _, OwnedFd, RawFd},
     path::Path,
     process::Command,
@@ -25,7 +25,7 @@ use super::{
     report::median,
 };
 use crate::{
-    netns::Namespace,
+    netns::{Namespace, Network},
     node::ask,
     process::{Process, wait_for},
 };
@@ -207,14 +207,16 @@ impl Programs {
 ///
 /// Not root, no kernel programs in the binary, or a kernel that refuses them.
 pub fn run(rebalancer: &Path, directory: &Path, say: impl Fn(&str) + Send) -> anyhow::Result<Figures> {
-    let namespace = Namespace::new()?;
+    // The agent leaves a node's own connections out: clients are on another host.
+    let network = Network::new(1)?;
+    let node = &network.nodes[0];
     let socket = directory.join("agent.sock");
     let mut command = Command::new(rebalancer);
     command
         .args(["agent", "--node-name=bench", "--source=ebpf"])
         .arg(format!("--apiserver-port={WATCHED}"))
         .arg(format!("--api=unix:{}", socket.display()));
-    let mut agent = Process::start("agent", command, Some(namespace.fd()), directory)?;
+    let mut agent = Process::start("agent", command, Some(node.fd()), directory)?;
     let mut trouble = None;
     let up = wait_for(PATIENCE, || {
         trouble = agent.is_running().err();
@@ -228,10 +230,11 @@ pub fn run(rebalancer: &Path, directory: &Path, say: impl Fn(&str) + Send) -> an
     let _statistics = statistics()?;
     let programs = Programs::of(agent.id())?;
     let hello: Arc<[u8]> = client_hello()?.into();
+    let watched = Echo::listen(node, WATCHED)?;
+    let other = Echo::listen(node, OTHER)?;
+    let hub = &network.hub;
     let work = move || -> anyhow::Result<Figures> {
-        namespace.enter()?;
-        let watched = Echo::listen(WATCHED)?;
-        let other = Echo::listen(OTHER)?;
+        hub.enter()?;
         let mut rounds: [Vec<f64>; 4] = Default::default();
         for round in 1..=ROUNDS {
             say(&format!("round {round} of {ROUNDS}"));
@@ -276,7 +279,7 @@ fn is_classified(agent: &Path) -> bool {
         return false;
     };
     let list = answer["connections"].as_array().map_or(&[][..], Vec::as_slice);
-    list.iter().any(|connection| connection["protocol"] == "h2")
+    list.iter().any(|connection| connection["protocol"] == "offered")
 }
 
 /// A port whose connections are answered octet by octet.
@@ -285,9 +288,16 @@ struct Echo {
 }
 
 impl Echo {
-    fn listen(port: u16) -> anyhow::Result<Self> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let listener = TcpListener::bind(address)?;
+    fn listen(node: &Namespace, port: u16) -> anyhow::Result<Self> {
+        let address = SocketAddr::from((Network::node_address(0), port));
+        let node = node.clone();
+        let listen = move || -> anyhow::Result<TcpListener> {
+            node.enter()?;
+            Ok(TcpListener::bind(address)?)
+        };
+        let listener = thread::spawn(listen)
+            .join()
+            .map_err(|_| anyhow::anyhow!("the thread panicked"))??;
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // The client sees a failure as its own.
@@ -344,7 +354,7 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
 }
 
 /// A ClientHello as rustls sends it, with a post-quantum key share.
-fn client_hello() -> anyhow::Result<Vec<u8>> {
+pub(super) fn client_hello() -> anyhow::Result<Vec<u8>> {
     let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(RootCertStore::empty())

@@ -164,11 +164,12 @@ impl Load<'_> {
             // No faster than listen queues are emptied.
             command.arg("-r500");
         }
-        let before = self.served()?;
+        wait_for(PATIENCE, || (self.served().ok()?.watches == 0).then_some(()))
+            .context("watches whose client has gone are still open at the backend")?;
         let mut running = Running {
             client: Process::start("h2load", command, None, self.directory)?,
         };
-        self.wait(&mut running, |now| now.watches >= before.watches + connections)?;
+        self.wait(&mut running, |now| now.watches == connections)?;
         Ok(running)
     }
 

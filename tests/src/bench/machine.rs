@@ -182,7 +182,7 @@ pub fn kernel_release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
 }
 
-/// What a program says of its version, on its first line that says anything.
+/// The first number with a dot that a program says of its version.
 pub fn version_of(program: &Path, flag: &str, libraries: Option<&Path>) -> String {
     let mut command = Command::new(program);
     command.arg(flag);
@@ -190,10 +190,10 @@ pub fn version_of(program: &Path, flag: &str, libraries: Option<&Path>) -> Strin
         command.env("LD_LIBRARY_PATH", libraries);
     }
     let text = command.output().map(|output| output.stdout).unwrap_or_default();
-    String::from_utf8_lossy(&text)
-        .lines()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("unknown")
-        .trim()
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let is_version = |word: &&str| word.contains('.') && word.starts_with(|first: char| first.is_ascii_digit());
+    text.split([' ', '/', '\n'])
+        .find(is_version)
+        .unwrap_or("of an unknown version")
         .to_owned()
 }

@@ -101,6 +101,8 @@ pub struct Start<'a> {
     pub directory: &'a Path,
     /// Where they run.
     pub cores: Cores,
+    /// How many descriptors each may have open.
+    pub open_files: u64,
 }
 
 impl Start<'_> {
@@ -189,7 +191,7 @@ impl Start<'_> {
         fs::write(&bundle, text)?;
         let configuration = self.directory.join("haproxy.cfg");
         let text = format!(
-            "global\n  nbthread 1\n  maxconn 40000\n  fd-hard-limit 100000\n\
+            "global\n  nbthread 1\n  maxconn {connections}\n\
              defaults\n  mode http\n  timeout connect 10s\n  timeout client 1h\n  timeout server 1h\n  \
              http-reuse safe\n  option forwardfor\n\
              frontend clients\n  \
@@ -198,6 +200,7 @@ impl Start<'_> {
              backend apiserver\n  \
              server local {BACKEND} ssl verify required ca-file {ca} verifyhost {SERVER_NAME} sni str({SERVER_NAME}) \
              alpn h2 ssl-min-ver TLSv1.3\n",
+            connections = (self.open_files.saturating_sub(1000) / 2).min(40_000),
             port = Peer::Haproxy.port(),
             bundle = bundle.display(),
             ca = self.pki.file("ca.crt").display(),
@@ -277,7 +280,9 @@ impl Start<'_> {
                 }]},
                 "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                     "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                    "explicit_http_config": {"http2_protocol_options": {}},
+                    // Envoy sends before it knows the server's own bound (Go's is 250), and what is beyond it waits for ever
+                    // behind watches. 100 is haproxy's bound too.
+                    "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 100}},
                 }},
                 "load_assignment": {"cluster_name": "apiserver", "endpoints": [{"lb_endpoints": [{
                     "endpoint": {"address": address(BACKEND)},

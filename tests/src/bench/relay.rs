@@ -127,6 +127,7 @@ pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&
         pki: &pki,
         directory,
         cores,
+        open_files,
     };
     let load = Load {
         program: &programs.h2load,
@@ -143,10 +144,14 @@ pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&
         figures: Figures::default(),
         open_files,
     };
+    let libraries = Some(&*programs.libraries);
     bench.figures.versions = vec![
-        machine::version_of(&programs.haproxy, "-v", Some(&programs.libraries)),
-        machine::version_of(&programs.envoy, "--version", None),
-        machine::version_of(&programs.h2load, "--version", Some(&programs.libraries)),
+        format!("haproxy {}", machine::version_of(&programs.haproxy, "-v", libraries)),
+        format!("Envoy {}", machine::version_of(&programs.envoy, "--version", None)),
+        format!(
+            "h2load {}",
+            machine::version_of(&programs.h2load, "--version", libraries)
+        ),
     ];
     for peer in Peer::ALL {
         say(&format!("{}: memory of {} open watches", peer.name(), effort.watching));

@@ -129,7 +129,7 @@ impl Figures {
             "{}, Linux {}; {}.",
             processor(),
             kernel_release(),
-            self.versions.join("; ")
+            self.versions.join(", ")
         )?;
         writeln!(
             page,

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use rebalancer_tests::{
     bench::{
-        floor, kernel,
+        crowd, floor, kernel,
         peers::Programs,
         relay::{self, Effort},
     },
@@ -90,8 +90,12 @@ fn run(command: Command) -> anyhow::Result<()> {
             (figures.json(), figures.page(), arguments.page)
         }
         Command::Kernel(arguments) => {
-            let figures = kernel::run(&arguments.rebalancer, &directory()?, say)?;
-            (figures.json(), figures.page(), arguments.page)
+            let directory = directory()?;
+            let programs = kernel::run(&arguments.rebalancer, &directory, say)?;
+            let agent = crowd::run(&arguments.rebalancer, &directory, say)?;
+            let mut json = programs.json();
+            json["agent"] = agent.json();
+            (json, format!("{}\n{}", programs.page(), agent.page()), arguments.page)
         }
     };
     fs::write(&path, page).with_context(|| format!("cannot write {}", path.display()))?;

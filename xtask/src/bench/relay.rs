@@ -93,7 +93,9 @@ fn debian_program(program: &str, package: &str, libraries: &Path) -> anyhow::Res
             link_libraries(&suite.unpacked(library, None)?, libraries)?;
         }
         let tree = suite.unpacked(package, None)?;
-        debian::find(&tree, &format!("bin/{program}"))
+        ["usr/bin", "usr/sbin"]
+            .into_iter()
+            .find_map(|directory| debian::find(&tree, &format!("{directory}/{program}")))
             .with_context(|| format!("Debian's package {package} has no {program}"))
     };
     unpack().with_context(|| format!("install {program} (`apt-get install {package}`) and run this again"))
