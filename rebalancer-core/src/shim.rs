@@ -68,6 +68,9 @@ pub struct ShimReport {
     pub counters: Vec<(ConnectionId, Counters)>,
     /// Whether the server behind it answers; `None` when the shim does not know.
     pub upstream_ready: Option<bool>,
+    /// Requests that the server behind it refused for overload (429) since the shim started; `None` when it does not see
+    /// answers.
+    pub refused_total: Option<u64>,
 }
 
 /// Send GOAWAY to just these connections.

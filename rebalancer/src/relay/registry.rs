@@ -197,6 +197,8 @@ impl Registry {
             full: since.is_none(),
             generation: inner.generation,
             upstream: self.upstream(),
+            // Header blocks of the server pass unread.
+            refused_total: None,
             connections: Vec::new(),
             closed: Vec::new(),
             counters: Vec::new(),
