@@ -165,10 +165,13 @@ impl Agent {
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
         let mut at = self.next_decision;
         if let Some(plan) = &self.plan {
-            let next = if plan.unsent.is_empty() {
-                plan.last_goaway + self.policy.settle
-            } else {
+            let next = if !plan.unsent.is_empty() {
                 self.bucket.next_token(now)
+            } else if plan.is_awaited() {
+                // The shim's answer is an input of its own.
+                at
+            } else {
+                plan.last_goaway + self.policy.settle
             };
             at = at.min(next.max(now + Duration::from_millis(1)));
         }
