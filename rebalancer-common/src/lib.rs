@@ -121,7 +121,5 @@ mod user {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::steer::Victim {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::steer::Requests {}
-    // SAFETY: as above.
     unsafe impl aya::Pod for super::steer::RequestOffsets {}
 }

@@ -12,4 +12,5 @@ mod random;
 pub mod relay;
 pub mod shim;
 pub mod span;
+pub mod steer;
 mod sys;

@@ -5,6 +5,7 @@ mod ci;
 mod debian;
 mod demo;
 mod ebpf;
+mod extras;
 mod run;
 mod test;
 mod vm;

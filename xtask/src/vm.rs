@@ -15,6 +15,7 @@ use anyhow::{Context as _, bail};
 use crate::{
     debian::{self, Suite},
     ebpf,
+    extras::Extras,
     run::{cargo, is_root, run, target},
 };
 
@@ -49,8 +50,11 @@ pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
     let qemu = qemu()?;
     let image = Image::fetch(version)?;
     let guest = Guest::build(group)?;
+    let extras = Extras::of(group)?;
     let initramfs = target().join(format!("vm/initramfs-{version}"));
-    guest.pack(&image, &initramfs)?;
+    guest.pack(&image, &extras, &initramfs)?;
+    // What follows `--` is the first process's, which passes it on to the tests.
+    let append = format!("console=ttyS0 panic=-1 quiet -- {}", extras.arguments.join(" "));
     let mut command = Command::new("timeout");
     command
         .args([SECONDS, &qemu])
@@ -62,7 +66,8 @@ pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .args(["-append", append.trim_end_matches([' ', '-'])])
+        .args(&extras.machine)
         .stdin(std::process::Stdio::null());
     Ok(command)
 }
@@ -234,7 +239,7 @@ impl Guest {
     }
 
     /// Writes the initramfs.
-    fn pack(&self, image: &Image, to: &Path) -> anyhow::Result<()> {
+    fn pack(&self, image: &Image, extras: &Extras, to: &Path) -> anyhow::Result<()> {
         let ip = Command::new("which").arg("ip").output().context("which")?;
         let ip = PathBuf::from(String::from_utf8_lossy(&ip.stdout).trim());
         if !ip.is_file() {
@@ -248,6 +253,10 @@ impl Guest {
         archive.file("tests", &fs::read(&self.tests)?)?;
         archive.file("bin/rebalancer", &fs::read(&self.rebalancer)?)?;
         archive.file("bin/ip", &fs::read(&ip)?)?;
+        for (name, path) in &extras.files {
+            let content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            archive.file(name, &content)?;
+        }
         let mut made = vec!["bin".to_owned()];
         for library in libraries(&ip)? {
             let name = library.to_string_lossy().trim_start_matches('/').to_owned();

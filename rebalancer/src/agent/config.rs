@@ -413,6 +413,11 @@ impl Raw {
         if matches!(weight, WeightName::Requests | WeightName::Streams) && shim == Shim::None {
             bail!("--weight requests and --weight streams need a shim that sees requests: --shim is none");
         }
+        if weight == WeightName::Streams && matches!(shim, Shim::Steer(_)) {
+            bail!(
+                "--weight streams needs a shim that sees streams end, which --shim steer does not: use requests or bytes"
+            );
+        }
 
         let defaults = Policy::new(ApiserverName::new(node), names);
         let or = |given: Option<Span>, default: Duration| given.map_or(default, |span| span.0);
@@ -514,6 +519,10 @@ mod tests {
                 &["--peer names b twice"],
             ),
             ("weight: requests", &["--weight", "--shim is none"]),
+            (
+                "weight: streams\nshim: steer:auto",
+                &["--weight streams", "--shim steer"],
+            ),
             ("peers: kubernetes", &["--peers kubernetes"]),
             ("exclude-cidr: [10.0.0.0/99]", &["10.0.0.0/99"]),
         ] {

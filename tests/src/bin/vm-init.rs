@@ -3,6 +3,7 @@
 //! Output: what the tests print, on the serial console, and `vm: exit CODE` at the end.
 
 use std::{
+    env,
     ffi::CString,
     fs,
     io::{self, Write as _},
@@ -85,6 +86,7 @@ fn load(module: &Path) -> io::Result<()> {
 fn run() -> io::Result<i32> {
     let status = Command::new("/tests")
         .arg("--test-threads=1")
+        .args(env::args_os().skip(1))
         .env("PATH", "/bin")
         .env("REBALANCER_BIN", "/bin/rebalancer")
         .env("REBALANCER_SKIPS", "/tmp/skips")
