@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod intercept;
 pub mod kernel;
 pub mod local;
 pub mod log;

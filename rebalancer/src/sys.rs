@@ -118,3 +118,16 @@ impl Drop for Mapped {
         }
     }
 }
+
+/// The index of a network interface of this namespace.
+///
+/// # Errors
+///
+/// There is none of that name.
+pub fn interface_index(name: &std::ffi::CStr) -> io::Result<u32> {
+    // SAFETY: the pointer is to a string with its final zero, which lives through the call.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()),
+        index => Ok(index),
+    }
+}

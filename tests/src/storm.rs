@@ -20,6 +20,9 @@ use crate::{
     pki::Pki,
 };
 
+/// What an answer's header block holds when the request came by the relay.
+pub const VIA_RELAY: &str = "by-the-relay";
+
 /// No thread connects more often.
 const MOST: u64 = 20_000;
 
@@ -27,6 +30,7 @@ const MOST: u64 = 20_000;
 struct Counts {
     stop: AtomicBool,
     served: AtomicU64,
+    relayed: AtomicU64,
     failed: AtomicU64,
     errors: Mutex<Vec<String>>,
 }
@@ -68,7 +72,10 @@ impl Storm {
                             return;
                         }
                         match once(config.clone(), server) {
-                            Ok(()) => counts.served.fetch_add(1, Relaxed),
+                            Ok(relayed) => {
+                                counts.relayed.fetch_add(u64::from(relayed), Relaxed);
+                                counts.served.fetch_add(1, Relaxed)
+                            }
                             Err(error) => {
                                 let mut errors = counts.errors.lock().unwrap_or_else(PoisonError::into_inner);
                                 if errors.len() < 10 {
@@ -87,6 +94,11 @@ impl Storm {
     /// Connections that were served so far.
     pub fn served(&self) -> u64 {
         self.counts.served.load(Relaxed)
+    }
+
+    /// Of these, by the relay.
+    pub fn relayed(&self) -> u64 {
+        self.counts.relayed.load(Relaxed)
     }
 
     /// Connections that failed so far.
@@ -113,8 +125,8 @@ impl Storm {
     }
 }
 
-/// One connection: a handshake, a request, its answer.
-fn once(config: ClientConfig, server: SocketAddr) -> anyhow::Result<()> {
+/// One connection: a handshake, a request, its answer, and whether that came by the relay.
+fn once(config: ClientConfig, server: SocketAddr) -> anyhow::Result<bool> {
     let mut peer = Peer::connect_with(config, server)?;
     peer.try_begin_client(&[]).context("the beginning")?;
     peer.try_send(&request(1, "/version")).context("the request")?;
@@ -126,7 +138,11 @@ fn once(config: ClientConfig, server: SocketAddr) -> anyhow::Result<()> {
         if got.stream == 1 {
             anyhow::ensure!(got.kind != kind::RST_STREAM, "the stream was reset");
             if got.flags & END_STREAM != 0 {
-                return Ok(());
+                let by_relay = got
+                    .payload
+                    .windows(VIA_RELAY.len())
+                    .any(|part| part == VIA_RELAY.as_bytes());
+                return Ok(by_relay);
             }
         }
     }

@@ -31,8 +31,10 @@ use super::{
     record::Recorder,
 };
 use crate::{
+    intercept::Intercept,
     kernel::{Source, SourceError},
     local, random,
+    relay::takeover,
     shim::link,
     steer::Steer,
 };
@@ -52,6 +54,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let recorder = Recorder::open(config.decision_log.as_deref())?;
     let source = Source::open(config.source, config.apiserver_port, config.kernel_log)?;
     let source_name = source.name();
+    if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
+        let intercept = Intercept::open(config.apiserver_port).context("--intercept")?;
+        tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
+    }
     let orders = start_shim(&config, &handle, &inputs_sender)?;
     let metrics = Arc::new(Mutex::new(Metrics::new()));
     let context = ApiContext {

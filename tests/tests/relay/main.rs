@@ -6,6 +6,7 @@ mod abuse;
 mod faults;
 mod goaway;
 mod handover;
+mod intercept;
 mod proxy_protocol;
 mod requests;
 mod takeover;

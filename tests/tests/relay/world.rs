@@ -16,11 +16,11 @@ use std::{
 
 use rebalancer_tests::{
     binary,
-    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, PREFACE, Peer, frame, kind, request},
+    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, PREFACE, Peer, block, fields, frame, kind, request},
     netns::Namespace,
     pki::{Pair, Pki, SERVER_NAME},
     process::{Process, tail, wait_for},
-    storm::Storm,
+    storm::{Storm, VIA_RELAY},
 };
 use rustls::{
     RootCertStore, ServerConfig, ServerConnection,
@@ -69,7 +69,7 @@ impl World {
             .tempdir()
             .expect("a directory");
         let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
-        let accepted = serve(&pki, answering);
+        let accepted = serve(&pki, UPSTREAM, answering);
         let control = logs.path().join("relay.sock");
         let relay = start_relay(&pki, &namespace, &logs, &control, "relay", RELAY, flags);
         let mut world = Self {
@@ -184,7 +184,6 @@ impl World {
     }
 }
 
-/// Starts a relay.
 fn start_relay(
     pki: &Pki,
     namespace: &Namespace,
@@ -194,12 +193,25 @@ fn start_relay(
     listen: SocketAddr,
     flags: &[&str],
 ) -> Process {
+    relay_between(pki, namespace, logs.path(), control, name, [listen, UPSTREAM], flags)
+}
+
+/// Starts a relay that listens on the first address, before an apiserver on the second.
+pub fn relay_between(
+    pki: &Pki,
+    namespace: &Namespace,
+    logs: &std::path::Path,
+    control: &std::path::Path,
+    name: &str,
+    [listen, upstream]: [SocketAddr; 2],
+    flags: &[&str],
+) -> Process {
     let pem = |name: &str| pki.file(name);
     let mut relay = Command::new(binary());
     relay
         .arg("relay")
         .arg(format!("--listen={listen}"))
-        .arg(format!("--upstream={UPSTREAM}"))
+        .arg(format!("--upstream={upstream}"))
         .arg(format!("--upstream-server-name={SERVER_NAME}"))
         .arg("--upstream-ca")
         .arg(pem("ca.crt"))
@@ -216,7 +228,7 @@ fn start_relay(
         .arg(format!("--control=unix:{}", control.display()))
         .args(flags)
         .env("REBALANCER_LOG", "debug");
-    Process::start(name, relay, Some(namespace.fd()), logs.path()).expect("the relay starts")
+    Process::start(name, relay, Some(namespace.fd()), logs).expect("the relay starts")
 }
 
 /// A client whose neighbours misbehave.
@@ -245,8 +257,8 @@ impl Bystander {
 }
 
 /// Accepts for ever on a thread: health checks are answered, everything else is handed over.
-fn serve(pki: &Pki, answering: bool) -> Receiver<Accepted> {
-    let listener = TcpListener::bind(UPSTREAM).expect("a free port in a namespace of its own");
+pub fn serve(pki: &Pki, listen: SocketAddr, answering: bool) -> Receiver<Accepted> {
+    let listener = TcpListener::bind(listen).expect("a free port in a namespace of its own");
     let config = Arc::new(server_config(pki).expect("the apiserver's certificates"));
     let (hand_over, accepted) = mpsc::channel();
     thread::spawn(move || {
@@ -277,7 +289,7 @@ fn serve(pki: &Pki, answering: bool) -> Receiver<Accepted> {
     accepted
 }
 
-/// Answers every request with 200 and nothing else, until the connection ends.
+/// Answers every request with 200, and says whether it came by the relay, until the connection ends.
 fn answer_all(mut peer: Peer) {
     if peer.try_read(PREFACE.len()).is_err() {
         return;
@@ -286,7 +298,11 @@ fn answer_all(mut peer: Peer) {
     let mut sent = peer.try_send(&begun);
     while let (Ok(()), Ok(Some(got))) = (&sent, peer.try_next()) {
         sent = match got.kind {
-            kind::HEADERS => peer.try_send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, got.stream, &OK)),
+            kind::HEADERS => {
+                let relayed = fields(&got.payload).iter().any(|(name, _)| name == "x-forwarded-for");
+                let answer = block(&[(":status", "200"), ("via", if relayed { VIA_RELAY } else { "nobody" })]);
+                peer.try_send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, got.stream, &answer))
+            }
             kind::PING if got.flags == 0 => peer.try_send(&frame(kind::PING, 1, 0, &got.payload)),
             _ => Ok(()),
         };
