@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
 use crate::{
+    intercept::Intercept,
     kernel::{KernelLog, Source, SourceKind},
     steer,
 };
@@ -79,6 +80,12 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         Check {
             name: "source-sockdiag",
             found: open(SourceKind::Sockdiag),
+        },
+        Check {
+            name: "intercept",
+            found: Intercept::open(NOBODYS)
+                .map(|_| "takes a program that steers new connections".to_owned())
+                .map_err(|error| error.to_string()),
         },
         Check {
             name: "steer-kernel",
@@ -160,9 +167,11 @@ fn read(path: &str) -> Result<String, String> {
         .map_err(|error| format!("{path}: {error}"))
 }
 
+/// A port nobody uses.
+const NOBODYS: u16 = 1;
+
 /// Opens a source for a port nobody uses, and closes it again.
 fn open(kind: SourceKind) -> Result<String, String> {
-    const NOBODYS: u16 = 1;
     Source::open(kind, NOBODYS, KernelLog::Off)
         .map(|_| "works".to_owned())
         .map_err(|error| error.to_string())
