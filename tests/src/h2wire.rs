@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConnection, StreamOwned,
+    ClientConfig, ClientConnection, HandshakeKind, RootCertStore, ServerConnection, StreamOwned,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
 
@@ -188,6 +188,8 @@ pub struct Peer {
     pub protocol: Vec<u8>,
     /// Whether the other side brought a certificate.
     pub certified: bool,
+    /// Whether the handshake resumed an earlier session.
+    pub resumed: bool,
 }
 
 impl Peer {
@@ -230,11 +232,13 @@ impl Peer {
         let mut tls = ClientConnection::new(Arc::new(config), ServerName::try_from(SERVER_NAME)?)?;
         tls.complete_io(&mut &socket).context("the client's handshake")?;
         let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
         Ok(Self {
             stream: Box::new(StreamOwned::new(tls, socket.try_clone()?)),
             socket,
             protocol,
             certified: true,
+            resumed,
         })
     }
 
@@ -247,12 +251,14 @@ impl Peer {
         let socket = patient(socket)?;
         tls.complete_io(&mut &socket).context("the server's handshake")?;
         let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
         let certified = tls.peer_certificates().is_some();
         Ok(Self {
             stream: Box::new(StreamOwned::new(tls, socket.try_clone()?)),
             socket,
             protocol,
             certified,
+            resumed,
         })
     }
 

@@ -124,6 +124,19 @@ impl Pki {
         Ok(self.pair(stem))
     }
 
+    /// A serving certificate of the cluster's authority for those names, in files of that stem, which are replaced.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn serving(&self, stem: &str, names: &[&str]) -> anyhow::Result<Pair> {
+        let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+        name(&mut params, stem, &[]);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        sign(&self.cluster, params, self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
     /// A certificate of the cluster's authority for both ends of the agents' talk, valid for one address.
     ///
     /// # Errors

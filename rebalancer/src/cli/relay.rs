@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use super::{Failure, runtime};
 use crate::{
     local::SocketPath,
-    relay::{self, Config, Files, Limits, WatchHandover},
+    relay::{self, Config, Files, Limits, SniFiles, WatchHandover},
     span::Span,
     sys,
 };
@@ -35,6 +35,10 @@ pub struct Arguments {
     /// Its private key (PEM)
     #[arg(long, env = "REBALANCER_TLS_KEY", value_name = "FILE")]
     tls_key: PathBuf,
+    /// Another serving certificate and its key for clients that ask for one of its names, as the apiserver's flag of the
+    /// same name; may be given several times
+    #[arg(long, env = "REBALANCER_TLS_SNI_CERT_KEY", value_name = "CERT,KEY[:NAME,...]")]
+    tls_sni_cert_key: Vec<SniFiles>,
     /// CA bundle (PEM) of client certificates: the apiserver's --client-ca-file
     #[arg(long, env = "REBALANCER_CLIENT_CA", value_name = "FILE")]
     client_ca: PathBuf,
@@ -137,6 +141,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         files: Files {
             certificate: arguments.tls_cert,
             key: arguments.tls_key,
+            sni: arguments.tls_sni_cert_key,
             client_ca: arguments.client_ca,
             proxy_certificate: arguments.proxy_client_cert,
             proxy_key: arguments.proxy_client_key,

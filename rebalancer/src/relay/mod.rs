@@ -11,6 +11,7 @@ mod identity;
 mod proxy_protocol;
 mod pump;
 mod registry;
+mod sni;
 pub mod takeover;
 mod tls;
 mod upstream;
@@ -35,6 +36,7 @@ use crate::{
 use accept::{Door, Stop};
 pub use handover::WatchHandover;
 use registry::Registry;
+pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
 pub use tls::Files;
 use tls::Reloader;

@@ -3,6 +3,7 @@
 //! Each test has a relay and an apiserver of its own, on loopback in a network namespace of its own.
 
 mod abuse;
+mod certificates;
 mod faults;
 mod goaway;
 mod handover;

@@ -62,6 +62,11 @@ impl World {
     }
 
     fn start_with(flags: &[&str], answering: bool) -> Self {
+        Self::start_prepared(answering, |_| flags.iter().map(|flag| (*flag).to_owned()).collect())
+    }
+
+    /// The same, with flags that name files which are made first.
+    pub fn start_prepared(answering: bool, flags: impl FnOnce(&Pki) -> Vec<String>) -> Self {
         let namespace = Namespace::new().expect("a network namespace");
         namespace.enter().expect("its own namespace");
         let logs = tempfile::Builder::new()
@@ -71,7 +76,9 @@ impl World {
         let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
         let accepted = serve(&pki, UPSTREAM, answering);
         let control = logs.path().join("relay.sock");
-        let relay = start_relay(&pki, &namespace, &logs, &control, "relay", RELAY, flags);
+        let flags = flags(&pki);
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let relay = start_relay(&pki, &namespace, &logs, &control, "relay", RELAY, &flags);
         let mut world = Self {
             pki,
             relay,
