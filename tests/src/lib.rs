@@ -5,6 +5,7 @@ pub mod balancer;
 pub mod bench;
 pub mod demo;
 pub mod fixture;
+pub mod h2client;
 pub mod h2wire;
 pub mod kubectl;
 pub mod netns;

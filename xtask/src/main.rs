@@ -5,7 +5,6 @@ mod ci;
 mod debian;
 mod demo;
 mod ebpf;
-mod extras;
 mod run;
 mod test;
 mod vm;

@@ -11,7 +11,6 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::ebpf;
-use crate::extras;
 use crate::run::{cargo, is_root, root, run, shown, target};
 use crate::vm;
 
@@ -169,7 +168,7 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
         }
     }
     if group == Group::Steer
-        && let Some(server) = extras::goaway_server()?
+        && let Some(server) = vm::extras::goaway_server()?
     {
         command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }

@@ -10,3 +10,4 @@ pub mod machine;
 pub mod peers;
 pub mod relay;
 pub mod report;
+pub mod steer;

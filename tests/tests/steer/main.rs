@@ -1,7 +1,6 @@
 //! GOAWAY from a uprobe: on a server with the apiserver's own filter, in a machine whose kernel lets a probe set
 //! registers, and everything else about it on any machine.
 
-mod client;
 mod here;
 mod machine;
 mod probe;

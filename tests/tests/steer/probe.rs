@@ -10,10 +10,9 @@ use std::{
     time::Duration,
 };
 
-use rebalancer_tests::{process::Process, skip};
+use rebalancer_tests::{h2client::Client, process::Process, skip};
 
 use crate::{
-    client::Client,
     machine,
     world::{PATIENCE, PORT, World},
 };
@@ -74,7 +73,11 @@ fn only_the_victims_are_told_and_each_once() {
     let mut requests = 0;
     for (index, client) in clients.iter_mut().enumerate() {
         if is_victim(index) {
-            assert_eq!(client.goaways[..], [(i32::MAX as u32, 0)], "one GOAWAY, NO_ERROR");
+            assert!(
+                matches!(client.goaways[..], [(_, 0)]),
+                "not one GOAWAY with NO_ERROR: {:?}",
+                client.goaways
+            );
         } else {
             for _ in 0..10 {
                 client.get("/");

@@ -8,14 +8,12 @@ use std::{
 use rebalancer_tests::{
     apiserver::{Settings, start_apiserver, start_etcd},
     fixture::Fixture,
+    h2client::Client,
     netns::Network,
     skip,
 };
 
-use crate::{
-    client::Client,
-    world::{World, feature, kernel_takes_it},
-};
+use crate::world::{World, feature, kernel_takes_it};
 
 const APISERVER: &str = "/bin/kube-apiserver";
 const ETCD: &str = "/bin/etcd";

@@ -12,6 +12,7 @@ use std::{
 
 use rebalancer_tests::{
     binary,
+    h2client::Client,
     netns::{Namespace, Network},
     node::ask,
     pki::Pki,
@@ -19,8 +20,6 @@ use rebalancer_tests::{
     skip,
 };
 use serde_json::Value;
-
-use crate::client::Client;
 
 pub const PORT: u16 = 6443;
 /// An emulated machine is slow.

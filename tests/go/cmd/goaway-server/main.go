@@ -6,11 +6,13 @@ package main
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"flag"
 	"fmt"
 	"io"
 	"log"
 	"net/http"
+	"os"
 	"runtime"
 	"strconv"
 	"time"
@@ -28,6 +30,9 @@ func main() {
 	listen := flag.String("listen", "127.0.0.1:6443", "address and port")
 	certificate := flag.String("tls-cert-file", "", "certificate (PEM)")
 	key := flag.String("tls-private-key-file", "", "its key (PEM)")
+	authority := flag.String("client-ca-file", "", "who signs client certificates (PEM)")
+	origin := flag.Int64("origin-ms", 0, "milliseconds since 1970 of the first resourceVersion")
+	period := flag.Duration("period", time.Second, "time between two changes of the object")
 	chance := flag.Float64("goaway-chance", 0, "as kube-apiserver's flag")
 	flag.Parse()
 
@@ -40,6 +45,7 @@ func main() {
 		io.Copy(io.Discard, r.Body)
 		fmt.Fprintln(w, "done")
 	})
+	history{origin: time.UnixMilli(*origin), period: *period}.register(routes)
 	filtered := http.Handler(routes)
 	if *chance > 0 {
 		filtered = filters.WithProbabilisticGoaway(routes, *chance)
@@ -61,10 +67,16 @@ func main() {
 		}
 		fmt.Fprintf(w, "%.1f\n", float64(time.Since(began).Nanoseconds())/float64(n))
 	})
-	server := &http.Server{
-		Addr:      *listen,
-		Handler:   filtered,
-		TLSConfig: &tls.Config{NextProtos: []string{"h2", "http/1.1"}},
+	config := &tls.Config{NextProtos: []string{"h2", "http/1.1"}}
+	if *authority != "" {
+		pem, err := os.ReadFile(*authority)
+		if err != nil {
+			log.Fatal(err)
+		}
+		config.ClientCAs = x509.NewCertPool()
+		config.ClientCAs.AppendCertsFromPEM(pem)
+		config.ClientAuth = tls.VerifyClientCertIfGiven
 	}
+	server := &http.Server{Addr: *listen, Handler: filtered, TLSConfig: config}
 	log.Fatal(server.ListenAndServeTLS(*certificate, *key))
 }

@@ -1,11 +1,13 @@
 //! A client that sees frames: it asks, counts GOAWAYs, and never opens a stream after one.
+//!
+//! Must never forgive: whatever is not answered with 200, or is reset, is a panic.
 
 use std::{
     net::{SocketAddr, SocketAddrV6},
     thread,
 };
 
-use rebalancer_tests::{
+use crate::{
     h2wire::{END_STREAM, Frame, Peer, frame, kind, request},
     netns::Namespace,
     pki::Pki,
@@ -29,11 +31,19 @@ pub struct Client {
 
 impl Client {
     /// Connects from a namespace, speaking HTTP/2.
+    ///
+    /// # Panics
+    ///
+    /// As everything here does, when it cannot.
     pub fn connect(pki: &Pki, from: &Namespace, server: SocketAddr) -> Self {
         Self::try_connect(pki, from, server).expect("a connection")
     }
 
     /// The same, where the server may not be there.
+    ///
+    /// # Errors
+    ///
+    /// It is not there.
     pub fn try_connect(pki: &Pki, from: &Namespace, server: SocketAddr) -> anyhow::Result<Self> {
         let identity = pki.pair("admin");
         let mut peer = thread::scope(|scope| {

@@ -84,6 +84,12 @@ pub fn goaway_server() -> anyhow::Result<Option<PathBuf>> {
     Ok(Some(server))
 }
 
+/// A kube-apiserver that is at hand.
+pub fn apiserver() -> Option<PathBuf> {
+    let [(name, variable), _] = PROGRAMS;
+    fixture(name, variable)
+}
+
 /// A program of the real control plane: named, on PATH, or built before by the tests.
 fn fixture(name: &str, variable: &str) -> Option<PathBuf> {
     let named = env::var_os(variable).map(PathBuf::from);
