@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::words::Timestamp;
 
-/// Tokens that refill steadily; one pays for one GOAWAY.
+/// Tokens that refill steadily; one pays for a GOAWAY whose client brings few watches with it.
 #[derive(Clone, Debug)]
 pub struct TokenBucket {
     rate: f64,
@@ -25,12 +25,15 @@ impl TokenBucket {
         }
     }
 
-    /// Takes up to `wanted` whole tokens and says how many it gave.
-    pub fn take(&mut self, wanted: usize, now: Timestamp) -> usize {
+    /// Pays `cost` if the bucket holds it, or is full: what costs more than a full bucket is paid for afterwards, and until
+    /// then nobody gets anything.
+    pub fn pay(&mut self, cost: f64, now: Timestamp) -> bool {
         self.refill(now);
-        let given = (self.tokens.floor() as usize).min(wanted);
-        self.tokens -= given as f64;
-        given
+        let affordable = self.tokens >= self.worth(cost);
+        if affordable {
+            self.tokens -= cost;
+        }
+        affordable
     }
 
     /// Tokens at hand.
@@ -38,10 +41,16 @@ impl TokenBucket {
         (self.tokens + self.rate * now.since(self.at).as_secs_f64()).min(self.capacity)
     }
 
-    /// When the next whole token is there.
-    pub fn next_token(&self, now: Timestamp) -> Timestamp {
-        let missing = (1.0 - self.tokens(now)).max(0.0);
+    /// When `cost` can be paid.
+    pub fn affords_at(&self, cost: f64, now: Timestamp) -> Timestamp {
+        let missing = (self.worth(cost) - self.tokens(now)).max(0.0);
         now + Duration::from_millis((missing / self.rate * 1000.0).ceil() as u64)
+    }
+
+    /// What must be in the bucket for a cost.
+    fn worth(&self, cost: f64) -> f64 {
+        // A refill is a sum of rounded numbers.
+        cost.min(self.capacity) - 1e-9
     }
 
     fn refill(&mut self, now: Timestamp) {
@@ -59,22 +68,37 @@ mod tests {
         #[test]
         fn never_more_than_rate_and_burst_in_any_window(
             rate in 0.1f64..50.0,
-            steps in prop::collection::vec((0u64..2_000, 0usize..40), 1..60),
+            steps in prop::collection::vec((0u64..2_000, 1.0f64..300.0, 0usize..40), 1..60),
         ) {
             let mut bucket = TokenBucket::new(rate, Timestamp::default());
             let mut now = Timestamp::default();
-            let mut taken = Vec::new();
-            for (wait, wanted) in steps {
+            let mut paid = Vec::new();
+            for (wait, cost, wanted) in steps {
                 now = now + Duration::from_millis(wait);
-                taken.push((now, bucket.take(wanted, now)));
+                // A few that cost more than a full bucket among those that cost one token.
+                let cost = if cost < 250.0 { 1.0 } else { cost };
+                let times = (0..wanted).take_while(|_| bucket.pay(cost, now)).count();
+                paid.push((now, cost * times as f64, if times > 0 { cost } else { 0.0 }));
             }
-            for from in 0..taken.len() {
-                let mut sum = 0;
-                for &(at, count) in &taken[from..] {
-                    sum += count;
-                    let allowed = rate.max(1.0) + rate * at.since(taken[from].0).as_secs_f64();
-                    prop_assert!(sum as f64 <= allowed + 1e-6, "{sum} > {allowed}");
+            for from in 0..paid.len() {
+                let (mut sum, mut last) = (0.0, 0.0);
+                for &(at, cost, each) in &paid[from..] {
+                    sum += cost;
+                    last = if each > 0.0 { each } else { last };
+                    let allowed = rate.max(1.0) + rate * at.since(paid[from].0).as_secs_f64();
+                    // Only the last one may be paid for later.
+                    prop_assert!(sum - last <= allowed + 1e-6, "{sum} - {last} > {allowed}");
                 }
+            }
+        }
+
+        #[test]
+        fn what_is_affordable_then_can_be_paid_then(rate in 0.1f64..50.0, costs in prop::collection::vec(1.0f64..90.0, 1..20)) {
+            let mut bucket = TokenBucket::new(rate, Timestamp::default());
+            let mut now = Timestamp::default();
+            for cost in costs {
+                now = bucket.affords_at(cost, now);
+                prop_assert!(bucket.pay(cost, now));
             }
         }
     }

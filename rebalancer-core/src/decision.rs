@@ -48,6 +48,15 @@ pub enum Hold {
         /// What chance makes.
         noise_floor: f64,
     },
+    /// The skew of measured loads passes the trigger, but not for long enough to be believed.
+    Unconfirmed {
+        /// The largest skew.
+        skew: f64,
+        /// Looks in a row that passed.
+        looks: u32,
+        /// How many it takes.
+        needed: u32,
+    },
     /// Whoever could be a victim was told a moment ago, is too young, excluded or otherwise not to be moved.
     CoolingDown {
         /// Connections in their client's cool-down.
@@ -72,6 +81,29 @@ pub enum Hold {
         rho: f64,
         /// Landings it rests on.
         landings: f64,
+    },
+    /// Clients that could be moved are heavier than what there is to move.
+    Unmovable {
+        /// The heaviest client.
+        client: String,
+        /// What it weighs.
+        load: f64,
+        /// What there is to move.
+        room: f64,
+    },
+    /// An apiserver that would take clients refuses requests for overload.
+    RecipientsStressed {
+        /// Which.
+        apiserver: ApiserverName,
+        /// Requests it refused a short while ago.
+        refused: u64,
+        /// How many are taken for normal.
+        limit: u64,
+    },
+    /// Another apiserver's plan is under way, and its clients' load is not measured yet where they landed.
+    PeerPlanInFlight {
+        /// Whose.
+        apiserver: ApiserverName,
     },
     /// A plan is being carried out or settles.
     PlanInFlight {
@@ -112,9 +144,13 @@ impl Hold {
             Self::SnapshotStale { .. } => "snapshot_stale",
             Self::BelowThreshold { .. } => "below_threshold",
             Self::Noise { .. } => "noise",
+            Self::Unconfirmed { .. } => "unconfirmed",
             Self::CoolingDown { .. } => "cooling_down",
             Self::BudgetSpent { .. } => "budget_spent",
             Self::Futile { .. } => "futile",
+            Self::Unmovable { .. } => "unmovable",
+            Self::RecipientsStressed { .. } => "recipients_stressed",
+            Self::PeerPlanInFlight { .. } => "peer_plan_in_flight",
             Self::PlanInFlight { .. } => "plan_in_flight",
             Self::ApiserverStarting { .. } => "apiserver_starting",
             Self::LostEvents { .. } => "lost_events",
@@ -154,6 +190,11 @@ impl fmt::Display for Hold {
                 skew * 100.0,
                 noise_floor * 100.0
             ),
+            Self::Unconfirmed { skew, looks, needed } => write!(
+                f,
+                "skew {:+.1} % passes in {looks} of {needed} looks in a row that it takes with measured loads",
+                skew * 100.0
+            ),
             Self::CoolingDown {
                 cooling,
                 young,
@@ -172,6 +213,22 @@ impl fmt::Display for Hold {
                 "moved clients come back: of {landings:.0} landings at most {:.0} % went to another apiserver",
                 rho * 100.0
             ),
+            Self::Unmovable { client, load, room } => write!(
+                f,
+                "whoever could be moved is heavier than the {room:.1} there is to move; the heaviest, {client}, weighs {load:.1}"
+            ),
+            Self::RecipientsStressed {
+                apiserver,
+                refused,
+                limit,
+            } => write!(
+                f,
+                "apiserver {apiserver} refused {refused} requests for overload a short while ago, {limit} are taken for normal: it gets no more clients now"
+            ),
+            Self::PeerPlanInFlight { apiserver } => write!(
+                f,
+                "a plan of {apiserver} is under way: what its clients weigh is not measured yet where they land"
+            ),
             Self::PlanInFlight {
                 generation,
                 unsent,
@@ -188,7 +245,12 @@ impl fmt::Display for Hold {
             } => {
                 write!(f, "apiserver {apiserver} is up for {:.1} s only", up.as_secs_f64())
             }
-            Self::ApiserverStarting { apiserver, up: None } => write!(f, "apiserver {apiserver} is down"),
+            Self::ApiserverStarting { apiserver, up: None } => {
+                write!(
+                    f,
+                    "apiserver {apiserver} is down, or its clients are still looking for another"
+                )
+            }
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
             Self::Paused => f.write_str("paused by an operator"),
             Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
@@ -213,6 +275,40 @@ pub struct Victim {
     pub age: Duration,
     /// Why this one.
     pub why: String,
+}
+
+/// One of the heaviest connections, whether it moves or not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Heavy {
+    /// Which connection.
+    pub connection: ConnectionId,
+    /// Its client's address.
+    pub client: SocketAddr,
+    /// Its user, where known.
+    pub user: Option<String>,
+    /// Its user agent, where known.
+    pub user_agent: Option<String>,
+    /// What it weighs.
+    pub load: f64,
+    /// Requests a second.
+    pub requests_per_second: f64,
+    /// Bytes a second, both directions.
+    pub bytes_per_second: f64,
+    /// Watches open on it.
+    pub open_watches: u32,
+    /// Whether it is heavier than the target: wherever it is, that apiserver is above it.
+    pub unmovable: bool,
+}
+
+impl Heavy {
+    /// Who it is, as well as is known.
+    pub fn name(&self) -> String {
+        match (&self.user, &self.user_agent) {
+            (Some(user), Some(agent)) => format!("{user} ({agent})"),
+            (Some(name), None) | (None, Some(name)) => name.clone(),
+            (None, None) => self.client.to_string(),
+        }
+    }
 }
 
 /// What became of the victims of a plan.
@@ -266,6 +362,8 @@ pub struct Decision {
     pub hold: Option<Hold>,
     /// What became of them.
     pub outcomes: Outcomes,
+    /// The heaviest connections, when there is something to do: whether they move or not.
+    pub heaviest: Vec<Heavy>,
     /// In plain words: why these, why so many, what is expected.
     pub explanation: String,
 }

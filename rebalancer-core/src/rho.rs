@@ -8,15 +8,24 @@ use std::collections::BTreeMap;
 
 use crate::words::ApiserverName;
 
-/// Landings by apiserver: a Dirichlet posterior, so that rho of a set of donors is a Beta one.
+/// For each apiserver, the share of new connections that landed on it while it was a donor.
 ///
 /// One share per apiserver and not one rho: when a donor has reached the target, rho of those that remain is another.
+/// While it was a donor, and not at all times: a balancer that seeks the emptiest sends everyone to an apiserver that just
+/// came back, and nobody when that has become the fullest.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rho {
-    landed: BTreeMap<ApiserverName, f64>,
+    seen: BTreeMap<ApiserverName, Seen>,
 }
 
-/// Landings that are remembered: older ones fade, because a load balancer may change.
+/// Landings while one apiserver was a donor.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Seen {
+    here: f64,
+    all: f64,
+}
+
+/// Landings that are remembered of each: older ones fade, because a load balancer may change.
 const MEMORY: f64 = 400.0;
 
 /// What the prior, an even choice among the apiservers, is worth in landings.
@@ -32,23 +41,33 @@ const ENOUGH: f64 = 100.0;
 const FUTILE: f64 = 0.05;
 
 impl Rho {
-    /// Learns from landings since the last call.
-    pub fn learn<'a>(&mut self, landings: impl IntoIterator<Item = (&'a ApiserverName, u64)>) {
-        for (name, count) in landings {
-            if count > 0 {
-                *self.landed.entry(name.clone()).or_default() += count as f64;
-            }
+    /// Learns from landings since the last call; no more of them count than clients were `expected` to land, for the others
+    /// come for reasons of their own: after a crash they are many.
+    pub fn learn(&mut self, landings: &[(ApiserverName, u64)], donors: &[ApiserverName], expected: f64) {
+        let all = landings.iter().map(|(_, count)| count).sum::<u64>() as f64;
+        if all == 0.0 {
+            return;
         }
-        let total = self.landings();
-        if total > MEMORY {
-            self.landed.values_mut().for_each(|count| *count *= MEMORY / total);
+        let part = (expected / all).min(1.0);
+        for donor in donors {
+            let here: u64 = landings
+                .iter()
+                .filter(|(name, _)| name == donor)
+                .map(|(_, count)| count)
+                .sum();
+            let seen = self.seen.entry(donor.clone()).or_default();
+            seen.here += here as f64 * part;
+            seen.all += all * part;
+            let keep = (MEMORY / seen.all).min(1.0);
+            seen.here *= keep;
+            seen.all *= keep;
         }
     }
 
     /// The share of new connections that land on one of `apiservers` apiservers; it starts from an even choice.
     pub fn share(&self, name: &ApiserverName, apiservers: usize) -> f64 {
-        let landed = self.landed.get(name).copied().unwrap_or_default();
-        (landed + PRIOR / apiservers.max(1) as f64) / (self.landings() + PRIOR)
+        let Seen { here, all } = self.seen.get(name).copied().unwrap_or_default();
+        (here + PRIOR / apiservers.max(1) as f64) / (all + PRIOR)
     }
 
     /// Mean of rho's posterior; without landings it is `1 - k/n`.
@@ -62,12 +81,12 @@ impl Rho {
     /// Quotas use this one: a first plan never sends more than a load balancer with rho = 1 needs,
     /// and what it leaves undone the next plan does with a rho that is known.
     pub fn upper(&self, donors: &[ApiserverName]) -> f64 {
-        let landings = self.landings();
+        let landings = self.landings(donors);
         if landings < FEW {
             return 1.0;
         }
-        let on_donors: f64 = donors.iter().filter_map(|donor| self.landed.get(donor)).sum();
-        let (a, b) = (landings - on_donors + 1.0, on_donors + 1.0);
+        let elsewhere = self.elsewhere(donors);
+        let (a, b) = (elsewhere + 1.0, landings - elsewhere + 1.0);
         let n = a + b;
         let deviation = (a * b / (n * n * (n + 1.0))).sqrt();
         (a / n + 2.0 * deviation).min(1.0)
@@ -75,12 +94,26 @@ impl Rho {
 
     /// Whether moving clients off these donors has been seen to be pointless.
     pub fn is_futile(&self, donors: &[ApiserverName]) -> bool {
-        self.landings() >= ENOUGH && self.upper(donors) < FUTILE
+        self.landings(donors) >= ENOUGH && self.upper(donors) < FUTILE
     }
 
-    /// Landings that it rests on.
-    pub fn landings(&self) -> f64 {
-        self.landed.values().sum()
+    /// Landings that it rests on, for these donors: those of the one that is known least.
+    pub fn landings(&self, donors: &[ApiserverName]) -> f64 {
+        let known = donors
+            .iter()
+            .map(|donor| self.seen.get(donor).map_or(0.0, |seen| seen.all));
+        known.reduce(f64::min).unwrap_or(0.0)
+    }
+
+    /// How many of those were on apiservers that are no donors.
+    pub fn elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+        let on_donors: f64 = donors
+            .iter()
+            .filter_map(|donor| self.seen.get(donor))
+            .filter(|seen| seen.all > 0.0)
+            .map(|seen| seen.here / seen.all)
+            .sum();
+        (1.0 - on_donors).max(0.0) * self.landings(donors)
     }
 }
 
@@ -92,10 +125,9 @@ mod tests {
         ["a", "b", "c"].map(ApiserverName::new)
     }
 
-    fn learned(landings: [u64; 3]) -> Rho {
-        let mut rho = Rho::default();
-        rho.learn(names().iter().zip(landings));
-        rho
+    fn land(rho: &mut Rho, landings: [u64; 3], donors: &[ApiserverName]) {
+        let landings: Vec<_> = names().into_iter().zip(landings).collect();
+        rho.learn(&landings, donors, f64::INFINITY);
     }
 
     #[test]
@@ -107,8 +139,9 @@ mod tests {
 
     #[test]
     fn landings_are_learned_for_any_set_of_donors() {
-        let rho = learned([30, 30, 30]);
-        let [a, b, _] = names();
+        let mut rho = Rho::default();
+        land(&mut rho, [30, 30, 30], &names()[..2]);
+        let [a, b, c] = names();
         for (donors, expected) in [(vec![a.clone(), b], 1.0 / 3.0), (vec![a], 2.0 / 3.0)] {
             assert!((rho.mean(&donors, 3) - expected).abs() < 0.02, "{donors:?}: {rho:?}");
             assert!(
@@ -117,18 +150,40 @@ mod tests {
             );
             assert!(!rho.is_futile(&donors));
         }
+        assert_eq!(
+            rho.upper(&[c]),
+            1.0,
+            "c was no donor: nothing is known of what it gets as one"
+        );
+    }
+
+    #[test]
+    fn where_everyone_went_is_no_futile_donor_later() {
+        let mut rho = Rho::default();
+        let [a, b, c] = names();
+        land(&mut rho, [0, 0, 300], &[a, b]);
+        assert!(!rho.is_futile(&[c]));
     }
 
     #[test]
     fn all_back_is_futile_and_is_forgotten_when_it_changes() {
-        let mut rho = learned([200, 0, 0]);
+        let mut rho = Rho::default();
         let donors = &names()[..1];
+        land(&mut rho, [200, 0, 0], donors);
         assert!(rho.is_futile(donors));
-        assert!(!rho.is_futile(&names()[1..2]), "clients of b would land on a");
         for _ in 0..40 {
-            rho.learn([(&names()[2], 20)]);
+            land(&mut rho, [0, 0, 20], donors);
         }
         assert!(!rho.is_futile(donors));
         assert!(rho.mean(donors, 3) > 0.7, "{rho:?}");
+    }
+
+    #[test]
+    fn those_who_come_for_reasons_of_their_own_do_not_count() {
+        let mut rho = Rho::default();
+        let [a, b, _] = names();
+        let landings = [(a.clone(), 500), (b, 500)];
+        rho.learn(&landings, std::slice::from_ref(&a), 2.0);
+        assert_eq!(rho.landings(&[a]), 2.0);
     }
 }

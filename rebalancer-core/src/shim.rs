@@ -68,6 +68,9 @@ pub struct ShimReport {
     pub counters: Vec<(ConnectionId, Counters)>,
     /// Whether the server behind it answers; `None` when the shim does not know.
     pub upstream_ready: Option<bool>,
+    /// Requests that the server behind it refused for overload (429) since the shim started; `None` when it does not see
+    /// answers.
+    pub refused_total: Option<u64>,
 }
 
 /// Send GOAWAY to just these connections.
@@ -86,8 +89,10 @@ pub struct GoawayOrder {
 pub enum GoawayResult {
     /// GOAWAY is sent.
     Sent,
-    /// It will be sent at the connection's next request.
+    /// It will be sent at the connection's next request; another result follows then, or when it expires.
     Pending,
+    /// The order expired before the connection made a request.
+    Expired,
     /// It had one before.
     AlreadyDraining,
     /// The shim does not know this connection: it is gone.

@@ -34,10 +34,18 @@ pub struct Snapshot {
     pub connections: u64,
     /// Their load, in the unit of the weight.
     pub load: f64,
+    /// The part of it that belongs to clients which are heavier than the target: moving them helps nobody.
+    pub unmovable: f64,
     /// Connections that heard their GOAWAY and still hold old streams.
     pub draining: u64,
+    /// Streams open on those.
+    pub draining_streams: u64,
     /// GOAWAYs sent since its agent started.
     pub goaways_total: u64,
+    /// What those who were told weighed, since its agent started.
+    pub told_load_total: f64,
+    /// Requests it refused for overload (429) a short while ago, as far as its shim sees that.
+    pub refused: u64,
     /// HTTP/2 connections accepted since its agent started.
     pub accepted_total: u64,
     /// Whether a plan of its agent is in flight or settling.
@@ -74,6 +82,8 @@ pub struct Peer {
     pub snapshot: Option<(Timestamp, Snapshot)>,
     /// Why the last attempt failed.
     pub fault: Option<PeerFault>,
+    /// When it was first heard to be down after it had been up.
+    down_since: Option<Timestamp>,
 }
 
 /// One apiserver in a view.
@@ -121,9 +131,19 @@ impl Peers {
                 peer.fault = Some(PeerFault::Disagrees(format!("it knows the apiservers {theirs}")));
             }
             Ok(snapshot) => {
+                let is_down = |snapshot: &Snapshot| snapshot.state == ServerState::Down;
+                let was_up = peer.snapshot.as_ref().is_some_and(|(_, before)| !is_down(before));
+                let down_since = if !is_down(&snapshot) {
+                    None
+                } else if was_up {
+                    Some(now)
+                } else {
+                    peer.down_since
+                };
                 *peer = Peer {
                     snapshot: Some((now, snapshot)),
                     fault: None,
+                    down_since,
                 }
             }
             Err(fault) => peer.fault = Some(fault),
@@ -162,7 +182,9 @@ impl Peers {
     }
 
     /// The first reason not to act on what is known, if there is one.
-    pub fn hold(&self, stale_after: Duration, now: Timestamp) -> Option<Hold> {
+    ///
+    /// While the clients of an apiserver that just went down look for another, loads say nothing: that takes `settle`.
+    pub fn hold(&self, stale_after: Duration, settle: Duration, now: Timestamp) -> Option<Hold> {
         if self.known.is_empty() {
             return Some(Hold::FewerThanTwoApiservers { apiservers: 1 });
         }
@@ -199,6 +221,12 @@ impl Peers {
                     });
                 }
                 Some(_) => {}
+            }
+            if peer.down_since.is_some_and(|since| now.since(since) < settle) {
+                return Some(Hold::ApiserverStarting {
+                    apiserver: name.clone(),
+                    up: None,
+                });
             }
         }
         None

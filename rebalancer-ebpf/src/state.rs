@@ -25,7 +25,8 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
         KIND_OPENED
     } else if old == ESTABLISHED {
         KIND_CLOSED
-    } else if old == LISTEN || new == LISTEN {
+    } else if (old == LISTEN && new != SYN_RECV) || new == LISTEN {
+        // LISTEN to SYN_RECV is a new connection's socket, which began as a copy of the listening one.
         KIND_LISTENER
     } else {
         return 0;

@@ -18,7 +18,7 @@ pub struct Sample {
 /// What one run showed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Run {
-    /// GOAWAYs sent until the balance was reached; all of them when it was not.
+    /// GOAWAYs sent from the last incident, or the start, until the balance was reached; to the end when it was not.
     pub goaways: u64,
     /// GOAWAYs sent afterwards.
     pub goaways_after: u64,
@@ -75,6 +75,12 @@ pub struct Summary {
     pub last_skew: f64,
     /// Mean of reconnects.
     pub reconnects: f64,
+    /// Mean of the times the fullest apiserver changed.
+    pub turns: f64,
+    /// Mean of refused lists.
+    pub refused_lists: f64,
+    /// Mean of the longest queues of LIST work.
+    pub worst_list_queue: f64,
 }
 
 /// Sums up.
@@ -100,6 +106,9 @@ pub fn summarise(runs: &[Run]) -> Summary {
         mean_skew: mean(&|run| run.mean_skew),
         last_skew: mean(&|run| run.last_skew),
         reconnects: mean(&|run| run.reconnects as f64),
+        turns: mean(&|run| run.turns as f64),
+        refused_lists: mean(&|run| run.refused_lists as f64),
+        worst_list_queue: mean(&|run| run.worst_list_queue),
     }
 }
 

@@ -3,10 +3,7 @@
 //! Input: an incident. Output: broken connections, new clients, agents that start anew.
 //! Must never touch an agent's decisions: an incident reaches it as it would in a real cluster.
 
-use crate::{
-    setup::Incident,
-    world::{Event, World, millis},
-};
+use crate::{setup::Incident, world::World};
 
 impl World<'_> {
     pub(crate) fn incident(&mut self, incident: &Incident) {
@@ -46,8 +43,7 @@ impl World<'_> {
             }
             Incident::ListFlood(count) => {
                 for client in self.listers().into_iter().take(*count) {
-                    let wait = self.random.uniform(0.0, 0.5);
-                    self.at(self.now + millis(wait), Event::Relist(client));
+                    self.break_client(client);
                 }
             }
             Incident::Balancer(kind) => self.balancer.become_kind(*kind),

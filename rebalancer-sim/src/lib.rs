@@ -10,7 +10,9 @@ pub mod balancer;
 pub mod figures;
 mod incidents;
 mod node;
+pub mod picture;
 mod random;
+pub mod scenario;
 pub mod setup;
 mod world;
 

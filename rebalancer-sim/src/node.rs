@@ -84,6 +84,7 @@ pub struct Node {
     pub lists: (f64, u64),
     /// Lists refused since the start.
     pub refused: u64,
+    refused_told: u64,
     seen: Vec<Observation>,
     changed: Vec<usize>,
     closed: Vec<ConnectionId>,
@@ -119,6 +120,7 @@ impl Node {
             poll: 0,
             lists: (0.0, 0),
             refused: 0,
+            refused_told: 0,
             seen: Vec::new(),
             changed: Vec::new(),
             closed: Vec::new(),
@@ -128,7 +130,11 @@ impl Node {
 
     /// Whether the agent has something to hear.
     pub fn has_news(&self) -> bool {
-        !self.seen.is_empty() || !self.changed.is_empty() || !self.closed.is_empty() || !self.greeted
+        !self.seen.is_empty()
+            || !self.changed.is_empty()
+            || !self.closed.is_empty()
+            || !self.greeted
+            || self.refused != self.refused_told
     }
 
     /// A connection was accepted.
@@ -190,7 +196,7 @@ impl Node {
         }
         let closed = std::mem::take(&mut self.closed);
         let changed = std::mem::take(&mut self.changed);
-        if self.greeted && identities.is_none() {
+        if self.greeted && identities.is_none() && self.refused == self.refused_told {
             return news;
         }
         let shown = |identities: &[Identity]| {
@@ -206,8 +212,10 @@ impl Node {
             connections: identities.map(shown).unwrap_or_default(),
             closed,
             upstream_ready: Some(self.up),
+            refused_total: Some(self.refused),
             ..ShimReport::default()
         }));
+        self.refused_told = self.refused;
         self.greeted = true;
         news
     }

@@ -93,7 +93,7 @@ pub enum Incident {
     Members(Vec<usize>),
     /// New clients come.
     Arrive(Group),
-    /// So many clients lose their watches at once and LIST.
+    /// So many clients of those that list lose their connections at once, come back and LIST.
     ListFlood(usize),
     /// Another load balancer from now on.
     Balancer(LoadBalancer),

@@ -106,9 +106,11 @@ pub(crate) struct World<'a> {
     pub(crate) balancer: Balancer,
     pub(crate) random: Random,
     loads: Vec<f64>,
-    pub(crate) in_transit: usize,
+    /// Clients that count nowhere: they are new, or their connection broke.
+    pub(crate) uncounted: usize,
     balanced_at: Option<u64>,
     since: u64,
+    goaways_before: u64,
     skew_at: u64,
     skew: f64,
     skew_area: f64,
@@ -157,9 +159,10 @@ impl<'a> World<'a> {
             balancer: Balancer::new(setup.balancer, Random::new(seed, 1)),
             random: Random::new(seed, 2),
             loads: vec![0.0; nodes.len()],
-            in_transit: 0,
+            uncounted: 0,
             balanced_at: None,
             since: START,
+            goaways_before: 0,
             skew_at: START,
             skew: 0.0,
             skew_area: 0.0,
@@ -231,9 +234,9 @@ impl<'a> World<'a> {
         let total = self.run.goaways_total;
         if let Some(at) = self.balanced_at {
             self.run.to_balance = Some(Duration::from_millis(at - self.since));
-            self.run.goaways_after = total - self.run.goaways;
+            self.run.goaways_after = total - self.goaways_before - self.run.goaways;
         } else {
-            self.run.goaways = total;
+            self.run.goaways = total - self.goaways_before;
         }
         self.run.mean_skew = self.skew_area / (self.now - START).max(1) as f64;
         self.run.last_skew = self.skew;
@@ -287,6 +290,7 @@ impl<'a> World<'a> {
             }
             Event::Incident(number) => {
                 self.since = self.now;
+                self.goaways_before = self.run.goaways_total;
                 self.balanced_at = None;
                 self.incident(&self.setup.incidents[number].1.clone());
             }
@@ -310,7 +314,7 @@ impl<'a> World<'a> {
                 tries: 0,
                 relist: false,
             });
-            self.in_transit += 1;
+            self.uncounted += 1;
             self.identities.push(Identity {
                 user: format!("{}-{number}", group.name),
                 user_agent: group.name.clone(),
@@ -378,11 +382,11 @@ impl<'a> World<'a> {
         known.home = Some(index);
         known.last = Some(server);
         known.tries = 0;
-        self.in_transit -= 1;
         let relist = std::mem::take(&mut known.relist) && group.list_seconds > 0.0;
         let rate = known.requests + f64::from(group.watches) * 2_000.0 / (WATCH_LIFE.0 + WATCH_LIFE.1);
-        if let Some(before) = known.counted.replace(server) {
-            self.loads[before] -= weight;
+        match known.counted.replace(server) {
+            Some(before) => self.loads[before] -= weight,
+            None => self.uncounted -= 1,
         }
         self.loads[server] += weight;
         self.work(server, f64::from(connection.watches) * WATCH_START);
@@ -429,7 +433,6 @@ impl<'a> World<'a> {
         self.nodes[server].active -= 1;
         self.nodes[server].touched(index);
         self.clients[client].home = None;
-        self.in_transit += 1;
         let watches = self.connections[index].watches;
         self.clients[client].elsewhere += watches;
         let mut first = f64::INFINITY;
@@ -502,7 +505,6 @@ impl<'a> World<'a> {
         if life == Life::Active {
             node.active -= 1;
             self.clients[client].home = None;
-            self.in_transit += 1;
         } else {
             self.clients[client].elsewhere -= self.connections[index].watches;
         }
@@ -527,10 +529,11 @@ impl<'a> World<'a> {
     fn forget(&mut self, client: usize) {
         if let Some(server) = self.clients[client].counted.take() {
             self.loads[server] -= self.weight_of(client);
+            self.uncounted += 1;
         }
     }
 
-    fn break_client(&mut self, client: usize) {
+    pub(crate) fn break_client(&mut self, client: usize) {
         if let Some(home) = self.clients[client].home {
             self.break_connection(home);
         }
@@ -553,7 +556,7 @@ impl<'a> World<'a> {
     }
 
     /// A client lists everything, or is refused and tries again.
-    pub(crate) fn list(&mut self, client: usize) {
+    fn list(&mut self, client: usize) {
         let seconds = self.groups[self.clients[client].group].list_seconds;
         let Some(home) = self.clients[client].home else {
             self.clients[client].relist = true;
@@ -562,6 +565,7 @@ impl<'a> World<'a> {
         let server = self.connections[home].server;
         if self.work(server, 0.0) > LIST_SEATS * LIST_PATIENCE {
             self.nodes[server].refused += 1;
+            self.news(server);
             let wait = self.random.uniform(1.0, 2.0);
             self.at(self.now + millis(wait), Event::Relist(client));
         } else {
@@ -569,10 +573,14 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Clients that list, for an incident.
+    /// Clients that list, those with the longest lists first.
     pub(crate) fn listers(&self) -> Vec<usize> {
-        let lists = |client: &usize| self.groups[self.clients[*client].group].list_seconds > 0.0;
-        (0..self.clients.len()).filter(lists).collect()
+        let seconds = |client: usize| self.groups[self.clients[client].group].list_seconds;
+        let mut listers: Vec<usize> = (0..self.clients.len())
+            .filter(|client| seconds(*client) > 0.0)
+            .collect();
+        listers.sort_by(|a, b| seconds(*b).total_cmp(&seconds(*a)));
+        listers
     }
 
     /// Follows the skew of the fullest apiserver.
@@ -597,17 +605,18 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Balanced is: the fullest is within the target, everyone has landed, and no agent means to go on.
+    /// Balanced is: the fullest is within the target, with clients on their way counted where they were told to go; nobody
+    /// is still looking for an apiserver; and no agent means to go on.
     fn check_balance(&mut self) {
         // The skew is a quotient: what is at the target exactly is not above it.
-        if self.balanced_at.is_some() || self.in_transit > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
+        if self.balanced_at.is_some() || self.uncounted > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
             return;
         }
         if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_done() {
             return;
         }
         self.balanced_at = Some(self.now);
-        self.run.goaways = self.run.goaways_total;
+        self.run.goaways = self.run.goaways_total - self.goaways_before;
     }
 
     fn sample(&mut self) {

@@ -4,33 +4,41 @@
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
+mod decide;
+mod futility;
 mod motion;
 mod plan;
 mod rebalancing;
+mod stress;
 #[cfg(test)]
 mod tests;
 
 use std::{collections::VecDeque, time::Duration};
 
+use futility::Futility;
 use motion::Motion;
 use plan::Plan;
 use rebalancing::Rebalancing;
+use stress::Stress;
 
 use crate::{
     budget::TokenBucket,
-    decision::{Decision, Hold, Outcomes, Victim},
+    decision::{Decision, Hold, Outcomes},
     observation::Observation,
-    planner::{self, Balance, Cooldowns},
-    policy::Policy,
+    planner::{self, Cooldowns},
+    policy::{Policy, Weight},
     rho::Rho,
     shim::{GoawayOrder, GoawayResult, ShimReport},
     table::ConnectionTable,
-    view::{PeerFault, Peers, ServerState, Snapshot, View},
+    view::{Entry, PeerFault, Peers, ServerState, Snapshot},
     words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
 };
 
 /// Decisions that are kept to be read.
 const HISTORY: usize = 1_000;
+
+/// Loads that must be measured are known after that time: that of the smoothing.
+const MEASURED: Duration = Duration::from_secs(30);
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -97,6 +105,13 @@ pub struct Agent {
     up_since: Option<Timestamp>,
     started: Timestamp,
     goaways_total: u64,
+    told_load_total: f64,
+    /// Load of those who are heavier than the target, as of the last decision.
+    unmovable: f64,
+    stress: Stress,
+    futility: Futility,
+    /// The apiservers that took connections at the last decision.
+    ready: Vec<ApiserverName>,
     plan: Option<Plan>,
     motion: Motion,
     history: VecDeque<Decision>,
@@ -117,13 +132,18 @@ impl Agent {
             generation: 0,
             next_id: 1,
             paused: false,
-            rebalancing: Rebalancing::Off,
+            rebalancing: Rebalancing::Off(0),
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
             shim_instance: String::new(),
             upstream_ready: None,
             up_since: None,
             started: now,
             goaways_total: 0,
+            told_load_total: 0.0,
+            unmovable: 0.0,
+            stress: Stress::default(),
+            futility: Futility::default(),
+            ready: Vec::new(),
             plan: None,
             motion: Motion::default(),
             history: VecDeque::new(),
@@ -165,10 +185,14 @@ impl Agent {
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
         let mut at = self.next_decision;
         if let Some(plan) = &self.plan {
-            let next = if plan.unsent.is_empty() {
-                plan.last_goaway + self.policy.settle
-            } else {
-                self.bucket.next_token(now)
+            let next = match plan.unsent.front() {
+                Some(id) => {
+                    let cost = self.table.connection(*id).map_or(1.0, planner::cost_of);
+                    self.bucket.affords_at(cost, now)
+                }
+                // The shim's answer is an input of its own.
+                None if plan.is_awaited() => at,
+                None => plan.last_goaway + self.policy.settle,
             };
             at = at.min(next.max(now + Duration::from_millis(1)));
         }
@@ -183,8 +207,12 @@ impl Agent {
             state: self.state(now),
             connections: self.table.active() as u64,
             load: self.table.load(self.policy.weight),
+            unmovable: self.unmovable,
             draining: self.table.draining() as u64,
+            draining_streams: self.table.draining_streams(),
             goaways_total: self.goaways_total,
+            told_load_total: self.told_load_total,
+            refused: self.stress.refused(self.policy.stale_after(), now),
             accepted_total: self.table.accepted_total(),
             plan_in_flight: self.plan.is_some(),
             rebalancing: self.rebalancing.course().is_some(),
@@ -245,7 +273,7 @@ impl Agent {
     }
 
     fn state(&self, now: Timestamp) -> ServerState {
-        if !self.table.is_trusted() {
+        if !self.table.is_trusted() || self.unmeasured(now).is_some() {
             return ServerState::Unknown;
         }
         if !self.table.is_listening() || self.upstream_ready == Some(false) {
@@ -255,6 +283,18 @@ impl Agent {
             Some(since) if now.since(since) < self.policy.interval => ServerState::Starting,
             _ => ServerState::Ready,
         }
+    }
+
+    /// For how long loads are measured, while that is not long enough to say anything.
+    fn unmeasured(&self, now: Timestamp) -> Option<Duration> {
+        if matches!(self.policy.weight, Weight::Connections | Weight::Streams) {
+            return None;
+        }
+        let measured = self
+            .table
+            .sampled_since()
+            .map_or(Duration::ZERO, |since| now.since(since));
+        (measured < MEASURED).then_some(measured)
     }
 
     fn observe(&mut self, now: Timestamp, observations: Vec<Observation>, effects: &mut Vec<Effect>) {
@@ -279,6 +319,7 @@ impl Agent {
             self.up_since = Some(now);
         }
         self.upstream_ready = report.upstream_ready;
+        self.stress.hear(&report.instance, report.refused_total, now);
         // A restarted agent goes on above what the shim has seen, or it would be refused.
         self.generation = self.generation.max(report.generation);
         self.table.report(report);
@@ -294,6 +335,10 @@ impl Agent {
         if due {
             self.next_decision = now + self.policy.interval;
             self.table.sample(now);
+            let full_ceiling =
+                planner::full_ceiling(&self.peers.view(self.snapshot(now), now), self.policy.skew_target);
+            self.look_at_rho(now);
+            self.unmovable = planner::unmovable(&self.table, self.policy.weight, full_ceiling);
             let view = self.peers.view(self.snapshot(now), now);
             let (mut decision, rebalancing) = self.decide(now, view);
             self.rebalancing = rebalancing;
@@ -308,19 +353,50 @@ impl Agent {
         self.send(now, effects);
     }
 
+    /// Forgets where clients landed when the apiservers are others now, and follows whether moving helps.
+    fn look_at_rho(&mut self, now: Timestamp) {
+        let view = self.peers.view(self.snapshot(now), now);
+        let is_ready = |(_, entry): &(&ApiserverName, &Entry)| entry.snapshot.state == ServerState::Ready;
+        let ready: Vec<ApiserverName> = view
+            .entries
+            .iter()
+            .filter(is_ready)
+            .map(|(name, _)| name.clone())
+            .collect();
+        if ready != self.ready {
+            self.ready = ready;
+            self.rho = Rho::default();
+            self.futility = Futility::default();
+        }
+        // Without donors every landing is elsewhere: that says nothing.
+        let donors = self.balance(&view).donors;
+        if !donors.is_empty() {
+            self.futility.look(&mut self.rho, &donors, now);
+        }
+    }
+
     /// Learns where clients landed, counts those on their way, and closes a plan that has settled.
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
+        let expected = self.motion.in_transit();
         let moves = self.motion.look(&view, self.policy.settle, now);
+        let expected = expected + moves.iter().map(|moved| moved.goaways).sum::<u64>();
         if underway {
-            self.rho
-                .learn(moves.iter().map(|moved| (&moved.apiserver, moved.landings)));
+            let landings: Vec<_> = moves
+                .iter()
+                .map(|moved| (moved.apiserver.clone(), moved.landings))
+                .collect();
+            let donors = self.balance(&view).donors;
+            self.rho.learn(&landings, &donors, expected as f64);
         }
         self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
-        if self.guard(now).is_some() {
+        let balance = self.balance(&view);
+        if self.guard(now).is_some() || self.stressed(&view, &balance).is_some() {
             // A doubt came up while a plan was on its way: who has not been told is not told.
             self.drop_unsent();
+        } else if self.plan.as_ref().is_some_and(|plan| !plan.is_ordered) {
+            self.trim(balance.room);
         }
         self.settle(now, effects);
     }
@@ -333,6 +409,16 @@ impl Agent {
         if !self.table.is_trusted() {
             return Some(Hold::LostEvents {
                 total: self.table.lost_events_total(),
+            });
+        }
+        if let Some(measured) = self.unmeasured(now) {
+            return Some(Hold::PeerUnknown {
+                peer: self.policy.node.clone(),
+                why: format!(
+                    "what its own clients weigh is measured for {} s only, {} s are needed",
+                    measured.as_secs(),
+                    MEASURED.as_secs()
+                ),
             });
         }
         match self.state(now) {
@@ -351,176 +437,11 @@ impl Agent {
                 });
             }
         }
-        if let Some(hold) = self.peers.hold(self.policy.stale_after(), now) {
+        if let Some(hold) = self.peers.hold(self.policy.stale_after(), self.policy.settle, now) {
             return Some(hold);
         }
         let why = self.shim_fault.clone()?;
         Some(Hold::ShimUnavailable { why })
-    }
-
-    fn balance(&self, view: &View) -> Balance {
-        planner::balance(
-            view,
-            &self.policy.node,
-            self.policy.skew_target,
-            self.policy.skew_threshold,
-            &self.rho,
-            self.motion.in_transit() as f64,
-        )
-    }
-
-    /// What would be decided, and what the rebalancing is then.
-    fn decide(&self, now: Timestamp, view: View) -> (Decision, Rebalancing) {
-        let balance = self.balance(&view);
-        let doubt = self.guard(now);
-        // A doubt says nothing about the rebalancing: it waits.
-        let rebalancing = match doubt {
-            Some(_) => self.rebalancing.clone(),
-            None => self.rebalancing.after(&balance, &view, &self.rho),
-        };
-        let chosen = match doubt {
-            Some(doubt) => Err(doubt),
-            None => self.victims(now, &balance, &rebalancing),
-        };
-        let (victims, hold) = match chosen {
-            Ok(victims) => (victims, None),
-            Err(hold) => (Vec::new(), Some(hold)),
-        };
-        let explanation = match &hold {
-            Some(hold) => format!("nothing is done: {hold}"),
-            None => self.explain(&balance, &victims),
-        };
-        let decision = Decision {
-            id: 0,
-            generation: self.generation + u64::from(hold.is_none()),
-            at: now,
-            mode: self.policy.mode,
-            node: self.policy.node.clone(),
-            weight: self.policy.weight,
-            view,
-            mean: balance.mean,
-            skew: balance.skew,
-            threshold: balance.trigger,
-            noise_floor: balance.noise_floor,
-            rho: self.rho.mean(&balance.donors, balance.apiservers),
-            quota: (balance.quota + 0.5).floor() as u64,
-            outcomes: Outcomes {
-                pending: victims.len() as u64,
-                ..Outcomes::default()
-            },
-            victims,
-            hold,
-            explanation,
-        };
-        (decision, rebalancing)
-    }
-
-    fn explain(&self, balance: &Balance, victims: &[Victim]) -> String {
-        format!(
-            "{:.0} load is {:.1} % above the mean of {:.1}; all donors together are {:.1} above the target, {:.1} of it to be told here; {} connections are told now, at {} a second, and the skew is expected to fall to {:+.1} %",
-            balance.mean * (1.0 + balance.skew),
-            balance.skew * 100.0,
-            balance.mean,
-            balance.surplus,
-            balance.quota,
-            victims.len(),
-            self.policy.goaway_rate,
-            (balance.skew - victims.iter().map(|victim| victim.load).sum::<f64>() * balance.rho / balance.mean) * 100.0,
-        )
-    }
-
-    fn victims(&self, now: Timestamp, balance: &Balance, rebalancing: &Rebalancing) -> Result<Vec<Victim>, Hold> {
-        if balance.apiservers < 2 {
-            return Err(Hold::FewerThanTwoApiservers {
-                apiservers: balance.apiservers,
-            });
-        }
-        if let Some(plan) = &self.plan {
-            return Err(Hold::PlanInFlight {
-                generation: plan.generation,
-                unsent: plan.unsent.len(),
-                in_transit: self.motion.in_transit(),
-            });
-        }
-        let skew = balance.skew;
-        let Some(course) = rebalancing.course() else {
-            return Err(if skew > self.policy.skew_threshold {
-                Hold::Noise {
-                    skew,
-                    noise_floor: balance.noise_floor,
-                }
-            } else {
-                Hold::BelowThreshold {
-                    skew,
-                    threshold: balance.trigger,
-                }
-            });
-        };
-        let reached = Hold::BelowThreshold {
-            skew,
-            threshold: self.policy.skew_target,
-        };
-        if balance.quota <= 0.0 || skew <= self.policy.skew_target {
-            return Err(reached);
-        }
-        if self.rho.is_futile(&balance.donors) {
-            return Err(Hold::Futile {
-                rho: self.rho.upper(&balance.donors),
-                landings: self.rho.landings(),
-            });
-        }
-        // This apiserver's part of what the rebalancing may still cost: as its quota is of all donors' together.
-        let part = balance.quota * balance.rho / balance.surplus;
-        let allowance = course.left(&self.rho) * part;
-        if self.bucket.tokens(now) < 1.0 || allowance < 0.5 {
-            return Err(Hold::BudgetSpent {
-                tokens: self.bucket.tokens(now),
-                allowance,
-            });
-        }
-        let share = (self.policy.goaway_share * self.table.active() as f64).floor();
-        let limit = share.min((allowance + 0.5).floor()).max(1.0) as usize;
-        let victims = planner::choose(&self.table, &self.policy, &self.cooldowns, balance.quota, limit, now)?;
-        if victims.is_empty() {
-            return Err(reached);
-        }
-        Ok(victims)
-    }
-
-    fn asked_by_operator(&mut self, now: Timestamp, ids: &[ConnectionId], effects: &mut Vec<Effect>) {
-        if self.plan.is_some() {
-            return;
-        }
-        let view = self.peers.view(self.snapshot(now), now);
-        let (mut decision, _) = self.decide(now, view);
-        decision.id = self.next_id;
-        self.next_id += 1;
-        decision.victims = ids
-            .iter()
-            .filter_map(|id| {
-                let connection = self.table.connection(*id).filter(|connection| connection.is_active())?;
-                Some(Victim {
-                    connection: *id,
-                    client: connection.client(),
-                    user: connection.user().map(str::to_owned),
-                    user_agent: connection.user_agent().map(str::to_owned),
-                    load: planner::load_of(connection, self.policy.weight),
-                    age: now.since(connection.opened_at),
-                    why: "an operator asked for it".to_owned(),
-                })
-            })
-            .collect();
-        decision.explanation = format!("an operator asked to tell {} connections", decision.victims.len());
-        decision.outcomes = Outcomes {
-            pending: decision.victims.len() as u64,
-            ..Outcomes::default()
-        };
-        if !decision.victims.is_empty() {
-            decision.hold = None;
-            self.start(now, &mut decision);
-        }
-        self.remember(decision.clone());
-        effects.push(Effect::Record(decision));
     }
 
     fn remember(&mut self, decision: Decision) {

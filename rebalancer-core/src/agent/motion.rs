@@ -10,16 +10,19 @@ use std::{
 };
 
 use crate::{
+    planner::Transit,
+    policy::Weight,
     view::{Snapshot, View},
     words::{ApiserverName, Timestamp},
 };
 
 /// Totals of one apiserver at an instant; another instance starts anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Totals {
     instance: u64,
     goaways: u64,
     accepted: u64,
+    load: f64,
 }
 
 /// What happened on one apiserver since the last look.
@@ -40,6 +43,9 @@ pub(super) struct Motion {
     told: u64,
     landed: u64,
     draining: u64,
+    draining_streams: u64,
+    /// What those who were told weighed.
+    told_load: f64,
     /// GOAWAYs of the last settle time.
     recent: VecDeque<(Timestamp, u64)>,
 }
@@ -57,18 +63,21 @@ impl Motion {
                 instance,
                 goaways_total,
                 accepted_total,
+                told_load_total,
                 ..
             } = entry.snapshot;
             let new = Totals {
                 instance,
                 goaways: goaways_total,
                 accepted: accepted_total,
+                load: told_load_total,
             };
             let old = self
                 .last
                 .insert(name.clone(), new)
                 .filter(|old| old.instance == instance);
             let old = old.unwrap_or(new);
+            self.told_load += (new.load - old.load).max(0.0);
             moves.push(Moves {
                 apiserver: name.clone(),
                 goaways: new.goaways.saturating_sub(old.goaways),
@@ -76,6 +85,7 @@ impl Motion {
             });
         }
         self.draining = view.entries.values().map(|entry| entry.snapshot.draining).sum();
+        self.draining_streams = view.entries.values().map(|entry| entry.snapshot.draining_streams).sum();
         let told = moves.iter().map(|moved| moved.goaways).sum::<u64>();
         self.told += told;
         if told > 0 {
@@ -88,7 +98,7 @@ impl Motion {
             self.landed += moves.iter().map(|moved| moved.landings).sum::<u64>();
         }
         if self.in_transit() == 0 && !view.entries.values().any(|entry| entry.snapshot.plan_in_flight) {
-            (self.told, self.landed) = (0, 0);
+            (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
         moves
     }
@@ -97,5 +107,17 @@ impl Motion {
     pub fn in_transit(&self) -> u64 {
         let recent: u64 = self.recent.iter().map(|(_, told)| told).sum();
         self.told.saturating_sub(self.landed).min(self.draining + recent)
+    }
+
+    /// Those clients with what they weigh. Streams are known exactly: they are on draining connections until they end and
+    /// are opened anew. Requests and bytes are taken for what those who were told weighed on average.
+    pub fn transit(&self, weight: Weight) -> Transit {
+        let clients = self.in_transit() as f64;
+        let load = match weight {
+            Weight::Connections => clients,
+            Weight::Requests | Weight::Bytes => clients * self.told_load / self.told.max(1) as f64,
+            Weight::Streams => self.draining_streams as f64,
+        };
+        Transit { clients, load }
     }
 }

@@ -11,14 +11,21 @@ use std::{
 use super::{Agent, Effect};
 use crate::{
     decision::{Decision, Outcomes},
-    policy::Mode,
+    planner,
+    policy::{Mode, Weight},
     shim::{GoawayOrder, GoawayResult},
     table::ClientKey,
     words::{ConnectionId, ShimKind, Timestamp},
 };
 
 /// How long a shim may take to carry out one order.
-const ORDER_EXPIRY: Duration = Duration::from_secs(10);
+fn order_expiry(shim: ShimKind) -> Duration {
+    match shim {
+        ShimKind::Relay | ShimKind::None => Duration::from_secs(10),
+        // It tells a victim at its next request: leases and health checks make one within ten seconds, most clients.
+        ShimKind::Steer => Duration::from_secs(30),
+    }
+}
 
 /// A plan that is being carried out.
 #[derive(Clone, Debug)]
@@ -26,6 +33,8 @@ pub(super) struct Plan {
     pub generation: u64,
     pub unsent: VecDeque<ConnectionId>,
     pub last_goaway: Timestamp,
+    /// Whether an operator asked for it, whatever the skew.
+    pub is_ordered: bool,
     decision: u64,
     asked: BTreeSet<ConnectionId>,
     told: Vec<(ClientKey, Timestamp)>,
@@ -36,12 +45,17 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Whether the shim has still to say what became of an order.
+    pub fn is_awaited(&self) -> bool {
+        !self.asked.is_empty()
+    }
+
     /// Whether everyone was told, and nearly everyone landed or had the time to: the few that are left stay counted as
-    /// in transit.
-    fn is_settled(&self, in_transit: u64, settle: Duration, now: Timestamp) -> bool {
+    /// in transit. What must be measured takes that time always.
+    fn is_settled(&self, in_transit: u64, is_measured: bool, settle: Duration, now: Timestamp) -> bool {
         let sent = self.unsent.is_empty() && self.asked.is_empty();
-        let landed = self.told.is_empty() || in_transit * 10 <= self.told.len() as u64;
-        sent && (landed || now.since(self.last_goaway) >= settle)
+        let nearly_all = !is_measured && in_transit * 10 <= self.told.len() as u64;
+        sent && (self.told.is_empty() || nearly_all || now.since(self.last_goaway) >= settle)
     }
 }
 
@@ -60,7 +74,11 @@ impl Agent {
                 keys.insert(victim.connection, key);
             }
         }
-        let paced = Duration::from_secs_f64(decision.victims.len() as f64 / self.policy.goaway_rate);
+        let costs = decision.victims.iter().map(|victim| {
+            let connection = self.table.connection(victim.connection);
+            connection.map_or(1.0, planner::cost_of)
+        });
+        let paced = Duration::from_secs_f64(costs.sum::<f64>() / self.policy.goaway_rate);
         self.plan = Some(Plan {
             generation: self.generation,
             decision: decision.id,
@@ -70,7 +88,8 @@ impl Agent {
             keys,
             outcomes: decision.outcomes,
             last_goaway: now,
-            expires: now + paced * 2 + ORDER_EXPIRY,
+            is_ordered: false,
+            expires: now + paced * 2 + order_expiry(self.policy.shim),
             accepted_before: self.table.accepted_total(),
         });
     }
@@ -89,11 +108,18 @@ impl Agent {
         let Some(plan) = &mut self.plan else {
             return;
         };
-        let count = self.bucket.take(plan.unsent.len(), now);
-        if count == 0 {
+        let mut victims: Vec<ConnectionId> = Vec::new();
+        while let Some(id) = plan.unsent.front().copied() {
+            let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
+            if !self.bucket.pay(cost, now) {
+                break;
+            }
+            plan.unsent.pop_front();
+            victims.push(id);
+        }
+        if victims.is_empty() {
             return;
         }
-        let victims: Vec<ConnectionId> = plan.unsent.drain(..count).collect();
         plan.last_goaway = now;
         match self.policy.mode {
             Mode::Active if self.policy.shim != ShimKind::None => {
@@ -101,7 +127,7 @@ impl Agent {
                 let generation = plan.generation;
                 effects.push(Effect::SendGoaway(GoawayOrder {
                     generation,
-                    expires_in: ORDER_EXPIRY,
+                    expires_in: order_expiry(self.policy.shim),
                     victims,
                 }));
             }
@@ -116,9 +142,16 @@ impl Agent {
     /// Takes in what the shim made of an order.
     pub(super) fn goaway_answered(&mut self, now: Timestamp, results: &[(ConnectionId, GoawayResult)]) {
         for (id, result) in results {
-            let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
+            if *result == GoawayResult::Pending {
+                // It stays asked: the shim answers again when it was told, or will not be any more.
+                continue;
+            }
+            let told = *result == GoawayResult::Sent;
             if told {
                 self.goaways_total += 1;
+                let connection = self.table.connection(*id);
+                self.told_load_total +=
+                    connection.map_or(0.0, |connection| planner::load_of(connection, self.policy.weight));
             }
             if told || *result == GoawayResult::AlreadyDraining {
                 self.table.mark_draining(*id);
@@ -144,6 +177,24 @@ impl Agent {
         }
     }
 
+    /// Gives up those who have not been told and for whom there is no room any more: clients leave for other reasons too.
+    pub(super) fn trim(&mut self, mut room: f64) {
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let (table, weight) = (&self.table, self.policy.weight);
+        let fits = |id: &ConnectionId| {
+            let load = table
+                .connection(*id)
+                .map_or(0.0, |connection| planner::load_of(connection, weight));
+            room -= load;
+            room > -1e-6
+        };
+        let (unsent, dropped): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(fits);
+        plan.unsent = unsent.into();
+        self.drop_victims(&dropped);
+    }
+
     /// Gives up those who have not been told.
     pub(super) fn drop_unsent(&mut self) {
         let dropped: Vec<ConnectionId> = match &mut self.plan {
@@ -156,7 +207,8 @@ impl Agent {
     /// Closes the plan when it has settled.
     pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         let in_transit = self.motion.in_transit();
-        let settled = |plan: &mut Plan| plan.is_settled(in_transit, self.policy.settle, now);
+        let is_measured = self.policy.weight != Weight::Connections;
+        let settled = |plan: &mut Plan| plan.is_settled(in_transit, is_measured, self.policy.settle, now);
         let Some(mut plan) = self.plan.take_if(settled) else {
             return;
         };
@@ -194,6 +246,7 @@ impl Agent {
             .find(|decision| decision.id == plan.decision);
         if let Some(decision) = decided {
             decision.outcomes = plan.outcomes;
+            decision.explanation += &afterwards(plan.outcomes, self.policy.settle);
             effects.push(Effect::Settled(decision.clone()));
         }
     }
@@ -210,4 +263,22 @@ impl Agent {
             plan.outcomes.lost += 1;
         }
     }
+}
+
+/// What became of a plan, in words.
+fn afterwards(outcomes: Outcomes, settle: Duration) -> String {
+    let Outcomes {
+        moved, returned, lost, ..
+    } = outcomes;
+    let mut words = format!("; afterwards: {moved} went elsewhere, {returned} came back");
+    if lost > 0 {
+        words += &format!(", {lost} were not told: they were gone, or a doubt came up");
+    }
+    if returned > moved {
+        words += &format!(
+            " (within {:.0} s; a load balancer that sends clients back makes moving cost more)",
+            settle.as_secs_f64()
+        );
+    }
+    words
 }

@@ -26,11 +26,10 @@ pub(super) struct Course {
 }
 
 /// Whether a rebalancing is on.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) enum Rebalancing {
-    /// Nothing is to be done.
-    #[default]
-    Off,
+    /// Nothing is to be done; so many looks in a row passed the trigger.
+    Off(u32),
     /// It is on its course.
     On(Course),
     /// It cost what it may and did not reach the target: what is left is left, whatever the peers still do.
@@ -49,7 +48,9 @@ impl Rebalancing {
     ///
     /// It is the cluster's, not one apiserver's: a donor that has reached the target may be pushed above it again by
     /// those who still move. So it goes on, and an agent joins the others', until all are within the target.
-    pub fn after(&self, balance: &Balance, view: &View, rho: &Rho) -> Self {
+    ///
+    /// It takes `looks` above the trigger in a row to begin one.
+    pub fn after(&self, balance: &Balance, view: &View, rho: &Rho, looks: u32) -> Self {
         let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let others = view.entries.values().any(|entry| entry.snapshot.rebalancing);
         let starts = balance.largest_skew > balance.trigger;
@@ -65,10 +66,12 @@ impl Rebalancing {
                 }
             }
             Self::On(_) if unfinished => Self::On(Course::begin(balance)),
-            Self::Off | Self::Spent if starts => Self::On(Course::begin(balance)),
-            Self::Off if others && unfinished => Self::On(Course::begin(balance)),
+            Self::Off(before) if starts && before + 1 < looks => Self::Off(before + 1),
+            Self::Spent if starts && looks > 1 => Self::Off(1),
+            Self::Off(_) | Self::Spent if starts => Self::On(Course::begin(balance)),
+            Self::Off(_) if others && unfinished => Self::On(Course::begin(balance)),
             Self::Spent if others && unfinished => Self::Spent,
-            Self::Off | Self::On(_) | Self::Spent => Self::Off,
+            Self::Off(_) | Self::On(_) | Self::Spent => Self::Off(0),
         }
     }
 
@@ -76,7 +79,7 @@ impl Rebalancing {
     pub fn course(&self) -> Option<&Course> {
         match self {
             Self::On(course) => Some(course),
-            Self::Off | Self::Spent => None,
+            Self::Off(_) | Self::Spent => None,
         }
     }
 }

@@ -37,10 +37,12 @@ pub struct Connection {
 }
 
 /// Totals at the last sample.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Sampled {
-    /// Whether there was one.
+    /// Whether there is a base to count from.
     pub is_set: bool,
+    /// What the samples so far weigh together, from 0 to 1.
+    pub share: f32,
     pub requests: u64,
     pub bytes: u64,
 }

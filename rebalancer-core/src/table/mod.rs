@@ -26,7 +26,7 @@ pub use connection::{ClientKey, Connection, Identity, Rates};
 use slab::Slab;
 
 /// How fast smoothed rates follow: the time in which an old rate loses 63 % of its weight.
-const SMOOTHING_SECONDS: f64 = 30.0;
+pub const SMOOTHING_SECONDS: f64 = 30.0;
 
 /// All live client connections of the local apiserver.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +36,7 @@ pub struct ConnectionTable {
     identities: Identities,
     locals: BTreeSet<Arc<SocketAddr>>,
     sampled_at: Option<Timestamp>,
+    sampled_since: Option<Timestamp>,
     accepted_total: u64,
     /// What a shim said of connections that the source has not shown yet.
     early: HashMap<ConnectionId, ShimConnection>,
@@ -50,6 +51,7 @@ pub struct ConnectionTable {
 struct Totals {
     active: usize,
     draining: usize,
+    draining_streams: u64,
     requests: f64,
     bytes: f64,
     streams: u64,
@@ -58,7 +60,10 @@ struct Totals {
 impl Totals {
     fn count(&mut self, connection: &Connection) {
         self.active += usize::from(connection.is_active());
-        self.draining += usize::from(connection.state == ConnectionState::Draining);
+        if connection.state == ConnectionState::Draining {
+            self.draining += 1;
+            self.draining_streams += u64::from(connection.counters.open_streams);
+        }
         if connection.is_active() {
             self.requests += connection.rates.requests;
             self.bytes += connection.rates.bytes;
@@ -68,7 +73,10 @@ impl Totals {
 
     fn uncount(&mut self, connection: &Connection) {
         self.active -= usize::from(connection.is_active());
-        self.draining -= usize::from(connection.state == ConnectionState::Draining);
+        if connection.state == ConnectionState::Draining {
+            self.draining -= 1;
+            self.draining_streams -= u64::from(connection.counters.open_streams);
+        }
         if connection.is_active() {
             // Sums of rounded numbers drift a little below 0; every sample starts them anew.
             self.requests = (self.requests - connection.rates.requests).max(0.0);
@@ -200,39 +208,60 @@ impl ConnectionTable {
 
     /// Takes a sample of every connection's figures, from which the smoothed rates follow.
     ///
-    /// An exponential mean with a time constant of 30 s; the first sample sets the base only.
+    /// An exponential mean with a time constant of 30 s, divided by the weight that its samples have together: so a young
+    /// connection's rate is the plain mean since it was opened, and what a moved client weighs is known at once.
+    /// Of a connection that is older than the agent the first sample sets the base only.
     pub fn sample(&mut self, now: Timestamp) {
-        let seconds = self.sampled_at.map_or(0.0, |at| now.since(at).as_secs_f64());
-        if self.sampled_at.is_some() && seconds <= 0.0 {
+        if self.sampled_at.is_some_and(|at| at >= now) {
             return;
         }
+        let interval = self.sampled_at.map_or(0.0, |at| now.since(at).as_secs_f64());
         self.sampled_at = Some(now);
-        let keep = (-seconds / SMOOTHING_SECONDS).exp();
+        if self.trusted {
+            self.sampled_since.get_or_insert(now);
+        }
+        let keep_interval = (-interval / SMOOTHING_SECONDS).exp();
         let mut totals = Totals::default();
         for connection in self.connections.scan_mut() {
             let requests = connection.counters.requests;
             let bytes = connection.counters.bytes_in + connection.counters.bytes_out;
             let before = connection.sampled;
-            if before.is_set {
-                let smooth = |old: f64, new: u64, before: u64| {
-                    if old == 0.0 && new == before {
+            let age = now.since(connection.opened_at).as_secs_f64();
+            let (seconds, keep) = if age < interval || before.share == 0.0 && !connection.seeded {
+                (age, (-age / SMOOTHING_SECONDS).exp())
+            } else {
+                (interval, keep_interval)
+            };
+            let mut share = before.share;
+            if before.is_set && seconds > 0.0 {
+                let old = f64::from(share) * keep;
+                let new = 1.0 - keep;
+                let smooth = |rate: f64, total: u64, before: u64| {
+                    if rate == 0.0 && total == before {
                         return 0.0;
                     }
-                    keep * old + (1.0 - keep) * new.saturating_sub(before) as f64 / seconds
+                    (old * rate + new * total.saturating_sub(before) as f64 / seconds) / (old + new)
                 };
                 connection.rates = Rates {
                     requests: smooth(connection.rates.requests, requests, before.requests),
                     bytes: smooth(connection.rates.bytes, bytes, before.bytes),
                 };
+                share = (old + new) as f32;
             }
             connection.sampled = Sampled {
                 is_set: true,
+                share,
                 requests,
                 bytes,
             };
             totals.count(connection);
         }
         self.totals = totals;
+    }
+
+    /// When the first sample was taken.
+    pub fn sampled_since(&self) -> Option<Timestamp> {
+        self.sampled_since
     }
 
     /// All connections, by id.
@@ -270,6 +299,11 @@ impl ConnectionTable {
     /// How many are draining.
     pub fn draining(&self) -> usize {
         self.totals.draining
+    }
+
+    /// How many streams are open on draining connections.
+    pub fn draining_streams(&self) -> u64 {
+        self.totals.draining_streams
     }
 
     /// The load of all active connections.
@@ -331,7 +365,12 @@ impl ConnectionTable {
                 identity: None,
                 counters,
                 rates: Rates::default(),
-                sampled: Sampled::default(),
+                sampled: Sampled {
+                    is_set: !seeded,
+                    share: 0.0,
+                    requests: 0,
+                    bytes: socket.bytes_in + socket.bytes_out,
+                },
             });
         }
         if let Some(known) = self.early.remove(&socket.id) {

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use rebalancer_core::{
     agent::Agent,
-    decision::{Decision, Hold, Outcomes},
+    decision::{Decision, Heavy, Hold, Outcomes},
     policy::{Mode, Weight},
     table::Connection,
     view::{ServerState, Snapshot},
@@ -31,8 +31,16 @@ pub struct WireSnapshot {
     pub connections: u64,
     /// Their load.
     pub load: f64,
+    /// The part of it that no move can place.
+    pub unmovable: f64,
     /// Connections that heard their GOAWAY.
     pub draining: u64,
+    /// Streams open on those.
+    pub draining_streams: u64,
+    /// What those who were told weighed.
+    pub told_load_total: f64,
+    /// Requests refused for overload a short while ago.
+    pub refused: u64,
     /// GOAWAYs since the agent started.
     pub goaways_total: u64,
     /// Connections accepted since then.
@@ -97,7 +105,11 @@ impl WireSnapshot {
             state: snapshot.state.into(),
             connections: snapshot.connections,
             load: snapshot.load,
+            unmovable: snapshot.unmovable,
             draining: snapshot.draining,
+            draining_streams: snapshot.draining_streams,
+            told_load_total: snapshot.told_load_total,
+            refused: snapshot.refused,
             goaways_total: snapshot.goaways_total,
             accepted_total: snapshot.accepted_total,
             plan_in_flight: snapshot.plan_in_flight,
@@ -127,15 +139,25 @@ impl WireSnapshot {
                 weight_name(weight)
             ));
         }
-        if !self.load.is_finite() || self.load < 0.0 {
-            return Err(format!("its load is {}", self.load));
+        for (what, value) in [
+            ("load", self.load),
+            ("unmovable load", self.unmovable),
+            ("told load", self.told_load_total),
+        ] {
+            if !value.is_finite() || value < 0.0 {
+                return Err(format!("its {what} is {value}"));
+            }
         }
         Ok(Snapshot {
             apiserver: ApiserverName::new(self.apiserver),
             state: self.state.into(),
             connections: self.connections,
             load: self.load,
+            unmovable: self.unmovable,
             draining: self.draining,
+            draining_streams: self.draining_streams,
+            told_load_total: self.told_load_total,
+            refused: self.refused,
             goaways_total: self.goaways_total,
             accepted_total: self.accepted_total,
             plan_in_flight: self.plan_in_flight,
@@ -223,6 +245,7 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
                 "state": WireState::from(entry.snapshot.state),
                 "connections": entry.snapshot.connections,
                 "load": rounded(entry.snapshot.load),
+                "unmovable": rounded(entry.snapshot.unmovable),
                 "draining": entry.snapshot.draining,
                 "age_ms": millis(entry.age),
             })
@@ -264,7 +287,23 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
         "victims": victims,
         "hold": decision.hold.as_ref().map(hold),
         "outcomes": outcomes(decision.outcomes),
+        "heaviest": decision.heaviest.iter().map(heavy).collect::<Vec<_>>(),
         "explanation": decision.explanation,
+    })
+}
+
+/// One of the heaviest connections, whether it moves or not.
+pub fn heavy(heavy: &Heavy) -> Value {
+    json!({
+        "connection": heavy.connection.to_string(),
+        "client": heavy.client.to_string(),
+        "user": heavy.user,
+        "user_agent": heavy.user_agent,
+        "load": rounded(heavy.load),
+        "requests_per_second": rounded(heavy.requests_per_second),
+        "bytes_per_second": rounded(heavy.bytes_per_second),
+        "open_watches": heavy.open_watches,
+        "unmovable": heavy.unmovable,
     })
 }
 
@@ -289,6 +328,18 @@ pub fn hold(hold: &Hold) -> Value {
         }
         Hold::BelowThreshold { skew, threshold } => json!({"skew": rounded(*skew), "threshold": rounded(*threshold)}),
         Hold::Noise { skew, noise_floor } => json!({"skew": rounded(*skew), "noise_floor": rounded(*noise_floor)}),
+        Hold::Unconfirmed { skew, looks, needed } => {
+            json!({"skew": rounded(*skew), "looks": looks, "needed": needed})
+        }
+        Hold::Unmovable { client, load, room } => {
+            json!({"client": client, "load": rounded(*load), "room": rounded(*room)})
+        }
+        Hold::RecipientsStressed {
+            apiserver,
+            refused,
+            limit,
+        } => json!({"apiserver": apiserver.as_str(), "refused": refused, "limit": limit}),
+        Hold::PeerPlanInFlight { apiserver } => json!({"apiserver": apiserver.as_str()}),
         Hold::CoolingDown {
             cooling,
             young,

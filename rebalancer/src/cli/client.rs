@@ -327,6 +327,32 @@ fn decision(answer: &Value) -> String {
             outcomes["pending"], outcomes["draining"], outcomes["moved"], outcomes["returned"], outcomes["lost"]
         );
     }
+    let heaviest = list(&answer["heaviest"]);
+    if !heaviest.is_empty() {
+        let mut table = Table::new(&[
+            "HEAVIEST",
+            "CLIENT",
+            "REQUESTS/S",
+            "BYTES/S",
+            "WATCHES",
+            "MOVABLE",
+            "USER",
+            "USER AGENT",
+        ]);
+        for heavy in heaviest {
+            table.row([
+                text(&heavy["connection"]),
+                text(&heavy["client"]),
+                text(&heavy["requests_per_second"]),
+                text(&heavy["bytes_per_second"]),
+                text(&heavy["open_watches"]),
+                if heavy["unmovable"] == true { "no" } else { "yes" }.to_owned(),
+                text(&heavy["user"]),
+                text(&heavy["user_agent"]),
+            ]);
+        }
+        let _ = write!(out, "\n{table}");
+    }
     out
 }
 

@@ -8,6 +8,7 @@ mod agent;
 mod client;
 mod completions;
 mod relay;
+mod simulate;
 mod system_info;
 mod table;
 
@@ -26,6 +27,8 @@ enum Command {
     Relay(Box<relay::Arguments>),
     #[command(flatten)]
     Ask(client::Question),
+    /// Show what would happen, and what it costs: in virtual time, with the agent's own planner
+    Simulate(simulate::Arguments),
     /// Show what this machine lets the agent do, each feature by really trying it
     SystemInfo(system_info::Arguments),
     /// Print a shell's completion script.
@@ -53,6 +56,7 @@ pub fn run() -> ExitCode {
         Command::Agent(arguments) => logged(|| agent::run(*arguments)),
         Command::Relay(arguments) => logged(|| relay::run(*arguments)),
         Command::Ask(question) => runtime().and_then(|runtime| runtime.block_on(client::run(question))),
+        Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
     };

@@ -93,6 +93,7 @@ fn report(answer: wire::Connections) -> ShimReport {
     ShimReport {
         instance: answer.instance,
         generation: answer.generation,
+        refused_total: answer.refused_total,
         full: answer.full,
         closed: answer.closed.iter().map(|id| ConnectionId(id.0)).collect(),
         connections: answer

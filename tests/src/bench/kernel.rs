@@ -354,7 +354,7 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
 }
 
 /// A ClientHello as rustls sends it, with a post-quantum key share.
-fn client_hello() -> anyhow::Result<Vec<u8>> {
+pub(super) fn client_hello() -> anyhow::Result<Vec<u8>> {
     let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(RootCertStore::empty())

@@ -2,6 +2,7 @@
 //!
 //! Output: figures. Must never compare figures of different runs.
 
+pub mod crowd;
 pub mod floor;
 pub mod kernel;
 pub mod load;
@@ -9,3 +10,4 @@ pub mod machine;
 pub mod peers;
 pub mod relay;
 pub mod report;
+pub mod steer;

@@ -8,9 +8,10 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use rebalancer_tests::{
     bench::{
-        floor, kernel,
+        crowd, floor, kernel,
         peers::Programs,
         relay::{self, Effort},
+        steer,
     },
     process::log_directory,
 };
@@ -28,6 +29,10 @@ enum Command {
     Relay(Relay),
     /// What the kernel programs cost
     Kernel(Kernel),
+    /// What the probe's answer costs
+    Steer(Steer),
+    /// What finding the place for the probe costs
+    SteerFind(SteerFind),
     /// The byte-for-byte TLS relay
     #[command(hide = true)]
     Floor(Floor),
@@ -50,6 +55,26 @@ struct Kernel {
     /// The `rebalancer` binary
     #[arg(long)]
     rebalancer: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Steer {
+    /// The small server with the apiserver's filter
+    #[arg(long)]
+    server: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct SteerFind {
+    /// A binary with the apiserver's filter
+    #[arg(long)]
+    binary: PathBuf,
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
@@ -90,7 +115,19 @@ fn run(command: Command) -> anyhow::Result<()> {
             (figures.json(), figures.page(), arguments.page)
         }
         Command::Kernel(arguments) => {
-            let figures = kernel::run(&arguments.rebalancer, &directory()?, say)?;
+            let directory = directory()?;
+            let programs = kernel::run(&arguments.rebalancer, &directory, say)?;
+            let agent = crowd::run(&arguments.rebalancer, &directory, say)?;
+            let mut json = programs.json();
+            json["agent"] = agent.json();
+            (json, format!("{}\n{}", programs.page(), agent.page()), arguments.page)
+        }
+        Command::Steer(arguments) => {
+            let figures = steer::run(&arguments.server, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::SteerFind(arguments) => {
+            let figures = steer::find(&arguments.binary)?;
             (figures.json(), figures.page(), arguments.page)
         }
     };

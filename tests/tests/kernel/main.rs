@@ -13,7 +13,7 @@ use std::{
 use rebalancer_tests::{
     binary,
     netns::{Namespace, Network},
-    node::ask,
+    node::{ask, ask_text},
     process::{Process, log_directory, wait_for},
     skip,
 };
@@ -30,6 +30,7 @@ struct Host {
     directory: PathBuf,
     agent: Option<Process>,
     source: &'static str,
+    kernel_log: &'static str,
 }
 
 impl Host {
@@ -40,6 +41,7 @@ impl Host {
             directory: log_directory("rebalancer-kernel-").expect("a directory"),
             agent: None,
             source,
+            kernel_log: "off",
         }
     }
 
@@ -56,6 +58,7 @@ impl Host {
         command
             .args(["agent", "--node-name=node-1", "--interval=200ms"])
             .arg(format!("--source={}", self.source))
+            .arg(format!("--kernel-log={}", self.kernel_log))
             .arg(format!("--apiserver-port={PORT}"))
             .arg(format!("--api=unix:{}", self.directory.join("agent.sock").display()));
         let agent = Process::start("agent", command, Some(self.node().fd()), &self.directory).expect("an agent");
@@ -276,6 +279,57 @@ fn a_port_that_closes_and_opens_is_noticed() {
         becomes(&mut host, "down");
         let _again = host.listen("[::]");
         becomes(&mut host, "ready");
+    }
+}
+
+#[test]
+fn connections_that_come_and_go_do_not_cost_a_complete_list() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    let listener = host.listen("0.0.0.0");
+    let address = host.address();
+    host.start_agent();
+    let lists = |host: &Host| -> u64 {
+        let metrics = ask_text(&host.directory.join("agent.sock"), "/metrics").expect("metrics");
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("rebalancer_bpf_events_total{kind=\"resync\"} "));
+        line.expect("the first list").parse().expect("a number")
+    };
+    let before = lists(&host);
+    for count in 1..=20 {
+        let open = host.connect(address, &listener);
+        host.expect("the new one", |list| list.len() == 1);
+        drop(open);
+        host.expect("none again", <[Value]>::is_empty);
+        assert_eq!(lists(&host), before, "after {count} connections");
+    }
+}
+
+#[test]
+fn the_programs_log_what_they_see_only_when_asked() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    for (level, says) in [("debug", true), ("off", false)] {
+        let mut host = Host::new("ebpf");
+        host.kernel_log = level;
+        host.start_agent();
+        let listener = host.listen("0.0.0.0");
+        let (mut client, _accepted) = host.connect(host.address(), &listener);
+        client.write_all(&client_hello(&["h2"])).expect("a hello");
+        host.expect("the offer", |list| protocols(list) == ["offered"]);
+        let said = |host: &Host| {
+            let log = host.agent.as_ref().expect("it runs").log();
+            log.contains("octets of a hello") && log.contains("state 3 to 1")
+        };
+        if says {
+            wait_for(PATIENCE, || said(&host).then_some(())).expect("both programs speak");
+        } else {
+            assert!(!said(&host));
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 mod kernel;
 mod page;
 mod relay;
+mod steer;
 
 use std::{
     fs,
@@ -28,6 +29,8 @@ enum Bench {
     Kernel(kernel::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
     Relay(relay::Arguments),
+    /// The probe's answer, beside a probe that does nothing
+    Steer(steer::Arguments),
 }
 
 /// Runs one.
@@ -35,6 +38,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
+        Bench::Steer(arguments) => steer::run_bench(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,274 @@
+//! Who is told: the victims that make up a quota.
+//!
+//! Input: the table, the policy, cool-downs, how much load and how many connections. Output: victims, each with a reason.
+//! Must never choose somebody who cannot or must not be moved; must never depend on the order of the table in memory.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+};
+
+use super::{cooldown::Cooldowns, load_of};
+use crate::{
+    decision::{Heavy, Hold, Victim},
+    policy::{Policy, Weight},
+    shim::ConnectionState,
+    table::{ClientKey, Connection, ConnectionTable},
+    words::{ConnectionId, Protocol, Timestamp},
+};
+
+/// How much is to be told.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Request {
+    /// Load, in the unit of the weight.
+    pub quota: f64,
+    /// Connections at most.
+    pub limit: usize,
+    /// Whoever is heavier stays: wherever it goes, that apiserver is above the target. Infinite when all weigh the same.
+    pub ceiling: f64,
+}
+
+/// The order in which connections are preferred: the lowest first.
+type Rank = (u64, u64, ConnectionId);
+
+/// Why a connection is no candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// It has moved, or cannot hear a GOAWAY.
+    Deaf,
+    Unknown,
+    Young,
+    Excluded,
+    Cooling,
+}
+
+/// Chooses the victims that make up a quota.
+///
+/// With equal weights: those with the fewest open watches first, then the oldest; with other weights: the heaviest
+/// first that still fits. Ties are broken by id.
+///
+/// # Errors
+///
+/// The hold that says why nobody can be moved.
+pub fn choose(
+    table: &ConnectionTable,
+    policy: &Policy,
+    cooldowns: &Cooldowns,
+    request: Request,
+    now: Timestamp,
+) -> Result<Vec<Victim>, Hold> {
+    let mut room = request.quota;
+    let mut victims: Vec<Victim> = Vec::new();
+    let mut spent: BTreeMap<ClientKey, usize> = BTreeMap::new();
+    // Only the best of a large table are put into order, in rounds: a client may turn out not to fit any more.
+    let round = request.limit.saturating_mul(2).max(64);
+    let mut after: Option<Rank> = None;
+    'rounds: loop {
+        let fits = |load: f64| load > 0.0 && load <= room.min(request.ceiling);
+        let best = best(table, policy, cooldowns, fits, after, round, now);
+        let is_last = best.len() < round;
+        for (rank, connection) in best {
+            after = Some(rank);
+            if victims.len() == request.limit {
+                break 'rounds;
+            }
+            let load = load_of(connection, policy.weight);
+            if load > room {
+                continue;
+            }
+            let key = connection.client_key();
+            let told = spent.entry(key.clone()).or_default();
+            if *told >= cooldowns.left(&key) {
+                continue;
+            }
+            *told += 1;
+            room -= load;
+            victims.push(victim(connection, load, policy.weight, now));
+        }
+        if is_last {
+            break;
+        }
+    }
+    if victims.is_empty() {
+        return Err(nobody(table, policy, cooldowns, request, now));
+    }
+    Ok(victims)
+}
+
+/// The first `count` candidates that rank after `after` and whose load fits, in order.
+fn best<'a>(
+    table: &'a ConnectionTable,
+    policy: &Policy,
+    cooldowns: &Cooldowns,
+    fits: impl Fn(f64) -> bool,
+    after: Option<Rank>,
+    count: usize,
+    now: Timestamp,
+) -> Vec<(Rank, &'a Connection)> {
+    let mut worst_first: BinaryHeap<Candidate<'a>> = BinaryHeap::with_capacity(count + 1);
+    for connection in table.scan() {
+        let load = load_of(connection, policy.weight);
+        if !fits(load) {
+            continue;
+        }
+        let rank = rank(connection, load, policy.weight);
+        if after.is_some_and(|after| rank <= after)
+            || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
+            || refusal(connection, policy, cooldowns, now).is_some()
+        {
+            continue;
+        }
+        worst_first.push(Candidate { rank, connection });
+        if worst_first.len() > count {
+            worst_first.pop();
+        }
+    }
+    let sorted = worst_first.into_sorted_vec();
+    sorted
+        .into_iter()
+        .map(|candidate| (candidate.rank, candidate.connection))
+        .collect()
+}
+
+fn rank(connection: &Connection, load: f64, weight: Weight) -> Rank {
+    match weight {
+        Weight::Connections => (
+            u64::from(connection.counters.open_watches),
+            connection.opened_at.as_millis(),
+            connection.id,
+        ),
+        // The bits of positive numbers are in their order.
+        Weight::Requests | Weight::Bytes | Weight::Streams => (!load.to_bits(), 0, connection.id),
+    }
+}
+
+/// Why a connection may not be told, if it may not; cheap questions first.
+fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now: Timestamp) -> Option<Refusal> {
+    if connection.state == ConnectionState::Draining || connection.protocol == Protocol::Http1 {
+        return Some(Refusal::Deaf);
+    }
+    if connection.protocol == Protocol::Unknown {
+        return Some(Refusal::Unknown);
+    }
+    if now.since(connection.opened_at) < policy.min_connection_age && !connection.seeded {
+        return Some(Refusal::Young);
+    }
+    let excluded = connection.is_node_local()
+        || policy
+            .exclusions
+            .matches(connection.client().ip(), connection.user(), connection.user_agent());
+    if excluded {
+        return Some(Refusal::Excluded);
+    }
+    (!cooldowns.is_empty() && cooldowns.left(&connection.client_key()) == 0).then_some(Refusal::Cooling)
+}
+
+/// Why nobody is a victim: the whole table once more, now that it does not matter how long it takes.
+fn nobody(table: &ConnectionTable, policy: &Policy, cooldowns: &Cooldowns, request: Request, now: Timestamp) -> Hold {
+    let mut candidates = 0;
+    let mut refusals: BTreeMap<u8, usize> = BTreeMap::new();
+    for connection in table.scan() {
+        match refusal(connection, policy, cooldowns, now) {
+            Some(refusal) => *refusals.entry(refusal as u8).or_default() += 1,
+            None => candidates += 1,
+        }
+    }
+    let count = |refusal: Refusal| refusals.get(&(refusal as u8)).copied().unwrap_or_default();
+    if candidates > 0
+        && policy.weight != Weight::Connections
+        && let Some(heavy) = heaviest(table, policy.weight, request.ceiling, 1).pop()
+    {
+        return Hold::Unmovable {
+            client: heavy.name(),
+            load: heavy.load,
+            room: request.quota,
+        };
+    }
+    Hold::CoolingDown {
+        cooling: count(Refusal::Cooling),
+        young: count(Refusal::Young),
+        excluded: count(Refusal::Excluded),
+        unknown: count(Refusal::Unknown),
+    }
+}
+
+fn victim(connection: &Connection, load: f64, weight: Weight, now: Timestamp) -> Victim {
+    Victim {
+        connection: connection.id,
+        client: connection.client(),
+        user: connection.user().map(str::to_owned),
+        user_agent: connection.user_agent().map(str::to_owned),
+        load,
+        age: now.since(connection.opened_at),
+        why: match weight {
+            Weight::Connections => format!("{} open watches, cheap to move", connection.counters.open_watches),
+            Weight::Requests | Weight::Bytes | Weight::Streams => "the heaviest that still fits".to_owned(),
+        },
+    }
+}
+
+/// The heaviest active connections, the heaviest first; with equal weights those with the most requests a second.
+pub fn heaviest(table: &ConnectionTable, weight: Weight, ceiling: f64, count: usize) -> Vec<Heavy> {
+    let load = |connection: &Connection| match weight {
+        Weight::Connections => connection.rates.requests,
+        weight => load_of(connection, weight),
+    };
+    let mut lightest_first: BinaryHeap<Reverse<Candidate<'_>>> = BinaryHeap::with_capacity(count + 1);
+    for connection in table.scan().filter(|connection| connection.is_active()) {
+        // Where two weigh the same, the lower id is the heavier.
+        let rank = (load(connection).to_bits(), 0, ConnectionId(u64::MAX - connection.id.0));
+        if lightest_first.len() == count
+            && lightest_first
+                .peek()
+                .is_some_and(|Reverse(lightest)| rank <= lightest.rank)
+        {
+            continue;
+        }
+        lightest_first.push(Reverse(Candidate { rank, connection }));
+        if lightest_first.len() > count {
+            lightest_first.pop();
+        }
+    }
+    lightest_first
+        .into_sorted_vec()
+        .into_iter()
+        .map(|Reverse(Candidate { connection, .. })| Heavy {
+            connection: connection.id,
+            client: connection.client(),
+            user: connection.user().map(str::to_owned),
+            user_agent: connection.user_agent().map(str::to_owned),
+            load: load_of(connection, weight),
+            requests_per_second: connection.rates.requests,
+            bytes_per_second: connection.rates.bytes,
+            open_watches: connection.counters.open_watches,
+            unmovable: weight != Weight::Connections && load_of(connection, weight) > ceiling,
+        })
+        .collect()
+}
+
+/// A connection by its rank.
+#[derive(Clone, Copy, Debug)]
+struct Candidate<'a> {
+    rank: Rank,
+    connection: &'a Connection,
+}
+
+impl Ord for Candidate<'_> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank.cmp(&other.rank)
+    }
+}
+
+impl PartialOrd for Candidate<'_> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.rank == other.rank
+    }
+}
+
+impl Eq for Candidate<'_> {}

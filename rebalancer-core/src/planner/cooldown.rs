@@ -1,0 +1,62 @@
+//! Who was told, and until when it is left alone.
+//!
+//! Input: clients that are told. Output: how often each may still be told.
+//! Must never let a client be told twice in its cool-down for one and the same connection.
+
+use std::collections::BTreeMap;
+
+use crate::{table::ClientKey, words::Timestamp};
+
+/// Clients in their cool-down.
+#[derive(Clone, Debug, Default)]
+pub struct Cooldowns {
+    told: BTreeMap<ClientKey, Cooldown>,
+}
+
+#[derive(Clone, Debug)]
+struct Cooldown {
+    until: Timestamp,
+    told: usize,
+    /// A client with several connections may be told once for each.
+    allowed: usize,
+}
+
+impl Cooldowns {
+    /// Notes that a client with `connections` connections is told now.
+    pub fn note(&mut self, key: ClientKey, connections: usize, until: Timestamp) {
+        let entry = self.told.entry(key).or_insert(Cooldown {
+            until,
+            told: 0,
+            allowed: connections.max(1),
+        });
+        entry.told += 1;
+        entry.until = until;
+    }
+
+    /// Forgets who may be told again.
+    pub fn expire(&mut self, now: Timestamp) {
+        self.told.retain(|_, cooldown| cooldown.until > now);
+    }
+
+    /// Takes back a note: the client was not told after all.
+    pub fn forget(&mut self, key: &ClientKey) {
+        if let Some(cooldown) = self.told.get_mut(key) {
+            cooldown.told = cooldown.told.saturating_sub(1);
+            if cooldown.told == 0 {
+                self.told.remove(key);
+            }
+        }
+    }
+
+    /// Whether nobody is in a cool-down.
+    pub fn is_empty(&self) -> bool {
+        self.told.is_empty()
+    }
+
+    /// How many more of a client's connections may be told now.
+    pub fn left(&self, key: &ClientKey) -> usize {
+        self.told
+            .get(key)
+            .map_or(usize::MAX, |cooldown| cooldown.allowed.saturating_sub(cooldown.told))
+    }
+}

@@ -1,0 +1,297 @@
+//! The built-in scenarios: a cluster, and what happens to it.
+//!
+//! Input: a name. Output: a setup. Must never depend on anything but the name.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use rebalancer_core::{
+    policy::{Policy, Weight},
+    words::ApiserverName,
+};
+
+use crate::{
+    balancer::LoadBalancer,
+    setup::{Group, Horizon, Incident, Placement, Setup, Spread},
+};
+
+/// One of the built-in scenarios.
+#[derive(Clone, Copy, Debug)]
+pub struct Scenario {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is, in a line.
+    pub about: &'static str,
+    /// The cluster.
+    pub build: fn() -> Setup,
+}
+
+/// All of them.
+pub const SCENARIOS: [Scenario; 14] = [
+    Scenario {
+        name: "restart",
+        about: "300 clients; one of three apiservers dies and comes back empty",
+        build: restart,
+    },
+    Scenario {
+        name: "rolling-upgrade",
+        about: "1,000 kubelets, 24 hours, three apiservers upgraded one after the other",
+        build: rolling_upgrade,
+    },
+    Scenario {
+        name: "heavy-tail",
+        about: "3,000 clients, lognormal request rates (sigma 1.5), weighed by requests, behind leastconn as HAProxy counts",
+        build: heavy_tail,
+    },
+    Scenario {
+        name: "heavy-controller",
+        about: "one controller asks more than two apiservers' share: it cannot be placed, and is not moved",
+        build: heavy_controller,
+    },
+    Scenario {
+        name: "list-flood",
+        about: "a restart behind leastconn; 200 agents break, land on the empty apiserver all at once and LIST everything",
+        build: list_flood,
+    },
+    Scenario {
+        name: "scale-out",
+        about: "a fourth apiserver joins",
+        build: scale_out,
+    },
+    Scenario {
+        name: "scale-in",
+        about: "the fourth apiserver leaves",
+        build: scale_in,
+    },
+    Scenario {
+        name: "lb-change",
+        about: "clients that come straight back, until another load balancer is put in",
+        build: lb_change,
+    },
+    Scenario {
+        name: "leastconn-draining",
+        about: "a restart behind a leastconn that counts draining sockets, with long watches",
+        build: leastconn_draining,
+    },
+    Scenario {
+        name: "lost-snapshots",
+        about: "a restart while every second snapshot between agents is lost",
+        build: lost_snapshots,
+    },
+    Scenario {
+        name: "late-snapshots",
+        about: "a restart while snapshots take 3 s",
+        build: late_snapshots,
+    },
+    Scenario {
+        name: "partition",
+        about: "one agent is cut off in the middle of a rebalancing, for five minutes",
+        build: partition,
+    },
+    Scenario {
+        name: "clock-trouble",
+        about: "an agent stands still for a minute in the middle of a rebalancing, then sees the time pass at once",
+        build: clock_trouble,
+    },
+    Scenario {
+        name: "steady",
+        about: "5,000 clients behind a random load balancer, a quarter of them restarts every hour: nothing to do",
+        build: steady,
+    },
+];
+
+/// The scenario of that name.
+pub fn named(name: &str) -> Option<Scenario> {
+    SCENARIOS.into_iter().find(|scenario| scenario.name == name)
+}
+
+/// The defaults of the agent.
+pub fn default_policy() -> Policy {
+    Policy::new(ApiserverName::new("any"), BTreeSet::new())
+}
+
+fn minutes(count: u64) -> Duration {
+    Duration::from_secs(60 * count)
+}
+
+fn cluster(groups: Vec<Group>, balancer: LoadBalancer, length: Duration) -> Setup {
+    Setup {
+        apiservers: 3,
+        members: Vec::new(),
+        groups,
+        placement: Placement::Balanced,
+        balancer,
+        incidents: Vec::new(),
+        horizon: Horizon::Fixed(length),
+        policy: default_policy(),
+        churn_per_hour: 0.0,
+        identities: true,
+        sample: None,
+    }
+}
+
+fn agents(count: usize) -> Group {
+    Group {
+        name: "agent".to_owned(),
+        count,
+        requests: Spread::Constant(1.0),
+        watches: 3,
+        list_seconds: 0.0,
+    }
+}
+
+fn dies_and_returns(server: usize, at: u64, seconds: u64) -> [(Duration, Incident); 2] {
+    [
+        (Duration::from_secs(at), Incident::Crash(server)),
+        (Duration::from_secs(at + seconds), Incident::Start(server)),
+    ]
+}
+
+fn restart() -> Setup {
+    Setup {
+        incidents: dies_and_returns(2, 60, 30).to_vec(),
+        ..cluster(vec![agents(300)], LoadBalancer::RoundRobin, minutes(20))
+    }
+}
+
+fn rolling_upgrade() -> Setup {
+    let hour = 3_600;
+    let upgrades = (0..3).flat_map(|server| dies_and_returns(server, hour + 300 * server as u64, 60));
+    Setup {
+        incidents: upgrades.collect(),
+        ..cluster(vec![Group::kubelets(1_000)], LoadBalancer::Random, minutes(24 * 60))
+    }
+}
+
+fn heavy_tail() -> Setup {
+    let clients = Group {
+        requests: Spread::Lognormal {
+            median: 0.5,
+            sigma: 1.5,
+        },
+        ..agents(3_000)
+    };
+    let mut policy = default_policy();
+    policy.weight = Weight::Requests;
+    policy.skew_target = 0.05;
+    // The draw decides how uneven it is: whatever is above the target is to be moved.
+    policy.skew_threshold = 0.055;
+    Setup {
+        policy,
+        // One that does not count draining sockets sends whoever leaves the emptiest straight back to it.
+        ..cluster(vec![clients], LoadBalancer::LeastconnSockets, minutes(60))
+    }
+}
+
+fn heavy_controller() -> Setup {
+    let controller = Group {
+        name: "controller".to_owned(),
+        count: 1,
+        requests: Spread::Constant(800.0),
+        watches: 30,
+        list_seconds: 0.0,
+    };
+    let mut policy = default_policy();
+    policy.weight = Weight::Requests;
+    Setup {
+        policy,
+        incidents: vec![(minutes(5), Incident::Arrive(controller))],
+        ..cluster(vec![agents(600)], LoadBalancer::Leastconn, minutes(60))
+    }
+}
+
+fn list_flood() -> Setup {
+    let listers = Group {
+        name: "lister".to_owned(),
+        count: 200,
+        requests: Spread::Constant(0.5),
+        watches: 10,
+        list_seconds: 2.0,
+    };
+    let mut incidents = dies_and_returns(2, 300, 60).to_vec();
+    // A moment after the apiserver is back, and before its clients are.
+    incidents.push((Duration::from_secs(368), Incident::ListFlood(200)));
+    Setup {
+        incidents,
+        ..cluster(
+            vec![Group::kubelets(1_000), listers],
+            LoadBalancer::LeastconnSockets,
+            minutes(60),
+        )
+    }
+}
+
+fn scale_out() -> Setup {
+    Setup {
+        apiservers: 4,
+        members: vec![0, 1, 2],
+        incidents: vec![(minutes(5), Incident::Members(vec![0, 1, 2, 3]))],
+        ..cluster(vec![agents(1_200)], LoadBalancer::Random, minutes(40))
+    }
+}
+
+fn scale_in() -> Setup {
+    Setup {
+        apiservers: 4,
+        incidents: vec![(minutes(5), Incident::Members(vec![0, 1, 2]))],
+        ..cluster(vec![agents(1_200)], LoadBalancer::Random, minutes(40))
+    }
+}
+
+fn lb_change() -> Setup {
+    let mut incidents = dies_and_returns(2, 60, 30).to_vec();
+    incidents.push((minutes(60), Incident::Balancer(LoadBalancer::RoundRobin)));
+    Setup {
+        incidents,
+        churn_per_hour: 0.2,
+        ..cluster(vec![agents(900)], LoadBalancer::Affinity, minutes(240))
+    }
+}
+
+fn leastconn_draining() -> Setup {
+    Setup {
+        incidents: dies_and_returns(2, 60, 30).to_vec(),
+        ..cluster(vec![agents(900)], LoadBalancer::LeastconnSockets, minutes(40))
+    }
+}
+
+fn lost_snapshots() -> Setup {
+    let mut setup = restart();
+    setup.incidents.insert(0, (Duration::ZERO, Incident::SnapshotLoss(0.5)));
+    setup
+}
+
+fn late_snapshots() -> Setup {
+    let mut setup = restart();
+    setup
+        .incidents
+        .insert(0, (Duration::ZERO, Incident::SnapshotDelay(Duration::from_secs(3))));
+    setup
+}
+
+fn partition() -> Setup {
+    let mut setup = cluster(vec![agents(900)], LoadBalancer::RoundRobin, minutes(30));
+    setup.incidents = dies_and_returns(2, 60, 30).to_vec();
+    setup
+        .incidents
+        .push((Duration::from_secs(110), Incident::Partition(vec![0])));
+    setup
+        .incidents
+        .push((Duration::from_secs(410), Incident::Partition(Vec::new())));
+    setup
+}
+
+fn clock_trouble() -> Setup {
+    let mut setup = cluster(vec![agents(900)], LoadBalancer::RoundRobin, minutes(30));
+    setup.incidents = dies_and_returns(2, 60, 30).to_vec();
+    setup
+        .incidents
+        .push((Duration::from_secs(110), Incident::Freeze(0, minutes(1))));
+    setup
+}
+
+fn steady() -> Setup {
+    Setup {
+        churn_per_hour: 0.25,
+        ..cluster(vec![agents(5_000)], LoadBalancer::Random, minutes(180))
+    }
+}

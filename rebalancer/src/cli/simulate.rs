@@ -1,0 +1,348 @@
+//! `rebalancer simulate`: what the rebalancer, the goaway lottery, an age limit and nobody do to the same cluster.
+//!
+//! Input: loads, a scenario, or a running agent's own view. Output: a table, JSON, a picture.
+//! Must never touch a cluster: with `--from live` it reads one answer of the local API, and simulates.
+
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, ValueEnum};
+use rebalancer_core::policy::Policy;
+use rebalancer_sim::{
+    balancer::LoadBalancer,
+    figures::{Run, Summary, summarise},
+    picture,
+    scenario::{self, SCENARIOS},
+    setup::{Contender, Group, Setup, Spread},
+    simulate,
+};
+use serde_json::{Value, json};
+
+use super::{Failure, print, runtime, table::Table};
+use crate::local::{SocketPath, client};
+
+/// What is simulated, and what is shown.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Clients on each apiserver at the start [default: 500,500,0]
+    #[arg(long, value_delimiter = ',', value_name = "COUNT,COUNT,…", conflicts_with_all = ["scenario", "from"])]
+    loads: Vec<usize>,
+    /// A built-in scenario; `list` names them
+    #[arg(long, value_name = "NAME", conflicts_with = "from")]
+    scenario: Option<String>,
+    /// Start from what the agent of this node sees
+    #[arg(long, value_enum)]
+    from: Option<From>,
+    /// The agent's local API, for `--from live`
+    #[arg(
+        long,
+        env = "REBALANCER_API",
+        default_value = "unix:/run/rebalancer/agent.sock",
+        value_name = "unix:PATH"
+    )]
+    api: SocketPath,
+    /// The load balancer: random, roundrobin, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev [default: roundrobin, or the scenario's own]
+    #[arg(long, value_name = "NAME")]
+    lb: Option<LoadBalancer>,
+    /// Skew above which clients are moved [default: 0.10, or the scenario's own]
+    #[arg(long, value_name = "SHARE")]
+    skew_threshold: Option<f64>,
+    /// Skew at which moving stops, and at which a cluster counts as balanced [default: 0.03, or the scenario's own]
+    #[arg(long, value_name = "SHARE")]
+    skew_target: Option<f64>,
+    /// How often it is run, each time with other chances
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    seeds: u64,
+    /// The first seed
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+    /// Draw the first run of each policy into this file (SVG)
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum From {
+    /// The running agent's view
+    Live,
+}
+
+/// Points of a picture.
+const POINTS: u32 = 400;
+
+/// Simulates and shows.
+pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    if arguments.scenario.as_deref() == Some("list") {
+        return list();
+    }
+    let (title, mut setup) = setup(arguments)?;
+    if let Some(lb) = arguments.lb {
+        setup.balancer = lb;
+    }
+    let Policy {
+        skew_threshold,
+        skew_target,
+        ..
+    } = &mut setup.policy;
+    *skew_target = arguments.skew_target.unwrap_or(*skew_target);
+    *skew_threshold = arguments.skew_threshold.unwrap_or(*skew_threshold);
+    setup.policy = setup
+        .policy
+        .checked()
+        .map_err(|error| Failure::Configuration(error.into()))?;
+
+    let contenders = [
+        Contender::Rebalancer,
+        Contender::GoawayChance(0.001),
+        Contender::GoawayChance(0.01),
+        Contender::MaxConnectionAge(Duration::from_secs(1_800)),
+        Contender::Nothing,
+    ];
+    let results = side_by_side(&setup, &contenders, arguments);
+    if let Some(path) = &arguments.svg {
+        draw(path, &title, &setup, &contenders, arguments.first_seed)?;
+    }
+    let answer = json!({
+        "simulated": title,
+        "lb": setup.balancer.to_string(),
+        "skew_threshold": setup.policy.skew_threshold,
+        "skew_target": setup.policy.skew_target,
+        "seeds": arguments.seeds,
+        "policies": results.iter().map(|(contender, summary, first)| policy(*contender, summary, first)).collect::<Vec<_>>(),
+    });
+    if arguments.json {
+        print(&format!("{answer}\n"))
+    } else {
+        print(&shown(&title, &setup, arguments.seeds, &results))
+    }
+}
+
+fn list() -> Result<(), Failure> {
+    let mut table = Table::new(&["SCENARIO", "WHAT HAPPENS"]);
+    for scenario in SCENARIOS {
+        table.row([scenario.name.to_owned(), scenario.about.to_owned()]);
+    }
+    print(&table.to_string())
+}
+
+fn setup(arguments: &Arguments) -> Result<(String, Setup), Failure> {
+    if let Some(name) = &arguments.scenario {
+        let scenario = scenario::named(name).ok_or_else(|| {
+            let names: Vec<&str> = SCENARIOS.iter().map(|scenario| scenario.name).collect();
+            Failure::Configuration(anyhow!(
+                "--scenario {name}: there is none of that name; choose one of {}",
+                names.join(", ")
+            ))
+        })?;
+        return Ok((format!("{}: {}", scenario.name, scenario.about), (scenario.build)()));
+    }
+    if arguments.from == Some(From::Live) {
+        return live(&arguments.api);
+    }
+    let loads = if arguments.loads.is_empty() {
+        vec![500, 500, 0]
+    } else {
+        arguments.loads.clone()
+    };
+    sized(&loads)?;
+    let words: Vec<String> = loads.iter().map(ToString::to_string).collect();
+    Ok((
+        format!("({}) clients", words.join(", ")),
+        Setup::of_loads(&loads, LoadBalancer::RoundRobin, scenario::default_policy()),
+    ))
+}
+
+/// What one run can hold.
+fn sized(loads: &[usize]) -> Result<(), Failure> {
+    let total: usize = loads.iter().fold(0, |sum, load| sum.saturating_add(*load));
+    if loads.len() < 2 || loads.len() > 64 || total == 0 || total > 1_000_000 {
+        return Err(Failure::Configuration(anyhow!(
+            "--loads names {} apiservers with {total} clients: allowed are 2 to 64 apiservers and 1 to 1000000 clients in all",
+            loads.len()
+        )));
+    }
+    Ok(())
+}
+
+/// The cluster as the local agent sees it.
+fn live(api: &SocketPath) -> Result<(String, Setup), Failure> {
+    let runtime = runtime()?;
+    let ask = |path: &'static str| runtime.block_on(client::get::<Value>(&api.0, path));
+    let status = ask("/v1/status").context("--from live: cannot ask the agent")?;
+    let connections = ask("/v1/connections?limit=100000").context("--from live: cannot ask the agent")?;
+    let entries = status["view"].as_array().cloned().unwrap_or_default();
+    let mut loads = Vec::new();
+    for entry in &entries {
+        if entry["state"] == "ready" {
+            loads.push(entry["connections"].as_u64().unwrap_or_default() as usize);
+        }
+    }
+    if loads.len() < 2 {
+        let hold = status["hold"]["message"]
+            .as_str()
+            .unwrap_or("fewer than two apiservers are ready");
+        return Err(Failure::Job(anyhow!(
+            "--from live: there is nothing to compare: {hold}"
+        )));
+    }
+    sized(&loads)?;
+    let active: Vec<&Value> = connections["connections"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|connection| connection["state"] == "active")
+        .collect();
+    let mean = |key: &str| {
+        let sum: f64 = active.iter().filter_map(|connection| connection[key].as_f64()).sum();
+        sum / active.len().max(1) as f64
+    };
+    let number = |key: &str, otherwise: f64| status[key].as_f64().unwrap_or(otherwise);
+    let mut policy = scenario::default_policy();
+    policy.skew_threshold = number("skew_threshold", policy.skew_threshold);
+    policy.skew_target = number("skew_target", policy.skew_target);
+    let mut setup = Setup::of_loads(&loads, LoadBalancer::RoundRobin, policy);
+    // Without a shim no requests are seen; a client that is heard of at all asks once in 20 s or so.
+    let requests = mean("requests_per_second").max(0.05);
+    let watches = mean("open_watches").round() as u32;
+    setup.groups = vec![Group {
+        requests: Spread::Constant(requests),
+        watches,
+        ..Group::plain(loads.iter().sum())
+    }];
+    setup.identities = active.iter().any(|connection| connection["user"].is_string());
+    let words: Vec<String> = loads.iter().map(ToString::to_string).collect();
+    let title = format!(
+        "this cluster now: ({}) clients, each {requests:.2} requests a second and {watches} watches",
+        words.join(", ")
+    );
+    Ok((title, setup))
+}
+
+/// Runs every contender with every seed, on all processors; the order of the results does not depend on that.
+fn side_by_side(setup: &Setup, contenders: &[Contender], arguments: &Arguments) -> Vec<(Contender, Summary, Run)> {
+    let seeds = arguments.seeds as usize;
+    let jobs = contenders.len() * seeds;
+    let next = AtomicUsize::new(0);
+    let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let job = next.fetch_add(1, Relaxed);
+            if job >= jobs {
+                return done;
+            }
+            let seed = arguments.first_seed.wrapping_add((job % seeds) as u64);
+            done.push((job, simulate(setup, contenders[job / seeds], seed)));
+        }
+    };
+    let mut runs: Vec<(usize, Run)> = thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        handles
+            .into_iter()
+            // A panic in a run is a defect: it goes on up.
+            .flat_map(|handle| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    runs.sort_by_key(|(job, _)| *job);
+    let mut runs: Vec<Run> = runs.into_iter().map(|(_, run)| run).collect();
+    contenders
+        .iter()
+        .map(|contender| {
+            let rest = runs.split_off(seeds);
+            let own = std::mem::replace(&mut runs, rest);
+            let summary = summarise(&own);
+            (*contender, summary, own.into_iter().next().unwrap_or_default())
+        })
+        .collect()
+}
+
+/// Draws one run of each, with points as close as a picture can show.
+fn draw(path: &PathBuf, title: &str, setup: &Setup, contenders: &[Contender], seed: u64) -> Result<(), Failure> {
+    let length = |run: &Run| run.series.last().map_or(0.0, |sample| sample.at);
+    let drawn = |every: Duration| -> Vec<(String, Run)> {
+        let setup = Setup {
+            sample: Some(every),
+            ..setup.clone()
+        };
+        let run = |contender: &Contender| (contender.to_string(), simulate(&setup, *contender, seed));
+        contenders.iter().map(run).collect()
+    };
+    let rough = drawn(Duration::from_secs(10));
+    let longest = rough.iter().map(|(_, run)| length(run)).fold(1.0, f64::max);
+    let runs = drawn(Duration::from_secs_f64(longest / f64::from(POINTS)).max(Duration::from_millis(500)));
+    let shown: Vec<(String, &Run)> = runs.iter().map(|(name, run)| (name.clone(), run)).collect();
+    let title = format!("{title}, behind {}", setup.balancer);
+    std::fs::write(path, picture::draw(&title, &shown, setup.policy.skew_target))
+        .with_context(|| format!("--svg {}: cannot write it", path.display()))?;
+    Ok(())
+}
+
+fn policy(contender: Contender, summary: &Summary, first: &Run) -> Value {
+    json!({
+        "name": contender.to_string(),
+        "goaways_mean": summary.goaways_mean,
+        "goaways_p95": summary.goaways_p95,
+        "goaways_after_balance": summary.goaways_after_balance,
+        "seconds_to_balance_mean": summary.seconds_to_balance,
+        "balanced_ratio": summary.balanced as f64 / summary.runs.max(1) as f64,
+        "goaways_total_mean": summary.goaways_total,
+        "skew_mean": summary.mean_skew,
+        "skew_end": summary.last_skew,
+        "reconnects_mean": summary.reconnects,
+        "turns_mean": summary.turns,
+        "refused_lists_mean": summary.refused_lists,
+        "worst_list_seconds_mean": summary.worst_list_queue,
+        "holds_of_first_run": first.holds,
+    })
+}
+
+fn shown(title: &str, setup: &Setup, seeds: u64, results: &[(Contender, Summary, Run)]) -> String {
+    let mut table = Table::new(&[
+        "POLICY",
+        "GOAWAYS",
+        "P95",
+        "AFTER",
+        "TO BALANCE",
+        "BALANCED",
+        "TOTAL",
+        "MEAN SKEW",
+        "SKEW AT END",
+    ]);
+    for (contender, summary, _) in results {
+        table.row([
+            contender.to_string(),
+            format!("{:.1}", summary.goaways_mean),
+            format!("{:.0}", summary.goaways_p95),
+            format!("{:.1}", summary.goaways_after_balance),
+            summary.seconds_to_balance.map_or("-".to_owned(), picture::duration),
+            format!("{:.0} %", 100.0 * summary.balanced as f64 / summary.runs.max(1) as f64),
+            format!("{:.1}", summary.goaways_total),
+            format!("{:+.1} %", 100.0 * summary.mean_skew),
+            format!("{:+.1} %", 100.0 * summary.last_skew),
+        ]);
+    }
+    let mut text = format!(
+        "{title}; load balancer {}, target {:.1} %, {seeds} runs\n\n{table}",
+        setup.balancer,
+        100.0 * setup.policy.skew_target
+    );
+    if let Some((_, _, first)) = results.first()
+        && !first.explanations.is_empty()
+    {
+        text.push_str("\nwhat the agents said in the first run:\n");
+        for explanation in &first.explanations {
+            text.push_str("  ");
+            text.push_str(explanation);
+            text.push('\n');
+        }
+    }
+    text
+}
