@@ -10,6 +10,7 @@ use rebalancer_tests::{
     bench::{
         crowd, floor, kernel,
         peers::Programs,
+        planner,
         relay::{self, Effort},
     },
     process::log_directory,
@@ -28,6 +29,8 @@ enum Command {
     Relay(Relay),
     /// What the kernel programs cost
     Kernel(Kernel),
+    /// What a plan takes, and what the table holds
+    Planner(Planner),
     /// The byte-for-byte TLS relay
     #[command(hide = true)]
     Floor(Floor),
@@ -50,6 +53,13 @@ struct Kernel {
     /// The `rebalancer` binary
     #[arg(long)]
     rebalancer: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Planner {
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
@@ -87,6 +97,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
             let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Planner(arguments) => {
+            let figures = planner::run(say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::Kernel(arguments) => {

@@ -4,6 +4,7 @@
 
 mod kernel;
 mod page;
+mod planner;
 mod relay;
 
 use std::{
@@ -26,6 +27,8 @@ pub struct Arguments {
 enum Bench {
     /// What the kernel programs cost for an event and a packet
     Kernel(kernel::Arguments),
+    /// What a plan over 64 apiservers takes, and what a table of a million connections holds
+    Planner(planner::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
     Relay(relay::Arguments),
 }
@@ -34,6 +37,7 @@ enum Bench {
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
+        Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
