@@ -3,8 +3,8 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-/// The programs that count, and the one that answers in an apiserver's place.
-const OBJECTS: [&str; 2] = ["rebalancer-ebpf.o", "rebalancer-steer.o"];
+/// The programs that count, the one that answers in an apiserver's place, and the one that steers new connections.
+const OBJECTS: [&str; 3] = ["rebalancer-ebpf.o", "rebalancer-steer.o", "rebalancer-intercept.o"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);

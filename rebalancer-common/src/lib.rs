@@ -3,6 +3,7 @@
 //! Must never hold an enum, a bool or a pointer: the two sides are compiled apart.
 #![no_std]
 
+pub mod intercept;
 pub mod steer;
 
 /// [`SocketRecord::kind`]: a connection was accepted.
@@ -116,12 +117,12 @@ pub struct Offsets {
 mod user {
     // SAFETY: `repr(C)` integers without padding: any bytes are a value, and a value is nothing but its bytes.
     unsafe impl aya::Pod for super::Offsets {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::intercept::Steered {}
     // SAFETY: as above; the sizes are asserted to be the sums of the members'.
     unsafe impl aya::Pod for super::steer::ClientKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::steer::Victim {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for super::steer::Requests {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::steer::RequestOffsets {}
 }

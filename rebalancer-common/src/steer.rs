@@ -3,22 +3,24 @@
 //! The kernel program and its tests run the same [`parse`]: it is total, allocates nothing, and loops a bounded number
 //! of times over scalars only, so that the verifier is done with it quickly.
 
-/// Index into the map `ANSWERS`: how often the function was entered.
+/// Index into the map `ANSWERED`: how often the function was entered.
 pub const ANSWER_HITS: u32 = 0;
-/// Index into the map `ANSWERS`: answered yes.
+/// Index into the map `ANSWERED`: answered yes.
 pub const ANSWER_YES: u32 = 1;
-/// Index into the map `ANSWERS`: answered no.
+/// Index into the map `ANSWERED`: answered no.
 pub const ANSWER_NO: u32 = 2;
-/// Index into the map `ANSWERS`: the return address could not be read, so the function itself ran.
+/// Index into the map `ANSWERED`: the return address could not be read, so the function itself ran.
 pub const ANSWER_LEFT: u32 = 3;
-/// Index into the map `ANSWERS`: the request could not be read; answered no.
+/// Index into the map `ANSWERED`: the request could not be read; answered no.
 pub const ANSWER_UNREADABLE: u32 = 4;
-/// Index into the map `ANSWERS`: its client's address is no address; answered no.
+/// Index into the map `ANSWERED`: its client's address is no address; answered no.
 pub const ANSWER_NO_ADDRESS: u32 = 5;
-/// Index into the map `ANSWERS`: the victim's plan had expired; answered no.
+/// Index into the map `ANSWERED`: the victim's plan had expired; answered no.
 pub const ANSWER_EXPIRED: u32 = 6;
-/// How many counters the map `ANSWERS` has.
-pub const ANSWERS: u32 = 7;
+/// Index into the map `ANSWERED`: the request is not one over HTTP/2, for which the apiserver does not ask; answered no.
+pub const ANSWER_NOT_H2: u32 = 7;
+/// How many counters the map `ANSWERED` has.
+pub const ANSWERS: u32 = 8;
 
 /// How many victims there may be at once.
 pub const VICTIMS: u32 = 65_536;
@@ -50,16 +52,6 @@ pub struct Victim {
     pub told: u64,
 }
 
-/// Requests of one connection.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Requests {
-    /// Over HTTP/2.
-    pub h2: u64,
-    /// Over anything else.
-    pub http1: u64,
-}
-
 /// Where members of `net/http.Request` lie.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,7 +65,6 @@ pub struct RequestOffsets {
 const _: () = {
     assert!(size_of::<ClientKey>() == 20);
     assert!(size_of::<Victim>() == 24);
-    assert!(size_of::<Requests>() == 16);
     assert!(size_of::<RequestOffsets>() == 8);
 };
 

@@ -89,8 +89,10 @@ pub struct GoawayOrder {
 pub enum GoawayResult {
     /// GOAWAY is sent.
     Sent,
-    /// It will be sent at the connection's next request.
+    /// It will be sent at the connection's next request; another result follows then, or when it expires.
     Pending,
+    /// The order expired before the connection made a request.
+    Expired,
     /// It had one before.
     AlreadyDraining,
     /// The shim does not know this connection: it is gone.

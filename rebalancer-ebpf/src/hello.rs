@@ -1,6 +1,7 @@
 //! The first TLS record of each watched connection, as it arrives (cgroup_skb ingress on the root cgroup).
 //!
-//! Every packet of the machine passes here: a connection that is not watched, or classified, costs one lookup.
+//! Every packet of the machine passes here: one for another port costs a comparison, one of a connection that is
+//! classified a lookup.
 
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
@@ -11,7 +12,7 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, warn};
 use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS};
 
-use crate::{EARLY, HELLOS, lost};
+use crate::{EARLY, HELLOS, OFFSETS, lost, wake_beyond};
 
 const PASS: i32 = 1;
 const IPPROTO_TCP: u8 = 6;
@@ -30,7 +31,8 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
     // demands.
     unsafe {
         let socket: *mut bpf_sock = core::ptr::read_volatile(&raw const (*skb).__bindgen_anon_2.sk);
-        if socket.is_null() {
+        // What the rest of the machine pays ends here.
+        if socket.is_null() || core::ptr::read_volatile(&raw const (*socket).src_port) != OFFSETS.load().port {
             return PASS;
         }
         let full = bpf_sk_fullsock(socket);
@@ -133,6 +135,6 @@ unsafe fn capture(ctx: &SkBuffContext, early: *mut Early) {
     if (early.wanted != 0 && early.seen >= early.wanted) || early.seen > LONGEST {
         early.done = 1;
     }
-    entry.submit(0);
+    entry.submit(wake_beyond(&HELLOS, 1 << 19));
     debug!(ctx, "{} octets of a hello at {}", taken, offset);
 }

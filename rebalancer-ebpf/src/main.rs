@@ -10,6 +10,7 @@ mod read;
 mod state;
 
 use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     Global,
     btf_maps::SkStorage,
     macros::{btf_map, map},
@@ -52,6 +53,17 @@ static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOST_COUNTERS, 0);
 /// One entry a watched connection, gone with its socket.
 #[btf_map]
 static EARLY: SkStorage<Early> = SkStorage::new();
+
+/// How to submit to a ring: the agent looks every tenth of a second, and is woken only when more than `octets` wait.
+/// Waking it for each event costs more than all the rest, an interrupt to itself from wherever the event happened.
+#[inline(always)]
+fn wake_beyond(ring: &RingBuf, octets: u64) -> u64 {
+    if ring.query(u64::from(BPF_RB_AVAIL_DATA)) > octets {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        u64::from(BPF_RB_NO_WAKEUP)
+    }
+}
 
 fn lost(what: u32) {
     if let Some(count) = LOST.get_ptr_mut(what) {

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, warn};
 use rebalancer_common::{Early, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_STORAGE};
 
-use crate::{EARLY, EVENTS, OFFSETS, lost, read};
+use crate::{EARLY, EVENTS, OFFSETS, lost, read, wake_beyond};
 
 /// include/net/tcp_states.h
 const ESTABLISHED: i32 = 1;
@@ -50,7 +50,7 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     record.cookie = unsafe { bpf_get_socket_cookie(socket) };
     record.kind = kind;
     entry.write(record);
-    entry.submit(0);
+    entry.submit(wake_beyond(&EVENTS, 1 << 17));
     debug!(&ctx, "socket {:x}: state {} to {}", record.cookie, old, new);
     0
 }

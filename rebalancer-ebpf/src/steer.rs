@@ -21,8 +21,8 @@ use aya_ebpf::{
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use rebalancer_common::steer::{
-    ANSWER_EXPIRED, ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_NO_ADDRESS, ANSWER_UNREADABLE, ANSWER_YES, ANSWERS,
-    COUNTED, ClientKey, RequestOffsets, Requests, TEXT_OCTETS, VICTIMS as MOST_VICTIMS, Victim, parse,
+    ANSWER_EXPIRED, ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_NO_ADDRESS, ANSWER_NOT_H2, ANSWER_UNREADABLE,
+    ANSWER_YES, ANSWERS, COUNTED, ClientKey, RequestOffsets, TEXT_OCTETS, VICTIMS as MOST_VICTIMS, Victim, parse,
 };
 
 /// Set by the loader, and frozen.
@@ -38,7 +38,7 @@ static VICTIMS: HashMap<ClientKey, Victim> = HashMap::with_max_entries(MOST_VICT
 
 /// Requests by connection.
 #[map]
-static REQUESTS: LruHashMap<ClientKey, Requests> = LruHashMap::with_max_entries(COUNTED, 0);
+static REQUESTS: LruHashMap<ClientKey, u64> = LruHashMap::with_max_entries(COUNTED, 0);
 
 /// What was answered, by the `ANSWER_` constants.
 #[map]
@@ -81,6 +81,11 @@ fn is_victim(request: u64) -> bool {
         count(ANSWER_UNREADABLE);
         return false;
     };
+    // The apiserver asks for HTTP/2 only: that this text is there shows that the argument is a request.
+    if proto.length != 8 || user(proto.begin) != Some(*b"HTTP/2.0") {
+        count(ANSWER_NOT_H2);
+        return false;
+    }
     let mut octets = [0_u8; TEXT_OCTETS];
     // The mask is for the verifier: a longer text is no address, and a part of one is not read as one.
     let length = (address.length & (TEXT_OCTETS as u64 - 1)) as u32;
@@ -97,17 +102,8 @@ fn is_victim(request: u64) -> bool {
         count(ANSWER_NO_ADDRESS);
         return false;
     };
-    let is_h2 = if proto.length == 8 {
-        let Some(word) = user::<[u8; 8]>(proto.begin) else {
-            count(ANSWER_UNREADABLE);
-            return false;
-        };
-        word == *b"HTTP/2.0"
-    } else {
-        false
-    };
-    count_request(&client, is_h2);
-    is_h2 && is_told(&client)
+    count_request(&client);
+    is_told(&client)
 }
 
 #[inline(always)]
@@ -130,20 +126,14 @@ fn is_told(client: &ClientKey) -> bool {
 }
 
 #[inline(always)]
-fn count_request(client: &ClientKey, is_h2: bool) {
+fn count_request(client: &ClientKey) {
     if REQUESTS.get_ptr_mut(client).is_none() {
         // Another request of the same connection may be first, or the map may be full of livelier ones.
-        let _ = REQUESTS.insert(client, &Requests { h2: 0, http1: 0 }, u64::from(BPF_NOEXIST));
+        let _ = REQUESTS.insert(client, &0, u64::from(BPF_NOEXIST));
     }
     if let Some(requests) = REQUESTS.get_ptr_mut(client) {
         // SAFETY: the pointer is to an entry of a preallocated map, which stays; the counter is added to atomically.
-        unsafe {
-            add(if is_h2 {
-                &raw mut (*requests).h2
-            } else {
-                &raw mut (*requests).http1
-            });
-        }
+        unsafe { add(requests) };
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod intercept;
 pub mod kernel;
 pub mod local;
 pub mod log;
@@ -12,4 +13,5 @@ mod random;
 pub mod relay;
 pub mod shim;
 pub mod span;
+pub mod steer;
 mod sys;

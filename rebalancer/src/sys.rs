@@ -3,8 +3,11 @@
 //! Must stay small: each function is one call and its SAFETY reason.
 
 use std::{
+    fs::File,
     io, mem,
     os::fd::{AsRawFd as _, BorrowedFd},
+    ptr, slice,
+    time::Duration,
 };
 
 /// A socket's cookie (`SO_COOKIE`, socket(7)): unique for the socket's life, and known to the kernel programs too.
@@ -52,4 +55,79 @@ pub fn raise_open_files() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok(limit.rlim_cur)
+}
+
+/// The kernel's monotonic clock (clock_gettime(2)), which kernel programs read too.
+pub fn monotonic() -> Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec that lives through the call; the clock exists on every Linux.
+    unsafe {
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now);
+    }
+    Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    )
+}
+
+/// A file's content, mapped and not copied (mmap(2)).
+#[derive(Debug)]
+pub struct Mapped {
+    begin: *mut libc::c_void,
+    length: usize,
+}
+
+impl Mapped {
+    /// Maps the whole file, readable only.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) says; an empty file cannot be mapped.
+    pub fn new(file: &File) -> io::Result<Self> {
+        let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        // SAFETY: the kernel chooses the address, the descriptor is open, and nothing is written through the mapping.
+        let begin = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ,
+                libc::MAP_PRIVATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if begin == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { begin, length })
+    }
+
+    /// The octets.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping is as long, and lives as long as `self`. The kernel does not let a running binary be
+        // written to (ETXTBSY), and whoever reads these octets takes them for what they are, not for what they should be.
+        unsafe { slice::from_raw_parts(self.begin.cast(), self.length) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and nothing borrows from it any more.
+        unsafe {
+            libc::munmap(self.begin, self.length);
+        }
+    }
+}
+
+/// The index of a network interface of this namespace.
+///
+/// # Errors
+///
+/// There is none of that name.
+pub fn interface_index(name: &std::ffi::CStr) -> io::Result<u32> {
+    // SAFETY: the pointer is to a string with its final zero, which lives through the call.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()),
+        index => Ok(index),
+    }
 }

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConnection, StreamOwned,
+    ClientConfig, ClientConnection, HandshakeKind, RootCertStore, ServerConnection, StreamOwned,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
 
@@ -188,6 +188,8 @@ pub struct Peer {
     pub protocol: Vec<u8>,
     /// Whether the other side brought a certificate.
     pub certified: bool,
+    /// Whether the handshake resumed an earlier session.
+    pub resumed: bool,
 }
 
 impl Peer {
@@ -207,15 +209,36 @@ impl Peer {
     ///
     /// The connection or the handshake fails.
     pub fn connect_with(config: ClientConfig, server: SocketAddr) -> anyhow::Result<Self> {
-        let socket = patient(TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?)?;
+        let socket = TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?;
+        Self::handshake(socket, config)
+    }
+
+    /// Goes on as a client on a socket that something was said on before.
+    ///
+    /// # Errors
+    ///
+    /// The handshake fails.
+    pub fn over(socket: TcpStream, pki: &Pki, identity: Option<&Pair>, protocol: &[u8]) -> anyhow::Result<Self> {
+        Self::handshake(socket, client_config(pki, identity, protocol)?)
+    }
+
+    /// Goes on as a client with that configuration on a socket of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The handshake fails.
+    pub fn handshake(socket: TcpStream, config: ClientConfig) -> anyhow::Result<Self> {
+        let socket = patient(socket)?;
         let mut tls = ClientConnection::new(Arc::new(config), ServerName::try_from(SERVER_NAME)?)?;
         tls.complete_io(&mut &socket).context("the client's handshake")?;
-        let (protocol, certified) = (tls.alpn_protocol().unwrap_or_default().to_vec(), true);
+        let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
         Ok(Self {
             stream: Box::new(StreamOwned::new(tls, socket.try_clone()?)),
             socket,
             protocol,
-            certified,
+            certified: true,
+            resumed,
         })
     }
 
@@ -228,12 +251,14 @@ impl Peer {
         let socket = patient(socket)?;
         tls.complete_io(&mut &socket).context("the server's handshake")?;
         let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
         let certified = tls.peer_certificates().is_some();
         Ok(Self {
             stream: Box::new(StreamOwned::new(tls, socket.try_clone()?)),
             socket,
             protocol,
             certified,
+            resumed,
         })
     }
 
@@ -263,11 +288,20 @@ impl Peer {
         self.socket.set_read_timeout(Some(patience)).expect("a socket option");
     }
 
+    /// Reads exactly so many octets, or says why not.
+    ///
+    /// # Errors
+    ///
+    /// The connection has ended, or nothing came in time.
+    pub fn try_read(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        let mut octets = vec![0; count];
+        self.stream.read_exact(&mut octets)?;
+        Ok(octets)
+    }
+
     /// Reads exactly so many octets.
     pub fn read(&mut self, count: usize) -> Vec<u8> {
-        let mut octets = vec![0; count];
-        self.stream.read_exact(&mut octets).expect("octets in time");
-        octets
+        self.try_read(count).expect("octets in time")
     }
 
     /// Reads an HTTP/1.1 head: up to and with the empty line.
@@ -327,7 +361,16 @@ impl Peer {
 
     /// Sends what a client begins with.
     pub fn begin_client(&mut self, settings: &[u8]) {
-        self.send(&[PREFACE, &frame(kind::SETTINGS, 0, 0, settings)].concat());
+        self.try_begin_client(settings).expect("the other side takes it");
+    }
+
+    /// Sends what a client begins with, or says why not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::try_send`].
+    pub fn try_begin_client(&mut self, settings: &[u8]) -> io::Result<()> {
+        self.try_send(&[PREFACE, &frame(kind::SETTINGS, 0, 0, settings)].concat())
     }
 
     /// Reads what a client begins with, and answers as a server: SETTINGS, and the acknowledgement of the client's.

@@ -5,6 +5,7 @@ pub mod balancer;
 pub mod bench;
 pub mod demo;
 pub mod fixture;
+pub mod h2client;
 pub mod h2wire;
 pub mod kubectl;
 pub mod netns;
@@ -12,6 +13,7 @@ pub mod node;
 pub mod pki;
 pub mod process;
 pub mod standin;
+pub mod storm;
 pub mod swarm;
 
 use std::{env, fs::OpenOptions, io::Write as _, path::PathBuf, thread};

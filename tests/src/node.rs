@@ -54,6 +54,8 @@ pub struct Shared<'a> {
     pub directory: &'a Path,
     /// More flags for the agents.
     pub agent_flags: &'a [String],
+    /// More flags for the relays.
+    pub relay_flags: &'a [String],
 }
 
 impl Node {
@@ -85,7 +87,8 @@ impl Node {
             .arg(pem("front-proxy-client.crt"))
             .arg("--proxy-client-key")
             .arg(pem("front-proxy-client.key"))
-            .arg(format!("--control=unix:{}", directory.join("relay.sock").display()));
+            .arg(format!("--control=unix:{}", directory.join("relay.sock").display()))
+            .args(shared.relay_flags);
         let relay = Process::start("relay", relay, Some(namespace.fd()), &directory)?;
 
         let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
@@ -153,6 +156,25 @@ impl Node {
         Ok(active.count() as u64)
     }
 
+    /// Open watches of each connection, draining ones included, and its requests so far, by its id.
+    ///
+    /// # Errors
+    ///
+    /// The relay does not answer.
+    pub fn work(&self) -> anyhow::Result<Vec<(String, Work)>> {
+        let answer = ask(&self.directory.join("relay.sock"), "/v1/connections")?;
+        let list = answer["connections"].as_array().context("a list of connections")?;
+        let number = |entry: &Value, name: &str| entry[name].as_u64().unwrap_or_default();
+        let of = |entry: &Value| {
+            let work = Work {
+                watches: number(entry, "open_watches"),
+                requests: number(entry, "requests"),
+            };
+            (entry["id"].as_str().unwrap_or_default().to_owned(), work)
+        };
+        Ok(list.iter().map(of).collect())
+    }
+
     /// What the agent says of itself.
     ///
     /// # Errors
@@ -193,6 +215,15 @@ impl Node {
             apiserver.kill();
         }
     }
+}
+
+/// What one connection asks of its apiserver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Open now.
+    pub watches: u64,
+    /// So far.
+    pub requests: u64,
 }
 
 /// `GET PATH` on a local socket.

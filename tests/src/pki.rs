@@ -103,6 +103,40 @@ impl Pki {
         Ok(self.pair(stem))
     }
 
+    /// A client certificate of the cluster's authority, changed before it is signed.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn client_with(&self, stem: &str, change: impl FnOnce(&mut CertificateParams)) -> anyhow::Result<Pair> {
+        sign(&self.cluster, changed(stem, change), self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A client certificate of an authority that nobody trusts.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn stranger(&self, stem: &str, change: impl FnOnce(&mut CertificateParams)) -> anyhow::Result<Pair> {
+        let stranger = authority(self.path(), &format!("{stem}-ca"), "somebody-else")?;
+        sign(&stranger, changed(stem, change), self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A serving certificate of the cluster's authority for those names, in files of that stem, which are replaced.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn serving(&self, stem: &str, names: &[&str]) -> anyhow::Result<Pair> {
+        let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+        name(&mut params, stem, &[]);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        sign(&self.cluster, params, self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
     /// A certificate of the cluster's authority for both ends of the agents' talk, valid for one address.
     ///
     /// # Errors
@@ -116,6 +150,14 @@ impl Pki {
         sign(&self.cluster, params, self.path(), stem)?;
         Ok(self.pair(stem))
     }
+}
+
+fn changed(user: &str, change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    name(&mut params, user, &[]);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    change(&mut params);
+    params
 }
 
 fn name(params: &mut CertificateParams, user: &str, groups: &[&str]) {

@@ -26,9 +26,9 @@ struct Toolchain {
     library: Option<PathBuf>,
 }
 
-/// The objects, by the names of the binaries they are: the programs that count, and the one that answers in an
-/// apiserver's place, which fewer kernels take.
-const OBJECTS: [&str; 2] = ["rebalancer-ebpf", "rebalancer-steer"];
+/// The objects, by the names of the binaries they are: the programs that count, the one that answers in an apiserver's
+/// place, which fewer kernels take, and the one that steers new connections.
+const OBJECTS: [&str; 3] = ["rebalancer-ebpf", "rebalancer-steer", "rebalancer-intercept"];
 
 /// The directory the objects are in.
 pub fn directory() -> PathBuf {

@@ -98,11 +98,12 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     run_selected(&[], &machines)
 }
 
-/// Everything there is, and the kernel group on the oldest and the newest long-term kernels of Debian as well.
+/// Everything there is; the kernel group on the oldest and the newest long-term kernels of Debian as well, and the steer
+/// group on the first that takes it.
 pub fn run_all() -> anyhow::Result<ExitCode> {
     let groups: Vec<Group> = Group::ALL.into_iter().filter(|group| group.exists()).collect();
-    let machines = ["6.1", "6.12"].map(|version| (Group::Kernel, version.to_owned()));
-    run_selected(&groups, &machines)
+    let machines = [(Group::Kernel, "6.1"), (Group::Kernel, "6.12"), (Group::Steer, "6.18")];
+    run_selected(&groups, &machines.map(|(group, version)| (group, version.to_owned())))
 }
 
 /// Runs groups here, and others in VMs; the last line counts all of it.
@@ -165,6 +166,11 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
             eprintln!("the group `{}` needs root: its tests run under sudo", group.name());
             command.env(runner_variable(), "sudo -E");
         }
+    }
+    if group == Group::Steer
+        && let Some(server) = vm::extras::goaway_server()?
+    {
+        command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }
     command.env("REBALANCER_SKIPS", absolute(skips)?);
     counted(&mut command, skips)

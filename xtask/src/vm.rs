@@ -3,19 +3,25 @@
 //! Job: fetch the kernel, pack an initramfs with the tests and what they run, boot it.
 //! Must never need more than the target directory, but for qemu, which is installed when it is missing.
 
+mod archive;
+pub mod extras;
+mod guest;
+
 use std::{
-    fs::{self, File},
-    io::{BufWriter, Write as _},
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, bail};
 
+use self::{
+    extras::Extras,
+    guest::{Guest, Payload},
+};
 use crate::{
     debian::{self, Suite},
-    ebpf,
-    run::{cargo, is_root, run, target},
+    run::{is_root, run, target},
 };
 
 /// Which Debian suite has a kernel of that version.
@@ -29,8 +35,6 @@ const SUITES: [(&str, &str); 5] = [
 
 /// Modules the tests need, in the order they are loaded: namespaces on a bridge, and sock_diag.
 const MODULES: [&str; 6] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag"];
-
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
 /// No run of the tests takes longer, emulated as they are.
 const SECONDS: &str = "1200";
@@ -46,11 +50,35 @@ pub fn versions() -> impl Iterator<Item = &'static str> {
 ///
 /// The kernel, qemu or the tests cannot be had.
 pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
+    let extras = Extras::of(group)?;
+    let arguments = ["--test-threads=1".to_owned()]
+        .into_iter()
+        .chain(extras.arguments.clone());
+    boot(version, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
+}
+
+/// A command that boots a VM with that kernel, which runs a program of the package `rebalancer-tests` and prints what it
+/// says; the programs that go with `group` are there too.
+///
+/// # Errors
+///
+/// The kernel, qemu or the program cannot be had.
+pub fn program(version: &str, name: &str, arguments: &[String], group: &str) -> anyhow::Result<Command> {
+    boot(version, Payload::Program(name), arguments, &Extras::of(group)?)
+}
+
+fn boot(version: &str, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {
     let qemu = qemu()?;
     let image = Image::fetch(version)?;
-    let guest = Guest::build(group)?;
+    let guest = Guest::build(payload)?;
     let initramfs = target().join(format!("vm/initramfs-{version}"));
-    guest.pack(&image, &initramfs)?;
+    guest.pack(&image, extras, &initramfs)?;
+    // What follows `--` is the first process's: what it is to run.
+    let append = format!(
+        "console=ttyS0 panic=-1 quiet -- /{} {}",
+        guest.path,
+        arguments.join(" ")
+    );
     let mut command = Command::new("timeout");
     command
         .args([SECONDS, &qemu])
@@ -62,9 +90,15 @@ pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .args(["-append", append.trim_end()])
+        .args(&extras.machine)
         .stdin(std::process::Stdio::null());
     Ok(command)
+}
+
+/// The exit code of what ran inside, from a line the first process prints last.
+pub fn exit_code(line: &str) -> Option<u8> {
+    line.strip_prefix("vm: exit ")?.parse().ok()
 }
 
 fn qemu() -> anyhow::Result<String> {
@@ -175,182 +209,4 @@ fn module(tree: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
         bail!("xz cannot read {}", path.display());
     }
     Ok(Some(output.stdout))
-}
-
-/// What runs inside.
-struct Guest {
-    init: PathBuf,
-    tests: PathBuf,
-    rebalancer: PathBuf,
-}
-
-impl Guest {
-    /// Builds everything without shared libraries.
-    fn build(group: &str) -> anyhow::Result<Self> {
-        let objects = ebpf::build()?;
-        let directory = target().join("vm/build");
-        let build = |arguments: &[&str]| {
-            let mut command = cargo(arguments);
-            command
-                .args(["--target", TRIPLE])
-                .env("CARGO_TARGET_DIR", &directory)
-                .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Cstrip=symbols")
-                .env("REBALANCER_EBPF_OBJECTS", &objects);
-            command
-        };
-        run(&mut build(&["build", "--package", "rebalancer", "--bin", "rebalancer"]))?;
-        run(&mut build(&[
-            "build",
-            "--package",
-            "rebalancer-tests",
-            "--bin",
-            "vm-init",
-        ]))?;
-        let mut tests = build(&["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
-        tests.arg("--message-format=json-render-diagnostics");
-        eprintln!("+ {}", crate::run::shown(&tests));
-        let output = tests.stderr(std::process::Stdio::inherit()).output()?;
-        if !output.status.success() {
-            bail!("the tests cannot be built for the VM");
-        }
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let executable = |line: &str| -> Option<PathBuf> {
-            let message: serde_json::Value = serde_json::from_str(line).ok()?;
-            let is_it = message["target"]["name"] == group && message["profile"]["test"] == true;
-            is_it
-                .then(|| message["executable"].as_str().map(PathBuf::from))
-                .flatten()
-        };
-        let tests = text
-            .lines()
-            .find_map(executable)
-            .context("cargo named no test binary")?;
-        let debug = directory.join(TRIPLE).join("debug");
-        Ok(Self {
-            init: debug.join("vm-init"),
-            rebalancer: debug.join("rebalancer"),
-            tests,
-        })
-    }
-
-    /// Writes the initramfs.
-    fn pack(&self, image: &Image, to: &Path) -> anyhow::Result<()> {
-        let ip = Command::new("which").arg("ip").output().context("which")?;
-        let ip = PathBuf::from(String::from_utf8_lossy(&ip.stdout).trim());
-        if !ip.is_file() {
-            bail!("`ip` is missing: install iproute2");
-        }
-        let mut archive = Archive::create(to)?;
-        for directory in ["bin", "modules", "proc", "sys", "dev", "tmp", "run"] {
-            archive.directory(directory)?;
-        }
-        archive.file("init", &fs::read(&self.init)?)?;
-        archive.file("tests", &fs::read(&self.tests)?)?;
-        archive.file("bin/rebalancer", &fs::read(&self.rebalancer)?)?;
-        archive.file("bin/ip", &fs::read(&ip)?)?;
-        let mut made = vec!["bin".to_owned()];
-        for library in libraries(&ip)? {
-            let name = library.to_string_lossy().trim_start_matches('/').to_owned();
-            archive.parents(&name, &mut made)?;
-            archive.file(&name, &fs::read(&library)?)?;
-        }
-        for (index, (name, module)) in image.modules.iter().enumerate() {
-            archive.file(&format!("modules/{index}-{name}.ko"), module)?;
-        }
-        archive.end()
-    }
-}
-
-/// The shared libraries a program needs, its loader included.
-fn libraries(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("ldd")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok(text
-        .lines()
-        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
-        .map(PathBuf::from)
-        .collect())
-}
-
-/// A cpio archive of the kind the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
-struct Archive {
-    out: BufWriter<File>,
-    entries: u32,
-}
-
-impl Archive {
-    fn create(path: &Path) -> anyhow::Result<Self> {
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)?;
-        }
-        Ok(Self {
-            out: BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?),
-            entries: 0,
-        })
-    }
-
-    fn directory(&mut self, name: &str) -> anyhow::Result<()> {
-        self.entry(name, 0o040_755, &[])
-    }
-
-    fn file(&mut self, name: &str, content: &[u8]) -> anyhow::Result<()> {
-        self.entry(name, 0o100_755, content)
-    }
-
-    /// Makes a file's directories, once.
-    fn parents(&mut self, name: &str, made: &mut Vec<String>) -> anyhow::Result<()> {
-        let mut path = String::new();
-        let parts: Vec<&str> = name.split('/').collect();
-        for part in &parts[..parts.len() - 1] {
-            if !path.is_empty() {
-                path.push('/');
-            }
-            path.push_str(part);
-            if !made.contains(&path) {
-                self.directory(&path)?;
-                made.push(path.clone());
-            }
-        }
-        Ok(())
-    }
-
-    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> anyhow::Result<()> {
-        self.entries += 1;
-        let size = u32::try_from(content.len()).context("a file of the initramfs is larger than 4 GiB")?;
-        let fields = [
-            self.entries,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            size,
-            0,
-            0,
-            0,
-            0,
-            name.len() as u32 + 1,
-            0,
-        ];
-        write!(self.out, "070701")?;
-        for field in fields {
-            write!(self.out, "{field:08x}")?;
-        }
-        self.out.write_all(name.as_bytes())?;
-        self.out.write_all(b"\0")?;
-        self.pad(110 + name.len() + 1)?;
-        self.out.write_all(content)?;
-        self.pad(content.len())
-    }
-
-    /// Fills up to four octets.
-    fn pad(&mut self, written: usize) -> anyhow::Result<()> {
-        let rest = written.next_multiple_of(4) - written;
-        Ok(self.out.write_all(&[0; 3][..rest])?)
-    }
-
-    fn end(mut self) -> anyhow::Result<()> {
-        self.entry("TRAILER!!!", 0, &[])?;
-        Ok(self.out.flush()?)
-    }
 }

@@ -19,7 +19,13 @@ use crate::{
 };
 
 /// How long a shim may take to carry out one order.
-const ORDER_EXPIRY: Duration = Duration::from_secs(10);
+fn order_expiry(shim: ShimKind) -> Duration {
+    match shim {
+        ShimKind::Relay | ShimKind::None => Duration::from_secs(10),
+        // It tells a victim at its next request: leases and health checks make one within ten seconds, most clients.
+        ShimKind::Steer => Duration::from_secs(30),
+    }
+}
 
 /// A plan that is being carried out.
 #[derive(Clone, Debug)]
@@ -39,6 +45,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Whether the shim has still to say what became of an order.
+    pub fn is_awaited(&self) -> bool {
+        !self.asked.is_empty()
+    }
+
     /// Whether everyone was told, and nearly everyone landed or had the time to: the few that are left stay counted as
     /// in transit. What must be measured takes that time always.
     fn is_settled(&self, in_transit: u64, is_measured: bool, settle: Duration, now: Timestamp) -> bool {
@@ -78,7 +89,7 @@ impl Agent {
             outcomes: decision.outcomes,
             last_goaway: now,
             is_ordered: false,
-            expires: now + paced * 2 + ORDER_EXPIRY,
+            expires: now + paced * 2 + order_expiry(self.policy.shim),
             accepted_before: self.table.accepted_total(),
         });
     }
@@ -116,7 +127,7 @@ impl Agent {
                 let generation = plan.generation;
                 effects.push(Effect::SendGoaway(GoawayOrder {
                     generation,
-                    expires_in: ORDER_EXPIRY,
+                    expires_in: order_expiry(self.policy.shim),
                     victims,
                 }));
             }
@@ -131,7 +142,11 @@ impl Agent {
     /// Takes in what the shim made of an order.
     pub(super) fn goaway_answered(&mut self, now: Timestamp, results: &[(ConnectionId, GoawayResult)]) {
         for (id, result) in results {
-            let told = matches!(result, GoawayResult::Sent | GoawayResult::Pending);
+            if *result == GoawayResult::Pending {
+                // It stays asked: the shim answers again when it was told, or will not be any more.
+                continue;
+            }
+            let told = *result == GoawayResult::Sent;
             if told {
                 self.goaways_total += 1;
                 let connection = self.table.connection(*id);

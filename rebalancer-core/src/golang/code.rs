@@ -3,19 +3,19 @@
 //! At a function's entry the register calling convention has its receiver, its request and its return address where the
 //! probe looks for them; that holds where a function begins with Go's stack check, and the check is not passed yet.
 
-use super::{Architecture, RequestLayout};
+use super::Architecture;
 
-/// How far the comparison of the protocol is from the function's beginning at most.
+/// How far the load of the closure is from the frame's beginning at most.
 const NEAR: usize = 64;
 
 /// How many octets an error shows.
 const SHOWN: usize = 32;
 
 /// Checks a function's code; the error names what is missing.
-pub fn check(architecture: Architecture, code: &[u8], layout: &RequestLayout) -> Result<(), &'static str> {
+pub fn check(architecture: Architecture, code: &[u8]) -> Result<(), &'static str> {
     match architecture {
-        Architecture::X86_64 => x86_64(code, layout),
-        Architecture::Aarch64 => aarch64(code, layout),
+        Architecture::X86_64 => x86_64(code),
+        Architecture::Aarch64 => aarch64(code),
     }
 }
 
@@ -25,7 +25,7 @@ pub fn hexadecimal(code: &[u8]) -> String {
     shown.join(" ")
 }
 
-fn x86_64(code: &[u8], layout: &RequestLayout) -> Result<(), &'static str> {
+fn x86_64(code: &[u8]) -> Result<(), &'static str> {
     // cmp 0x10(%r14),%rsp; jbe, near or far.
     let rest = match code {
         [0x49, 0x3b, 0x66, 0x10, 0x76, _, rest @ ..] => rest,
@@ -39,20 +39,14 @@ fn x86_64(code: &[u8], layout: &RequestLayout) -> Result<(), &'static str> {
     ) {
         return Err("the frame of a function that calls");
     }
-    // cmpq $8,length_of_proto(%rbx): the request is the second argument, and its protocol is where it is expected.
-    let length = u8::try_from(layout.proto + 8).map_err(|_| "a short offset")?;
-    let compare = [0x48, 0x83, 0x7b, length, 8];
-    if !near(rest).windows(compare.len()).any(|window| window == compare) {
-        return Err("the comparison of the length of r.Proto with 8");
-    }
-    // movabs $"HTTP/2.0", any register.
-    if !near(rest).windows(8).any(|window| window == b"HTTP/2.0") {
-        return Err("the text HTTP/2.0");
+    // mov 8(%rax),%rdx: the receiver is the first argument, and calls the closure it has at 8.
+    if !near(rest).windows(4).any(|window| window == [0x48, 0x8b, 0x50, 0x08]) {
+        return Err("the load of p.next");
     }
     Ok(())
 }
 
-fn aarch64(code: &[u8], layout: &RequestLayout) -> Result<(), &'static str> {
+fn aarch64(code: &[u8]) -> Result<(), &'static str> {
     let (words, _) = code.as_chunks::<4>();
     let words: Vec<u32> = words
         .iter()
@@ -69,13 +63,9 @@ fn aarch64(code: &[u8], layout: &RequestLayout) -> Result<(), &'static str> {
     if !matches!(rest, [first, ..] if first & 0xffe0_0fff == 0xf800_0ffe) {
         return Err("the frame of a function that calls");
     }
-    // ldp x?,x?,[x1,#proto]: the request is the second argument, and its protocol is where it is expected; or the
-    // length alone, ldr x?,[x1,#proto+8].
-    let pair = 0xa940_0020 | (layout.proto / 8) << 15;
-    let single = 0xf940_0020 | ((layout.proto + 8) / 8) << 10;
-    let reads = |word: &u32| word & 0xffff_83e0 == pair || word & 0xffff_ffe0 == single;
-    if !rest.iter().any(reads) {
-        return Err("the load of r.Proto");
+    // ldr x26,[x0,#8]: the receiver is the first argument, and calls the closure it has at 8.
+    if !rest.contains(&0xf940_041a) {
+        return Err("the load of p.next");
     }
     Ok(())
 }

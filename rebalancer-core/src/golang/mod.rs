@@ -130,7 +130,7 @@ pub enum Refusal {
         /// How many.
         count: usize,
     },
-    /// The function does not begin as Go's compiler lets functions begin, or reads its argument in another way.
+    /// The function does not begin as Go's compiler lets functions begin, or uses its receiver in another way.
     #[error(
         "{FUNCTION} at {address:#x} does not have the expected instructions ({what}): its first octets are {octets}"
     )]
@@ -163,7 +163,7 @@ pub fn find(bytes: &[u8]) -> Result<AttachPoint, Refusal> {
         .code(function.address, function.length)
         .ok_or(Refusal::Malformed { what: "function table" })?;
     let architecture = image.architecture();
-    code::check(architecture, code, &LAYOUT).map_err(|what| Refusal::UnexpectedCode {
+    code::check(architecture, code).map_err(|what| Refusal::UnexpectedCode {
         address: function.address,
         what,
         octets: code::hexadecimal(code),

@@ -12,6 +12,8 @@ pub enum ErrorCode {
     FrameSizeError = 0x6,
     /// The stream was not processed: the client may send the request again.
     RefusedStream = 0x7,
+    /// The stream is no longer wanted.
+    Cancel = 0x8,
     /// A header block cannot be decoded.
     CompressionError = 0x9,
     /// The peer asks for more than it may.

@@ -104,6 +104,17 @@ pub fn write_connection_window(increment: u32, out: &mut Vec<u8>) {
     out.extend_from_slice(&increment.to_be_bytes());
 }
 
+/// Appends an empty DATA frame that ends a stream (RFC 9113, section 6.1).
+pub fn write_end(stream: u32, out: &mut Vec<u8>) {
+    FrameHeader {
+        length: 0,
+        kind: kind::DATA,
+        flags: flag::END_STREAM,
+        stream,
+    }
+    .write(out);
+}
+
 /// Appends a header block as HEADERS and as many CONTINUATION frames as it needs (RFC 9113, section 6.10).
 ///
 /// `priority` is the five bytes of the PRIORITY flag's fields, where the client sent them.

@@ -8,6 +8,7 @@
 
 pub mod error;
 pub mod frame;
+mod handover;
 pub mod hpack;
 pub mod relay;
 mod request;

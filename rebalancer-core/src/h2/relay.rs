@@ -8,6 +8,7 @@
 use super::{
     error::{ConnectionError, ErrorCode},
     frame::{self, FrameHeader, MAX_STREAM_ID, PREFACE, flag, kind},
+    handover::Handover,
     hpack::{self, Decoder},
     request,
     scan::{Scanner, Step, take},
@@ -41,6 +42,8 @@ pub struct Settings {
     pub max_header_bytes: usize,
     /// The payload of the PING between the two GOAWAYs: not to be guessed by either side.
     pub ping: [u8; 8],
+    /// Whether watches may be handed over once the connection is told to go: the server's answers are followed.
+    pub watch_handover: bool,
 }
 
 /// Where the bytes go.
@@ -97,6 +100,9 @@ pub struct Relay {
     drain: Drain,
     /// Frames of the relay's own, waiting for a place between two of the server's frames.
     waiting: Vec<u8>,
+    /// The same, for a place between two of the client's frames.
+    waiting_for_server: Vec<u8>,
+    handover: Option<Handover>,
     user_agent: Option<Box<[u8]>>,
     user_agent_changed: bool,
 }
@@ -104,6 +110,7 @@ pub struct Relay {
 impl Relay {
     /// A connection whose first bytes are still to come.
     pub fn new(settings: Settings) -> Self {
+        let handover = settings.watch_handover.then(Handover::default);
         Self {
             settings,
             decoder: Decoder::default(),
@@ -118,6 +125,8 @@ impl Relay {
             streams: Streams::default(),
             drain: Drain::Active,
             waiting: Vec::new(),
+            waiting_for_server: Vec::new(),
+            handover,
             user_agent: None,
             user_agent_changed: false,
         }
@@ -164,7 +173,12 @@ impl Relay {
             match self.server.step(&mut input) {
                 Step::Starved => break,
                 Step::Header(header) => self.server_header(header, out),
-                Step::Pass(bytes) => out.to_client.extend_from_slice(bytes),
+                Step::Pass(bytes) => {
+                    if let Some(handover) = &mut self.handover {
+                        handover.take(bytes);
+                    }
+                    out.to_client.extend_from_slice(bytes);
+                }
                 Step::Collected(header, payload) => self.server_control(header, payload, out)?,
             }
         }
@@ -182,6 +196,15 @@ impl Relay {
         frame::write_ping(self.settings.ping, &mut self.waiting);
         self.flush(out);
         true
+    }
+
+    /// Ends up to `total` watches of a connection that has said its last GOAWAY, each between two of its events, those
+    /// that have been ended already included. Does nothing unless it was told at its start that it may.
+    pub fn hand_over(&mut self, total: u32, out: &mut Output) {
+        if let (Some(handover), Drain::Final { .. }) = (&mut self.handover, self.drain) {
+            handover.allow(total);
+            self.flush(out);
+        }
     }
 
     /// Tells the client, where a place is free, why its connection ends.
@@ -205,6 +228,7 @@ impl Relay {
             && self.streams.count() == 0
             && self.block.is_none()
             && self.waiting.is_empty()
+            && self.waiting_for_server.is_empty()
             && !self.server_in_block
             && self.server.at_boundary()
     }
@@ -277,7 +301,12 @@ impl Relay {
             _ => {
                 match header.kind {
                     kind::DATA if header.has(flag::END_STREAM) => self.streams.client_ended(header.stream),
-                    kind::RST_STREAM => self.streams.reset(header.stream),
+                    kind::RST_STREAM => {
+                        self.streams.reset(header.stream);
+                        if let Some(handover) = &mut self.handover {
+                            handover.close(header.stream);
+                        }
+                    }
                     _ => {}
                 }
                 header.write(&mut out.to_server);
@@ -312,8 +341,14 @@ impl Relay {
         }
         let is_request = self.streams.is_new(block.stream);
         if is_request {
-            self.streams
-                .open(block.stream, request::is_watch(&list), block.end_stream)?;
+            let is_watch = request::is_watch(&list);
+            self.streams.open(block.stream, is_watch, block.end_stream)?;
+            if let Some(handover) = &mut self.handover
+                && is_watch
+                && block.end_stream
+            {
+                handover.open(block.stream);
+            }
             let user_agent = request::value_of(&list, b"user-agent");
             if self.user_agent.as_deref() != user_agent {
                 self.user_agent = user_agent.map(Into::into);
@@ -380,6 +415,16 @@ impl Relay {
     }
 
     fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
+        if let Some(handover) = &mut self.handover
+            && handover.begin(header)
+        {
+            if header.kind == kind::DATA && header.length > 0 {
+                // The client never sees it, so it never gives its window back.
+                frame::write_connection_window(header.length, &mut self.waiting_for_server);
+            }
+            self.server.skip(header);
+            return;
+        }
         match header.kind {
             kind::SETTINGS | kind::GOAWAY if header.length <= MAX_CONTROL_PAYLOAD => {
                 self.server.collect(header);
@@ -429,9 +474,28 @@ impl Relay {
         Ok(())
     }
 
+    /// Ends the watches that are to be handed over and stand between two events.
+    fn end_watches(&mut self) {
+        let Some(handover) = &mut self.handover else { return };
+        if self.server_in_block || !self.server.at_boundary() {
+            return;
+        }
+        handover.complete();
+        while let Some(stream) = handover.due() {
+            frame::write_end(stream, &mut self.waiting);
+            frame::write_reset(stream, ErrorCode::Cancel, &mut self.waiting_for_server);
+            self.streams.reset(stream);
+        }
+    }
+
     /// Sends the relay's own frames when the server's are complete and its SETTINGS, which must come first (RFC 9113,
     /// section 3.4), have passed.
     fn flush(&mut self, out: &mut Output) {
+        self.end_watches();
+        if !self.waiting_for_server.is_empty() && self.preface_left == 0 && self.client.at_boundary() {
+            out.to_server.append(&mut self.waiting_for_server);
+            self.waiting_for_server = Vec::new();
+        }
         if !self.waiting.is_empty() && self.server_began && !self.server_in_block && self.server.at_boundary() {
             out.to_client.append(&mut self.waiting);
             // An idle connection keeps no buffers.

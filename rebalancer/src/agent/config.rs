@@ -57,6 +57,10 @@ pub struct Raw {
     #[arg(long, env = "REBALANCER_SHIM", value_name = "SHIM")]
     #[serde(deserialize_with = "parsed")]
     shim: Option<Shim>,
+    /// Steer new connections for the apiserver's port to the relay: no flag of the apiserver changes, and without a relay
+    /// that answers they reach the apiserver. Needs --shim relay
+    #[arg(long, env = "REBALANCER_INTERCEPT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    intercept: Option<bool>,
     /// Another apiserver's agent, as NAME=https://HOST:PORT; give one for each
     #[arg(long, env = "REBALANCER_PEER", value_delimiter = ',', value_name = "NAME=URL")]
     #[serde(deserialize_with = "parsed_list")]
@@ -295,6 +299,8 @@ pub struct Config {
     pub kernel_log: KernelLog,
     /// What sends the GOAWAY.
     pub shim: Shim,
+    /// Whether new connections are steered to the relay.
+    pub intercept: bool,
     /// The other agents; `None` when there are none.
     pub peers: Option<PeerConfig>,
     /// The local API.
@@ -344,6 +350,7 @@ impl Raw {
             source: self.source.or(file.source),
             kernel_log: self.kernel_log.or(file.kernel_log),
             shim: self.shim.or(file.shim),
+            intercept: self.intercept.or(file.intercept),
             peer: list(self.peer, file.peer),
             peers: self.peers.or(file.peers),
             peer_listen: self.peer_listen.or(file.peer_listen),
@@ -409,9 +416,19 @@ impl Raw {
         let apiserver_port = self.apiserver_port.unwrap_or(6443);
         ensure!(apiserver_port != 0, "--apiserver-port is 0: allowed is 1 to 65535");
         let shim = self.shim.unwrap_or(Shim::None);
+        let intercept = self.intercept.unwrap_or(false);
+        ensure!(
+            !intercept || matches!(shim, Shim::Relay(_)),
+            "--intercept steers connections to a relay: it needs --shim relay:unix:PATH"
+        );
         let weight = self.weight.unwrap_or(WeightName::Connections);
         if matches!(weight, WeightName::Requests | WeightName::Streams) && shim == Shim::None {
             bail!("--weight requests and --weight streams need a shim that sees requests: --shim is none");
+        }
+        if weight == WeightName::Streams && matches!(shim, Shim::Steer(_)) {
+            bail!(
+                "--weight streams needs a shim that sees streams end, which --shim steer does not: use requests or bytes"
+            );
         }
 
         let defaults = Policy::new(ApiserverName::new(node), names);
@@ -449,6 +466,7 @@ impl Raw {
             source: self.source.unwrap_or_default(),
             kernel_log: self.kernel_log.unwrap_or_default(),
             shim,
+            intercept,
             peers,
             api: self.api.unwrap_or_else(default_api),
             metrics: self.metrics.unwrap_or(SocketAddr::new([127, 0, 0, 1].into(), 9470)),
@@ -514,6 +532,11 @@ mod tests {
                 &["--peer names b twice"],
             ),
             ("weight: requests", &["--weight", "--shim is none"]),
+            (
+                "weight: streams\nshim: steer:auto",
+                &["--weight streams", "--shim steer"],
+            ),
+            ("intercept: true", &["--intercept", "--shim relay:unix:PATH"]),
             ("peers: kubernetes", &["--peers kubernetes"]),
             ("exclude-cidr: [10.0.0.0/99]", &["10.0.0.0/99"]),
         ] {

@@ -160,6 +160,7 @@ impl Metrics {
         let result = match result {
             GoawayResult::Sent => "sent",
             GoawayResult::Pending => "pending",
+            GoawayResult::Expired => "expired",
             GoawayResult::AlreadyDraining => "already_draining",
             GoawayResult::Unknown => "unknown",
             GoawayResult::NotH2 => "not_h2",

@@ -31,9 +31,12 @@ use super::{
     record::Recorder,
 };
 use crate::{
+    intercept::Intercept,
     kernel::{Source, SourceError},
     local, random,
+    relay::takeover,
     shim::link,
+    steer::Steer,
 };
 
 /// How long to wait before a failed source is opened again.
@@ -51,7 +54,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let recorder = Recorder::open(config.decision_log.as_deref())?;
     let source = Source::open(config.source, config.apiserver_port, config.kernel_log)?;
     let source_name = source.name();
-    let orders = start_shim(&config, &inputs_sender)?;
+    if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
+        let intercept = Intercept::open(config.apiserver_port).context("--intercept")?;
+        tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
+    }
+    let orders = start_shim(&config, &handle, &inputs_sender)?;
     let metrics = Arc::new(Mutex::new(Metrics::new()));
     let context = ApiContext {
         agent: handle.clone(),
@@ -108,7 +115,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// Starts the shim's link; its receiving end goes when the agent ends.
-fn start_shim(config: &Config, inputs: &mpsc::Sender<Input>) -> anyhow::Result<Option<mpsc::Sender<GoawayOrder>>> {
+fn start_shim(
+    config: &Config,
+    agent: &AgentHandle,
+    inputs: &mpsc::Sender<Input>,
+) -> anyhow::Result<Option<mpsc::Sender<GoawayOrder>>> {
     match &config.shim {
         Shim::None => Ok(None),
         Shim::Relay(socket) => {
@@ -116,9 +127,18 @@ fn start_shim(config: &Config, inputs: &mpsc::Sender<Input>) -> anyhow::Result<O
             tokio::spawn(link::run(socket.0.clone(), receiver, inputs.clone()));
             Ok(Some(orders))
         }
-        Shim::Steer(_) => anyhow::bail!(
-            "--shim steer is not part of this build; run `rebalancer relay` before the apiserver and use --shim relay:unix:PATH"
-        ),
+        Shim::Steer(path) => {
+            let given = path.as_ref().map_or("auto".into(), |path| path.display().to_string());
+            let steer = Steer::start(config.apiserver_port, path.clone()).map_err(|error| {
+                anyhow::anyhow!(
+                    "--shim steer:{given} cannot be used: {error}. The alternative that needs nothing of kernel and \
+                     binary: run `rebalancer relay` before the apiserver, and the agent with --shim relay:unix:PATH"
+                )
+            })?;
+            let (orders, receiver) = mpsc::channel(16);
+            tokio::spawn(steer.run(agent.clone(), receiver, inputs.clone()));
+            Ok(Some(orders))
+        }
     }
 }
 

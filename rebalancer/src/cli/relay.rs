@@ -3,12 +3,13 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
 use super::{Failure, runtime};
 use crate::{
     local::SocketPath,
-    relay::{self, Config, Files, Limits},
+    relay::{self, Config, Files, Limits, SniFiles, WatchHandover},
     span::Span,
     sys,
 };
@@ -34,6 +35,10 @@ pub struct Arguments {
     /// Its private key (PEM)
     #[arg(long, env = "REBALANCER_TLS_KEY", value_name = "FILE")]
     tls_key: PathBuf,
+    /// Another serving certificate and its key for clients that ask for one of its names, as the apiserver's flag of the
+    /// same name; may be given several times
+    #[arg(long, env = "REBALANCER_TLS_SNI_CERT_KEY", value_name = "CERT,KEY[:NAME,...]")]
+    tls_sni_cert_key: Vec<SniFiles>,
     /// CA bundle (PEM) of client certificates: the apiserver's --client-ca-file
     #[arg(long, env = "REBALANCER_CLIENT_CA", value_name = "FILE")]
     client_ca: PathBuf,
@@ -46,6 +51,15 @@ pub struct Arguments {
     /// Control socket, where the agent gives its orders
     #[arg(long, env = "REBALANCER_CONTROL", default_value = "unix:/run/rebalancer/relay.sock", value_parser = clap::value_parser!(SocketPath), value_name = "unix:PATH")]
     control: SocketPath,
+    /// Load balancers that begin each connection with a PROXY protocol header (version 1 or 2): a connection from these
+    /// networks without a well-formed one is refused
+    #[arg(
+        long,
+        env = "REBALANCER_PROXY_PROTOCOL",
+        value_delimiter = ',',
+        value_name = "CIDR,..."
+    )]
+    proxy_protocol: Vec<IpNet>,
     /// Connections at a time; more are refused
     #[arg(long, env = "REBALANCER_MAX_CONNECTIONS", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
     max_connections: u32,
@@ -76,6 +90,13 @@ pub struct Arguments {
         value_name = "DURATION"
     )]
     drain_deadline: Span,
+    /// End the watches of a connection that was told to go, each between two events, spread over so long from two
+    /// seconds after its GOAWAY on; clients resume them on their new connection [default: leave them]
+    #[arg(long, env = "REBALANCER_WATCH_HANDOVER", value_name = "DURATION")]
+    watch_handover: Option<Span>,
+    /// How many watches are ended so in a second, of all connections
+    #[arg(long, env = "REBALANCER_WATCH_HANDOVER_RATE", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), requires = "watch_handover", value_name = "COUNT")]
+    watch_handover_rate: u32,
 }
 
 /// Runs the relay until it is told to end.
@@ -120,18 +141,24 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         files: Files {
             certificate: arguments.tls_cert,
             key: arguments.tls_key,
+            sni: arguments.tls_sni_cert_key,
             client_ca: arguments.client_ca,
             proxy_certificate: arguments.proxy_client_cert,
             proxy_key: arguments.proxy_client_key,
             upstream_ca: arguments.upstream_ca,
         },
         control: arguments.control,
+        proxies: arguments.proxy_protocol,
         limits: Limits {
             max_connections,
             max_header_bytes: arguments.max_header_bytes as usize,
             handshake_timeout: arguments.handshake_timeout.0,
             idle_timeout: arguments.idle_timeout.0,
             drain_deadline: arguments.drain_deadline.0,
+            watch_handover: arguments.watch_handover.map(|over| WatchHandover {
+                over: over.0,
+                per_second: arguments.watch_handover_rate,
+            }),
         },
     };
     runtime()?.block_on(relay::run(config)).map_err(Failure::Configuration)

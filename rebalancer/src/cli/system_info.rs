@@ -1,12 +1,21 @@
 //! `rebalancer system-info`: what this machine lets the agent do, each feature by really trying it.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum};
+use rebalancer_core::golang::AttachPoint;
 use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
-use crate::kernel::{KernelLog, Source, SourceKind};
+use crate::{
+    intercept::Intercept,
+    kernel::{KernelLog, Source, SourceKind},
+    steer,
+};
 
 /// How the answer is shown.
 #[derive(Debug, Args)]
@@ -14,6 +23,12 @@ pub struct Arguments {
     /// For people, or JSON
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
+    /// Look into this binary for the place `--shim steer` attaches to
+    #[arg(long, value_name = "PATH")]
+    apiserver_binary: Option<PathBuf>,
+    /// The port whose process `--shim steer` would attach to
+    #[arg(long, value_name = "PORT", default_value_t = 6443)]
+    apiserver_port: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -35,7 +50,7 @@ struct Check {
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let runtime = runtime()?;
     let _inside = runtime.enter();
-    let checks = [
+    let mut checks = vec![
         Check {
             name: "kernel",
             found: read("/proc/sys/kernel/osrelease"),
@@ -66,7 +81,34 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
             name: "source-sockdiag",
             found: open(SourceKind::Sockdiag),
         },
+        Check {
+            name: "intercept",
+            found: Intercept::open(NOBODYS)
+                .map(|_| "takes a program that steers new connections".to_owned())
+                .map_err(|error| error.to_string()),
+        },
+        Check {
+            name: "steer-kernel",
+            found: steer::trial_load()
+                .map(|()| "takes a uprobe program that sets registers".to_owned())
+                .map_err(|error| error.to_string()),
+        },
+        Check {
+            name: "steer-apiserver",
+            found: apiserver(arguments.apiserver_port).map_err(|error| error.to_string()),
+        },
     ];
+    if let Some(path) = &arguments.apiserver_binary {
+        let began = Instant::now();
+        let found = steer::inspect(path)
+            .map_err(|error| Failure::Configuration(anyhow::anyhow!("--apiserver-binary: {error}")))?;
+        checks.push(Check {
+            name: "apiserver-binary",
+            found: found
+                .map(|point| format!("{}; found in {} ms", shown(&point), began.elapsed().as_millis()))
+                .map_err(|refusal| format!("{}: {refusal}", path.display())),
+        });
+    }
     let text = match arguments.output {
         Output::Json => {
             let features: serde_json::Map<String, Value> = checks
@@ -96,15 +138,40 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     print(&text)
 }
 
+/// The process that would be probed: whether everything about it is as it must be.
+fn apiserver(port: u16) -> Result<String, steer::SteerError> {
+    let process = steer::find_process(port, None)?;
+    let chance = process.check_goaway_chance()?;
+    let point = steer::point_in(&process)?;
+    Ok(format!(
+        "process {} on port {port}, --goaway-chance={chance}, {}: {}",
+        process.pid,
+        process.executable.display(),
+        shown(&point)
+    ))
+}
+
+fn shown(point: &AttachPoint) -> String {
+    format!(
+        "{}, {}, k8s.io/apiserver {}; the goaway decider is at offset {:#x}",
+        point.build.version.text,
+        point.architecture,
+        point.build.apiserver.as_deref().unwrap_or("of unknown version"),
+        point.file_offset
+    )
+}
+
 fn read(path: &str) -> Result<String, String> {
     fs::read_to_string(Path::new(path))
         .map(|text| text.trim().to_owned())
         .map_err(|error| format!("{path}: {error}"))
 }
 
+/// A port nobody uses.
+const NOBODYS: u16 = 1;
+
 /// Opens a source for a port nobody uses, and closes it again.
 fn open(kind: SourceKind) -> Result<String, String> {
-    const NOBODYS: u16 = 1;
     Source::open(kind, NOBODYS, KernelLog::Off)
         .map(|_| "works".to_owned())
         .map_err(|error| error.to_string())

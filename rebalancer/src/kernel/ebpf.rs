@@ -46,6 +46,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/re
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
+/// How often the rings are looked at: the programs wake nobody for a few events.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// How often the loss counters are looked at.
 const CHECK: Duration = Duration::from_secs(1);
 
@@ -143,6 +146,7 @@ pub struct Programs {
     lost: PerCpuArray<MapData, u64>,
     counted_lost: [u64; 3],
     assemblies: HashMap<u64, Assembly>,
+    looks: Interval,
     ticks: Interval,
     tick: u32,
     resync: bool,
@@ -189,8 +193,11 @@ impl Programs {
         list.load("tcp", &kernel_btf)
             .map_err(|error| refused("the program that lists sockets")(&error))?;
 
-        let mut ticks = interval(CHECK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let every = |period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        };
         Ok(Self {
             events: ring(&mut ebpf, "EVENTS")?,
             hellos: ring(&mut ebpf, "HELLOS")?,
@@ -202,7 +209,8 @@ impl Programs {
                 .and_then(|map| PerCpuArray::try_from(map).map_err(|error| refused("a map")(&error)))?,
             counted_lost: [0; 3],
             assemblies: HashMap::new(),
-            ticks,
+            looks: every(LOOK),
+            ticks: every(CHECK),
             tick: 0,
             resync: true,
             listener_moved: false,
@@ -233,6 +241,7 @@ impl Programs {
                     ready.get_inner_mut().flush();
                     ready.clear_ready();
                 }
+                _ = self.looks.tick() => {}
                 _ = self.ticks.tick() => {
                     let observations = self.check()?;
                     if !observations.is_empty() {

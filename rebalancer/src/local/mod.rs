@@ -1,11 +1,12 @@
 //! Local APIs: a Unix socket only its owner may use, and errors as `application/problem+json` (RFC 9457).
 
 pub mod client;
+pub mod descriptor;
 
 use std::{
     fs, io,
     os::unix::{
-        fs::{FileTypeExt as _, PermissionsExt as _},
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
         net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -50,12 +51,18 @@ pub struct LocalSocket {
 
 /// The file of a socket.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // It may have been replaced or removed meanwhile: nothing is lost.
-        let _ = fs::remove_file(&self.0);
+        // A successor may have put its own there.
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
+            // It may have been removed meanwhile: nothing is lost.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -87,10 +94,14 @@ pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
     let beside = PathBuf::from(beside);
     let listener = UnixListener::bind(&beside).map_err(failed("bind", &beside))?;
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of", &beside))?;
+    let inode = fs::symlink_metadata(&beside).map_err(failed("look at", &beside))?.ino();
     fs::rename(&beside, path).map_err(failed("move the socket to", path))?;
     Ok(LocalSocket {
         listener,
-        guard: SocketFile(path.into()),
+        guard: SocketFile {
+            path: path.into(),
+            inode,
+        },
     })
 }
 

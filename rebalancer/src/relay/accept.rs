@@ -5,6 +5,7 @@
 use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rebalancer_core::h2::relay::{Relay, Settings};
 use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol as SocketProtocol, Socket, TcpKeepalive, Type};
@@ -18,8 +19,10 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     Limits, http1,
     identity::{Claim, Identity},
+    proxy_protocol,
     pump::{self, End},
     registry::{Connection, Registry},
+    takeover::Listening,
     tls::{ALPN, Reloader, Tls},
     upstream::Target,
 };
@@ -48,6 +51,10 @@ pub struct Door {
     pub target: Arc<Target>,
     /// Every connection.
     pub registry: Arc<Registry>,
+    /// Who begins with a PROXY protocol header.
+    pub proxies: Vec<IpNet>,
+    /// The listening socket, for a successor and for the agent.
+    pub listening: Arc<Listening>,
     /// Bounds.
     pub limits: Limits,
     /// Rings when a connection to the apiserver failed: the health check looks at once.
@@ -73,14 +80,41 @@ pub fn bind(listen: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Accepts while the apiserver does, until told to stop.
-pub async fn run(door: Arc<Door>, mut upstream: watch::Receiver<Upstream>, mut stop: watch::Receiver<bool>) {
+/// Why accepting ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It does not.
+    Not,
+    /// The relay ends.
+    Ending,
+    /// Another relay has the socket.
+    Taken,
+}
+
+/// How long a relay that ends still accepts when somebody steers connections to its socket.
+const NOTICE: Duration = Duration::from_secs(1);
+
+/// Accepts while the apiserver does, until told to stop; `inherited` is a predecessor's socket.
+pub async fn run(
+    door: Arc<Door>,
+    mut inherited: Option<Arc<TcpListener>>,
+    mut upstream: watch::Receiver<Upstream>,
+    mut stop: watch::Receiver<Stop>,
+) {
     loop {
         tokio::select! {
-            seen = state(&mut upstream, is_reachable) => if !seen { return },
-            _ = state(&mut stop, |stop| *stop) => return,
+            seen = state(&mut upstream, |seen| *seen != Upstream::Unknown) => if !seen { return },
+            _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
         }
-        let listener = match bind(door.listen) {
+        if !is_reachable(&upstream.borrow()) {
+            inherited = None;
+            door.listening.set(None);
+        }
+        tokio::select! {
+            seen = state(&mut upstream, is_reachable) => if !seen { return },
+            _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
+        }
+        let listener = match inherited.take().map_or_else(|| bind(door.listen).map(Arc::new), Ok) {
             Ok(listener) => listener,
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "cannot listen; trying again");
@@ -88,24 +122,26 @@ pub async fn run(door: Arc<Door>, mut upstream: watch::Receiver<Upstream>, mut s
                 continue;
             }
         };
+        door.listening.set(Some(Arc::clone(&listener)));
         tracing::info!(address = %door.listen, upstream = %door.target.address, "listening");
         loop {
             tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, client)) => door.admit(stream, client),
-                    Err(error) => {
-                        tracing::error!(%error, "cannot accept; trying again");
-                        sleep(RETRY).await;
-                    }
-                },
+                accepted = listener.accept() => door.accepted(accepted).await,
                 seen = state(&mut upstream, |seen| !is_reachable(seen)) => {
                     if !seen {
                         return;
                     }
                     tracing::warn!(upstream = %door.target.address, "the apiserver is unreachable: closing the port");
+                    door.listening.set(None);
                     break;
                 }
-                _ = state(&mut stop, |stop| *stop) => return,
+                _ = state(&mut stop, |stop| *stop != Stop::Not) => {
+                    if *stop.borrow() == Stop::Ending {
+                        door.last_ones(&listener).await;
+                    }
+                    door.listening.set(None);
+                    return;
+                }
             }
         }
     }
@@ -133,6 +169,35 @@ impl Drop for Entry {
 }
 
 impl Door {
+    async fn accepted(self: &Arc<Self>, accepted: io::Result<(TcpStream, SocketAddr)>) {
+        match accepted {
+            Ok((stream, client)) => self.admit(stream, client),
+            Err(error) => {
+                tracing::error!(%error, "cannot accept; trying again");
+                sleep(RETRY).await;
+            }
+        }
+    }
+
+    /// Accepts what came before the port closes: closing it would reset those that wait.
+    async fn last_ones(self: &Arc<Self>, listener: &TcpListener) {
+        if self.listening.end() {
+            let _ = timeout(NOTICE, async {
+                loop {
+                    self.accepted(listener.accept().await).await;
+                }
+            })
+            .await;
+        }
+        loop {
+            tokio::select! {
+                biased;
+                accepted = listener.accept() => self.accepted(accepted).await,
+                () = std::future::ready(()) => return,
+            }
+        }
+    }
+
     fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
         if self.registry.len() >= self.limits.max_connections {
             tracing::warn!(%client, limit = self.limits.max_connections, "refused: --max-connections is reached");
@@ -181,9 +246,16 @@ impl Door {
         }
     }
 
-    async fn serve(&self, stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
+    async fn serve(&self, mut stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
         let tls = self.tls.current();
         let handshakes = async {
+            if proxy_protocol::is_listed(&self.proxies, connection.client())
+                && let Some(client) = proxy_protocol::take(&mut stream)
+                    .await
+                    .inspect_err(|error| tracing::info!(load_balancer = %connection.client(), %error, "refused"))?
+            {
+                connection.set_client(client);
+            }
             let client = TlsAcceptor::from(Arc::clone(&tls.server))
                 .accept(stream)
                 .await
@@ -219,6 +291,7 @@ impl Door {
                 forwarded_for: connection.client().ip().to_string(),
                 max_header_bytes: self.limits.max_header_bytes,
                 ping: random::u64().to_be_bytes(),
+                watch_handover: self.limits.watch_handover.is_some(),
             });
             pump::run(client, server, relay, connection).await
         } else {

@@ -113,7 +113,8 @@ impl Identity {
         ));
         fields.retain(|(_, value)| !value.is_empty());
         for (name, value) in &fields {
-            if HeaderValue::from_str(value).is_err() && HeaderValue::from_bytes(value.as_bytes()).is_err() {
+            // HTTP takes white space around a value away, and with it what sets this name apart from another one.
+            if value.trim_ascii() != value || HeaderValue::from_bytes(value.as_bytes()).is_err() {
                 return Err(NoIdentity::NotAHeaderValue(match *name {
                     "x-remote-user" => "common name",
                     "x-remote-group" => "organization",
@@ -210,6 +211,10 @@ mod tests {
         );
         let forged = certificate(&[(DnType::CommonName, "a\r\nx-remote-group: system:masters")]);
         assert_eq!(Identity::of(&forged), Err(NoIdentity::NotAHeaderValue("common name")));
+        for padded in [" alice", "alice ", "\talice"] {
+            let padded = certificate(&[(DnType::CommonName, padded)]);
+            assert_eq!(Identity::of(&padded), Err(NoIdentity::NotAHeaderValue("common name")));
+        }
         assert_eq!(
             Identity::of(&CertificateDer::from(vec![1, 2, 3])),
             Err(NoIdentity::Unreadable)

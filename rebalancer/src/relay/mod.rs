@@ -5,18 +5,24 @@
 
 mod accept;
 mod control;
+mod handover;
 mod http1;
 mod identity;
+mod proxy_protocol;
 mod pump;
 mod registry;
+mod sni;
+pub mod takeover;
 mod tls;
 mod upstream;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::{
+    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{Notify, watch},
     time::{MissedTickBehavior, interval, timeout},
@@ -27,8 +33,11 @@ use crate::{
     random,
     shim::wire::Upstream,
 };
-use accept::Door;
+use accept::{Door, Stop};
+pub use handover::WatchHandover;
 use registry::Registry;
+pub use sni::SniFiles;
+use takeover::{Listening, Predecessor};
 pub use tls::Files;
 use tls::Reloader;
 use upstream::Target;
@@ -58,6 +67,8 @@ pub struct Config {
     pub files: Files,
     /// The control socket.
     pub control: SocketPath,
+    /// The load balancers that begin each connection with a PROXY protocol header.
+    pub proxies: Vec<IpNet>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -75,6 +86,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// From GOAWAY to close.
     pub drain_deadline: Duration,
+    /// How watches of draining connections are ended; `None` leaves them.
+    pub watch_handover: Option<WatchHandover>,
 }
 
 /// Runs until SIGTERM or SIGINT and the end of its connections; a second signal ends it at once.
@@ -89,12 +102,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         name: config.upstream_name.clone(),
         tls: Arc::clone(&tls),
     });
-    // An address that can never be bound is said at once, not when the apiserver comes up.
-    drop(accept::bind(config.listen)?);
+    let predecessor = Predecessor::find(&config.control.0).await?;
+    let inherited = inherit(&config, predecessor.as_ref())?;
     let registry = Registry::new(format!("{:016x}", random::u64()));
+    if let Some(predecessor) = predecessor {
+        tracing::info!(control = %config.control.0.display(), "taking over from the relay that runs here; it drains");
+        predecessor
+            .relieve()
+            .await
+            .context("the relay that ran here did not leave its control socket")?;
+    }
     let control = local::bind(&config.control.0)?;
-    let _file = control.guard;
-    tokio::spawn({
+    let lending = local::bind(&takeover::path_beside(&config.control.0))?;
+    let files = [control.guard, lending.guard];
+    let listening = Arc::new(Listening::default());
+    let control = tokio::spawn({
         let routes = control::router(Arc::clone(&registry));
         async move {
             if let Err(error) = axum::serve(control.listener, routes).await {
@@ -102,8 +124,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             }
         }
     });
+    let lending = tokio::spawn(takeover::serve(lending.listener, Arc::clone(&listening)));
 
-    let (stop, stopping) = watch::channel(false);
+    let (stop, stopping) = watch::channel(Stop::Not);
     let (seen, upstream) = watch::channel(Upstream::Unknown);
     let doubt = Arc::new(Notify::new());
     let door = Arc::new(Door {
@@ -111,32 +134,66 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tls: Arc::clone(&tls),
         target: Arc::clone(&target),
         registry: Arc::clone(&registry),
+        proxies: config.proxies,
+        listening: Arc::clone(&listening),
         limits: config.limits,
         doubt: Arc::clone(&doubt),
     });
-    let accepting = tokio::spawn(accept::run(door, upstream, stopping));
+    let accepting = tokio::spawn(accept::run(door, inherited, upstream, stopping));
     tokio::spawn(watch_upstream(target, Arc::clone(&registry), seen, doubt));
+    if let Some(settings) = config.limits.watch_handover {
+        tokio::spawn(handover::run(Arc::clone(&registry), settings));
+    }
     tokio::spawn(sweep(tls, Arc::clone(&registry), config.limits));
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let why = tokio::select! {
+        _ = terminate.recv() => Stop::Ending,
+        _ = interrupt.recv() => Stop::Ending,
+        () = listening.taken() => Stop::Taken,
+    };
     tracing::info!(
         connections = registry.len(),
+        taken_over = why == Stop::Taken,
         "ending: no new connections, GOAWAY to the open ones"
     );
-    stop.send_replace(true);
+    stop.send_replace(why);
     // Ended by its watch: the port is closed.
     let _ = accepting.await;
+    if why == Stop::Taken {
+        control.abort();
+        lending.abort();
+        // Their listeners go with the tasks.
+        let _ = tokio::join!(control, lending);
+        drop(files);
+        listening.release();
+    }
     tokio::select! {
         () = farewell(&registry) => tracing::info!("every connection is drained"),
         _ = terminate.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
         _ = interrupt.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
     }
     Ok(())
+}
+
+/// The socket of a predecessor, or none; and whether the address can be bound, which is said at once and not when the
+/// apiserver comes up.
+fn inherit(config: &Config, predecessor: Option<&Predecessor>) -> anyhow::Result<Option<Arc<TcpListener>>> {
+    let Some(socket) = predecessor.and_then(|predecessor| predecessor.socket.as_ref()) else {
+        drop(accept::bind(config.listen)?);
+        return Ok(None);
+    };
+    let address = socket.local_addr()?;
+    anyhow::ensure!(
+        address == config.listen,
+        "--listen {}: the relay that runs on {} listens on {address}; end it first, or give this one another --control",
+        config.listen,
+        config.control.0.display()
+    );
+    let socket = socket.try_clone()?;
+    socket.set_nonblocking(true)?;
+    Ok(Some(Arc::new(TcpListener::from_std(socket)?)))
 }
 
 /// Follows the apiserver's state.

@@ -194,6 +194,7 @@ impl Pump {
                     Order::GoAway => {
                         self.relay.go_away(&mut self.out);
                     }
+                    Order::HandOver(total) => self.relay.hand_over(total, &mut self.out),
                 }
                 ordered.set(connection.ordered());
             }
@@ -269,6 +270,9 @@ impl Pump {
         );
         if self.relay.drain() != Drain::Active {
             connection.set_draining();
+        }
+        if matches!(self.relay.drain(), Drain::Final { .. }) {
+            connection.set_final();
         }
         if let Some(user_agent) = self.relay.take_user_agent() {
             connection.set_user_agent(user_agent);

@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -20,14 +20,20 @@ use crate::shim::wire::{self, GoawayResult, Id, Outcome, OutcomeEntry, Protocol,
 /// How many ended connections and outcomes are remembered: an agent that polls less often than this asks for all.
 const REMEMBERED: usize = 65_536;
 
+/// How long a new HTTP/1.1 connection is given for its first request when the process ends.
+const FIRST_REQUEST: Duration = Duration::from_secs(10);
+
 const GO_AWAY: u8 = 1;
 const CLOSE: u8 = 2;
+const HAND_OVER: u8 = 4;
 
 /// One connection's entry.
 #[derive(Debug)]
 pub struct Connection {
     id: Id,
-    client: SocketAddr,
+    peer: SocketAddr,
+    /// Whom the load balancer named.
+    client: OnceLock<SocketAddr>,
     local: SocketAddr,
     accepted: Instant,
     protocol: AtomicU8,
@@ -48,6 +54,10 @@ pub struct Connection {
     active_at: AtomicU64,
     /// The registry's coarse time of the GOAWAY.
     told_at: AtomicU64,
+    /// The last GOAWAY is written: no new stream is taken.
+    final_said: AtomicBool,
+    /// How many watches may be ended so far.
+    handover: AtomicU32,
     signal: AtomicU8,
     wake: Notify,
     registry: Arc<Registry>,
@@ -58,6 +68,8 @@ pub struct Connection {
 pub enum Order {
     /// Say GOAWAY.
     GoAway,
+    /// End so many watches, those that were ended before included.
+    HandOver(u32),
     /// Close now.
     Close,
 }
@@ -123,7 +135,8 @@ impl Registry {
     pub fn open(self: &Arc<Self>, cookie: u64, client: SocketAddr, local: SocketAddr) -> Arc<Connection> {
         let connection = Arc::new(Connection {
             id: Id(cookie),
-            client,
+            peer: client,
+            client: OnceLock::new(),
             local,
             accepted: Instant::now(),
             protocol: AtomicU8::new(Protocol::Unknown as u8),
@@ -140,6 +153,8 @@ impl Registry {
             counted: AtomicU64::new(0),
             active_at: AtomicU64::new(self.coarse_ms.load(Relaxed)),
             told_at: AtomicU64::new(0),
+            final_said: AtomicBool::new(false),
+            handover: AtomicU32::new(0),
             signal: AtomicU8::new(0),
             wake: Notify::new(),
             registry: Arc::clone(self),
@@ -238,9 +253,32 @@ impl Registry {
             }
             if connection.order_goaway(0) == GoawayResult::Sent {
                 told += 1;
-            } else if connection.protocol() != Protocol::H2 && connection.counters().open_streams == 0 {
+            } else if connection.protocol() == Protocol::Http1
+                && connection.open_streams.load(Relaxed) == 0
+                // One whose first request is still on its way would see it fail.
+                && (connection.requests() > 0 || connection.accepted.elapsed() > FIRST_REQUEST)
+            {
                 connection.order(CLOSE);
             }
+        }
+    }
+
+    /// The connections that take no new streams, with their open watches.
+    pub fn handing_over(&self) -> Vec<(u64, u32)> {
+        let inner = self.inner();
+        let told = inner
+            .open
+            .values()
+            .filter(|connection| connection.final_said.load(Relaxed));
+        told.map(|connection| (connection.id.0, connection.open_watches.load(Relaxed)))
+            .collect()
+    }
+
+    /// Lets a connection end so many watches, those that were ended before included.
+    pub fn hand_over(&self, id: u64, total: u32) {
+        if let Some(connection) = self.inner().open.get(&id) {
+            connection.handover.store(total, Relaxed);
+            connection.order(HAND_OVER);
         }
     }
 
@@ -298,9 +336,16 @@ const ORDERED: u8 = 1;
 const TOLD: u8 = 2;
 
 impl Connection {
-    /// The client's address.
+    /// The client's address, as the socket has it or the load balancer named it.
     pub fn client(&self) -> SocketAddr {
-        self.client
+        self.client.get().copied().unwrap_or(self.peer)
+    }
+
+    /// The load balancer named the client.
+    pub fn set_client(&self, client: SocketAddr) {
+        // Set once, before anything else is known.
+        let _ = self.client.set(client);
+        self.touch();
     }
 
     /// TLS is done: what was selected, and who the certificate names.
@@ -349,6 +394,11 @@ impl Connection {
         }
     }
 
+    /// The last GOAWAY is written.
+    pub fn set_final(&self) {
+        self.final_said.store(true, Relaxed);
+    }
+
     /// It is over; the entry goes.
     pub fn close(&self, reason: &str) {
         if self.is_told() {
@@ -376,6 +426,10 @@ impl Connection {
             if signal & GO_AWAY != 0 {
                 self.signal.fetch_and(!GO_AWAY, Relaxed);
                 return Order::GoAway;
+            }
+            if signal & HAND_OVER != 0 {
+                self.signal.fetch_and(!HAND_OVER, Relaxed);
+                return Order::HandOver(self.handover.load(Relaxed));
             }
             woken.await;
         }
@@ -437,7 +491,7 @@ impl Connection {
     fn shown(&self) -> wire::Connection {
         wire::Connection {
             id: self.id,
-            client: self.client,
+            client: self.client(),
             local: self.local,
             protocol: self.protocol(),
             state: if self.is_told() { State::Draining } else { State::Active },

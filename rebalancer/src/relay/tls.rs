@@ -13,12 +13,16 @@ use anyhow::Context as _;
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
     client::danger::HandshakeSignatureValid,
+    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _},
     server::{
         WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
+    sign::CertifiedKey,
 };
+
+use super::sni::{self, ByName, SniFiles};
 
 /// The protocols of the front door, best first.
 pub const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
@@ -30,6 +34,8 @@ pub struct Files {
     pub certificate: PathBuf,
     /// Its key.
     pub key: PathBuf,
+    /// More serving certificates, by name.
+    pub sni: Vec<SniFiles>,
     /// Who signs client certificates.
     pub client_ca: PathBuf,
     /// The front-proxy client certificate.
@@ -42,15 +48,18 @@ pub struct Files {
 
 impl Files {
     /// Each with its flag.
-    fn all(&self) -> [(&'static str, &Path); 6] {
-        [
-            ("--tls-cert", &self.certificate),
-            ("--tls-key", &self.key),
-            ("--client-ca", &self.client_ca),
-            ("--proxy-client-cert", &self.proxy_certificate),
-            ("--proxy-client-key", &self.proxy_key),
-            ("--upstream-ca", &self.upstream_ca),
-        ]
+    fn all(&self) -> Vec<(&'static str, &Path)> {
+        let sni = self.sni.iter().flat_map(|files| [&files.certificate, &files.key]);
+        let mut all: Vec<(&str, &Path)> = sni.map(|path| ("--tls-sni-cert-key", path.as_path())).collect();
+        all.extend([
+            ("--tls-cert", self.certificate.as_path()),
+            ("--tls-key", self.key.as_path()),
+            ("--client-ca", self.client_ca.as_path()),
+            ("--proxy-client-cert", self.proxy_certificate.as_path()),
+            ("--proxy-client-key", self.proxy_key.as_path()),
+            ("--upstream-ca", self.upstream_ca.as_path()),
+        ]);
+        all
     }
 }
 
@@ -86,14 +95,7 @@ impl Tls {
         let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
             .with_client_cert_verifier(Arc::new(LateVerifier(Arc::clone(&verifier))))
-            .with_single_cert(chain(&files.certificate, "--tls-cert")?, key(&files.key, "--tls-key")?)
-            .with_context(|| {
-                format!(
-                    "--tls-cert {} and --tls-key {} do not belong together",
-                    files.certificate.display(),
-                    files.key.display()
-                )
-            })?;
+            .with_cert_resolver(Arc::new(serving(files, &provider)?));
         server.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
 
         let upstream = Arc::new(roots(&files.upstream_ca, "--upstream-ca")?);
@@ -121,6 +123,39 @@ impl Tls {
             verifier,
         })
     }
+}
+
+/// The serving certificates.
+fn serving(files: &Files, provider: &CryptoProvider) -> anyhow::Result<ByName> {
+    let certified = |certificate: &Path, private: &Path, flags: [&str; 2]| {
+        CertifiedKey::from_der(chain(certificate, flags[0])?, key(private, flags[1])?, provider).with_context(|| {
+            let both = match flags {
+                [same, other] if same == other => same.to_owned(),
+                [first, second] => format!("{first}, {second}"),
+            };
+            format!(
+                "{both}: {} and {} do not belong together",
+                certificate.display(),
+                private.display()
+            )
+        })
+    };
+    let mut by_name = ByName::new(certified(&files.certificate, &files.key, ["--tls-cert", "--tls-key"])?);
+    for sni in &files.sni {
+        let key = certified(&sni.certificate, &sni.key, ["--tls-sni-cert-key"; 2])?;
+        let names = if sni.names.is_empty() {
+            sni::names_of(&key.cert[0])
+        } else {
+            sni.names.clone()
+        };
+        anyhow::ensure!(
+            !names.is_empty(),
+            "--tls-sni-cert-key {}: it holds no name; give the names after a colon",
+            sni.certificate.display()
+        );
+        by_name.add(names, key);
+    }
+    Ok(by_name)
 }
 
 /// The configurations in use, and what they were made from.

@@ -11,3 +11,4 @@ pub mod peers;
 pub mod planner;
 pub mod relay;
 pub mod report;
+pub mod steer;

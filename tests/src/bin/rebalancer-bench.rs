@@ -12,6 +12,7 @@ use rebalancer_tests::{
         peers::Programs,
         planner,
         relay::{self, Effort},
+        steer,
     },
     process::log_directory,
 };
@@ -31,6 +32,10 @@ enum Command {
     Kernel(Kernel),
     /// What a plan takes, and what the table holds
     Planner(Planner),
+    /// What the probe's answer costs
+    Steer(Steer),
+    /// What finding the place for the probe costs
+    SteerFind(SteerFind),
     /// The byte-for-byte TLS relay
     #[command(hide = true)]
     Floor(Floor),
@@ -60,6 +65,26 @@ struct Kernel {
 
 #[derive(Args)]
 struct Planner {
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Steer {
+    /// The small server with the apiserver's filter
+    #[arg(long)]
+    server: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct SteerFind {
+    /// A binary with the apiserver's filter
+    #[arg(long)]
+    binary: PathBuf,
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
@@ -110,6 +135,14 @@ fn run(command: Command) -> anyhow::Result<()> {
             let mut json = programs.json();
             json["agent"] = agent.json();
             (json, format!("{}\n{}", programs.page(), agent.page()), arguments.page)
+        }
+        Command::Steer(arguments) => {
+            let figures = steer::run(&arguments.server, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::SteerFind(arguments) => {
+            let figures = steer::find(&arguments.binary)?;
+            (figures.json(), figures.page(), arguments.page)
         }
     };
     fs::write(&path, page).with_context(|| format!("cannot write {}", path.display()))?;

@@ -65,6 +65,9 @@ struct Demo {
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
+    /// The relays end the watches of draining connections, spread over so long, for example 5s
+    #[arg(long, value_name = "DURATION")]
+    watch_handover: Option<String>,
     /// A flag for every agent, for example --agent-flag=--source=sockdiag
     #[arg(long)]
     agent_flag: Vec<String>,
@@ -180,6 +183,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         lb: demo.lb.name(),
         nodes: usize::from(demo.nodes),
         clients: usize::from(demo.clients),
+        watch_handover: demo.watch_handover.is_some(),
         ..Report::default()
     };
     let options = Options {
@@ -189,6 +193,11 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         fixture,
         rebalancer: binary(),
         agent_flags: demo.agent_flag.clone(),
+        relay_flags: demo
+            .watch_handover
+            .iter()
+            .map(|over| format!("--watch-handover={over}"))
+            .collect(),
         directory: directory.clone(),
     };
     let played = Cluster::start(options, &|step| eprintln!("{step}")).and_then(|mut cluster| {

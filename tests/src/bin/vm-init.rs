@@ -3,12 +3,14 @@
 //! Output: what the tests print, on the serial console, and `vm: exit CODE` at the end.
 
 use std::{
+    env,
     ffi::CString,
     fs,
     io::{self, Write as _},
     os::fd::AsRawFd as _,
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
+    thread,
 };
 
 fn main() {
@@ -83,12 +85,32 @@ fn load(module: &Path) -> io::Result<()> {
 }
 
 fn run() -> io::Result<i32> {
-    let status = Command::new("/tests")
-        .arg("--test-threads=1")
+    let mut arguments = env::args_os().skip(1);
+    let program = arguments
+        .next()
+        .ok_or_else(|| io::Error::other("the kernel's command line names no program behind `--`"))?;
+    let mut child = Command::new(program)
+        .args(arguments)
         .env("PATH", "/bin")
+        .env("HOME", "/tmp")
         .env("REBALANCER_BIN", "/bin/rebalancer")
         .env("REBALANCER_SKIPS", "/tmp/skips")
-        .status()?;
+        // The console is no terminal to draw on.
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let errors = child
+        .stderr
+        .take()
+        .map(|mut from| thread::spawn(move || io::copy(&mut from, &mut io::stderr())));
+    if let Some(mut from) = child.stdout.take() {
+        io::copy(&mut from, &mut io::stdout())?;
+    }
+    if let Some(errors) = errors {
+        // A console that is gone is nobody's to tell.
+        let _ = errors.join();
+    }
+    let status = child.wait()?;
     for line in fs::read_to_string("/tmp/skips").unwrap_or_default().lines() {
         println!("vm: skipped {line}");
     }

@@ -51,6 +51,8 @@ pub struct Options {
     pub rebalancer: PathBuf,
     /// More flags for the agents.
     pub agent_flags: Vec<String>,
+    /// More flags for the relays.
+    pub relay_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
 }
@@ -140,6 +142,7 @@ impl Cluster {
                 nodes: &names,
                 directory: &cluster.options.directory,
                 agent_flags: &cluster.options.agent_flags,
+                relay_flags: &cluster.options.relay_flags,
             };
             let node = Node::start(&shared, index, &cluster.network.nodes[index], apiserver)?;
             cluster.nodes.push(node);

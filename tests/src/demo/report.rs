@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::scene::LEVEL;
+
 /// Milliseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct LatencyMs {
@@ -32,6 +34,8 @@ pub struct Report {
     pub nodes: usize,
     /// How many clients.
     pub clients: usize,
+    /// Whether the relays hand watches over.
+    pub watch_handover: bool,
     /// Active connections per apiserver before the crash.
     pub before: Vec<u64>,
     /// When the apiserver was ready again.
@@ -40,6 +44,12 @@ pub struct Report {
     pub after: Vec<u64>,
     /// Largest distance from the mean at the end.
     pub skew_after: f64,
+    /// Open watches per apiserver at the end, those of draining connections included.
+    pub watches: Vec<u64>,
+    /// From the restart until the open watches were level, and stayed so; `None` when they were not at the end.
+    pub seconds_to_watches_level: Option<f64>,
+    /// Requests per apiserver from when the load was level to the end.
+    pub requests: Vec<u64>,
     /// GOAWAYs sent since the restart.
     pub goaways: u64,
     /// E/rho at the restart.
@@ -58,6 +68,8 @@ pub struct Report {
     pub watch_breaks: u64,
     /// Watch events that never came, since the restart.
     pub missed_events: u64,
+    /// Watch events that came twice, since the restart.
+    pub doubled_events: u64,
     /// Of small requests since the restart.
     pub latency_ms: LatencyMs,
 }
@@ -77,7 +89,11 @@ impl Report {
 
     /// Whether the load became level and no client noticed.
     pub fn is_success(&self) -> bool {
-        self.seconds_to_balance.is_some() && self.client_errors == 0
+        let handed_over = !self.watch_handover
+            || (self.seconds_to_watches_level.is_some()
+                && Self::skew(&self.requests) <= LEVEL
+                && self.relists + self.watch_breaks + self.missed_events + self.doubled_events == 0);
+        self.seconds_to_balance.is_some() && self.client_errors == 0 && handed_over
     }
 }
 
@@ -105,13 +121,25 @@ impl fmt::Display for Report {
             )?,
             None => writeln!(f, "  NOT level at the end; {} GOAWAYs", self.goaways)?,
         }
+        let share = |loads: &[u64]| format!("{} ({:.1} %)", per_node(loads), Self::skew(loads) * 100.0);
+        match self.seconds_to_watches_level {
+            Some(seconds) => write!(f, "  open watches level after {seconds:.0} s")?,
+            None => write!(f, "  open watches NOT level at the end")?,
+        }
+        writeln!(
+            f,
+            ": {}; requests since {}",
+            share(&self.watches),
+            share(&self.requests)
+        )?;
         write!(
             f,
-            "  clients saw {} errors, {} relists, {} broken watches, {} missed events; latency p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms",
+            "  clients saw {} errors, {} relists, {} broken watches, {} missed and {} doubled events; latency p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms",
             self.client_errors,
             self.relists,
             self.watch_breaks,
             self.missed_events,
+            self.doubled_events,
             self.latency_ms.p50,
             self.latency_ms.p90,
             self.latency_ms.p99

@@ -1,6 +1,7 @@
 //! What happens in the demo, in order, and what is measured.
 
 use std::{
+    collections::HashMap,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -141,6 +142,7 @@ impl<'a> Scene<'a> {
         report.relists = line.relists;
         report.watch_breaks = line.watch_breaks;
         report.missed_events = line.missed;
+        report.doubled_events = line.doubled;
         report.latency_ms = LatencyMs {
             p50: line.latency_ms.p50,
             p90: line.latency_ms.p90,
@@ -161,8 +163,16 @@ impl<'a> Scene<'a> {
         goaways_before: u64,
     ) -> anyhow::Result<()> {
         let mut level_since: Option<(Instant, u64)> = None;
+        let mut work = Workload::new(self.cluster.nodes.len());
         loop {
             let loads = self.look(swarm, Some(ready), goaways_before)?;
+            work.look(self.cluster)?;
+            report.watches.clone_from(&work.watches);
+            if Report::skew(&work.watches) > LEVEL {
+                report.seconds_to_watches_level = None;
+            } else if report.seconds_to_watches_level.is_none() {
+                report.seconds_to_watches_level = Some(ready.elapsed().as_secs_f64());
+            }
             let goaways = self.cluster.goaways()?;
             match level_since {
                 None if Report::skew(&loads) <= LEVEL && self.at_rest()? => {
@@ -173,6 +183,7 @@ impl<'a> Scene<'a> {
                     ));
                     report.seconds_to_balance = Some(took.as_secs_f64());
                     level_since = Some((Instant::now(), goaways));
+                    work.requests.fill(0);
                 }
                 None if ready.elapsed() > self.limit => return Ok(()),
                 None => {}
@@ -180,6 +191,7 @@ impl<'a> Scene<'a> {
                     report.goaways_after_balance = goaways - at;
                     report.seconds_after_balance = since.elapsed().as_secs_f64();
                     if since.elapsed() >= QUIET {
+                        report.requests = work.requests;
                         return Ok(());
                     }
                 }
@@ -275,6 +287,38 @@ impl<'a> Scene<'a> {
 
     fn step(&mut self, what: &str) {
         (self.tell)(Event::Step(what));
+    }
+}
+
+/// What the apiservers have to do, as the relays count it.
+struct Workload {
+    watches: Vec<u64>,
+    requests: Vec<u64>,
+    seen: Vec<HashMap<String, u64>>,
+}
+
+impl Workload {
+    fn new(nodes: usize) -> Self {
+        Self {
+            watches: vec![0; nodes],
+            requests: vec![0; nodes],
+            seen: vec![HashMap::new(); nodes],
+        }
+    }
+
+    /// Takes the open watches, and adds the requests since the last look; what a connection asked between that and its
+    /// end is not seen.
+    fn look(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        for (index, node) in cluster.nodes.iter().enumerate() {
+            let work = node.work()?;
+            self.watches[index] = work.iter().map(|(_, work)| work.watches).sum();
+            for (id, work) in &work {
+                let before = self.seen[index].get(id).copied().unwrap_or_default();
+                self.requests[index] += work.requests.saturating_sub(before);
+            }
+            self.seen[index] = work.into_iter().map(|(id, work)| (id, work.requests)).collect();
+        }
+        Ok(())
     }
 }
 

@@ -28,6 +28,8 @@ pub struct World {
     pub apiserver: SocketAddr,
     pub relay: SocketAddr,
     pub logs: PathBuf,
+    /// The apiserver's audit log: one event a line.
+    pub audit: PathBuf,
     control: PathBuf,
     processes: Mutex<Vec<Process>>,
 }
@@ -61,6 +63,12 @@ impl World {
         let at = |port| SocketAddr::new(loopback, port);
         let logs = log_directory("rebalancer-apiserver-")?;
         let pki = Pki::new(&[loopback])?;
+        let audit = logs.join("audit.log");
+        let policy = logs.join("audit-policy.yaml");
+        std::fs::write(
+            &policy,
+            "apiVersion: audit.k8s.io/v1\nkind: Policy\nrules: [{level: Metadata, omitStages: [RequestReceived]}]\n",
+        )?;
         let mut processes = vec![start_etcd(fixture, at(2379), at(2380), &logs, None)?];
         processes.push(start_apiserver(
             &Settings {
@@ -73,7 +81,11 @@ impl World {
                 directory: &logs,
                 name: "kube-apiserver",
                 goaway_chance: 0.0,
-                extra: &[],
+                extra: &[
+                    format!("--audit-policy-file={}", policy.display()),
+                    format!("--audit-log-path={}", audit.display()),
+                    "--audit-log-mode=blocking".to_owned(),
+                ],
             },
             None,
         )?);
@@ -103,6 +115,7 @@ impl World {
             apiserver: at(6444),
             relay: at(6443),
             logs,
+            audit,
             control,
             processes: Mutex::new(processes),
         };

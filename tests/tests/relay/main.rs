@@ -3,7 +3,12 @@
 //! Each test has a relay and an apiserver of its own, on loopback in a network namespace of its own.
 
 mod abuse;
+mod certificates;
 mod faults;
 mod goaway;
+mod handover;
+mod intercept;
+mod proxy_protocol;
 mod requests;
+mod takeover;
 mod world;

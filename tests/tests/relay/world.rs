@@ -16,10 +16,11 @@ use std::{
 
 use rebalancer_tests::{
     binary,
-    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, Peer, frame, kind, request},
+    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, PREFACE, Peer, block, fields, frame, kind, request},
     netns::Namespace,
     pki::{Pair, Pki, SERVER_NAME},
     process::{Process, tail, wait_for},
+    storm::{Storm, VIA_RELAY},
 };
 use rustls::{
     RootCertStore, ServerConfig, ServerConnection,
@@ -36,7 +37,8 @@ pub const OK: [u8; 1] = [0x88];
 pub struct World {
     pub pki: Pki,
     pub relay: Process,
-    _logs: tempfile::TempDir,
+    logs: tempfile::TempDir,
+    namespace: Namespace,
     accepted: Receiver<Accepted>,
     control: PathBuf,
 }
@@ -51,6 +53,20 @@ pub struct Accepted {
 impl World {
     /// Starts both, with more flags for the relay; the calling thread is in the namespace from here on.
     pub fn start(flags: &[&str]) -> Self {
+        Self::start_with(flags, false)
+    }
+
+    /// The same with an apiserver that answers every request at once.
+    pub fn answering(flags: &[&str]) -> Self {
+        Self::start_with(flags, true)
+    }
+
+    fn start_with(flags: &[&str], answering: bool) -> Self {
+        Self::start_prepared(answering, |_| flags.iter().map(|flag| (*flag).to_owned()).collect())
+    }
+
+    /// The same, with flags that name files which are made first.
+    pub fn start_prepared(answering: bool, flags: impl FnOnce(&Pki) -> Vec<String>) -> Self {
         let namespace = Namespace::new().expect("a network namespace");
         namespace.enter().expect("its own namespace");
         let logs = tempfile::Builder::new()
@@ -58,13 +74,16 @@ impl World {
             .tempdir()
             .expect("a directory");
         let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
-        let accepted = serve(&pki);
+        let accepted = serve(&pki, UPSTREAM, answering);
         let control = logs.path().join("relay.sock");
-        let relay = start_relay(&pki, &namespace, &logs, &control, "relay", flags);
+        let flags = flags(&pki);
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let relay = start_relay(&pki, &namespace, &logs, &control, "relay", RELAY, &flags);
         let mut world = Self {
             pki,
             relay,
-            _logs: logs,
+            logs,
+            namespace,
             accepted,
             control,
         };
@@ -78,6 +97,16 @@ impl World {
             tail(&world.relay.log())
         );
         world
+    }
+
+    /// A storm of clients on the relay's port.
+    pub fn storm(&self, threads: usize) -> Storm {
+        Storm::start(&self.pki, &self.namespace, &[RELAY], threads).expect("a storm")
+    }
+
+    /// Starts another relay with the same control socket beside the one that runs.
+    pub fn start_another(&self, name: &str, listen: SocketAddr) -> Process {
+        start_relay(&self.pki, &self.namespace, &self.logs, &self.control, name, listen, &[])
     }
 
     /// Another client and its upstream connection, both past their HTTP/2 beginnings.
@@ -162,21 +191,34 @@ impl World {
     }
 }
 
-/// Starts a relay on [`RELAY`].
-pub fn start_relay(
+fn start_relay(
     pki: &Pki,
     namespace: &Namespace,
     logs: &tempfile::TempDir,
     control: &std::path::Path,
     name: &str,
+    listen: SocketAddr,
+    flags: &[&str],
+) -> Process {
+    relay_between(pki, namespace, logs.path(), control, name, [listen, UPSTREAM], flags)
+}
+
+/// Starts a relay that listens on the first address, before an apiserver on the second.
+pub fn relay_between(
+    pki: &Pki,
+    namespace: &Namespace,
+    logs: &std::path::Path,
+    control: &std::path::Path,
+    name: &str,
+    [listen, upstream]: [SocketAddr; 2],
     flags: &[&str],
 ) -> Process {
     let pem = |name: &str| pki.file(name);
     let mut relay = Command::new(binary());
     relay
         .arg("relay")
-        .arg(format!("--listen={RELAY}"))
-        .arg(format!("--upstream={UPSTREAM}"))
+        .arg(format!("--listen={listen}"))
+        .arg(format!("--upstream={upstream}"))
         .arg(format!("--upstream-server-name={SERVER_NAME}"))
         .arg("--upstream-ca")
         .arg(pem("ca.crt"))
@@ -193,7 +235,7 @@ pub fn start_relay(
         .arg(format!("--control=unix:{}", control.display()))
         .args(flags)
         .env("REBALANCER_LOG", "debug");
-    Process::start(name, relay, Some(namespace.fd()), logs.path()).expect("the relay starts")
+    Process::start(name, relay, Some(namespace.fd()), logs).expect("the relay starts")
 }
 
 /// A client whose neighbours misbehave.
@@ -222,8 +264,8 @@ impl Bystander {
 }
 
 /// Accepts for ever on a thread: health checks are answered, everything else is handed over.
-fn serve(pki: &Pki) -> Receiver<Accepted> {
-    let listener = TcpListener::bind(UPSTREAM).expect("a free port in a namespace of its own");
+pub fn serve(pki: &Pki, listen: SocketAddr, answering: bool) -> Receiver<Accepted> {
+    let listener = TcpListener::bind(listen).expect("a free port in a namespace of its own");
     let config = Arc::new(server_config(pki).expect("the apiserver's certificates"));
     let (hand_over, accepted) = mpsc::channel();
     thread::spawn(move || {
@@ -243,12 +285,35 @@ fn serve(pki: &Pki) -> Receiver<Accepted> {
                         return peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
                     }
                 }
+                if answering && peer.protocol == b"h2" {
+                    return answer_all(peer);
+                }
                 // The test may have ended.
                 let _ = hand_over.send(Accepted { peer, head });
             });
         }
     });
     accepted
+}
+
+/// Answers every request with 200, and says whether it came by the relay, until the connection ends.
+fn answer_all(mut peer: Peer) {
+    if peer.try_read(PREFACE.len()).is_err() {
+        return;
+    }
+    let begun = [frame(kind::SETTINGS, 0, 0, &[]), frame(kind::SETTINGS, 1, 0, &[])].concat();
+    let mut sent = peer.try_send(&begun);
+    while let (Ok(()), Ok(Some(got))) = (&sent, peer.try_next()) {
+        sent = match got.kind {
+            kind::HEADERS => {
+                let relayed = fields(&got.payload).iter().any(|(name, _)| name == "x-forwarded-for");
+                let answer = block(&[(":status", "200"), ("via", if relayed { VIA_RELAY } else { "nobody" })]);
+                peer.try_send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, got.stream, &answer))
+            }
+            kind::PING if got.flags == 0 => peer.try_send(&frame(kind::PING, 1, 0, &got.payload)),
+            _ => Ok(()),
+        };
+    }
 }
 
 fn server_config(pki: &Pki) -> anyhow::Result<ServerConfig> {

@@ -6,6 +6,7 @@ mod kernel;
 mod page;
 mod planner;
 mod relay;
+mod steer;
 
 use std::{
     fs,
@@ -31,6 +32,8 @@ enum Bench {
     Planner(planner::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
     Relay(relay::Arguments),
+    /// The probe's answer, beside a probe that does nothing
+    Steer(steer::Arguments),
 }
 
 /// Runs one.
@@ -39,6 +42,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
         Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
+        Bench::Steer(arguments) => steer::run_bench(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -16,6 +16,7 @@ fn relay() -> Relay {
         forwarded_for: "192.0.2.7".into(),
         max_header_bytes: 4096,
         ping: PING,
+        watch_handover: false,
     })
 }
 
@@ -225,6 +226,72 @@ fn goaway_has_two_phases_and_no_request_is_lost_between_them() {
             .server_bytes(&frame(kind::DATA, flag::END_STREAM, stream, b""), &mut out)
             .expect("an answer");
     }
+    assert!(relay.is_finished());
+}
+
+#[test]
+fn a_draining_connections_watches_end_between_events_and_windows_are_given_back() {
+    let mut relay = Relay::new(Settings {
+        watch_handover: true,
+        ..relay().settings
+    });
+    let mut out = Output::default();
+    let settings = frame(kind::SETTINGS, 0, 0, &[]);
+    relay
+        .client_bytes(&[&PREFACE[..], &settings].concat(), &mut out)
+        .expect("a preface");
+    relay.server_bytes(&settings, &mut out).expect("settings");
+    let both = [
+        request(1, &first_block("/a?watch=true")),
+        request(3, &first_block("/a")),
+    ]
+    .concat();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    let mut answer = vec![0x88];
+    hpack::write_literal(b"content-type", b"application/json", &mut answer);
+    let answered = frame(kind::HEADERS, flag::END_HEADERS, 1, &answer);
+    let event = frame(kind::DATA, 0, 1, b"{}\n");
+    relay
+        .server_bytes(&[&answered[..], &event, &event[..11]].concat(), &mut out)
+        .expect("one event and half of another");
+    relay.hand_over(1, &mut out);
+    relay.go_away(&mut out);
+    relay
+        .client_bytes(&frame(kind::PING, flag::ACK, 0, &PING), &mut out)
+        .expect("a PONG");
+    relay.hand_over(1, &mut out);
+    out = Output::default();
+    assert_eq!(relay.open_watches(), 1, "it stands inside an event");
+
+    // The client is inside a frame of its own when the event ends: the server's RST_STREAM waits for its rest.
+    let window = frame(kind::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 9]);
+    relay.client_bytes(&window[..10], &mut out).expect("half a frame");
+    relay
+        .server_bytes(&event[11..], &mut out)
+        .expect("the rest of the event");
+    assert_eq!(out.to_server, window[..10]);
+    relay
+        .client_bytes(&window[10..], &mut out)
+        .expect("the rest of the frame");
+    let reset = frame(kind::RST_STREAM, 0, 1, &[0, 0, 0, 8]);
+    assert_eq!(out.to_server, [window, reset].concat());
+    let told = frames(&out.to_client[1..]);
+    let last = &told.last().expect("the end of the watch").0;
+    assert_eq!(
+        (last.kind, last.flags, last.stream, last.length),
+        (kind::DATA, flag::END_STREAM, 1, 0)
+    );
+    assert_eq!((relay.open_streams(), relay.open_watches()), (1, 0));
+    assert!(!relay.is_finished());
+
+    // What the server had sent by then stays here, and its window goes back.
+    out = Output::default();
+    let answered = frame(kind::HEADERS, flag::END_HEADERS | flag::END_STREAM, 3, &[0x88]);
+    relay
+        .server_bytes(&[&event[..], &answered].concat(), &mut out)
+        .expect("a late event");
+    assert_eq!(out.to_client, answered);
+    assert_eq!(out.to_server, frame(kind::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 3]));
     assert!(relay.is_finished());
 }
 

@@ -1,0 +1,526 @@
+//! Ending the watches of a connection that was told to go, each between two events.
+//!
+//! Job: follow the server's half of every watch, and say which may be ended where the stream of frames stands now.
+//! Input: the server's frame headers and payloads, in order from the connection's first. Output: streams to end, and
+//! whether a frame of an ended one is swallowed.
+//! Must never end a watch inside an event, nor one whose encoding it does not know.
+//!
+//! How an answer is encoded stands in the server's header blocks, which are compressed with a state: each is decoded,
+//! from the first on, and passes as it came. When one cannot be followed, all watches of the connection are left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    frame::{FrameHeader, flag, kind},
+    hpack::{Decoder, Field},
+    request::value_of,
+};
+
+/// How large a header block of the server may be to be followed.
+const MAX_BLOCK: usize = 65_536;
+
+/// The largest dynamic table that is followed, whatever the client offers.
+const MAX_TABLE: usize = 65_536;
+
+/// How a watch's events are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Events {
+    /// The answer's header block has not come.
+    Unanswered,
+    /// JSON: each event ends in a newline, and holds none.
+    Lines {
+        /// Whether the last octet was one.
+        ended: bool,
+    },
+    /// Protobuf: each event follows its length in four octets, big endian
+    /// (k8s.io/apimachinery/pkg/util/framer/framer.go).
+    Delimited {
+        /// The length's octets so far.
+        head: [u8; 4],
+        /// How many of them there are.
+        have: u8,
+        /// Octets of the event that are to come.
+        left: u32,
+    },
+    /// Something else.
+    Opaque,
+}
+
+impl Events {
+    /// What an answer's header list says.
+    fn of(list: &[Field]) -> Self {
+        let Some(status) = value_of(list, b":status") else {
+            return Self::Opaque;
+        };
+        if status.starts_with(b"1") {
+            return Self::Unanswered;
+        }
+        let plain = value_of(list, b"content-encoding").is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
+        if status != b"200" || !plain {
+            return Self::Opaque;
+        }
+        let kind = value_of(list, b"content-type").unwrap_or_default();
+        let kind = kind.split(|octet| *octet == b';').next().unwrap_or_default();
+        match kind.trim_ascii().to_ascii_lowercase().as_slice() {
+            b"application/json" => Self::Lines { ended: true },
+            b"application/vnd.kubernetes.protobuf" => Self::Delimited {
+                head: [0; 4],
+                have: 0,
+                left: 0,
+            },
+            _ => Self::Opaque,
+        }
+    }
+
+    fn take(&mut self, mut bytes: &[u8]) {
+        match self {
+            Self::Unanswered | Self::Opaque => {}
+            Self::Lines { ended } => {
+                if let Some(last) = bytes.last() {
+                    *ended = *last == b'\n';
+                }
+            }
+            Self::Delimited { head, have, left } => {
+                while let Some((first, rest)) = bytes.split_first() {
+                    if *left > 0 {
+                        let part = bytes.len().min(*left as usize);
+                        *left -= part as u32;
+                        bytes = &bytes[part..];
+                        continue;
+                    }
+                    head[usize::from(*have)] = *first;
+                    *have += 1;
+                    bytes = rest;
+                    if *have == 4 {
+                        *left = u32::from_be_bytes(*head);
+                        *have = 0;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether this is a place between two events.
+    fn is_between(self) -> bool {
+        match self {
+            Self::Lines { ended } => ended,
+            Self::Delimited { have, left, .. } => have == 0 && left == 0,
+            Self::Unanswered | Self::Opaque => false,
+        }
+    }
+
+    fn can_end(self) -> bool {
+        matches!(self, Self::Lines { .. } | Self::Delimited { .. })
+    }
+}
+
+/// What the payload that is coming belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Payload {
+    Other,
+    Block,
+    Data(u32),
+}
+
+/// A header block of the server that is still coming.
+#[derive(Debug)]
+struct Block {
+    stream: u32,
+    flags: u8,
+    /// The first frame's whole payload, and the others' appended.
+    octets: Vec<u8>,
+    /// How many of them are the first frame's.
+    first: usize,
+}
+
+/// The watches of one connection.
+#[derive(Debug)]
+pub struct Handover {
+    decoder: Decoder,
+    /// Something could not be followed: nothing is ended any more.
+    lost: bool,
+    payload: Payload,
+    block: Option<Block>,
+    watches: BTreeMap<u32, Events>,
+    /// Those to end at their next place between two events.
+    chosen: BTreeSet<u32>,
+    /// How many were ever chosen.
+    chosen_total: u32,
+    allowance: u32,
+    /// Those that are ended towards the client while the server may not know yet.
+    ended: BTreeSet<u32>,
+}
+
+impl Default for Handover {
+    fn default() -> Self {
+        let mut decoder = Decoder::default();
+        decoder.allow(MAX_TABLE);
+        Self {
+            decoder,
+            lost: false,
+            payload: Payload::Other,
+            block: None,
+            watches: BTreeMap::new(),
+            chosen: BTreeSet::new(),
+            chosen_total: 0,
+            allowance: 0,
+            ended: BTreeSet::new(),
+        }
+    }
+}
+
+impl Handover {
+    /// The client opened a watch, and sends no more on it.
+    pub fn open(&mut self, stream: u32) {
+        if !self.lost {
+            self.watches.insert(stream, Events::Unanswered);
+        }
+    }
+
+    /// Either side is done with a stream.
+    pub fn close(&mut self, stream: u32) {
+        self.watches.remove(&stream);
+        self.chosen.remove(&stream);
+    }
+
+    /// From now on up to `total` watches may be ended, those that are already included.
+    pub fn allow(&mut self, total: u32) {
+        self.allowance = self.allowance.max(total);
+    }
+
+    /// A frame of the server begins; `true` when it is of a watch that was ended, and must not reach the client.
+    ///
+    /// A header block passes all the same, so that the client's compression state stays the server's.
+    pub fn begin(&mut self, header: FrameHeader) -> bool {
+        self.payload = Payload::Other;
+        let last = header.has(flag::END_STREAM) && matches!(header.kind, kind::HEADERS | kind::DATA);
+        let swallowed = self.ended.contains(&header.stream)
+            && matches!(header.kind, kind::DATA | kind::RST_STREAM | kind::WINDOW_UPDATE);
+        if last || header.kind == kind::RST_STREAM {
+            self.close(header.stream);
+            self.ended.remove(&header.stream);
+        }
+        if self.lost {
+            return swallowed;
+        }
+        match header.kind {
+            kind::HEADERS => {
+                self.block = Some(Block {
+                    stream: header.stream,
+                    flags: header.flags,
+                    octets: Vec::new(),
+                    first: header.length as usize,
+                });
+                self.payload = Payload::Block;
+            }
+            kind::CONTINUATION => {
+                if let Some(block) = &mut self.block {
+                    block.flags |= header.flags & flag::END_HEADERS;
+                }
+                self.payload = Payload::Block;
+            }
+            // Its block is for a stream the client did not ask for: client-go never allows one.
+            kind::PUSH_PROMISE => self.lose(),
+            kind::DATA => {
+                if let Some(events) = self.watches.get_mut(&header.stream) {
+                    if header.has(flag::PADDED) {
+                        // Nobody pads a watch; where its octets end would have to be followed as well.
+                        *events = Events::Opaque;
+                    }
+                    self.payload = Payload::Data(header.stream);
+                }
+            }
+            _ => {}
+        }
+        if self
+            .block
+            .as_ref()
+            .is_some_and(|block| block.octets.len() + header.length as usize > MAX_BLOCK)
+        {
+            self.lose();
+        }
+        swallowed
+    }
+
+    /// A piece of the payload of the frame that began last.
+    pub fn take(&mut self, bytes: &[u8]) {
+        match self.payload {
+            Payload::Other => {}
+            Payload::Block => {
+                if let Some(block) = &mut self.block {
+                    block.octets.extend_from_slice(bytes);
+                }
+            }
+            Payload::Data(stream) => {
+                if let Some(events) = self.watches.get_mut(&stream) {
+                    events.take(bytes);
+                }
+            }
+        }
+    }
+
+    /// The server's last frame is complete.
+    pub fn complete(&mut self) {
+        if let Some(block) = self.block.take_if(|block| block.flags & flag::END_HEADERS != 0) {
+            match self.decode(&block) {
+                Some(list) => {
+                    if let Some(events) = self.watches.get_mut(&block.stream)
+                        && *events == Events::Unanswered
+                    {
+                        *events = Events::of(&list);
+                    }
+                }
+                None => self.lose(),
+            }
+        }
+    }
+
+    /// A watch that is to be ended here; the caller ends it towards both sides. Frames are complete on both sides.
+    pub fn due(&mut self) -> Option<u32> {
+        while self.chosen_total < self.allowance {
+            let next = self
+                .watches
+                .iter()
+                .find(|(stream, events)| events.can_end() && !self.chosen.contains(stream));
+            let Some((stream, _)) = next else { break };
+            self.chosen.insert(*stream);
+            self.chosen_total += 1;
+        }
+        let between = |stream: &&u32| self.watches.get(stream).is_some_and(|events| events.is_between());
+        let stream = *self.chosen.iter().find(between)?;
+        self.close(stream);
+        self.ended.insert(stream);
+        Some(stream)
+    }
+
+    fn decode(&mut self, block: &Block) -> Option<Vec<Field>> {
+        let (mut first, rest) = block.octets.split_at_checked(block.first)?;
+        let mut fragment = Vec::new();
+        if block.flags & flag::PADDED != 0 {
+            let (padding, after) = first.split_first()?;
+            first = after.get(..after.len().checked_sub(usize::from(*padding))?)?;
+        }
+        if block.flags & flag::PRIORITY != 0 {
+            first = first.get(5..)?;
+        }
+        fragment.extend_from_slice(first);
+        fragment.extend_from_slice(rest);
+        self.decoder.decode(&fragment, MAX_BLOCK).ok()
+    }
+
+    fn lose(&mut self) {
+        self.lost = true;
+        self.payload = Payload::Other;
+        self.block = None;
+        self.watches.clear();
+        self.chosen.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::h2::hpack::write_literal;
+
+    fn answer(fields: &[(&str, &str)]) -> Vec<u8> {
+        let mut block = Vec::new();
+        for (name, value) in fields {
+            write_literal(name.as_bytes(), value.as_bytes(), &mut block);
+        }
+        block
+    }
+
+    fn feed(handover: &mut Handover, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
+        let swallowed = handover.begin(FrameHeader {
+            length: payload.len() as u32,
+            kind,
+            flags,
+            stream,
+        });
+        handover.take(payload);
+        handover.complete();
+        swallowed
+    }
+
+    fn watching(content_type: &str) -> Handover {
+        let mut handover = Handover::default();
+        handover.open(1);
+        let block = answer(&[(":status", "200"), ("content-type", content_type)]);
+        feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &block);
+        handover
+    }
+
+    #[test]
+    fn a_watch_in_json_ends_after_a_newline_and_only_when_allowed() {
+        let mut handover = watching("application/json");
+        assert_eq!(handover.due(), None, "nothing is allowed");
+        feed(&mut handover, kind::DATA, 0, 1, b"{\"type\":");
+        handover.allow(1);
+        assert_eq!(handover.due(), None, "inside an event");
+        feed(&mut handover, kind::DATA, 0, 1, b"\"ADDED\"}\n");
+        assert_eq!(handover.due(), Some(1));
+        assert_eq!(handover.due(), None);
+        assert!(
+            feed(&mut handover, kind::DATA, 0, 1, b"late\n"),
+            "what comes later is swallowed"
+        );
+        assert!(feed(&mut handover, kind::RST_STREAM, 0, 1, &[0; 4]));
+        assert!(
+            !feed(&mut handover, kind::DATA, 0, 1, b""),
+            "and forgotten with the stream"
+        );
+    }
+
+    #[test]
+    fn a_watch_in_protobuf_ends_after_a_whole_event() {
+        let mut handover = watching("application/vnd.kubernetes.protobuf;stream=watch");
+        handover.allow(1);
+        // A newline is an octet like any other here, and lengths may be cut anywhere.
+        for piece in [&b"\0\0"[..], b"\0\x03\n", b"\n"] {
+            feed(&mut handover, kind::DATA, 0, 1, piece);
+            assert_eq!(handover.due(), None, "{piece:?}");
+        }
+        feed(&mut handover, kind::DATA, 0, 1, b"\n");
+        assert_eq!(handover.due(), Some(1));
+    }
+
+    #[test]
+    fn a_quiet_watch_ends_at_once_when_its_encoding_is_known() {
+        for (content_type, ends) in [
+            ("application/json", true),
+            ("Application/JSON; charset=utf-8", true),
+            ("application/vnd.kubernetes.protobuf;stream=watch", true),
+            ("application/cbor-seq", false),
+            ("text/plain", false),
+            ("", false),
+        ] {
+            let mut handover = watching(content_type);
+            handover.allow(1);
+            assert_eq!(handover.due().is_some(), ends, "{content_type}");
+        }
+    }
+
+    #[test]
+    fn compressed_failed_padded_and_unanswered_watches_are_left_alone() {
+        let json = ("content-type", "application/json");
+        for fields in [
+            &[(":status", "200"), json, ("content-encoding", "gzip")][..],
+            &[(":status", "410"), json],
+            &[(":status", "103"), json],
+            &[json],
+        ] {
+            let mut handover = Handover::default();
+            handover.open(1);
+            feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &answer(fields));
+            handover.allow(1);
+            assert_eq!(handover.due(), None, "{fields:?}");
+        }
+        let mut padded = watching("application/json");
+        feed(&mut padded, kind::DATA, flag::PADDED, 1, &[1, b'\n', 0]);
+        padded.allow(1);
+        assert_eq!(padded.due(), None);
+    }
+
+    #[test]
+    fn header_blocks_are_followed_from_the_first_on() {
+        let mut handover = Handover::default();
+        handover.open(3);
+        // Another stream's answer puts the content type into the table; the watch's only names it, in two frames.
+        let mut first = vec![0x88, 0x5f, 16];
+        first.extend(b"application/json");
+        feed(
+            &mut handover,
+            kind::HEADERS,
+            flag::END_HEADERS | flag::END_STREAM,
+            1,
+            &first,
+        );
+        feed(&mut handover, kind::HEADERS, flag::PADDED, 3, &[1, 0x88, 0]);
+        feed(&mut handover, kind::CONTINUATION, flag::END_HEADERS, 3, &[0xbe]);
+        handover.allow(1);
+        assert_eq!(handover.due(), Some(3));
+    }
+
+    #[test]
+    fn what_cannot_be_followed_leaves_everything_alone() {
+        let lost = |kind, flags, payload: &[u8]| {
+            let mut handover = watching("application/json");
+            feed(&mut handover, kind, flags, 5, payload);
+            handover.open(7);
+            handover.allow(9);
+            handover.due()
+        };
+        assert_eq!(
+            lost(kind::HEADERS, flag::END_HEADERS, &[0xff, 0x7f]),
+            None,
+            "an unknown index"
+        );
+        assert_eq!(
+            lost(kind::HEADERS, flag::END_HEADERS | flag::PADDED, &[9]),
+            None,
+            "padding"
+        );
+        assert_eq!(lost(kind::HEADERS, 0, &vec![0; MAX_BLOCK + 1]), None, "a large block");
+        assert_eq!(lost(kind::PUSH_PROMISE, flag::END_HEADERS, &[0, 0, 0, 2]), None);
+        assert_eq!(lost(kind::DATA, 0, b"x"), Some(1), "and otherwise it goes on");
+    }
+
+    #[test]
+    fn no_more_are_ended_than_allowed_and_the_oldest_go_first() {
+        let mut handover = Handover::default();
+        let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
+        for stream in [5, 1, 3] {
+            handover.open(stream);
+            feed(&mut handover, kind::HEADERS, flag::END_HEADERS, stream, &block);
+        }
+        handover.allow(2);
+        assert_eq!(
+            [handover.due(), handover.due(), handover.due()],
+            [Some(1), Some(3), None]
+        );
+        handover.allow(1);
+        assert_eq!(handover.due(), None, "an allowance never shrinks");
+        handover.allow(3);
+        assert_eq!(handover.due(), Some(5));
+    }
+
+    proptest! {
+        #[test]
+        fn the_end_is_always_between_two_events(
+            events in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..12),
+            cut in 1_usize..30,
+            protobuf in any::<bool>(),
+        ) {
+            let mut wire = Vec::new();
+            let mut ends = BTreeSet::from([0]);
+            for event in &events {
+                if protobuf {
+                    wire.extend((event.len() as u32).to_be_bytes());
+                    wire.extend(event);
+                } else {
+                    wire.extend(event.iter().filter(|octet| **octet != b'\n'));
+                    wire.push(b'\n');
+                }
+                ends.insert(wire.len());
+            }
+            let mut handover = watching(if protobuf { "application/vnd.kubernetes.protobuf" } else { "application/json" });
+            let mut passed = 0;
+            let from = cut % (wire.len() + 1);
+            for piece in wire.chunks(cut) {
+                if passed >= from {
+                    handover.allow(1);
+                }
+                if handover.due().is_some() {
+                    prop_assert!(ends.contains(&passed), "{passed} is inside an event");
+                    return Ok(());
+                }
+                feed(&mut handover, kind::DATA, 0, 1, piece);
+                passed += piece.len();
+            }
+            handover.allow(1);
+            prop_assert_eq!(handover.due(), Some(1), "at the end of the last event at the latest");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! `--intercept`: new connections for the apiserver's port go to the relay, as long as the relay answers.
+//!
+//! Job: own the kernel program, ask the relay for its listening socket four times a second, and put it into or take it
+//! out of the program's map. Input: the relay's word. Output: the map's one entry.
+//! Must never keep a copy of the relay's socket: with one, connections would wait in a dead relay's queue. When this
+//! process ends, however, the program goes with it.
+
+use std::{fs::File, io, os::fd::AsFd as _, path::PathBuf, time::Duration};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{MapData, MapError, SockMap},
+    programs::SkLookup,
+};
+use rebalancer_common::intercept::Steered;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::{relay::takeover, sys};
+
+/// The object that `cargo xtask build-ebpf` made, or nothing.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-intercept.o"));
+
+/// How often the relay is asked.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// How long it may take to answer. A relay that is stopped holds the connections of this time.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Why connections cannot be steered.
+#[derive(Debug, thiserror::Error)]
+pub enum InterceptError {
+    /// The binary carries no program.
+    #[error("this build carries no kernel programs: run `cargo xtask build-ebpf` before `cargo build`")]
+    NotBuilt,
+    /// The network namespace cannot be opened, or has no loopback interface.
+    #[error("cannot use this network namespace: {0}")]
+    Namespace(io::Error),
+    /// The kernel refused.
+    #[error("the kernel refuses to {what}: {why}; it takes Linux 5.9 or later, and CAP_BPF and CAP_NET_ADMIN, or root")]
+    Refused {
+        /// What.
+        what: &'static str,
+        /// What it said, with every cause.
+        why: String,
+    },
+}
+
+fn refused<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> InterceptError {
+    move |error| {
+        let mut why = error.to_string();
+        let mut cause = error.source();
+        while let Some(inner) = cause {
+            why = format!("{why}: {inner}");
+            cause = inner.source();
+        }
+        InterceptError::Refused { what, why }
+    }
+}
+
+/// The attached program. It is detached when this goes.
+pub struct Intercept {
+    relay: SockMap<MapData>,
+    /// The cookie of the socket in the map.
+    steered_to: Option<u64>,
+    _program: Ebpf,
+}
+
+impl Intercept {
+    /// Loads and attaches, for one port in this process's network namespace, with an empty map: nothing is steered yet.
+    ///
+    /// # Errors
+    ///
+    /// See [`InterceptError`].
+    pub fn open(port: u16) -> Result<Self, InterceptError> {
+        if OBJECT.is_empty() {
+            return Err(InterceptError::NotBuilt);
+        }
+        let namespace = File::open("/proc/self/ns/net").map_err(InterceptError::Namespace)?;
+        let steered = Steered {
+            port: port.into(),
+            loopback: sys::interface_index(c"lo").map_err(InterceptError::Namespace)?,
+        };
+        let mut ebpf = EbpfLoader::new()
+            .override_global("CONFIG", &steered, true)
+            .load(OBJECT)
+            .map_err(refused("make the program's maps"))?;
+        let map = ebpf.take_map("RELAY").ok_or(InterceptError::NotBuilt)?;
+        let relay = SockMap::try_from(map).map_err(refused("use a map of sockets"))?;
+        let program: &mut SkLookup = ebpf
+            .program_mut("intercept")
+            .ok_or(InterceptError::NotBuilt)?
+            .try_into()
+            .map_err(refused("take the program"))?;
+        program
+            .load()
+            .and_then(|()| program.attach(namespace))
+            .map_err(refused("steer connections (sk_lookup)"))?;
+        Ok(Self {
+            relay,
+            steered_to: None,
+            _program: ebpf,
+        })
+    }
+
+    /// Follows the relay that lends its socket at `path`, for ever.
+    pub async fn run(mut self, path: PathBuf) {
+        let mut ticks = interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.look(&path).await;
+        }
+    }
+
+    async fn look(&mut self, path: &std::path::Path) {
+        let socket = match takeover::look(path, PATIENCE).await {
+            Ok(Some(socket)) => socket,
+            Ok(None) => return self.clear("the relay does not listen"),
+            Err(error) => return self.clear(&format!("the relay does not answer: {error}")),
+        };
+        let cookie = match sys::socket_cookie(socket.as_fd()) {
+            Ok(cookie) => cookie,
+            Err(error) => return self.clear(&format!("the relay's socket cannot be used: {error}")),
+        };
+        if self.steered_to == Some(cookie) {
+            return;
+        }
+        let set = self.relay.set(0, &socket, 0);
+        // Closed before anything else is done: it must not outlive the relay's own by a moment more.
+        drop(socket);
+        match set {
+            Ok(()) => {
+                self.steered_to = Some(cookie);
+                tracing::info!("new connections go to the relay");
+            }
+            Err(error) => self.clear(&format!("the relay's socket is not taken: {error}")),
+        }
+    }
+
+    fn clear(&mut self, why: &str) {
+        let known = self.steered_to.take().is_some();
+        match self.relay.clear_index(&0) {
+            Ok(()) => {}
+            // It left by itself.
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => tracing::error!(%error, "the relay's socket cannot be taken out of the map"),
+        }
+        if known {
+            tracing::warn!(why, "new connections go to the apiserver");
+        }
+    }
+}

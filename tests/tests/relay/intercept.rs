@@ -1,0 +1,226 @@
+//! `--intercept`: the apiserver keeps its port and its flags, the relay gets its connections, and whatever becomes of
+//! the relay, they go on.
+//!
+//! Two hosts: clients on one; apiserver, relay and agent on the other.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::Path,
+    process::Command,
+};
+
+use rebalancer_tests::{
+    binary,
+    h2wire::PATIENCE,
+    netns::Network,
+    pki::Pki,
+    process::{Process, tail, wait_for},
+    storm::Storm,
+};
+
+use crate::world::{relay_between, serve};
+
+const PORT: u16 = 6443;
+const THREADS: usize = 4;
+const RELAY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 6445);
+const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 11));
+
+struct Scene {
+    pki: Pki,
+    network: Network,
+    relay: Process,
+    agent: Process,
+    logs: tempfile::TempDir,
+}
+
+impl Scene {
+    fn start() -> Self {
+        let network = Network::new(1).expect("two hosts");
+        network.hub.ip("addr add fd77::1/64 dev br0 nodad").expect("an address");
+        network.nodes[0]
+            .ip("addr add fd77::b/64 dev eth0 nodad")
+            .expect("an address");
+        let logs = tempfile::Builder::new()
+            .prefix("rebalancer-intercept-")
+            .tempdir()
+            .expect("a directory");
+        let pki = Pki::new(&[Network::node_address(0), NODE_V6]).expect("certificates");
+        network.nodes[0].enter().expect("its own namespace");
+        let accepted = serve(&pki, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT), true);
+        // What asks for more than an answer is nobody here.
+        drop(accepted);
+        let relay = start_relay(&pki, &network, logs.path(), "relay");
+        let agent = start_agent(&network, logs.path(), "agent");
+        Self {
+            pki,
+            network,
+            relay,
+            agent,
+            logs,
+        }
+    }
+
+    /// Clients of the other host, over IPv4 and IPv6.
+    fn storm(&self) -> Storm {
+        let servers = [Network::node_address(0), NODE_V6].map(|address| SocketAddr::new(address, PORT));
+        Storm::start(&self.pki, &self.network.hub, &servers, THREADS).expect("a storm")
+    }
+
+    /// Waits until so many more connections went a way.
+    fn more(&self, storm: &Storm, by_relay: bool) {
+        const MORE: u64 = 60;
+        let way = || {
+            if by_relay {
+                storm.relayed()
+            } else {
+                storm.served() - storm.relayed()
+            }
+        };
+        let target = way() + MORE;
+        let reached = wait_for(PATIENCE, || (way() >= target).then_some(()));
+        assert!(
+            reached.is_some(),
+            "no connections by the {}, {} failed:\n{}\n{}",
+            if by_relay { "relay" } else { "apiserver's own port" },
+            storm.failed(),
+            tail(&self.agent.log()),
+            tail(&self.relay.log())
+        );
+    }
+}
+
+fn start_relay(pki: &Pki, network: &Network, logs: &Path, name: &str) -> Process {
+    let apiserver = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), PORT);
+    let control = logs.join("relay.sock");
+    relay_between(pki, &network.nodes[0], logs, &control, name, [RELAY, apiserver], &[])
+}
+
+fn start_agent(network: &Network, logs: &Path, name: &str) -> Process {
+    let mut agent = Command::new(binary());
+    agent
+        .args(["agent", "--node-name=node", "--source=sockdiag", "--intercept"])
+        .arg(format!("--apiserver-port={PORT}"))
+        .arg(format!("--shim=relay:unix:{}", logs.join("relay.sock").display()))
+        .arg(format!("--api=unix:{}", logs.join("agent.sock").display()));
+    Process::start(name, agent, Some(network.nodes[0].fd()), logs).expect("the agent starts")
+}
+
+/// sk_lookup programs attached in the calling thread's network namespace, as the kernel counts them.
+fn attached() -> usize {
+    // A link of this kind shows in the fdinfo of whoever holds it, with its namespace's inode.
+    let own = std::fs::read_link("/proc/thread-self/ns/net").expect("a namespace");
+    let inode = own
+        .to_string_lossy()
+        .trim_matches(|c: char| !c.is_ascii_digit())
+        .to_owned();
+    let mut count = 0;
+    for process in std::fs::read_dir("/proc").expect("processes").flatten() {
+        let Ok(descriptors) = std::fs::read_dir(process.path().join("fdinfo")) else {
+            continue;
+        };
+        for descriptor in descriptors.flatten() {
+            let text = std::fs::read_to_string(descriptor.path()).unwrap_or_default();
+            let ours = |line: &str| {
+                line.strip_prefix("netns_ino:")
+                    .is_some_and(|found| found.trim() == inode)
+            };
+            count += usize::from(text.contains("link_type:\tnetns") && text.lines().any(ours));
+        }
+    }
+    count
+}
+
+#[test]
+fn connections_of_other_hosts_go_to_the_relay_and_the_nodes_own_do_not() {
+    let mut scene = Scene::start();
+    let storm = scene.storm();
+    scene.more(&storm, true);
+    let outcome = storm.end();
+    assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+
+    // From the node itself, to loopback and to its own addresses.
+    let own = [
+        "127.0.0.1".parse().expect("an address"),
+        Network::node_address(0),
+        NODE_V6,
+    ];
+    let own = own.map(|address| SocketAddr::new(address, PORT));
+    let storm = Storm::start(&scene.pki, &scene.network.nodes[0], &own, 3).expect("a storm");
+    scene.more(&storm, false);
+    assert_eq!(storm.relayed(), 0);
+    storm.end();
+
+    assert_eq!(attached(), 1);
+    let storm = scene.storm();
+    scene.more(&storm, true);
+    assert!(scene.agent.terminate(PATIENCE).expect("it ends").success());
+    scene.more(&storm, false);
+    assert_eq!(attached(), 0, "nothing is left behind");
+    // An agent that comes back goes on.
+    scene.agent = start_agent(&scene.network, scene.logs.path(), "agent-again");
+    scene.more(&storm, true);
+    // And one that is killed leaves nothing either.
+    scene.agent.kill();
+    scene.more(&storm, false);
+    assert_eq!(attached(), 0, "nothing is left behind");
+    let outcome = storm.end();
+    assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+}
+
+#[test]
+fn a_relay_that_is_killed_costs_only_what_was_on_it() {
+    let mut scene = Scene::start();
+    let storm = scene.storm();
+    scene.more(&storm, true);
+    let mut killed = 0;
+    for name in ["second", "third"] {
+        let before = storm.failed();
+        scene.relay.kill();
+        scene.more(&storm, false);
+        let cost = storm.failed() - before;
+        assert!(
+            cost <= THREADS as u64,
+            "{cost} connections failed, and no more than {THREADS} were on the relay"
+        );
+        killed += cost;
+        scene.relay = start_relay(&scene.pki, &scene.network, scene.logs.path(), name);
+        scene.more(&storm, true);
+    }
+    let outcome = storm.end();
+    assert_eq!(outcome.failed, killed, "nothing failed at another time: {outcome:?}");
+}
+
+#[test]
+fn a_relay_that_is_stopped_loses_none_and_others_go_to_the_apiserver() {
+    let scene = Scene::start();
+    let storm = scene.storm();
+    scene.more(&storm, true);
+    scene.relay.signal(libc::SIGSTOP);
+    // Those on it wait; new clients are served.
+    let newcomers = scene.storm();
+    scene.more(&newcomers, false);
+    scene.relay.signal(libc::SIGCONT);
+    scene.more(&storm, true);
+    for outcome in [newcomers.end(), storm.end()] {
+        assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+    }
+}
+
+#[test]
+fn restarts_and_upgrades_of_the_relay_lose_none() {
+    let mut scene = Scene::start();
+    let storm = scene.storm();
+    scene.more(&storm, true);
+    // An upgrade: the new one takes over.
+    let newer = start_relay(&scene.pki, &scene.network, scene.logs.path(), "newer");
+    let mut older = std::mem::replace(&mut scene.relay, newer);
+    wait_for(PATIENCE, || older.is_running().err()).expect("the old one ends");
+    scene.more(&storm, true);
+    // A restart: for a moment there is none.
+    assert!(scene.relay.terminate(PATIENCE).expect("it ends").success());
+    scene.more(&storm, false);
+    scene.relay = start_relay(&scene.pki, &scene.network, scene.logs.path(), "again");
+    scene.more(&storm, true);
+    let outcome = storm.end();
+    assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+}

@@ -1,0 +1,274 @@
+//! What needs no VM: finding the place in binaries of every Go release, and how this machine's kernel is refused.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use rebalancer_core::golang::{self, Architecture, FUNCTION};
+use rebalancer_tests::{fixture::Fixture, skip};
+
+use crate::world::{World, feature};
+
+/// The release on this machine, those whose function tables differ, and the first and last that are known.
+const RELEASES: [&str; 6] = ["local", "go1.18.10", "go1.20.14", "go1.21.13", "go1.25.5", "go1.27.1"];
+
+/// Go as that release, without C.
+fn go(release: &str) -> Command {
+    let mut command = Command::new("go");
+    command
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("go/decider"))
+        .env("GOTOOLCHAIN", release)
+        .env("CGO_ENABLED", "0");
+    command
+}
+
+/// What a command prints; `None`, and a counted skip, when it fails.
+fn output(what: &str, command: &mut Command) -> Option<String> {
+    let failed = |why: &str| {
+        skip(&format!("{what} cannot be had: {why}"));
+        None
+    };
+    match command.output() {
+        Ok(output) if output.status.success() => Some(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(output) => failed(
+            String::from_utf8_lossy(&output.stderr)
+                .lines()
+                .last()
+                .unwrap_or_default(),
+        ),
+        Err(error) => failed(&error.to_string()),
+    }
+}
+
+/// The address Go's own symbol table gives the function.
+fn address(binary: &Path) -> u64 {
+    let symbols = Command::new("go")
+        .args(["tool", "nm"])
+        .arg(binary)
+        .output()
+        .expect("go runs");
+    let symbols = String::from_utf8_lossy(&symbols.stdout).into_owned();
+    // C's linker makes it a local symbol.
+    let is_it = |line: &&str| {
+        ["T", "t"]
+            .iter()
+            .any(|kind| line.ends_with(&format!(" {kind} {FUNCTION}")))
+    };
+    let line = symbols.lines().find(is_it);
+    let address = line.and_then(|line| line.split_whitespace().next());
+    u64::from_str_radix(address.expect("a symbol"), 16).expect("hexadecimal")
+}
+
+fn found(binary: &Path) -> golang::AttachPoint {
+    let bytes = fs::read(binary).expect("a binary");
+    golang::find(&bytes).unwrap_or_else(|refusal| panic!("{}: {refusal}", binary.display()))
+}
+
+#[test]
+fn the_place_is_found_in_binaries_of_every_release_stripped_or_not() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for release in RELEASES {
+        let Some(version) = output(release, go(release).args(["env", "GOVERSION"])) else {
+            continue;
+        };
+        for (name, architecture) in [("amd64", Architecture::X86_64), ("arm64", Architecture::Aarch64)] {
+            for mode in ["exe", "pie"] {
+                let build = |flags: &str, to: &str| -> PathBuf {
+                    let path = directory.path().join(format!("{release}-{name}-{mode}-{to}"));
+                    let built = go(release)
+                        .env("GOARCH", name)
+                        .args(["build", "-trimpath", "-buildmode", mode, "-ldflags", flags, "-o"])
+                        .arg(&path)
+                        .output()
+                        .expect("go runs");
+                    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+                    path
+                };
+                let (whole, stripped) = (build("", "whole"), build("-s -w", "stripped"));
+                let expected = address(&whole);
+                for binary in [&whole, &stripped] {
+                    let point = found(binary);
+                    assert_eq!(point.address, expected, "{}", binary.display());
+                    assert_eq!(point.architecture, architecture);
+                    assert_eq!(point.build.version.text, version.trim());
+                }
+                eprintln!("{} {name} {mode}: {expected:#x}, stripped or not", version.trim());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_place_is_found_where_cs_linker_laid_the_binary_out() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("external");
+    let flags = [
+        "build",
+        "-trimpath",
+        "-buildmode=pie",
+        "-ldflags=-linkmode=external",
+        "-o",
+    ];
+    let mut build = go("local");
+    build.env("CGO_ENABLED", "1").args(flags).arg(&path);
+    if output("a binary linked by C's linker", &mut build).is_none() {
+        return;
+    }
+    let expected = address(&path);
+    assert_eq!(found(&path).address, expected);
+    let mut strip = Command::new("strip");
+    if output("`strip`", strip.arg(&path)).is_some() {
+        assert_eq!(found(&path).address, expected, "after `strip`");
+    }
+}
+
+#[test]
+fn damage_to_a_real_binary_leads_nowhere_else() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("binary");
+    let mut build = go("local");
+    if output(
+        "Go",
+        build.args(["build", "-trimpath", "-ldflags=-s -w", "-o"]).arg(&path),
+    )
+    .is_none()
+    {
+        return;
+    }
+    let whole = fs::read(&path).expect("a binary");
+    let place = golang::find(&whole).expect("a place");
+    let mut state = 1_u64;
+    let mut random = |below: usize| {
+        // Knuth's MMIX.
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let mut refused = 0;
+    for round in 0..400 {
+        let mut bytes = whole.clone();
+        // Headers are few octets, and the most telling ones.
+        let within = if round % 2 == 0 { bytes.len() } else { 4096 };
+        for _ in 0..16 {
+            bytes[random(within)] = random(256) as u8;
+        }
+        if round % 8 == 0 {
+            bytes.truncate(random(whole.len()));
+        }
+        match golang::find(&bytes) {
+            Ok(found) => assert!(
+                bytes[found.file_offset as usize..].starts_with(&whole[place.file_offset as usize..][..4]),
+                "a place without Go's stack check"
+            ),
+            Err(_) => refused += 1,
+        }
+    }
+    eprintln!("400 damaged binaries: {refused} refused");
+    assert!(refused > 50, "only {refused} refused: the damage did nothing");
+}
+
+#[test]
+fn the_request_is_laid_out_as_each_releases_source_says() {
+    for release in RELEASES {
+        let Some(root) = output(release, go(release).args(["env", "GOROOT"])) else {
+            continue;
+        };
+        let source = fs::read_to_string(Path::new(root.trim()).join("src/net/http/request.go")).expect("a source");
+        let (_, structure) = source.split_once("type Request struct {\n").expect("the structure");
+        let (structure, _) = structure.split_once("\n}\n").expect("its end");
+        let mut offset = 0_u32;
+        let mut offsets = Vec::new();
+        for line in structure.lines().map(str::trim) {
+            let mut words = line.split_whitespace();
+            let (Some(name), Some(kind)) = (words.next(), words.next()) else {
+                continue;
+            };
+            if name.starts_with("//") {
+                continue;
+            }
+            offsets.push((name.to_owned(), offset));
+            if name == "RemoteAddr" {
+                break;
+            }
+            // A bool is padded to a word by what follows it here.
+            offset += match kind {
+                "string" | "io.ReadCloser" => 16,
+                "[]string" => 24,
+                "int" | "int64" | "bool" | "Header" | "url.Values" => 8,
+                pointer if pointer.starts_with('*') || pointer.starts_with("func") => 8,
+                other => panic!("{release}: a member of type {other}"),
+            };
+        }
+        let of = |name: &str| {
+            offsets
+                .iter()
+                .find(|(known, _)| known == name)
+                .map(|(_, offset)| *offset)
+        };
+        assert_eq!((of("Proto"), of("RemoteAddr")), (Some(0x18), Some(0xb0)), "{release}");
+        eprintln!("{release}: r.Proto at 0x18, r.RemoteAddr at 0xb0");
+    }
+}
+
+#[test]
+fn system_info_says_what_it_finds_in_a_binary() {
+    let found = feature("apiserver-binary", &["--apiserver-binary=/proc/self/exe"]);
+    assert_eq!(found["ok"], false);
+    assert!(
+        found["why"]
+            .as_str()
+            .is_some_and(|why| why.contains("no build information of Go")),
+        "{found}"
+    );
+    let Some(fixture) = Fixture::at_hand() else {
+        skip("there is no kube-apiserver at hand: `cargo xtask demo --apiserver real` builds one");
+        return;
+    };
+    let binary = format!("--apiserver-binary={}", fixture.apiserver.display());
+    let found = feature("apiserver-binary", &[&binary]);
+    assert_eq!(found["ok"], true, "{found}");
+    assert!(
+        found["found"]
+            .as_str()
+            .is_some_and(|found| found.contains("k8s.io/apiserver v")),
+        "{found}"
+    );
+    eprintln!("{}: {}", fixture.apiserver.display(), found["found"]);
+    let etcd = format!("--apiserver-binary={}", fixture.etcd.display());
+    let found = feature("apiserver-binary", &[&etcd]);
+    assert!(
+        found["why"]
+            .as_str()
+            .is_some_and(|why| why.contains("no goaway filter")),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_kernel_that_refuses_is_said_so_at_the_start() {
+    let kernel = feature("steer-kernel", &[]);
+    if kernel["ok"] == true {
+        skip("this machine's kernel takes the probe: its refusal cannot be seen here");
+        return;
+    }
+    let world = World::with("/nonexistent".into());
+    let (code, said) = world.refused("steer:auto");
+    assert_eq!(code, Some(2), "{said}");
+    let paragraph = said.lines().last().unwrap_or_default();
+    assert!(
+        paragraph.starts_with("rebalancer: --shim steer:auto cannot be used: "),
+        "{said}"
+    );
+    for part in [
+        "the kernel refuses",
+        "6.18",
+        "rebalancer relay",
+        "--shim relay:unix:PATH",
+    ] {
+        assert!(paragraph.contains(part), "`{part}` is not in: {paragraph}");
+    }
+    eprintln!("{paragraph}");
+}

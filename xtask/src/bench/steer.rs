@@ -1,0 +1,110 @@
+//! `bench steer`: what the probe's answer costs, on this kernel where it takes the probe, else in a VM; and what finding
+//! its place in a binary costs.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, bail};
+use clap::builder::PossibleValuesParser;
+
+use super::Outcome;
+use crate::{
+    ebpf,
+    run::{is_root, shown, target},
+    vm::{self, extras},
+};
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// One JSON object on stdout, all else on stderr
+    #[arg(long)]
+    json: bool,
+    /// Where this kernel refuses the probe: the Debian kernel of the VM
+    #[arg(long, value_name = "VERSION", default_value = "6.18", value_parser = PossibleValuesParser::new(vm::versions()))]
+    kernel: String,
+}
+
+/// Builds, measures, shows.
+pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
+    ebpf::build().context("the kernel program is what is measured")?;
+    super::build()?;
+    let server = extras::goaway_server()?.context("the benchmark needs a server built with Go")?;
+    let probe = if takes_the_probe()? {
+        super::measure("steer", true, |command| {
+            command.arg("--server").arg(&server);
+        })?
+    } else {
+        eprintln!(
+            "this kernel refuses the probe: it is measured in a VM with Debian's {}",
+            arguments.kernel
+        );
+        in_vm(&arguments.kernel)?
+    };
+    // A release's binary is the size that matters; without one, the small server's.
+    let binary = extras::apiserver().unwrap_or(server);
+    let find = super::measure("steer-find", false, |command| {
+        command.arg("--binary").arg(&binary);
+    })?;
+    let mut figures: serde_json::Value = serde_json::from_str(&probe.json)?;
+    let more: serde_json::Value = serde_json::from_str(&find.json)?;
+    let (Some(object), Some(more)) = (figures.as_object_mut(), more.as_object()) else {
+        bail!("the figures are no objects: {figures} {more}");
+    };
+    object.extend(more.clone());
+    let outcome = Outcome {
+        json: format!("{figures}\n"),
+        tables: format!("{}\n{}", probe.tables, find.tables),
+    };
+    super::show("steer", &outcome, arguments.json, false)
+}
+
+/// Whether this machine's kernel takes the probe, as the product says.
+fn takes_the_probe() -> anyhow::Result<bool> {
+    if !is_root() {
+        return Ok(false);
+    }
+    let mut command = Command::new(super::rebalancer());
+    let output = command.args(["system-info", "--output=json"]).output()?;
+    let features: serde_json::Value =
+        serde_json::from_slice(&output.stdout).with_context(|| format!("what `{}` says", shown(&command)))?;
+    Ok(features["steer-kernel"]["ok"] == true)
+}
+
+/// Runs the measuring binary in a VM; its page comes over the console, between two marks.
+fn in_vm(version: &str) -> anyhow::Result<Outcome> {
+    let arguments = ["steer", "--server=/bin/goaway-server", "--page=/proc/self/fd/1"].map(str::to_owned);
+    let mut command = vm::program(version, "rebalancer-bench", &arguments, "steer")?;
+    let line = shown(&command);
+    eprintln!("+ {line}");
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let stdout = child.stdout.take().context("stdout is piped")?;
+    let (mut json, mut tables, mut code) = (None, String::new(), None);
+    for read in BufReader::new(stdout).split(b'\n') {
+        let read = read?;
+        let text = String::from_utf8_lossy(&read);
+        let text = text.trim_end_matches('\r');
+        writeln!(std::io::stderr(), "{text}")?;
+        if text.starts_with('{') {
+            json = Some(format!("{text}\n"));
+        } else if let Some(exit) = vm::exit_code(text) {
+            code = Some(exit);
+        } else if !text.starts_with("bench: ") && !text.starts_with("vm: ") {
+            tables.push_str(text);
+            tables.push('\n');
+        }
+    }
+    child.wait()?;
+    if code != Some(0) {
+        bail!("the benchmark failed in the VM (`{line}`)");
+    }
+    // The kernel's own lines come before the page, whose first says what it was measured on.
+    let begin = tables.find("Emulated: ").context("the VM printed no page")?;
+    fs::write(target().join("bench-steer.md"), &tables[begin..])?;
+    Ok(Outcome {
+        json: json.context("the VM printed no figures")?,
+        tables: tables[begin..].to_owned(),
+    })
+}

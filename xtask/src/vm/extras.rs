@@ -1,0 +1,112 @@
+//! What a group's VM carries besides its tests: programs, a disk, and which tests are not for a VM.
+//!
+//! Must never fail for a program that is missing: the tests that want it skip themselves, and say so.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::Context as _;
+
+use crate::run::{root, run, target};
+
+/// Where the guest looks for the apiserver and etcd, and for the small server with the apiserver's filter.
+const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etcd", "ETCD")];
+
+/// How large the swap disk is.
+const SWAP_OCTETS: u64 = 1 << 30;
+
+/// What one VM gets.
+#[derive(Default)]
+pub struct Extras {
+    /// Names in the guest and files here.
+    pub files: Vec<(String, PathBuf)>,
+    /// More arguments for qemu.
+    pub machine: Vec<String>,
+    /// Arguments for the test binary.
+    pub arguments: Vec<String>,
+}
+
+impl Extras {
+    /// Those of a group.
+    ///
+    /// # Errors
+    ///
+    /// The disk cannot be made, or a program that should build does not.
+    pub fn of(group: &str) -> anyhow::Result<Self> {
+        if group != "steer" {
+            return Ok(Self::default());
+        }
+        let mut files = Vec::new();
+        if let Some(server) = goaway_server()? {
+            files.push(("bin/goaway-server".to_owned(), server));
+        }
+        for (name, variable) in PROGRAMS {
+            if let Some(found) = fixture(name, variable) {
+                files.push((format!("bin/{name}"), found));
+            }
+        }
+        // Pages that are to be paged out need a place to go to.
+        let disk = target().join("vm/swap");
+        let file = fs::File::create(&disk).with_context(|| format!("cannot make {}", disk.display()))?;
+        file.set_len(SWAP_OCTETS)?;
+        let drive = format!("file={},if=none,id=swap,format=raw,cache=unsafe", disk.display());
+        Ok(Self {
+            files,
+            machine: ["-drive", &drive, "-device", "nvme,drive=swap,serial=swap"]
+                .map(str::to_owned)
+                .to_vec(),
+            // These build Go programs, or are about this machine's kernel.
+            arguments: vec!["--skip=here::".to_owned()],
+        })
+    }
+}
+
+/// The small server on k8s.io/apiserver's filter, built from its Go modules; `None` without Go.
+///
+/// # Errors
+///
+/// It does not build.
+pub fn goaway_server() -> anyhow::Result<Option<PathBuf>> {
+    if on_path("go").is_none() {
+        eprintln!("there is no `go` on PATH: the tests that need a server with the apiserver's filter are skipped");
+        return Ok(None);
+    }
+    let server = target().join("go/goaway-server");
+    run(Command::new("go")
+        .current_dir(root().join("tests/go"))
+        .env("CGO_ENABLED", "0")
+        .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
+        .arg(&server)
+        .arg("./cmd/goaway-server"))?;
+    Ok(Some(server))
+}
+
+/// A kube-apiserver that is at hand.
+pub fn apiserver() -> Option<PathBuf> {
+    let [(name, variable), _] = PROGRAMS;
+    fixture(name, variable)
+}
+
+/// A program of the real control plane: named, on PATH, or built before by the tests.
+fn fixture(name: &str, variable: &str) -> Option<PathBuf> {
+    let named = env::var_os(variable).map(PathBuf::from);
+    named.or_else(|| on_path(name)).or_else(|| {
+        let cache = env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))?;
+        let built = fs::read_dir(cache.join("rebalancer")).ok()?.flatten();
+        built
+            .map(|entry| entry.path().join(name))
+            .filter(|path| path.is_file())
+            .max()
+    })
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file())
+}
