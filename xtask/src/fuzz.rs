@@ -109,14 +109,11 @@ pub fn run_fuzz(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             .arg("-print_final_stats=1")
             .arg("-verbosity=1");
         if arguments.smoke {
-            // Without the inputs of earlier runs: the same each time.
             command.arg(format!("-runs={SMOKE_RUNS}")).arg("-seed=1");
         } else {
-            command
-                .arg(format!("-max_total_time={}", arguments.seconds))
-                .arg(&inputs);
+            command.arg(format!("-max_total_time={}", arguments.seconds));
         }
-        command.arg(root().join("fuzz/seeds").join(&name));
+        command.arg(&inputs).arg(root().join("fuzz/seeds").join(&name));
         eprintln!("fuzzing {name}");
         let output = command
             .output()
