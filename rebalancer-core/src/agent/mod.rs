@@ -334,7 +334,7 @@ impl Agent {
         }
         if due {
             self.next_decision = now + self.policy.interval;
-            self.table.sample(now);
+            self.table.sample(now, self.policy.weight);
             let full_ceiling =
                 planner::full_ceiling(&self.peers.view(self.snapshot(now), now), self.policy.skew_target);
             self.look_at_rho(now);

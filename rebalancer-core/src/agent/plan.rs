@@ -150,8 +150,7 @@ impl Agent {
             if told {
                 self.goaways_total += 1;
                 let connection = self.table.connection(*id);
-                self.told_load_total +=
-                    connection.map_or(0.0, |connection| planner::load_of(connection, self.policy.weight));
+                self.told_load_total += connection.map_or(0.0, |connection| connection.load(self.policy.weight));
             }
             if told || *result == GoawayResult::AlreadyDraining {
                 self.table.mark_draining(*id);
@@ -184,9 +183,7 @@ impl Agent {
         };
         let (table, weight) = (&self.table, self.policy.weight);
         let fits = |id: &ConnectionId| {
-            let load = table
-                .connection(*id)
-                .map_or(0.0, |connection| planner::load_of(connection, weight));
+            let load = table.connection(*id).map_or(0.0, |connection| connection.load(weight));
             room -= load;
             room > -1e-6
         };

@@ -3,12 +3,9 @@
 //! Input: the table, the policy, cool-downs, how much load and how many connections. Output: victims, each with a reason.
 //! Must never choose somebody who cannot or must not be moved; must never depend on the order of the table in memory.
 
-use std::{
-    cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
-};
+use std::collections::{BTreeMap, BinaryHeap};
 
-use super::{cooldown::Cooldowns, load_of};
+use super::cooldown::Cooldowns;
 use crate::{
     decision::{Heavy, Hold, Victim},
     policy::{Policy, Weight},
@@ -72,7 +69,7 @@ pub fn choose(
             if victims.len() == request.limit {
                 break 'rounds;
             }
-            let load = load_of(connection, policy.weight);
+            let load = connection.load(policy.weight);
             if load > room {
                 continue;
             }
@@ -107,7 +104,7 @@ fn best<'a>(
 ) -> Vec<(Rank, &'a Connection)> {
     let mut worst_first: BinaryHeap<Candidate<'a>> = BinaryHeap::with_capacity(count + 1);
     for connection in table.scan() {
-        let load = load_of(connection, policy.weight);
+        let load = connection.load(policy.weight);
         if !fits(load) {
             continue;
         }
@@ -176,8 +173,9 @@ fn nobody(table: &ConnectionTable, policy: &Policy, cooldowns: &Cooldowns, reque
     let count = |refusal: Refusal| refusals.get(&(refusal as u8)).copied().unwrap_or_default();
     if candidates > 0
         && policy.weight != Weight::Connections
-        && let Some(heavy) = heaviest(table, policy.weight, request.ceiling, 1).pop()
+        && let Some(heaviest) = table.heaviest().next()
     {
+        let heavy = heavy(heaviest, policy.weight, request.ceiling);
         return Hold::Unmovable {
             client: heavy.name(),
             load: heavy.load,
@@ -207,43 +205,20 @@ fn victim(connection: &Connection, load: f64, weight: Weight, now: Timestamp) ->
     }
 }
 
-/// The heaviest active connections, the heaviest first; with equal weights those with the most requests a second.
-pub fn heaviest(table: &ConnectionTable, weight: Weight, ceiling: f64, count: usize) -> Vec<Heavy> {
-    let load = |connection: &Connection| match weight {
-        Weight::Connections => connection.rates.requests,
-        weight => load_of(connection, weight),
-    };
-    let mut lightest_first: BinaryHeap<Reverse<Candidate<'_>>> = BinaryHeap::with_capacity(count + 1);
-    for connection in table.scan().filter(|connection| connection.is_active()) {
-        // Where two weigh the same, the lower id is the heavier.
-        let rank = (load(connection).to_bits(), 0, ConnectionId(u64::MAX - connection.id.0));
-        if lightest_first.len() == count
-            && lightest_first
-                .peek()
-                .is_some_and(|Reverse(lightest)| rank <= lightest.rank)
-        {
-            continue;
-        }
-        lightest_first.push(Reverse(Candidate { rank, connection }));
-        if lightest_first.len() > count {
-            lightest_first.pop();
-        }
+/// A connection that is named for its weight.
+pub fn heavy(connection: &Connection, weight: Weight, ceiling: f64) -> Heavy {
+    let load = connection.load(weight);
+    Heavy {
+        connection: connection.id,
+        client: connection.client(),
+        user: connection.user().map(str::to_owned),
+        user_agent: connection.user_agent().map(str::to_owned),
+        load,
+        requests_per_second: connection.rates.requests,
+        bytes_per_second: connection.rates.bytes,
+        open_watches: connection.counters.open_watches,
+        unmovable: weight != Weight::Connections && load > ceiling,
     }
-    lightest_first
-        .into_sorted_vec()
-        .into_iter()
-        .map(|Reverse(Candidate { connection, .. })| Heavy {
-            connection: connection.id,
-            client: connection.client(),
-            user: connection.user().map(str::to_owned),
-            user_agent: connection.user_agent().map(str::to_owned),
-            load: load_of(connection, weight),
-            requests_per_second: connection.rates.requests,
-            bytes_per_second: connection.rates.bytes,
-            open_watches: connection.counters.open_watches,
-            unmovable: weight != Weight::Connections && load_of(connection, weight) > ceiling,
-        })
-        .collect()
 }
 
 /// A connection by its rank.

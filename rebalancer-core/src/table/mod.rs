@@ -6,6 +6,7 @@
 //! says that it is not to be trusted until the kernel's complete list came.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
@@ -28,6 +29,9 @@ use slab::Slab;
 /// How fast smoothed rates follow: the time in which an old rate loses 63 % of its weight.
 pub const SMOOTHING_SECONDS: f64 = 30.0;
 
+/// So many of the heaviest connections are noted.
+const HEAVIEST: usize = 5;
+
 /// All live client connections of the local apiserver.
 #[derive(Clone, Debug, Default)]
 pub struct ConnectionTable {
@@ -35,6 +39,7 @@ pub struct ConnectionTable {
     totals: Totals,
     identities: Identities,
     locals: BTreeSet<Arc<SocketAddr>>,
+    heaviest: Vec<ConnectionId>,
     sampled_at: Option<Timestamp>,
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
@@ -211,7 +216,8 @@ impl ConnectionTable {
     /// An exponential mean with a time constant of 30 s, divided by the weight that its samples have together: so a young
     /// connection's rate is the plain mean since it was opened, and what a moved client weighs is known at once.
     /// Of a connection that is older than the agent the first sample sets the base only.
-    pub fn sample(&mut self, now: Timestamp) {
+    /// The heaviest are noted on the way (see [`Self::heaviest`]).
+    pub fn sample(&mut self, now: Timestamp, weight: Weight) {
         if self.sampled_at.is_some_and(|at| at >= now) {
             return;
         }
@@ -222,6 +228,7 @@ impl ConnectionTable {
         }
         let keep_interval = (-interval / SMOOTHING_SECONDS).exp();
         let mut totals = Totals::default();
+        let mut heaviest: Vec<(u64, Reverse<ConnectionId>)> = Vec::with_capacity(HEAVIEST + 1);
         for connection in self.connections.scan_mut() {
             let requests = connection.counters.requests;
             let bytes = connection.counters.bytes_in + connection.counters.bytes_out;
@@ -255,8 +262,28 @@ impl ConnectionTable {
                 bytes,
             };
             totals.count(connection);
+            let load = match weight {
+                Weight::Connections => connection.rates.requests,
+                weight => connection.load(weight),
+            };
+            // The bits of positive numbers are in their order.
+            let rank = (load.to_bits(), Reverse(connection.id));
+            if connection.is_active() && (heaviest.len() < HEAVIEST || heaviest.last().is_some_and(|last| rank > *last))
+            {
+                let place = heaviest.partition_point(|other| *other > rank);
+                heaviest.insert(place, rank);
+                heaviest.truncate(HEAVIEST);
+            }
         }
         self.totals = totals;
+        self.heaviest = heaviest.into_iter().map(|(_, Reverse(id))| id).collect();
+    }
+
+    /// The heaviest active connections as of the last sample, the heaviest first; where all weigh the same, those with the
+    /// most requests a second.
+    pub fn heaviest(&self) -> impl Iterator<Item = &Connection> {
+        let known = self.heaviest.iter().filter_map(|id| self.connections.get(*id));
+        known.filter(|connection| connection.is_active())
     }
 
     /// When the first sample was taken.
@@ -611,7 +638,7 @@ mod tests {
                     0 => drop(table.observe(Observation::Opened(socket(id.0)), now)),
                     1 => drop(table.observe(Observation::Closed { id, bytes_in: 0, bytes_out: 0 }, now)),
                     2 => table.mark_draining(id),
-                    3 => table.sample(now),
+                    3 => table.sample(now, Weight::Requests),
                     _ => table.report(&ShimReport {
                         connections: vec![ShimConnection {
                             id,
