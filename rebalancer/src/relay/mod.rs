@@ -16,7 +16,11 @@ pub mod takeover;
 mod tls;
 mod upstream;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -50,6 +54,9 @@ const CHECK_READY: Duration = Duration::from_secs(2);
 
 /// How often another one is.
 const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
+
+/// How many clients are told to go at a look because the client CA has changed.
+const DOUBTED: usize = 50;
 
 /// Over how long a relay that ends spreads its GOAWAYs.
 const FAREWELL_SECONDS: usize = 10;
@@ -220,6 +227,12 @@ async fn watch_upstream(
     }
 }
 
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
 /// Looks at files, idle connections and drain deadlines.
 async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     let mut ticks = interval(SWEEP);
@@ -228,6 +241,7 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     loop {
         ticks.tick().await;
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
+        registry.doubt(unix_now(), tls.current().generation, DOUBTED);
         match tls.reload() {
             Ok(false) => {}
             Ok(true) => tracing::info!("certificates have changed: new connections use them"),
