@@ -297,7 +297,7 @@ fn policy(contender: Contender, summary: &Summary, first: &Run) -> Value {
         "skew_mean": summary.mean_skew,
         "skew_end": summary.last_skew,
         "reconnects_mean": summary.reconnects,
-        "turns_mean": summary.turns,
+        "swings_mean": summary.swings,
         "refused_lists_mean": summary.refused_lists,
         "worst_list_seconds_mean": summary.worst_list_queue,
         "holds_of_first_run": first.holds,
