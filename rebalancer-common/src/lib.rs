@@ -25,9 +25,9 @@ pub const LOST_STORAGE: u32 = 2;
 /// How many counters the map `LOST` has.
 pub const LOST_COUNTERS: u32 = 3;
 
-/// One socket: an event, or a line of the iterator's list.
+/// One socket: an event, or a line of the iterator's list. Opens have no bytes, closes neither addresses nor ports.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketRecord {
     /// The socket's cookie.
     pub cookie: u64,
@@ -101,8 +101,6 @@ pub struct Offsets {
     pub net: u32,
     /// `net.ns` and `ns_common.inum`
     pub inum: u32,
-    /// `tcp_sock.rcv_nxt`
-    pub rcv_nxt: u32,
     /// `tcp_sock.bytes_received`
     pub bytes_received: u32,
     /// `tcp_sock.bytes_acked`

@@ -4,17 +4,22 @@
 //! classified a lookup.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, bpf_sock},
-    helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes},
+    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    helpers::generated::{
+        bpf_get_socket_cookie, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
+        bpf_tcp_sock,
+    },
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS};
+use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_STORAGE};
 
-use crate::{EARLY, HELLOS, OFFSETS, lost, wake_beyond};
+use crate::{EARLY, HELLOS, lost, offset, read, wake_beyond};
 
 const PASS: i32 = 1;
+/// include/net/tcp_states.h
+const ESTABLISHED: u32 = 1;
 const IPPROTO_TCP: u8 = 6;
 /// TLS content type of a handshake record (RFC 8446, section 5.1).
 const HANDSHAKE: u8 = 22;
@@ -32,7 +37,7 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
     unsafe {
         let socket: *mut bpf_sock = core::ptr::read_volatile(&raw const (*skb).__bindgen_anon_2.sk);
         // What the rest of the machine pays ends here.
-        if socket.is_null() || core::ptr::read_volatile(&raw const (*socket).src_port) != OFFSETS.load().port {
+        if socket.is_null() || core::ptr::read_volatile(&raw const (*socket).src_port) != offset!(port) {
             return PASS;
         }
         let full = bpf_sk_fullsock(socket);
@@ -46,12 +51,51 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
             0,
         )
         .cast();
+        let early = if early.is_null() { first(full) } else { early };
         if early.is_null() || (*early).done != 0 {
             return PASS;
         }
         capture(&ctx, early);
     }
     PASS
+}
+
+/// The storage of a socket whose packets were not seen before: where its stream begins, or that it has begun already.
+///
+/// # Safety
+///
+/// `full` is a full socket, as the verifier knows.
+#[inline(always)]
+unsafe fn first(full: *mut bpf_sock) -> *mut Early {
+    // SAFETY: the helpers take a full socket; what they answer is checked for null before it is read or written.
+    unsafe {
+        // A listener has packets too: what asks it for a connection.
+        if (*full).state != ESTABLISHED {
+            return core::ptr::null_mut();
+        }
+        let tcp = bpf_tcp_sock(full);
+        let kernel = bpf_skc_to_tcp_sock(full.cast()) as *const u8;
+        if tcp.is_null() || kernel.is_null() {
+            return core::ptr::null_mut();
+        }
+        let (begun, start) = ((*tcp).bytes_received, (*tcp).rcv_nxt);
+        let early: *mut Early = bpf_sk_storage_get(
+            (&raw const EARLY).cast_mut().cast(),
+            full.cast(),
+            core::ptr::null_mut(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+        .cast();
+        if early.is_null() {
+            lost(LOST_STORAGE);
+            return early;
+        }
+        (*early).start = start;
+        if begun != 0 || !read::in_namespace(kernel) {
+            (*early).done = 1;
+        }
+        early
+    }
 }
 
 /// Hands over the packet's payload.

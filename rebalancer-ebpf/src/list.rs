@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use rebalancer_common::SocketRecord;
 
-use crate::{OFFSETS, read};
+use crate::{offset, read};
 
 const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
@@ -43,21 +43,25 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
             return 0;
         }
         let seq = (*core::ptr::read_volatile(&raw const (*ctx).meta)).seq;
-        let offsets = OFFSETS.load();
         let common = socket.cast::<u8>().cast_const();
-        let state: u8 = read::field(common, offsets.state);
+        let state: u8 = read::field(common, offset!(state));
         if (state != ESTABLISHED && state != LISTEN)
-            || u32::from(read::field::<u16>(common, offsets.num)) != offsets.port
+            || u32::from(read::field::<u16>(common, offset!(num))) != offset!(port)
         {
             return 0;
         }
-        let tcp = bpf_skc_to_tcp_sock(socket);
+        let tcp = bpf_skc_to_tcp_sock(socket) as *mut u8;
         if tcp.is_null() {
             return 0;
         }
-        let mut record = read::record(socket, &offsets);
-        record.cookie = bpf_get_socket_cookie(tcp.cast());
-        record.state = u32::from(state);
+        let mut record = SocketRecord {
+            cookie: bpf_get_socket_cookie(tcp.cast()),
+            bytes_in: read::field(tcp, offset!(bytes_received)),
+            bytes_out: read::field(tcp, offset!(bytes_acked)),
+            state: u32::from(state),
+            ..SocketRecord::default()
+        };
+        read::addresses(common, &mut record);
         bpf_seq_write(
             seq,
             (&raw mut record).cast(),

@@ -10,8 +10,8 @@ mod read;
 mod state;
 
 use aya_ebpf::{
-    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     Global,
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     btf_maps::SkStorage,
     macros::{btf_map, map},
     maps::{PerCpuArray, RingBuf},
@@ -31,7 +31,6 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     v6_rcv_saddr: 0,
     net: 0,
     inum: 0,
-    rcv_nxt: 0,
     bytes_received: 0,
     bytes_acked: 0,
     port: 0,

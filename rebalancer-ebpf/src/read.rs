@@ -1,10 +1,7 @@
 //! Reading a socket's fields at offsets that the running kernel's BTF gave.
 
-use aya_ebpf::{
-    cty::c_void,
-    helpers::{bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
-};
-use rebalancer_common::{Offsets, SocketRecord};
+use aya_ebpf::helpers::bpf_probe_read_kernel;
+use rebalancer_common::SocketRecord;
 
 /// include/linux/socket.h
 const AF_INET: u16 = 2;
@@ -16,43 +13,55 @@ pub fn field<T: Default>(base: *const u8, offset: u32) -> T {
     unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }.unwrap_or_default()
 }
 
-/// Whether the socket belongs to the watched network namespace.
+/// Reads a member at an offset that is a constant to the verifier: it checks the access, and no helper is called.
+///
+/// # Safety
+///
+/// `base` is a kernel structure that the verifier knows.
 #[inline(always)]
-pub fn in_namespace(socket: *const u8, offsets: &Offsets) -> bool {
-    let net: u64 = field(socket, offsets.net);
-    let inum: u32 = field(net as *const u8, offsets.inum);
-    inum == offsets.netns
+pub unsafe fn direct<T>(base: *const u8, offset: u32) -> T {
+    // SAFETY: the verifier refuses the program unless the structure has a member there; a load of freed memory is
+    // turned into 0 by the kernel's exception table.
+    unsafe { core::ptr::read_volatile(base.wrapping_add(offset as usize).cast::<T>()) }
 }
 
-/// Everything of a record but its cookie.
+/// One of [`crate::OFFSETS`], read by itself: a constant to the verifier, since the loader freezes them.
+#[macro_export]
+macro_rules! offset {
+    ($field:ident) => {{
+        let offsets = (&raw const $crate::OFFSETS).cast::<rebalancer_common::Offsets>();
+        // SAFETY: the global is nothing but its value, and frozen before any program runs.
+        unsafe { core::ptr::read_volatile(&raw const (*offsets).$field) }
+    }};
+}
+
+/// Whether the socket belongs to the watched network namespace.
 #[inline(always)]
-pub fn record(socket: *mut c_void, offsets: &Offsets) -> SocketRecord {
-    let common = socket.cast::<u8>().cast_const();
-    let mut record = SocketRecord {
-        cookie: 0,
-        bytes_in: 0,
-        bytes_out: 0,
-        local: [0; 16],
-        remote: [0; 16],
-        local_port: u32::from(field::<u16>(common, offsets.num)),
-        remote_port: u32::from(u16::from_be(field(common, offsets.dport))),
-        kind: 0,
-        state: 0,
-    };
-    if field::<u16>(common, offsets.family) == AF_INET {
-        record.local = mapped(field(common, offsets.rcv_saddr));
-        record.remote = mapped(field(common, offsets.daddr));
-    } else {
-        record.local = field(common, offsets.v6_rcv_saddr);
-        record.remote = field(common, offsets.v6_daddr);
+pub fn in_namespace(socket: *const u8) -> bool {
+    let net: u64 = field(socket, offset!(net));
+    field::<u32>(net as *const u8, offset!(inum)) == offset!(netns)
+}
+
+/// Ports and addresses.
+///
+/// # Safety
+///
+/// `common` is a socket that the verifier knows.
+#[inline(always)]
+pub unsafe fn addresses(common: *const u8, record: &mut SocketRecord) {
+    // SAFETY: see `direct`.
+    unsafe {
+        record.local_port = u32::from(direct::<u16>(common, offset!(num)));
+        record.remote_port = u32::from(u16::from_be(direct(common, offset!(dport))));
+        if direct::<u16>(common, offset!(family)) == AF_INET {
+            record.local = mapped(direct::<u32>(common, offset!(rcv_saddr)).to_ne_bytes());
+            record.remote = mapped(direct::<u32>(common, offset!(daddr)).to_ne_bytes());
+        } else {
+            // The verifier lets nobody load more than a member of a member at once.
+            record.local = field(common, offset!(v6_rcv_saddr));
+            record.remote = field(common, offset!(v6_daddr));
+        }
     }
-    // SAFETY: the helper takes any socket and answers null for one that is not TCP's.
-    let tcp = unsafe { bpf_skc_to_tcp_sock(socket.cast()) } as *const u8;
-    if !tcp.is_null() {
-        record.bytes_in = field(tcp, offsets.bytes_received);
-        record.bytes_out = field(tcp, offsets.bytes_acked);
-    }
-    record
 }
 
 /// A v4-mapped address (RFC 4291, section 2.5.5.2).

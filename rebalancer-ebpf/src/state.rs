@@ -1,16 +1,15 @@
 //! Opens and closes: TCP state changes of the watched port (`inet_sock_set_state`, net/ipv4/af_inet.c).
 
 use aya_ebpf::{
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
     cty::c_void,
-    helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get, bpf_skc_to_tcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock},
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{Early, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_STORAGE};
+use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketRecord};
 
-use crate::{EARLY, EVENTS, OFFSETS, lost, read, wake_beyond};
+use crate::{EVENTS, lost, offset, read, wake_beyond};
 
 /// include/net/tcp_states.h
 const ESTABLISHED: i32 = 1;
@@ -32,46 +31,43 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     } else {
         return 0;
     };
-    let offsets = OFFSETS.load();
     let common = socket.cast::<u8>().cast_const();
-    if u32::from(read::field::<u16>(common, offsets.num)) != offsets.port || !read::in_namespace(common, &offsets) {
+    // SAFETY: the tracepoint's socket lives through the call, and the verifier checks each member that is read.
+    let watched = unsafe {
+        u32::from(read::direct::<u16>(common, offset!(num))) == offset!(port)
+            && read::direct::<u32>(read::direct::<*const u8>(common, offset!(net)), offset!(inum)) == offset!(netns)
+    };
+    if !watched {
         return 0;
     }
-    if kind == KIND_OPENED {
-        remember(socket, offsets.rcv_nxt);
-    }
-    let Some(mut entry) = EVENTS.reserve(0) else {
+    let Some(mut entry) = EVENTS.reserve::<SocketRecord>(0) else {
         lost(LOST_EVENTS);
-        warn!(&ctx, "no room for the event of a socket on port {}", offsets.port);
+        warn!(&ctx, "no room for the event of a socket on port {}", offset!(port));
         return 0;
     };
-    let mut record = read::record(socket, &offsets);
+    let mut record = SocketRecord {
+        kind,
+        ..SocketRecord::default()
+    };
+    if kind == KIND_CLOSED {
+        // SAFETY: the helper takes any socket and answers null for one that is not TCP's; its members are read as above.
+        unsafe {
+            let tcp = bpf_skc_to_tcp_sock(socket) as *const u8;
+            if !tcp.is_null() {
+                record.bytes_in = read::direct(tcp, offset!(bytes_received));
+                record.bytes_out = read::direct(tcp, offset!(bytes_acked));
+            }
+        }
+    } else {
+        // Who it is with is told once.
+        // SAFETY: as above.
+        unsafe { read::addresses(common, &mut record) };
+    }
     // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
     record.cookie = unsafe { bpf_get_socket_cookie(socket) };
-    record.kind = kind;
+    let cookie = record.cookie;
     entry.write(record);
     entry.submit(wake_beyond(&EVENTS, 1 << 17));
-    debug!(&ctx, "socket {:x}: state {} to {}", record.cookie, old, new);
+    debug!(&ctx, "socket {:x}: state {} to {}", cookie, old, new);
     0
-}
-
-/// Notes where the client's stream begins, so that its first packets can be told from later ones.
-#[inline(always)]
-fn remember(socket: *mut c_void, rcv_nxt: u32) {
-    // SAFETY: the helpers take the tracepoint's socket; the storage is checked for null before it is written.
-    unsafe {
-        let tcp = bpf_skc_to_tcp_sock(socket) as *const u8;
-        let early: *mut Early = bpf_sk_storage_get(
-            (&raw const EARLY).cast_mut().cast(),
-            socket,
-            core::ptr::null_mut(),
-            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
-        )
-        .cast();
-        if tcp.is_null() || early.is_null() {
-            lost(LOST_STORAGE);
-            return;
-        }
-        (*early).start = read::field(tcp, rcv_nxt);
-    }
 }

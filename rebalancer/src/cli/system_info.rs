@@ -153,10 +153,11 @@ fn apiserver(port: u16) -> Result<String, steer::SteerError> {
 
 fn shown(point: &AttachPoint) -> String {
     format!(
-        "{}, {}, k8s.io/apiserver {}; the goaway decider is at offset {:#x}",
+        "{}, {}, k8s.io/apiserver {}; the goaway decider is at address {:#x}, {:#x} in the file",
         point.build.version.text,
         point.architecture,
         point.build.apiserver.as_deref().unwrap_or("of unknown version"),
+        point.address,
         point.file_offset
     )
 }

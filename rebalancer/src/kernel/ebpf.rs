@@ -454,7 +454,6 @@ fn offsets(blob: &[u8], port: u16) -> Result<Offsets, EbpfError> {
         v6_rcv_saddr: common("skc_v6_rcv_saddr")?,
         net: common("skc_net")?,
         inum: btf.offset("net", "ns")? + btf.offset("ns_common", "inum")?,
-        rcv_nxt: tcp("rcv_nxt")?,
         bytes_received: tcp("bytes_received")?,
         bytes_acked: tcp("bytes_acked")?,
         port: u32::from(port),
