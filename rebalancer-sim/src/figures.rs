@@ -49,7 +49,8 @@ pub struct Run {
     pub mean_skew: f64,
     /// The same at the end.
     pub last_skew: f64,
-    /// How often an apiserver swung from further above the mean than the threshold to as far below it, or back: oscillation.
+    /// How often an apiserver swung from further above the mean than the threshold and than chance to as far below it, or
+    /// back: oscillation.
     pub swings: u64,
     /// Decisions of the agents, and those that started a plan.
     pub decisions: u64,

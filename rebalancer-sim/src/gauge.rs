@@ -3,6 +3,8 @@
 //! Input: the state of the world. Output: figures of the run.
 //! Must never change where a client is.
 
+use rebalancer_core::planner::noise;
+
 use crate::{
     figures::Sample,
     node::{Life, Node},
@@ -68,13 +70,15 @@ impl World<'_> {
             Some(server) if mean > 0.0 => self.loads[server] / mean - 1.0,
             _ => 0.0,
         };
+        // What chance makes is no swing.
+        let band = noise::floor(servers.len(), self.clients.len() as f64).max(self.setup.policy.skew_threshold);
         for server in servers {
             let skew = if mean > 0.0 {
                 self.loads[server] / mean - 1.0
             } else {
                 0.0
             };
-            if skew.abs() > self.setup.policy.skew_threshold {
+            if skew.abs() > band {
                 let before = self.sides[server].replace(skew > 0.0);
                 self.run.swings += u64::from(before.is_some_and(|above| above != (skew > 0.0)));
             }
