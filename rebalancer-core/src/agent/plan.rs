@@ -168,6 +168,7 @@ impl Agent {
             };
             if told {
                 plan.outcomes.draining += 1;
+                self.cooldowns.told(&key, now + self.policy.client_cooldown);
                 plan.told.push((key, now));
             } else {
                 plan.outcomes.lost += 1;
