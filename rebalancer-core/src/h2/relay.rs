@@ -356,7 +356,7 @@ impl Relay {
                 && is_watch
                 && block.end_stream
             {
-                handover.open(block.stream);
+                handover.open(block.stream, request::wants_initial_events(&list));
             }
             let user_agent = request::value_of(&list, b"user-agent");
             if self.user_agent.as_deref() != user_agent {
