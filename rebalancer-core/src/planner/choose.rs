@@ -11,7 +11,7 @@ use crate::{
     policy::{Policy, Weight},
     shim::ConnectionState,
     table::{ClientKey, Connection, ConnectionTable},
-    words::{ConnectionId, Protocol, Timestamp},
+    words::{ConnectionId, Protocol, ShimKind, Timestamp},
 };
 
 /// How much is to be told.
@@ -41,8 +41,8 @@ enum Refusal {
 
 /// Chooses the victims that make up a quota.
 ///
-/// With equal weights: those with the fewest open watches first, then the oldest; with other weights: the heaviest
-/// first that still fits. Ties are broken by id.
+/// With equal weights: those with the fewest open watches first, then the oldest, and where a probe tells them, those
+/// that are silent last; with other weights: the heaviest first that still fits. Ties are broken by id.
 ///
 /// # Errors
 ///
@@ -108,7 +108,7 @@ fn best<'a>(
         if !fits(load) {
             continue;
         }
-        let rank = rank(connection, load, policy.weight);
+        let rank = rank(connection, load, policy);
         if after.is_some_and(|after| rank <= after)
             || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
             || refusal(connection, policy, cooldowns, now).is_some()
@@ -127,10 +127,15 @@ fn best<'a>(
         .collect()
 }
 
-fn rank(connection: &Connection, load: f64, weight: Weight) -> Rank {
-    match weight {
+/// Requests a second below which a connection is silent: it asks less than once in half a minute.
+const SILENT: f64 = 1.0 / 30.0;
+
+fn rank(connection: &Connection, load: f64, policy: &Policy) -> Rank {
+    // A probe tells a victim at its next request, and its order does not wait long for one.
+    let is_deaf = policy.shim == ShimKind::Steer && connection.load(Weight::Requests) < SILENT;
+    match policy.weight {
         Weight::Connections => (
-            u64::from(connection.counters.open_watches),
+            u64::from(is_deaf) << 32 | u64::from(connection.counters.open_watches),
             connection.opened_at.as_millis(),
             connection.id,
         ),
@@ -247,3 +252,62 @@ impl PartialEq for Candidate<'_> {
 }
 
 impl Eq for Candidate<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        observation::{Observation, Socket},
+        shim::{Counters, ShimConnection, ShimReport},
+        words::ApiserverName,
+    };
+
+    #[test]
+    fn where_a_probe_tells_them_those_that_ask_go_first() {
+        let mut table = ConnectionTable::default();
+        let socket = |id: u64| Socket {
+            id: ConnectionId(id),
+            local: "10.0.0.1:6443".parse().expect("an address"),
+            remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let sockets: Vec<_> = [1, 2].map(socket).to_vec();
+        let at = |seconds: u64| Timestamp::from_millis(seconds * 1000);
+        table.observe(
+            Observation::Resync {
+                sockets: sockets.clone(),
+                listener: Some(ConnectionId(9)),
+            },
+            at(0),
+        );
+        // The first, which is also the older, asks nothing after its first request.
+        for second in [0, 10, 20, 600] {
+            let connections = sockets.iter().map(|socket| ShimConnection {
+                id: socket.id,
+                client: socket.remote,
+                local: socket.local,
+                protocol: Protocol::H2Selected,
+                state: ConnectionState::Active,
+                user: None,
+                user_agent: None,
+                counters: Counters {
+                    requests: if socket.id == ConnectionId(1) { 1 } else { second },
+                    ..Counters::default()
+                },
+            });
+            table.report(&ShimReport {
+                connections: connections.collect(),
+                ..ShimReport::default()
+            });
+            table.sample(at(second), Weight::Connections);
+        }
+        let mut policy = Policy::new(ApiserverName::new("n"), std::collections::BTreeSet::new());
+        for (shim, first) in [(ShimKind::Relay, 1), (ShimKind::Steer, 2)] {
+            policy.shim = shim;
+            let best = best(&table, &policy, &Cooldowns::default(), |_| true, None, 1, at(700));
+            let ids: Vec<u64> = best.iter().map(|(_, connection)| connection.id.0).collect();
+            assert_eq!(ids, [first], "{shim:?}");
+        }
+    }
+}
