@@ -5,10 +5,13 @@
 use std::{
     fs::File,
     io, mem,
+    net::TcpStream,
     os::fd::{AsRawFd as _, BorrowedFd},
     ptr, slice,
     time::Duration,
 };
+
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// A socket's cookie (`SO_COOKIE`, socket(7)): unique for the socket's life, and known to the kernel programs too.
 ///
@@ -33,6 +36,16 @@ pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Registers a socket with the running event loop, for some of its events.
+///
+/// # Errors
+///
+/// What epoll_ctl(2) says.
+pub fn watched(socket: TcpStream, interest: Interest) -> io::Result<AsyncFd<TcpStream>> {
+    // SAFETY: the socket owns its descriptor and keeps it open, the same one, until the registration gives it back.
+    unsafe { AsyncFd::register_with_interest(socket, interest) }.map_err(io::Error::from)
 }
 
 /// Raises the soft limit of open files to the hard one, and says what it is now.

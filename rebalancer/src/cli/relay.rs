@@ -6,7 +6,7 @@ use clap::Args;
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
-use super::{Failure, runtime};
+use super::Failure;
 use crate::{
     local::SocketPath,
     relay::{self, Config, Files, Limits, SniFiles, WatchHandover},
@@ -161,5 +161,15 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             }),
         },
     };
-    runtime()?.block_on(relay::run(config)).map_err(Failure::Configuration)
+    main_runtime()?
+        .block_on(relay::run(config))
+        .map_err(Failure::Configuration)
+}
+
+/// Runs all but the connections, which have threads of their own.
+fn main_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::Job(anyhow::Error::new(error).context("cannot start the async runtime")))
 }

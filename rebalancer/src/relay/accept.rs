@@ -14,7 +14,6 @@ use tokio::{
     sync::{Notify, watch},
     time::{sleep, timeout},
 };
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     Limits, http1,
@@ -22,9 +21,11 @@ use super::{
     proxy_protocol,
     pump::{self, End},
     registry::{Connection, Registry, Trust},
+    stream,
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
     upstream::Target,
+    workers::Workers,
 };
 use crate::{
     random,
@@ -57,6 +58,8 @@ pub struct Door {
     pub listening: Arc<Listening>,
     /// Bounds.
     pub limits: Limits,
+    /// Where connections are served.
+    pub workers: Workers,
     /// Rings when a connection to the apiserver failed: the health check looks at once.
     pub doubt: Arc<Notify>,
 }
@@ -220,9 +223,21 @@ impl Door {
             connection: self.registry.open(cookie, canonical(client), canonical(local)),
             reason: "the relay's task ended early".to_owned(),
         };
+        // Its events are of another thread from here on.
+        let stream = match stream.into_std() {
+            Ok(stream) => stream,
+            Err(error) => {
+                entry.reason = error.to_string();
+                return;
+            }
+        };
         let door = Arc::clone(self);
-        tokio::spawn(async move {
-            entry.reason = match door.serve(stream, &entry.connection).await {
+        self.workers.spawn(async move {
+            let served = match TcpStream::from_std(stream) {
+                Ok(stream) => door.serve(stream, &entry.connection).await,
+                Err(error) => Err(error.into()),
+            };
+            entry.reason = match served {
                 Ok(end) => end.to_string(),
                 Err(error) => format!("{error:#}"),
             };
@@ -262,11 +277,10 @@ impl Door {
             {
                 connection.set_client(client);
             }
-            let client = TlsAcceptor::from(Arc::clone(&tls.server))
-                .accept(stream)
+            let client = stream::accept(Arc::clone(&tls.server), stream)
                 .await
                 .context("the client's TLS handshake failed")?;
-            let (_, session) = client.get_ref();
+            let session = client.state();
             let h2 = session.alpn_protocol() == Some(ALPN[0]);
             let claim = match session.peer_certificates() {
                 None => Claim::Absent,
@@ -284,7 +298,8 @@ impl Door {
                 .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
             anyhow::Ok((client, server, claim, h2))
         };
-        let (client, server, claim, h2) = timeout(self.limits.handshake_timeout, handshakes)
+        // On the heap for as long as they last: what follows, which lasts, is small.
+        let (client, server, claim, h2) = timeout(self.limits.handshake_timeout, Box::pin(handshakes))
             .await
             .context("the handshakes took too long")??;
 
@@ -302,7 +317,7 @@ impl Door {
             pump::run(client, server, relay, connection).await
         } else {
             connection.established(Protocol::Http1, claim.user());
-            http1::run(client, server, Arc::new(claim), connection, &self.tls).await
+            Box::pin(http1::run(client, server, Arc::new(claim), connection, &self.tls)).await
         };
         if matches!(end, End::Server | End::ServerIo(_)) {
             self.doubt.notify_one();

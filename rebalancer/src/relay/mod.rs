@@ -12,9 +12,12 @@ mod proxy_protocol;
 mod pump;
 mod registry;
 mod sni;
+mod socket;
+mod stream;
 pub mod takeover;
 mod tls;
 mod upstream;
+mod workers;
 
 use std::{
     net::SocketAddr,
@@ -45,6 +48,7 @@ use takeover::{Listening, Predecessor};
 pub use tls::Files;
 use tls::Reloader;
 use upstream::Target;
+use workers::Workers;
 
 /// How often files, idle connections and drain deadlines are looked at.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -144,6 +148,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         proxies: config.proxies,
         listening: Arc::clone(&listening),
         limits: config.limits,
+        workers: Workers::start().context("cannot start the threads that serve connections")?,
         doubt: Arc::clone(&doubt),
     });
     let accepting = tokio::spawn(accept::run(door, inherited, upstream, stopping));

@@ -9,9 +9,11 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::tls::Reloader;
+use super::{
+    stream::{self, ClientStream},
+    tls::Reloader,
+};
 use crate::shim::wire::Upstream;
 
 /// How long a check may take.
@@ -34,15 +36,11 @@ impl Target {
     /// # Errors
     ///
     /// What the socket or TLS says; [`io::ErrorKind::InvalidData`] when the apiserver selects another protocol.
-    pub async fn connect(&self, config: &ClientConfig, protocol: &[u8]) -> io::Result<TlsStream<TcpStream>> {
+    pub async fn connect(&self, config: &Arc<ClientConfig>, protocol: &[u8]) -> io::Result<ClientStream> {
         let stream = TcpStream::connect(self.address).await?;
         stream.set_nodelay(true)?;
-        let mut config = config.clone();
-        config.alpn_protocols = vec![protocol.to_vec()];
-        let stream = TlsConnector::from(Arc::new(config))
-            .connect(self.name.clone(), stream)
-            .await?;
-        let selected = stream.get_ref().1.alpn_protocol();
+        let stream = stream::connect(Arc::clone(config), self.name.clone(), protocol, stream).await?;
+        let selected = stream.state().alpn_protocol();
         // A server without ALPN speaks HTTP/1.1.
         if selected.unwrap_or(b"http/1.1") != protocol {
             return Err(io::Error::new(

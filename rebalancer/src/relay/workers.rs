@@ -1,0 +1,118 @@
+//! The threads that serve connections, each with an event loop of its own: a connection stays on one thread, and no
+//! byte wakes another.
+//!
+//! Input: connections' tasks. Must never move a task, nor let one thread have many more than another.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+};
+
+use tokio::runtime::{Builder, Handle};
+
+/// All threads.
+#[derive(Debug)]
+pub struct Workers(Vec<Worker>);
+
+#[derive(Debug)]
+struct Worker {
+    runtime: Handle,
+    /// Tasks it has.
+    tasks: Arc<AtomicUsize>,
+}
+
+impl Workers {
+    /// One thread a processor that this process may use.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread to give.
+    pub fn start() -> io::Result<Self> {
+        let count = thread::available_parallelism().map_or(1, usize::from);
+        (0..count).map(Worker::start).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// Runs a task on the thread that has the fewest.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let Some(worker) = self.0.iter().min_by_key(|worker| worker.tasks.load(Relaxed)) else {
+            // There is always one.
+            return;
+        };
+        let counted = Counted::new(&worker.tasks);
+        // A future within a future is held twice.
+        let task = Box::pin(task);
+        worker.runtime.spawn(async move {
+            let _counted = counted;
+            task.await;
+        });
+    }
+}
+
+impl Worker {
+    fn start(index: usize) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        thread::Builder::new()
+            .name(format!("relay-{index}"))
+            .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+        Ok(Self {
+            runtime: handle,
+            tasks: Arc::default(),
+        })
+    }
+}
+
+/// A task while it lasts, however it ends.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(tasks: &Arc<AtomicUsize>) -> Self {
+        tasks.fetch_add(1, Relaxed);
+        Self(Arc::clone(tasks))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, sync::mpsc};
+
+    use super::*;
+
+    #[test]
+    fn tasks_are_spread_evenly_and_stay_on_their_thread() {
+        let workers = Workers((0..2).map(|index| Worker::start(index).expect("a thread")).collect());
+        let (told, tasks) = mpsc::channel();
+        let stay = Arc::new(tokio::sync::Semaphore::new(0));
+        for task in 0..10 {
+            let (told, stay) = (told.clone(), Arc::clone(&stay));
+            workers.spawn(async move {
+                let before = thread::current().id();
+                // Closed, when all are there.
+                let _ = stay.acquire().await;
+                told.send((task, before, thread::current().id()))
+                    .expect("the test waits");
+            });
+        }
+        stay.close();
+        let mut each = HashMap::new();
+        for _ in 0..10 {
+            let (task, before, after) = tasks.recv().expect("every task ends");
+            assert_eq!(before, after, "task {task} has moved");
+            *each.entry(after).or_insert(0) += 1;
+        }
+        let mut each: Vec<i32> = each.into_values().collect();
+        each.sort_unstable();
+        // None has ended while tasks were spawned, since all wait for the same word.
+        assert_eq!(each, [5, 5]);
+    }
+}
