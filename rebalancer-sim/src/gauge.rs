@@ -71,7 +71,8 @@ impl World<'_> {
             _ => 0.0,
         };
         // What chance makes is no swing.
-        let band = noise::floor(servers.len(), self.clients.len() as f64).max(self.setup.policy.skew_threshold);
+        let floor = noise::floor(servers.len(), self.clients.len() as f64);
+        let band = floor.above.max(self.setup.policy.skew_threshold);
         for server in servers {
             let skew = if mean > 0.0 {
                 self.loads[server] / mean - 1.0

@@ -20,6 +20,7 @@ pub mod noise;
 
 pub use choose::{Request, choose, heavy};
 pub use cooldown::Cooldowns;
+use noise::Floor;
 
 /// Where the loads stand, and what this apiserver should do about it.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,7 +37,8 @@ pub struct Balance {
     pub largest_skew: f64,
     /// Skew that chance alone makes (see [`noise::floor`]).
     pub noise_floor: f64,
-    /// Skew that starts a plan: the configured threshold or the noise floor, whichever is higher.
+    /// Skew that starts a plan: the configured threshold or the noise floor, whichever is higher; the threshold alone when
+    /// one apiserver is emptier than chance makes it.
     pub trigger: f64,
     /// The apiservers above the target.
     pub donors: Vec<ApiserverName>,
@@ -153,13 +155,17 @@ pub fn balance(view: &View, policy: &Policy, rho: &Rho, transit: Transit) -> Bal
         }
     };
 
-    let noise_floor = match policy.weight {
+    let floor = match policy.weight {
         Weight::Connections => noise::floor(apiservers, connections as f64 + transit.clients),
         Weight::Requests => noise::of_rates(apiservers, mean, SMOOTHING_SECONDS),
         // How bytes and streams vary by themselves is not known: the threshold stands.
-        Weight::Bytes | Weight::Streams => 0.0,
+        Weight::Bytes | Weight::Streams => Floor { above: 0.0, below: 0.0 },
     };
     let skew_of = |expected: f64| if mean > 0.0 { expected / mean - 1.0 } else { 0.0 };
+    let smallest_skew = ready
+        .values()
+        .map(|(load, _)| skew_of(*load))
+        .fold(f64::INFINITY, f64::min);
     Balance {
         apiservers,
         mean,
@@ -169,8 +175,12 @@ pub fn balance(view: &View, policy: &Policy, rho: &Rho, transit: Transit) -> Bal
             .iter()
             .map(|(name, (load, _))| skew_of(expected(name, *load)))
             .fold(0.0, f64::max),
-        noise_floor,
-        trigger: policy.skew_threshold.max(noise_floor),
+        noise_floor: floor.above,
+        trigger: if smallest_skew < -floor.below {
+            policy.skew_threshold
+        } else {
+            policy.skew_threshold.max(floor.above)
+        },
         donors,
         rho: credible,
         surplus,

@@ -1,39 +1,72 @@
 //! The noise floor: how uneven chance alone makes the loads.
 //!
-//! Input: how many apiservers, how many connections. Output: the skew that the fullest of them stays below in 99 % of looks.
+//! Input: how many apiservers, how many connections. Output: how far chance takes the fullest and the emptiest of them.
 //! Must never be tuned to a load balancer: random placement is the most uneven of those that are not sticky.
 //!
 //! Random placement of `N` connections on `n` apiservers gives each a binomial number with mean `N/n`, relative deviation
-//! `s = sqrt((n-1)/N)` and skewness `g = (n-2)/sqrt(N(n-1))`. The agents look at the fullest of the `n`, so that one of them
-//! may be above the floor in 1 % of looks each is allowed `0.01/n` (Bonferroni): `z` is the normal quantile of `1 - 0.01/n`.
-//! Cornish and Fisher's first correction for skewness makes it `z + g(z^2-1)/6`, and half a connection more for its being a
-//! whole number. A factor of 2 instead would be passed in 6 % of looks with three apiservers, in 85 % with 64.
+//! `s = sqrt((n-1)/N)` and skewness `g = (n-2)/sqrt(N(n-1))`. The agents look at the fullest and at the emptiest of the `n`:
+//! that chance takes either over the floor in no more than 1 % of looks, each side of each is allowed `0.005/n` (Bonferroni),
+//! and `z` is the normal quantile of that. Above, Cornish and Fisher's first correction for skewness makes it
+//! `z + g(z^2-1)/6`, and half a connection more for its being a whole number. Below, Chernoff's bound holds at any size:
+//! `n exp(-x^2 N/2n) <= 0.005`; and that one is quite empty has the chance `n (1-1/n)^N`.
+//! A factor of 2 instead would be passed in 6 % of looks with three apiservers, in 85 % with 64.
 
 /// The share of looks in which random placement may pass the floor.
 const FALSE_STARTS: f64 = 0.01;
 
-/// The floor, as a skew; infinite without connections.
-pub fn floor(apiservers: usize, connections: f64) -> f64 {
+/// How far chance takes loads from the mean, as skews; infinite without connections.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Floor {
+    /// The fullest is no further above it.
+    pub above: f64,
+    /// The emptiest is no further below it; from 1 on, an empty one means nothing.
+    pub below: f64,
+}
+
+impl Floor {
+    /// Whether nothing can be said.
+    pub const UNKNOWN: Self = Self {
+        above: f64::INFINITY,
+        below: f64::INFINITY,
+    };
+}
+
+/// The floor of counted connections.
+pub fn floor(apiservers: usize, connections: f64) -> Floor {
     let n = apiservers as f64;
     if apiservers < 2 || connections <= 0.0 {
-        return f64::INFINITY;
+        return Floor::UNKNOWN;
     }
     let deviation = ((n - 1.0) / connections).sqrt();
     let skewness = (n - 2.0) / (connections * (n - 1.0)).sqrt();
-    let z = quantile(FALSE_STARTS / n);
-    let corrected = z + skewness * (z * z - 1.0) / 6.0;
-    deviation * corrected + 0.5 * n / connections
+    let z = quantile(FALSE_STARTS / 2.0 / n);
+    let mean = connections / n;
+    let half = 0.5 / mean;
+    let bound = (2.0 * (n * 2.0 / FALSE_STARTS).ln() / mean).sqrt();
+    let empty = n * (1.0 - 1.0 / n).powf(connections);
+    Floor {
+        above: deviation * (z + skewness * (z * z - 1.0) / 6.0) + half,
+        below: if empty < FALSE_STARTS / 2.0 {
+            bound.min(1.0 - half)
+        } else {
+            bound
+        },
+    }
 }
 
 /// The floor of loads that are counted over the smoothing time: requests come as they please, so that `m` a second are
 /// measured with a deviation of `sqrt(m / 2 tau)` by an exponential mean of time constant `tau`.
 ///
 /// Placement by chance is left out: where a few clients carry the load, chance makes large skews that a few moves mend.
-pub fn of_rates(apiservers: usize, mean: f64, smoothing_seconds: f64) -> f64 {
+pub fn of_rates(apiservers: usize, mean: f64, smoothing_seconds: f64) -> Floor {
     if apiservers < 2 || mean <= 0.0 {
-        return f64::INFINITY;
+        return Floor::UNKNOWN;
     }
-    quantile(FALSE_STARTS / apiservers as f64) / (2.0 * smoothing_seconds * mean).sqrt()
+    let skew = quantile(FALSE_STARTS / 2.0 / apiservers as f64) / (2.0 * smoothing_seconds * mean).sqrt();
+    Floor {
+        above: skew,
+        below: skew,
+    }
 }
 
 /// The point of the standard normal distribution that is passed with probability `tail`, which is below 0.5.
@@ -64,24 +97,27 @@ mod tests {
         sums
     }
 
-    /// The exact chance that one of `n` is above the floor, at most (Bonferroni), for random placement.
+    /// The exact chance that one of `n` is outside the floor, at most (Bonferroni), for random placement.
     fn false_starts(n: usize, connections: usize) -> f64 {
         let mean = connections as f64 / n as f64;
-        let above = ((1.0 + floor(n, connections as f64)) * mean).floor() as usize + 1;
+        let Floor { above, below } = floor(n, connections as f64);
+        let above = ((1.0 + above) * mean).floor() as usize + 1;
+        // Those below: none when even an empty one is within the floor.
+        let below = ((1.0 - below) * mean).ceil().max(0.0) as usize;
         let logs = log_factorials(connections);
         let (p, q) = ((1.0 / n as f64).ln(), (1.0 - 1.0 / n as f64).ln());
         let chance = |count: usize| {
             let ways = logs[connections] - logs[count] - logs[connections - count];
             (ways + count as f64 * p + (connections - count) as f64 * q).exp()
         };
-        n as f64 * (above..=connections).map(chance).sum::<f64>()
+        n as f64 * (above..=connections).chain(0..below).map(chance).sum::<f64>()
     }
 
     /// Exactly, from the binomial distribution, at many sizes; and it is not far below what is allowed where that is possible.
     #[test]
     fn chance_passes_the_floor_in_less_than_one_look_in_a_hundred() {
         for n in [2, 3, 4, 5, 7, 10, 16, 32, 64] {
-            for connections in [2, 5, 10, 20, 50, 100, 300, 1_000, 3_000, 10_000, 100_000] {
+            for connections in [2, 5, 10, 20, 50, 60, 100, 300, 1_000, 3_000, 10_000, 100_000] {
                 let chance = false_starts(n, connections);
                 assert!(chance < 0.01, "{n} apiservers, {connections} connections: {chance}");
                 if connections >= 1_000 * n {
@@ -92,5 +128,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Twenty nodes: an apiserver that came back empty is no chance, though the others are within theirs.
+    #[test]
+    fn an_empty_apiserver_of_a_small_cluster_is_seen() {
+        let Floor { above, below } = floor(3, 30.0);
+        assert!(above > 0.5 && below < 1.0, "above {above}, below {below}");
     }
 }
