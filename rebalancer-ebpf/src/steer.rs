@@ -22,7 +22,7 @@ use aya_ebpf::{
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use rebalancer_common::steer::{
     ANSWER_EXPIRED, ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_NO_ADDRESS, ANSWER_NOT_H2, ANSWER_UNREADABLE,
-    ANSWER_YES, ANSWERS, COUNTED, ClientKey, RequestOffsets, TEXT_OCTETS, VICTIMS as MOST_VICTIMS, Victim, parse,
+    ANSWER_YES, ANSWERS, COUNTED, ClientKey, RequestOffsets, TEXT_OCTETS, VICTIMS as MOST_VICTIMS, Victim,
 };
 
 /// Set by the loader, and frozen.
@@ -86,22 +86,18 @@ fn is_victim(request: u64) -> bool {
         count(ANSWER_NOT_H2);
         return false;
     }
-    let mut octets = [0_u8; TEXT_OCTETS];
-    // The mask is for the verifier: a longer text is no address, and a part of one is not read as one.
+    // The mask is for the verifier: a part of a longer text is not taken for one.
     let length = (address.length & (TEXT_OCTETS as u64 - 1)) as u32;
     if address.length >= TEXT_OCTETS as u64 || length == 0 {
         count(ANSWER_NO_ADDRESS);
         return false;
     }
+    let mut client = ClientKey { text: [0; TEXT_OCTETS] };
     // SAFETY: the helper writes `length` octets, fewer than there are, or fails.
-    if unsafe { bpf_copy_from_user(octets.as_mut_ptr().cast(), length, address.begin as *const _) } != 0 {
+    if unsafe { bpf_copy_from_user(client.text.as_mut_ptr().cast(), length, address.begin as *const _) } != 0 {
         count(ANSWER_UNREADABLE);
         return false;
     }
-    let Some(client) = parse(&octets, length) else {
-        count(ANSWER_NO_ADDRESS);
-        return false;
-    };
     count_request(&client);
     is_told(&client)
 }

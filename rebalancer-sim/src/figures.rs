@@ -15,6 +15,19 @@ pub struct Sample {
     pub draining: Vec<usize>,
 }
 
+/// One GOAWAY.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mark {
+    /// Seconds since the start.
+    pub at: f64,
+    /// The apiserver that sent it.
+    pub server: usize,
+    /// The client that was told.
+    pub client: usize,
+    /// How far the apiserver is above the mean of those that are up, once that client has left; in load.
+    pub above_mean: f64,
+}
+
 /// What one run showed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Run {
@@ -36,16 +49,17 @@ pub struct Run {
     pub mean_skew: f64,
     /// The same at the end.
     pub last_skew: f64,
-    /// How often the fullest apiserver changed while the skew was above the threshold: oscillation.
-    pub turns: u64,
+    /// How often an apiserver swung from further above the mean than the threshold and than chance to as far below it, or
+    /// back: oscillation.
+    pub swings: u64,
     /// Decisions of the agents, and those that started a plan.
     pub decisions: u64,
     /// Plans among them.
     pub plans: u64,
     /// Holds by reason.
     pub holds: BTreeMap<&'static str, u64>,
-    /// When GOAWAYs were sent, in seconds, with the apiserver.
-    pub marks: Vec<(f64, usize)>,
+    /// The GOAWAYs, when there is a picture or the rebalancer sent them.
+    pub marks: Vec<Mark>,
     /// Loads over time.
     pub series: Vec<Sample>,
     /// What plans said of themselves, the first of the run.
@@ -75,8 +89,8 @@ pub struct Summary {
     pub last_skew: f64,
     /// Mean of reconnects.
     pub reconnects: f64,
-    /// Mean of the times the fullest apiserver changed.
-    pub turns: f64,
+    /// Mean of the swings.
+    pub swings: f64,
     /// Mean of refused lists.
     pub refused_lists: f64,
     /// Mean of the longest queues of LIST work.
@@ -106,7 +120,7 @@ pub fn summarise(runs: &[Run]) -> Summary {
         mean_skew: mean(&|run| run.mean_skew),
         last_skew: mean(&|run| run.last_skew),
         reconnects: mean(&|run| run.reconnects as f64),
-        turns: mean(&|run| run.turns as f64),
+        swings: mean(&|run| run.swings as f64),
         refused_lists: mean(&|run| run.refused_lists as f64),
         worst_list_queue: mean(&|run| run.worst_list_queue),
     }

@@ -8,6 +8,7 @@
 mod agents;
 pub mod balancer;
 pub mod figures;
+mod gauge;
 mod incidents;
 mod node;
 pub mod picture;

@@ -96,8 +96,8 @@ fn panel(svg: &mut String, top: f64, name: &str, run: &Run, end: f64, highest: f
         );
     }
     let mut columns = [0_usize; COLUMNS];
-    for (at, _) in &run.marks {
-        let column = (at / end * COLUMNS as f64) as usize;
+    for mark in &run.marks {
+        let column = (mark.at / end * COLUMNS as f64) as usize;
         columns[column.min(COLUMNS - 1)] += 1;
     }
     let most = columns.iter().copied().max().unwrap_or(0);
@@ -159,7 +159,7 @@ fn escaped(words: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::figures::Sample;
+    use crate::figures::{Mark, Sample};
 
     #[test]
     fn every_goaway_is_in_a_bar_and_every_apiserver_has_a_line() {
@@ -168,9 +168,15 @@ mod tests {
             loads: vec![5.0, 4.0, 0.0],
             draining: vec![0, 0, 0],
         };
+        let mark = |at| Mark {
+            at,
+            server: 0,
+            client: 0,
+            above_mean: 0.0,
+        };
         let run = Run {
             series: vec![sample(0.0), sample(100.0)],
-            marks: vec![(0.0, 0), (50.0, 1), (100.0, 1)],
+            marks: [0.0, 50.0, 100.0].map(mark).to_vec(),
             ..Run::default()
         };
         let svg = draw("a < b", &[("one".to_owned(), &run)], 0.05);

@@ -18,7 +18,7 @@ use rebalancer_core::{
 
 use crate::{
     balancer::{Backend, Balancer},
-    figures::{Run, Sample},
+    figures::{Mark, Run},
     node::{Connection, Identity, Life, Node},
     random::Random,
     setup::{Contender, Group, Horizon, Placement, Setup},
@@ -26,10 +26,6 @@ use crate::{
 
 /// The start on the run's clock, in milliseconds: connections may be older than the run.
 pub(crate) const START: u64 = 7_200_000;
-
-/// LISTs that one apiserver works on at once, and the wait in seconds from which it refuses more.
-const LIST_SEATS: f64 = 10.0;
-const LIST_PATIENCE: f64 = 5.0;
 
 /// Seconds of work that a watch costs when it starts: it takes a seat until its first events are sent.
 const WATCH_START: f64 = 0.005;
@@ -75,9 +71,9 @@ struct Due {
 
 #[derive(Debug)]
 pub(crate) struct Client {
-    group: usize,
-    requests: f64,
-    home: Option<usize>,
+    pub(crate) group: usize,
+    pub(crate) requests: f64,
+    pub(crate) home: Option<usize>,
     /// Where it counts: where it is, or where it was until it has landed.
     counted: Option<usize>,
     /// Where it was last.
@@ -88,7 +84,7 @@ pub(crate) struct Client {
     attempt: u32,
     tries: u32,
     /// Whether it must list when it connects.
-    relist: bool,
+    pub(crate) relist: bool,
 }
 
 /// The state of one run.
@@ -99,22 +95,23 @@ pub(crate) struct World<'a> {
     queue: BinaryHeap<Due>,
     sequence: u64,
     pub(crate) nodes: Vec<Node>,
-    groups: Vec<Group>,
+    pub(crate) groups: Vec<Group>,
     pub(crate) clients: Vec<Client>,
     pub(crate) identities: Vec<Identity>,
     pub(crate) connections: Vec<Connection>,
     pub(crate) balancer: Balancer,
     pub(crate) random: Random,
-    loads: Vec<f64>,
+    pub(crate) loads: Vec<f64>,
     /// Clients that count nowhere: they are new, or their connection broke.
     pub(crate) uncounted: usize,
-    balanced_at: Option<u64>,
-    since: u64,
-    goaways_before: u64,
-    skew_at: u64,
-    skew: f64,
-    skew_area: f64,
-    fullest: Option<usize>,
+    pub(crate) balanced_at: Option<u64>,
+    pub(crate) since: u64,
+    pub(crate) goaways_before: u64,
+    pub(crate) skew_at: u64,
+    pub(crate) skew: f64,
+    pub(crate) skew_area: f64,
+    /// On which side of the mean each apiserver was last, further away than the threshold.
+    pub(crate) sides: Vec<Option<bool>>,
     pub(crate) loss: f64,
     pub(crate) delay: u64,
     pub(crate) partition: Vec<usize>,
@@ -166,7 +163,7 @@ impl<'a> World<'a> {
             skew_at: START,
             skew: 0.0,
             skew_area: 0.0,
-            fullest: None,
+            sides: vec![None; nodes.len()],
             loss: 0.0,
             delay: 0,
             partition: Vec::new(),
@@ -204,6 +201,8 @@ impl<'a> World<'a> {
             self.connections[index].opened_at = START - millis(self.random.uniform(600.0, 5_400.0));
         }
         self.run.reconnects = 0;
+        self.run.swings = 0;
+        self.sides.fill(None);
         if self.contender == Contender::Rebalancer {
             for server in 0..self.nodes.len() {
                 self.start_agent(server);
@@ -292,6 +291,8 @@ impl<'a> World<'a> {
                 self.since = self.now;
                 self.goaways_before = self.run.goaways_total;
                 self.balanced_at = None;
+                // What an incident does to the loads is no oscillation.
+                self.sides.fill(None);
                 self.incident(&self.setup.incidents[number].1.clone());
             }
             Event::Sample => self.sample(),
@@ -316,7 +317,7 @@ impl<'a> World<'a> {
             });
             self.uncounted += 1;
             self.identities.push(Identity {
-                user: format!("{}-{number}", group.name),
+                user: format!("{}-{}", group.name, first + number),
                 user_agent: group.name.clone(),
             });
         }
@@ -427,8 +428,17 @@ impl<'a> World<'a> {
             (connection.client, connection.server, connection.opened_at)
         };
         self.run.goaways_total += 1;
-        if self.setup.sample.is_some() {
-            self.run.marks.push(((self.now - START) as f64 / 1000.0, server));
+        if self.setup.sample.is_some() || self.contender == Contender::Rebalancer {
+            let up = self.nodes.iter().filter(|node| node.up && node.member).count().max(1);
+            let here = self.nodes[server].open.iter().map(|index| &self.connections[*index]);
+            let active = here.filter(|connection| connection.life == Life::Active);
+            let load: f64 = active.map(|connection| self.weight_of(connection.client)).sum();
+            self.run.marks.push(Mark {
+                at: (self.now - START) as f64 / 1000.0,
+                server,
+                client,
+                above_mean: load - self.loads.iter().sum::<f64>() / up as f64,
+            });
         }
         self.nodes[server].active -= 1;
         self.nodes[server].touched(index);
@@ -543,107 +553,6 @@ impl<'a> World<'a> {
         let rate = self.setup.churn_per_hour * self.clients.len() as f64 / 3_600.0;
         let wait = self.random.wait(rate);
         self.at(self.now + millis(wait), Event::Restart);
-    }
-
-    /// Work that an apiserver takes on; returns the seconds of work that wait there now.
-    fn work(&mut self, server: usize, seconds: f64) -> f64 {
-        let (waiting, at) = self.nodes[server].lists;
-        let done = (self.now - at.max(START)) as f64 / 1000.0 * LIST_SEATS;
-        let waiting = (waiting - done).max(0.0) + seconds;
-        self.nodes[server].lists = (waiting, self.now);
-        self.run.worst_list_queue = self.run.worst_list_queue.max(waiting);
-        waiting
-    }
-
-    /// A client lists everything, or is refused and tries again.
-    fn list(&mut self, client: usize) {
-        let seconds = self.groups[self.clients[client].group].list_seconds;
-        let Some(home) = self.clients[client].home else {
-            self.clients[client].relist = true;
-            return;
-        };
-        let server = self.connections[home].server;
-        if self.work(server, 0.0) > LIST_SEATS * LIST_PATIENCE {
-            self.nodes[server].refused += 1;
-            self.news(server);
-            let wait = self.random.uniform(1.0, 2.0);
-            self.at(self.now + millis(wait), Event::Relist(client));
-        } else {
-            self.work(server, seconds);
-        }
-    }
-
-    /// Clients that list, those with the longest lists first.
-    pub(crate) fn listers(&self) -> Vec<usize> {
-        let seconds = |client: usize| self.groups[self.clients[client].group].list_seconds;
-        let mut listers: Vec<usize> = (0..self.clients.len())
-            .filter(|client| seconds(*client) > 0.0)
-            .collect();
-        listers.sort_by(|a, b| seconds(*b).total_cmp(&seconds(*a)));
-        listers
-    }
-
-    /// Follows the skew of the fullest apiserver.
-    pub(crate) fn measure(&mut self) {
-        self.skew_area += self.skew * (self.now - self.skew_at) as f64;
-        self.skew_at = self.now;
-        let up = |server: &usize| self.nodes[*server].up && self.nodes[*server].member;
-        let servers: Vec<usize> = (0..self.nodes.len()).filter(up).collect();
-        let total: f64 = servers.iter().map(|server| self.loads[*server]).sum();
-        let mean = total / servers.len().max(1) as f64;
-        let fullest = servers
-            .iter()
-            .copied()
-            .max_by(|a, b| self.loads[*a].total_cmp(&self.loads[*b]));
-        self.skew = match fullest {
-            Some(server) if mean > 0.0 => self.loads[server] / mean - 1.0,
-            _ => 0.0,
-        };
-        if self.skew > self.setup.policy.skew_threshold && self.fullest != fullest {
-            self.run.turns += u64::from(self.fullest.is_some());
-            self.fullest = fullest;
-        }
-    }
-
-    /// Balanced is: the fullest is within the target, with clients on their way counted where they were told to go; nobody
-    /// is still looking for an apiserver; and no agent means to go on.
-    fn check_balance(&mut self) {
-        // The skew is a quotient: what is at the target exactly is not above it.
-        if self.balanced_at.is_some() || self.uncounted > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
-            return;
-        }
-        if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_done() {
-            return;
-        }
-        self.balanced_at = Some(self.now);
-        self.run.goaways = self.run.goaways_total - self.goaways_before;
-    }
-
-    fn sample(&mut self) {
-        let Some(every) = self.setup.sample else {
-            return;
-        };
-        let draining = |node: &Node| node.open.len() - node.active;
-        self.run.series.push(Sample {
-            at: (self.now - START) as f64 / 1000.0,
-            loads: self.loads.clone(),
-            draining: self.nodes.iter().map(draining).collect(),
-        });
-        self.at(self.now + every.as_millis() as u64, Event::Sample);
-    }
-
-    /// Counts requests up to now on every connection of an apiserver.
-    pub(crate) fn count_requests(&mut self, server: usize) {
-        for position in 0..self.nodes[server].open.len() {
-            let index = self.nodes[server].open[position];
-            let connection = &mut self.connections[index];
-            if connection.life == Life::Active {
-                let seconds = (self.now - connection.counted_at) as f64 / 1000.0;
-                let mean = self.clients[connection.client].requests * seconds;
-                connection.requests += self.random.poisson(mean) as f64;
-                connection.counted_at = self.now;
-            }
-        }
     }
 }
 

@@ -101,6 +101,20 @@ impl Fixture {
     }
 }
 
+/// The small server on the apiserver's own goaway filter: named, or where a VM carries it.
+///
+/// # Errors
+///
+/// There is none.
+pub fn goaway_server() -> anyhow::Result<PathBuf> {
+    let server = env::var_os("REBALANCER_GOAWAY_SERVER").map_or_else(|| "/bin/goaway-server".into(), PathBuf::from);
+    if server.is_file() {
+        Ok(server)
+    } else {
+        bail!("there is no goaway-server: it is built by `cargo xtask`, where Go 1.26 or later is on PATH")
+    }
+}
+
 fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
     let Some(go) = on_path("go") else {
         bail!(

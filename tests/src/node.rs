@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::{
@@ -37,15 +38,44 @@ pub struct Node {
     pub address: IpAddr,
     /// The apiserver, while it runs.
     pub apiserver: Option<Process>,
-    relay: Process,
+    relay: Option<Process>,
     agent: Process,
     directory: PathBuf,
+}
+
+/// What sends the GOAWAY on the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shim {
+    /// A relay before each apiserver
+    Relay,
+    /// A probe on each apiserver
+    Steer,
+}
+
+impl Shim {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relay => "relay",
+            Self::Steer => "steer",
+        }
+    }
+
+    /// Where the apiserver of that address listens: behind the relay, or where clients connect to.
+    pub fn apiserver(self, address: IpAddr) -> SocketAddr {
+        match self {
+            Self::Relay => APISERVER,
+            Self::Steer => SocketAddr::new(address, PORT),
+        }
+    }
 }
 
 /// What all nodes share.
 pub struct Shared<'a> {
     /// The binary.
     pub rebalancer: &'a Path,
+    /// What sends the GOAWAY.
+    pub shim: Shim,
     /// The certificates.
     pub pki: &'a Pki,
     /// Names and addresses of all nodes.
@@ -59,7 +89,7 @@ pub struct Shared<'a> {
 }
 
 impl Node {
-    /// Starts relay and agent; the apiserver is the caller's.
+    /// Starts relay, where there is one, and agent; the apiserver is the caller's.
     ///
     /// # Errors
     ///
@@ -68,28 +98,14 @@ impl Node {
         let (name, address) = &shared.nodes[index];
         let directory = shared.directory.join(name);
         std::fs::create_dir_all(&directory)?;
-        let pem = |name: &str| shared.pki.file(name);
-        let mut relay = Command::new(shared.rebalancer);
-        relay
-            .arg("relay")
-            .arg(format!("--listen={address}:{PORT}"))
-            .arg(format!("--upstream={APISERVER}"))
-            .arg(format!("--upstream-server-name={SERVER_NAME}"))
-            .arg("--upstream-ca")
-            .arg(pem("ca.crt"))
-            .arg("--tls-cert")
-            .arg(pem("apiserver.crt"))
-            .arg("--tls-key")
-            .arg(pem("apiserver.key"))
-            .arg("--client-ca")
-            .arg(pem("ca.crt"))
-            .arg("--proxy-client-cert")
-            .arg(pem("front-proxy-client.crt"))
-            .arg("--proxy-client-key")
-            .arg(pem("front-proxy-client.key"))
-            .arg(format!("--control=unix:{}", directory.join("relay.sock").display()))
-            .args(shared.relay_flags);
-        let relay = Process::start("relay", relay, Some(namespace.fd()), &directory)?;
+        let (relay, shim) = match shared.shim {
+            Shim::Relay => {
+                let control = directory.join("relay.sock");
+                let relay = start_relay(shared, *address, &control, namespace, &directory)?;
+                (Some(relay), format!("relay:unix:{}", control.display()))
+            }
+            Shim::Steer => (None, "steer:auto".to_owned()),
+        };
 
         let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
         let mut agent = Command::new(shared.rebalancer);
@@ -97,7 +113,7 @@ impl Node {
             .arg("agent")
             .arg(format!("--node-name={name}"))
             .arg(format!("--apiserver-port={PORT}"))
-            .arg(format!("--shim=relay:unix:{}", directory.join("relay.sock").display()))
+            .arg(format!("--shim={shim}"))
             .arg(format!("--api=unix:{}", directory.join("agent.sock").display()))
             .arg(format!(
                 "--decision-log={}",
@@ -109,7 +125,7 @@ impl Node {
             .arg("--peer-key")
             .arg(&identity.key)
             .arg("--peer-ca")
-            .arg(pem("ca.crt"))
+            .arg(shared.pki.file("ca.crt"))
             .args(shared.agent_flags);
         for (peer, at) in shared.nodes {
             if peer != name {
@@ -133,8 +149,9 @@ impl Node {
     ///
     /// A process has ended: its last lines.
     pub fn check(&mut self) -> anyhow::Result<()> {
-        for process in [&mut self.relay, &mut self.agent]
+        for process in [&mut self.agent]
             .into_iter()
+            .chain(self.relay.as_mut())
             .chain(self.apiserver.as_mut())
         {
             process.is_running().with_context(|| format!("on {}", self.name))?;
@@ -142,37 +159,48 @@ impl Node {
         Ok(())
     }
 
-    /// Active HTTP/2 client connections, as the relay counts them: another view than the agent's own.
+    /// Active HTTP/2 client connections, as the relay counts them: another view than the agent's own, where there is one.
     ///
     /// # Errors
     ///
-    /// The relay does not answer.
+    /// The relay, or the agent, does not answer.
     pub fn active(&self) -> anyhow::Result<u64> {
-        let answer = ask(&self.directory.join("relay.sock"), "/v1/connections")?;
-        let list = answer["connections"].as_array().context("a list of connections")?;
-        let active = list
-            .iter()
-            .filter(|connection| connection["protocol"] == "h2" && connection["state"] == "active");
-        Ok(active.count() as u64)
+        let active = |connection: &&Value| {
+            let protocol = &connection["protocol"];
+            (protocol == "h2" || protocol == "offered") && connection["state"] == "active"
+        };
+        Ok(self.connections()?.iter().filter(active).count() as u64)
     }
 
-    /// Open watches of each connection, draining ones included, and its requests so far, by its id.
+    /// Open watches of each connection, draining ones included, and its requests so far, by its id; a probe sees no
+    /// watches.
     ///
     /// # Errors
     ///
-    /// The relay does not answer.
+    /// The relay, or the agent, does not answer.
     pub fn work(&self) -> anyhow::Result<Vec<(String, Work)>> {
-        let answer = ask(&self.directory.join("relay.sock"), "/v1/connections")?;
-        let list = answer["connections"].as_array().context("a list of connections")?;
         let number = |entry: &Value, name: &str| entry[name].as_u64().unwrap_or_default();
         let of = |entry: &Value| {
             let work = Work {
                 watches: number(entry, "open_watches"),
                 requests: number(entry, "requests"),
             };
-            (entry["id"].as_str().unwrap_or_default().to_owned(), work)
+            // The relay's list and the agent's name it differently.
+            let id = entry["id"].as_str().or_else(|| entry["connection"].as_str());
+            (id.unwrap_or_default().to_owned(), work)
         };
-        Ok(list.iter().map(of).collect())
+        Ok(self.connections()?.iter().map(of).collect())
+    }
+
+    fn connections(&self) -> anyhow::Result<Vec<Value>> {
+        let mut answer = match &self.relay {
+            Some(_) => ask(&self.directory.join("relay.sock"), "/v1/connections")?,
+            None => ask(&self.api(), "/v1/connections?limit=100000")?,
+        };
+        match answer["connections"].take() {
+            Value::Array(list) => Ok(list),
+            other => anyhow::bail!("connections are {other}"),
+        }
     }
 
     /// What the agent says of itself.
@@ -210,7 +238,9 @@ impl Node {
         let patience = Duration::from_secs(3);
         self.agent.terminate(patience);
         // Its connections are the demo's own: nobody waits for them to drain.
-        self.relay.kill();
+        if let Some(relay) = &mut self.relay {
+            relay.kill();
+        }
         if let Some(mut apiserver) = self.apiserver.take() {
             apiserver.kill();
         }
@@ -224,6 +254,38 @@ pub struct Work {
     pub watches: u64,
     /// So far.
     pub requests: u64,
+}
+
+/// Starts the relay of the node with that address.
+fn start_relay(
+    shared: &Shared<'_>,
+    address: IpAddr,
+    control: &Path,
+    namespace: &Namespace,
+    directory: &Path,
+) -> anyhow::Result<Process> {
+    let pem = |name: &str| shared.pki.file(name);
+    let mut relay = Command::new(shared.rebalancer);
+    relay
+        .arg("relay")
+        .arg(format!("--listen={address}:{PORT}"))
+        .arg(format!("--upstream={APISERVER}"))
+        .arg(format!("--upstream-server-name={SERVER_NAME}"))
+        .arg("--upstream-ca")
+        .arg(pem("ca.crt"))
+        .arg("--tls-cert")
+        .arg(pem("apiserver.crt"))
+        .arg("--tls-key")
+        .arg(pem("apiserver.key"))
+        .arg("--client-ca")
+        .arg(pem("ca.crt"))
+        .arg("--proxy-client-cert")
+        .arg(pem("front-proxy-client.crt"))
+        .arg("--proxy-client-key")
+        .arg(pem("front-proxy-client.key"))
+        .arg(format!("--control=unix:{}", control.display()))
+        .args(shared.relay_flags);
+    Process::start("relay", relay, Some(namespace.fd()), directory)
 }
 
 /// `GET PATH` on a local socket.

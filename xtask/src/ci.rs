@@ -1,13 +1,14 @@
-//! `ci`: formatting, lints, and every test, on this kernel and on Debian's.
+//! `ci`: formatting, lints, a short fuzz, and every test, on this kernel and on Debian's.
 
 use std::process::ExitCode;
 
 use crate::{
+    fuzz,
     run::{self, cargo},
     test,
 };
 
-/// Runs the three steps; the last one's exit code is this one's.
+/// Runs the four steps; the last one's exit code is this one's.
 pub fn run() -> anyhow::Result<ExitCode> {
     run::run(&mut cargo(["fmt", "--all", "--check"]))?;
     run::run(&mut cargo([
@@ -18,5 +19,6 @@ pub fn run() -> anyhow::Result<ExitCode> {
         "-D",
         "warnings",
     ]))?;
+    fuzz::run_fuzz(&fuzz::Arguments::smoke())?;
     test::run_all()
 }

@@ -5,6 +5,7 @@ mod ci;
 mod debian;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod run;
 mod test;
 mod vm;
@@ -30,7 +31,9 @@ enum Command {
     Bench(bench::Arguments),
     /// Compile the kernel programs, and install what that needs into the target directory
     BuildEbpf,
-    /// Formatting, lints, then the tests: what CI runs
+    /// Give the parsers and the relay's state machine inputs that nobody thought of
+    Fuzz(fuzz::Arguments),
+    /// Formatting, lints, a short fuzz, then the tests: what CI runs
     Ci,
 }
 
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run_tests(&arguments),
         Command::Bench(arguments) => bench::run_bench(&arguments),
         Command::BuildEbpf => ebpf::build().map(|_| ExitCode::SUCCESS),
+        Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
         Command::Ci => ci::run(),
     };
     match outcome {

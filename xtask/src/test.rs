@@ -115,8 +115,12 @@ fn run_selected(groups: &[Group], machines: &[(Group, String)]) -> anyhow::Resul
     let skips = target().join("skips");
     fs::create_dir_all(target()).context("cannot make the target directory")?;
     fs::write(&skips, "").with_context(|| format!("cannot write {}", skips.display()))?;
-    if groups.iter().any(|group| *group != Group::Core) {
+    let beyond_core = groups.iter().any(|group| *group != Group::Core);
+    // Kernel programs that were built once go into the binary: they must be those of these sources.
+    if beyond_core || ebpf::directory().is_dir() {
         ebpf::build()?;
+    }
+    if beyond_core {
         run(&mut cargo([
             "build",
             "--package",

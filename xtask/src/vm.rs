@@ -36,8 +36,8 @@ const SUITES: [(&str, &str); 5] = [
 /// Modules the tests need, in the order they are loaded: namespaces on a bridge, and sock_diag.
 const MODULES: [&str; 6] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag"];
 
-/// No run of the tests takes longer, emulated as they are.
-const SECONDS: &str = "1200";
+/// No run takes longer, emulated as it is.
+const SECONDS: &str = "1800";
 
 /// The versions `--kernel` takes.
 pub fn versions() -> impl Iterator<Item = &'static str> {

@@ -17,9 +17,6 @@ use crate::{
 /// A plan rests on one view: it is no longer than what the budget allows in that time.
 const PLAN_HORIZON: Duration = Duration::from_secs(60);
 
-/// So many of the heaviest connections are named.
-const HEAVIEST: usize = 5;
-
 /// Looks in a row that confirm a skew of measured loads.
 const MEASURED_LOOKS: u32 = 3;
 
@@ -52,7 +49,8 @@ impl Agent {
             .as_ref()
             .is_none_or(|hold| matches!(hold, Hold::Unmovable { .. } | Hold::RecipientsStressed { .. }));
         let heaviest = if is_about_load {
-            planner::heaviest(&self.table, self.policy.weight, balance.ceiling, HEAVIEST)
+            let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
+            self.table.heaviest().map(named).collect()
         } else {
             Vec::new()
         };
@@ -263,7 +261,7 @@ impl Agent {
                     client: connection.client(),
                     user: connection.user().map(str::to_owned),
                     user_agent: connection.user_agent().map(str::to_owned),
-                    load: planner::load_of(connection, self.policy.weight),
+                    load: connection.load(self.policy.weight),
                     age: now.since(connection.opened_at),
                     why: "an operator asked for it".to_owned(),
                 })

@@ -334,7 +334,7 @@ impl Agent {
         }
         if due {
             self.next_decision = now + self.policy.interval;
-            self.table.sample(now);
+            self.table.sample(now, self.policy.weight);
             let full_ceiling =
                 planner::full_ceiling(&self.peers.view(self.snapshot(now), now), self.policy.skew_target);
             self.look_at_rho(now);
@@ -392,10 +392,18 @@ impl Agent {
         }
         self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
         let balance = self.balance(&view);
-        if self.guard(now).is_some() || self.stressed(&view, &balance).is_some() {
-            // A doubt came up while a plan was on its way: who has not been told is not told.
+        let is_ordered = self.plan.as_ref().is_some_and(|plan| plan.is_ordered);
+        let doubt = match self.guard(now) {
+            // There is nowhere else to go to, but an operator asked for it: what is left to doubt is the shim.
+            Some(Hold::FewerThanTwoApiservers { .. }) if is_ordered => {
+                self.shim_fault.clone().map(|why| Hold::ShimUnavailable { why })
+            }
+            doubt => doubt.or_else(|| self.stressed(&view, &balance)),
+        };
+        if doubt.is_some() {
+            // It came up while a plan was on its way: who has not been told is not told.
             self.drop_unsent();
-        } else if self.plan.as_ref().is_some_and(|plan| !plan.is_ordered) {
+        } else if self.plan.is_some() && !is_ordered {
             self.trim(balance.room);
         }
         self.settle(now, effects);

@@ -150,8 +150,7 @@ impl Agent {
             if told {
                 self.goaways_total += 1;
                 let connection = self.table.connection(*id);
-                self.told_load_total +=
-                    connection.map_or(0.0, |connection| planner::load_of(connection, self.policy.weight));
+                self.told_load_total += connection.map_or(0.0, |connection| connection.load(self.policy.weight));
             }
             if told || *result == GoawayResult::AlreadyDraining {
                 self.table.mark_draining(*id);
@@ -169,6 +168,7 @@ impl Agent {
             };
             if told {
                 plan.outcomes.draining += 1;
+                self.cooldowns.told(&key, now + self.policy.client_cooldown);
                 plan.told.push((key, now));
             } else {
                 plan.outcomes.lost += 1;
@@ -184,9 +184,7 @@ impl Agent {
         };
         let (table, weight) = (&self.table, self.policy.weight);
         let fits = |id: &ConnectionId| {
-            let load = table
-                .connection(*id)
-                .map_or(0.0, |connection| planner::load_of(connection, weight));
+            let load = table.connection(*id).map_or(0.0, |connection| connection.load(weight));
             room -= load;
             room > -1e-6
         };

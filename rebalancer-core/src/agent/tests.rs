@@ -257,3 +257,58 @@ fn chance_alone_starts_nothing() {
     world.run(120);
     assert_eq!(world.goaways, 0);
 }
+
+/// One agent without peers, whose operator had the first of two connections told, by a shim that answered `Pending`.
+fn with_a_pending_victim(at: Timestamp) -> Agent {
+    let mut policy = Policy::new(ApiserverName::new("n"), BTreeSet::new());
+    policy.shim = ShimKind::Steer;
+    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
+    let socket = |id: u64| Socket {
+        id: ConnectionId(id),
+        local: "10.0.0.1:6443".parse().expect("an address"),
+        remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
+        bytes_in: 0,
+        bytes_out: 0,
+    };
+    let sockets = vec![socket(1), socket(2)];
+    let listener = Some(ConnectionId(9));
+    let list = Input::Observations(vec![Observation::Resync { sockets, listener }]);
+    agent.handle(Timestamp::default(), list);
+    agent.handle(at, Input::Shim(ShimReport::default()));
+    let effects = agent.handle(at, Input::Command(Command::Goaway(vec![ConnectionId(1)])));
+    let ordered = effects.iter().find_map(|effect| match effect {
+        Effect::SendGoaway(order) => Some(order.victims.clone()),
+        _ => None,
+    });
+    assert_eq!(ordered, Some(vec![ConnectionId(1)]));
+    agent.handle(
+        at,
+        Input::GoawayAnswered(vec![(ConnectionId(1), GoawayResult::Pending)]),
+    );
+    agent
+}
+
+#[test]
+fn a_pending_victim_is_followed_until_it_is_told_or_given_up() {
+    let at = Timestamp::from_millis(60_000);
+    let later = at + Duration::from_secs(20);
+    for (result, goaways, lost) in [(GoawayResult::Sent, 1, 0), (GoawayResult::Expired, 0, 1)] {
+        let mut agent = with_a_pending_victim(at);
+        let outcomes = |agent: &Agent| agent.history().next_back().expect("a decision").outcomes;
+        assert_eq!((agent.goaways_total(), outcomes(&agent).pending), (0, 1));
+        assert_eq!(agent.table().draining(), 0, "it weighs until it is told");
+        let wakeup = agent.next_wakeup(at).since(at);
+        assert!(
+            wakeup >= Duration::from_millis(100),
+            "nothing is to do but wait: {wakeup:?}"
+        );
+        assert!(!agent.is_idle());
+
+        agent.handle(later, Input::GoawayAnswered(vec![(ConnectionId(1), result)]));
+        assert_eq!(agent.goaways_total(), goaways, "{result:?}");
+        assert_eq!(agent.table().draining() as u64, goaways, "{result:?}");
+        agent.handle(later + Duration::from_secs(60), Input::Tick);
+        assert!(agent.is_idle(), "{result:?}");
+        assert_eq!(agent.outcomes_total().lost, lost, "{result:?}");
+    }
+}

@@ -114,6 +114,42 @@ impl Events {
     }
 }
 
+/// In the annotation of the bookmark that ends a watch's initial events, in JSON as in protobuf
+/// (k8s.io/apimachinery/pkg/apis/meta/v1, `InitialEventsAnnotationKey`). Its first octet comes only once in it.
+const INITIAL_EVENTS_END: &[u8] = b"k8s.io/initial-events-end";
+
+/// One watch.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    events: Events,
+    /// How much of [`INITIAL_EVENTS_END`] was just seen; `None` when no initial events are to come. A watch that ends
+    /// among them is begun anew by its client, which is a LIST in all but name.
+    initial: Option<usize>,
+}
+
+impl Watch {
+    fn take(&mut self, bytes: &[u8]) {
+        if let Some(mut seen) = self.initial {
+            for octet in bytes {
+                seen = if *octet == INITIAL_EVENTS_END[seen] {
+                    seen + 1
+                } else {
+                    usize::from(*octet == INITIAL_EVENTS_END[0])
+                };
+                if seen == INITIAL_EVENTS_END.len() {
+                    break;
+                }
+            }
+            self.initial = (seen < INITIAL_EVENTS_END.len()).then_some(seen);
+        }
+        self.events.take(bytes);
+    }
+
+    fn can_end(&self) -> bool {
+        self.initial.is_none() && self.events.can_end()
+    }
+}
+
 /// What the payload that is coming belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Payload {
@@ -141,7 +177,7 @@ pub struct Handover {
     lost: bool,
     payload: Payload,
     block: Option<Block>,
-    watches: BTreeMap<u32, Events>,
+    watches: BTreeMap<u32, Watch>,
     /// Those to end at their next place between two events.
     chosen: BTreeSet<u32>,
     /// How many were ever chosen.
@@ -170,10 +206,14 @@ impl Default for Handover {
 }
 
 impl Handover {
-    /// The client opened a watch, and sends no more on it.
-    pub fn open(&mut self, stream: u32) {
+    /// The client opened a watch, and sends no more on it; `initial` when it asks for initial events.
+    pub fn open(&mut self, stream: u32, initial: bool) {
         if !self.lost {
-            self.watches.insert(stream, Events::Unanswered);
+            let watch = Watch {
+                events: Events::Unanswered,
+                initial: initial.then_some(0),
+            };
+            self.watches.insert(stream, watch);
         }
     }
 
@@ -222,10 +262,10 @@ impl Handover {
             // Its block is for a stream the client did not ask for: client-go never allows one.
             kind::PUSH_PROMISE => self.lose(),
             kind::DATA => {
-                if let Some(events) = self.watches.get_mut(&header.stream) {
+                if let Some(watch) = self.watches.get_mut(&header.stream) {
                     if header.has(flag::PADDED) {
                         // Nobody pads a watch; where its octets end would have to be followed as well.
-                        *events = Events::Opaque;
+                        watch.events = Events::Opaque;
                     }
                     self.payload = Payload::Data(header.stream);
                 }
@@ -252,8 +292,8 @@ impl Handover {
                 }
             }
             Payload::Data(stream) => {
-                if let Some(events) = self.watches.get_mut(&stream) {
-                    events.take(bytes);
+                if let Some(watch) = self.watches.get_mut(&stream) {
+                    watch.take(bytes);
                 }
             }
         }
@@ -264,10 +304,10 @@ impl Handover {
         if let Some(block) = self.block.take_if(|block| block.flags & flag::END_HEADERS != 0) {
             match self.decode(&block) {
                 Some(list) => {
-                    if let Some(events) = self.watches.get_mut(&block.stream)
-                        && *events == Events::Unanswered
+                    if let Some(watch) = self.watches.get_mut(&block.stream)
+                        && watch.events == Events::Unanswered
                     {
-                        *events = Events::of(&list);
+                        watch.events = Events::of(&list);
                     }
                 }
                 None => self.lose(),
@@ -281,12 +321,12 @@ impl Handover {
             let next = self
                 .watches
                 .iter()
-                .find(|(stream, events)| events.can_end() && !self.chosen.contains(stream));
+                .find(|(stream, watch)| watch.can_end() && !self.chosen.contains(stream));
             let Some((stream, _)) = next else { break };
             self.chosen.insert(*stream);
             self.chosen_total += 1;
         }
-        let between = |stream: &&u32| self.watches.get(stream).is_some_and(|events| events.is_between());
+        let between = |stream: &&u32| self.watches.get(stream).is_some_and(|watch| watch.events.is_between());
         let stream = *self.chosen.iter().find(between)?;
         self.close(stream);
         self.ended.insert(stream);
@@ -346,7 +386,7 @@ mod tests {
 
     fn watching(content_type: &str) -> Handover {
         let mut handover = Handover::default();
-        handover.open(1);
+        handover.open(1, false);
         let block = answer(&[(":status", "200"), ("content-type", content_type)]);
         feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &block);
         handover
@@ -387,6 +427,23 @@ mod tests {
     }
 
     #[test]
+    fn a_watch_is_left_alone_until_its_initial_events_are_over() {
+        let mut handover = Handover::default();
+        handover.open(1, true);
+        let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
+        feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &block);
+        handover.allow(1);
+        let added = "{\"type\":\"ADDED\"}\n";
+        let bookmark = "{\"type\":\"BOOKMARK\",\"kk8s.io/k8s.io/initial-events-end\":\"true\"}\n";
+        for octet in [added, added, &bookmark[..bookmark.len() - 1]].concat().bytes() {
+            feed(&mut handover, kind::DATA, 0, 1, &[octet]);
+            assert_eq!(handover.due(), None);
+        }
+        feed(&mut handover, kind::DATA, 0, 1, b"\n");
+        assert_eq!(handover.due(), Some(1));
+    }
+
+    #[test]
     fn a_quiet_watch_ends_at_once_when_its_encoding_is_known() {
         for (content_type, ends) in [
             ("application/json", true),
@@ -412,7 +469,7 @@ mod tests {
             &[json],
         ] {
             let mut handover = Handover::default();
-            handover.open(1);
+            handover.open(1, false);
             feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &answer(fields));
             handover.allow(1);
             assert_eq!(handover.due(), None, "{fields:?}");
@@ -426,7 +483,7 @@ mod tests {
     #[test]
     fn header_blocks_are_followed_from_the_first_on() {
         let mut handover = Handover::default();
-        handover.open(3);
+        handover.open(3, false);
         // Another stream's answer puts the content type into the table; the watch's only names it, in two frames.
         let mut first = vec![0x88, 0x5f, 16];
         first.extend(b"application/json");
@@ -448,7 +505,7 @@ mod tests {
         let lost = |kind, flags, payload: &[u8]| {
             let mut handover = watching("application/json");
             feed(&mut handover, kind, flags, 5, payload);
-            handover.open(7);
+            handover.open(7, false);
             handover.allow(9);
             handover.due()
         };
@@ -472,7 +529,7 @@ mod tests {
         let mut handover = Handover::default();
         let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
         for stream in [5, 1, 3] {
-            handover.open(stream);
+            handover.open(stream, false);
             feed(&mut handover, kind::HEADERS, flag::END_HEADERS, stream, &block);
         }
         handover.allow(2);

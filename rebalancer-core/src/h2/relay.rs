@@ -198,6 +198,15 @@ impl Relay {
         true
     }
 
+    /// Says the second GOAWAY without the client's answer to the PING: it has had long enough. A stream that is still on
+    /// its way is refused, and the client may send it again elsewhere.
+    pub fn conclude(&mut self, out: &mut Output) {
+        if self.drain == Drain::Announced {
+            self.say_last();
+            self.flush(out);
+        }
+    }
+
     /// Ends up to `total` watches of a connection that has said its last GOAWAY, each between two of its events, those
     /// that have been ended already included. Does nothing unless it was told at its start that it may.
     pub fn hand_over(&mut self, total: u32, out: &mut Output) {
@@ -347,7 +356,7 @@ impl Relay {
                 && is_watch
                 && block.end_stream
             {
-                handover.open(block.stream);
+                handover.open(block.stream, request::wants_initial_events(&list));
             }
             let user_agent = request::value_of(&list, b"user-agent");
             if self.user_agent.as_deref() != user_agent {
@@ -401,12 +410,18 @@ impl Relay {
     }
 
     fn client_pong(&mut self, header: FrameHeader, payload: &[u8], out: &mut Output) {
-        if payload != self.settings.ping || self.drain != Drain::Announced {
+        if payload != self.settings.ping {
             header.write(&mut out.to_server);
             out.to_server.extend_from_slice(payload);
             return;
         }
-        // Every stream the client opened before it read the first GOAWAY has arrived by now.
+        if self.drain == Drain::Announced {
+            // Every stream the client opened before it read the first GOAWAY has arrived by now.
+            self.say_last();
+        }
+    }
+
+    fn say_last(&mut self) {
         let last = self.streams.highest();
         self.drain = Drain::Final { last };
         // The blocks of refused streams never reach the server: its table and the client's part here.

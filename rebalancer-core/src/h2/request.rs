@@ -30,19 +30,31 @@ pub fn passes_verbatim(list: &[Field]) -> bool {
 /// Whether the request is a watch: `watch=true` in the query, or the deprecated `/watch/` path
 /// (k8s.io/apiserver/pkg/endpoints/request/requestinfo.go).
 pub fn is_watch(list: &[Field]) -> bool {
-    let Some(path) = value_of(list, b":path") else {
-        return false;
-    };
-    let (path, query) = match path.iter().position(|octet| *octet == b'?') {
-        Some(at) => (&path[..at], &path[at + 1..]),
-        None => (path, &[][..]),
-    };
+    let (path, query) = target(list);
     query.split(|octet| *octet == b'&').any(|pair| {
         matches!(
             pair,
             b"watch" | b"watch=true" | b"watch=1" | b"watch=True" | b"watch=TRUE"
         )
     }) || path.windows(b"/watch/".len()).any(|part| part == b"/watch/")
+}
+
+/// Whether a watch asks for what exists before what changes (KEP-3157): any value but false and 0 counts as yes.
+pub fn wants_initial_events(list: &[Field]) -> bool {
+    let (_, query) = target(list);
+    query.split(|octet| *octet == b'&').any(|pair| {
+        pair.strip_prefix(b"sendInitialEvents")
+            .is_some_and(|value| !matches!(value, b"=false" | b"=0"))
+    })
+}
+
+/// Path and query.
+fn target(list: &[Field]) -> (&[u8], &[u8]) {
+    let path = value_of(list, b":path").unwrap_or_default();
+    match path.iter().position(|octet| *octet == b'?') {
+        Some(at) => (&path[..at], &path[at + 1..]),
+        None => (path, &[]),
+    }
 }
 
 /// The value of the first field of that name.
@@ -103,6 +115,17 @@ mod tests {
         assert!(!watch("/api/v1/pods?watch=false"));
         assert!(!watch("/api/v1/namespaces/watch"));
         assert!(!watch("/api/v1/pods?labelSelector=watch%3Dtrue"));
+    }
+
+    #[test]
+    fn initial_events_are_asked_for_in_the_query() {
+        let initial = |path| wants_initial_events(&list(&[(":path", path)]));
+        assert!(initial(
+            "/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan"
+        ));
+        assert!(!initial("/api/v1/pods?watch=true&sendInitialEvents=false"));
+        assert!(!initial("/api/v1/pods?watch=true"));
+        assert!(!initial("/sendInitialEvents=true"));
     }
 
     #[test]

@@ -3,18 +3,15 @@
 //! Input: the table, the policy, cool-downs, how much load and how many connections. Output: victims, each with a reason.
 //! Must never choose somebody who cannot or must not be moved; must never depend on the order of the table in memory.
 
-use std::{
-    cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
-};
+use std::collections::{BTreeMap, BinaryHeap};
 
-use super::{cooldown::Cooldowns, load_of};
+use super::cooldown::Cooldowns;
 use crate::{
     decision::{Heavy, Hold, Victim},
     policy::{Policy, Weight},
     shim::ConnectionState,
     table::{ClientKey, Connection, ConnectionTable},
-    words::{ConnectionId, Protocol, Timestamp},
+    words::{ConnectionId, Protocol, ShimKind, Timestamp},
 };
 
 /// How much is to be told.
@@ -44,8 +41,8 @@ enum Refusal {
 
 /// Chooses the victims that make up a quota.
 ///
-/// With equal weights: those with the fewest open watches first, then the oldest; with other weights: the heaviest
-/// first that still fits. Ties are broken by id.
+/// With equal weights: those with the fewest open watches first, then the oldest, and where a probe tells them, those
+/// that are silent last; with other weights: the heaviest first that still fits. Ties are broken by id.
 ///
 /// # Errors
 ///
@@ -72,7 +69,7 @@ pub fn choose(
             if victims.len() == request.limit {
                 break 'rounds;
             }
-            let load = load_of(connection, policy.weight);
+            let load = connection.load(policy.weight);
             if load > room {
                 continue;
             }
@@ -107,11 +104,11 @@ fn best<'a>(
 ) -> Vec<(Rank, &'a Connection)> {
     let mut worst_first: BinaryHeap<Candidate<'a>> = BinaryHeap::with_capacity(count + 1);
     for connection in table.scan() {
-        let load = load_of(connection, policy.weight);
+        let load = connection.load(policy.weight);
         if !fits(load) {
             continue;
         }
-        let rank = rank(connection, load, policy.weight);
+        let rank = rank(connection, load, policy);
         if after.is_some_and(|after| rank <= after)
             || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
             || refusal(connection, policy, cooldowns, now).is_some()
@@ -130,10 +127,15 @@ fn best<'a>(
         .collect()
 }
 
-fn rank(connection: &Connection, load: f64, weight: Weight) -> Rank {
-    match weight {
+/// Requests a second below which a connection is silent: it asks less than once in half a minute.
+const SILENT: f64 = 1.0 / 30.0;
+
+fn rank(connection: &Connection, load: f64, policy: &Policy) -> Rank {
+    // A probe tells a victim at its next request, and its order does not wait long for one.
+    let is_deaf = policy.shim == ShimKind::Steer && connection.load(Weight::Requests) < SILENT;
+    match policy.weight {
         Weight::Connections => (
-            u64::from(connection.counters.open_watches),
+            u64::from(is_deaf) << 32 | u64::from(connection.counters.open_watches),
             connection.opened_at.as_millis(),
             connection.id,
         ),
@@ -176,8 +178,9 @@ fn nobody(table: &ConnectionTable, policy: &Policy, cooldowns: &Cooldowns, reque
     let count = |refusal: Refusal| refusals.get(&(refusal as u8)).copied().unwrap_or_default();
     if candidates > 0
         && policy.weight != Weight::Connections
-        && let Some(heavy) = heaviest(table, policy.weight, request.ceiling, 1).pop()
+        && let Some(heaviest) = table.heaviest().next()
     {
+        let heavy = heavy(heaviest, policy.weight, request.ceiling);
         return Hold::Unmovable {
             client: heavy.name(),
             load: heavy.load,
@@ -207,43 +210,20 @@ fn victim(connection: &Connection, load: f64, weight: Weight, now: Timestamp) ->
     }
 }
 
-/// The heaviest active connections, the heaviest first; with equal weights those with the most requests a second.
-pub fn heaviest(table: &ConnectionTable, weight: Weight, ceiling: f64, count: usize) -> Vec<Heavy> {
-    let load = |connection: &Connection| match weight {
-        Weight::Connections => connection.rates.requests,
-        weight => load_of(connection, weight),
-    };
-    let mut lightest_first: BinaryHeap<Reverse<Candidate<'_>>> = BinaryHeap::with_capacity(count + 1);
-    for connection in table.scan().filter(|connection| connection.is_active()) {
-        // Where two weigh the same, the lower id is the heavier.
-        let rank = (load(connection).to_bits(), 0, ConnectionId(u64::MAX - connection.id.0));
-        if lightest_first.len() == count
-            && lightest_first
-                .peek()
-                .is_some_and(|Reverse(lightest)| rank <= lightest.rank)
-        {
-            continue;
-        }
-        lightest_first.push(Reverse(Candidate { rank, connection }));
-        if lightest_first.len() > count {
-            lightest_first.pop();
-        }
+/// A connection that is named for its weight.
+pub fn heavy(connection: &Connection, weight: Weight, ceiling: f64) -> Heavy {
+    let load = connection.load(weight);
+    Heavy {
+        connection: connection.id,
+        client: connection.client(),
+        user: connection.user().map(str::to_owned),
+        user_agent: connection.user_agent().map(str::to_owned),
+        load,
+        requests_per_second: connection.rates.requests,
+        bytes_per_second: connection.rates.bytes,
+        open_watches: connection.counters.open_watches,
+        unmovable: weight != Weight::Connections && load > ceiling,
     }
-    lightest_first
-        .into_sorted_vec()
-        .into_iter()
-        .map(|Reverse(Candidate { connection, .. })| Heavy {
-            connection: connection.id,
-            client: connection.client(),
-            user: connection.user().map(str::to_owned),
-            user_agent: connection.user_agent().map(str::to_owned),
-            load: load_of(connection, weight),
-            requests_per_second: connection.rates.requests,
-            bytes_per_second: connection.rates.bytes,
-            open_watches: connection.counters.open_watches,
-            unmovable: weight != Weight::Connections && load_of(connection, weight) > ceiling,
-        })
-        .collect()
 }
 
 /// A connection by its rank.
@@ -272,3 +252,62 @@ impl PartialEq for Candidate<'_> {
 }
 
 impl Eq for Candidate<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        observation::{Observation, Socket},
+        shim::{Counters, ShimConnection, ShimReport},
+        words::ApiserverName,
+    };
+
+    #[test]
+    fn where_a_probe_tells_them_those_that_ask_go_first() {
+        let mut table = ConnectionTable::default();
+        let socket = |id: u64| Socket {
+            id: ConnectionId(id),
+            local: "10.0.0.1:6443".parse().expect("an address"),
+            remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let sockets: Vec<_> = [1, 2].map(socket).to_vec();
+        let at = |seconds: u64| Timestamp::from_millis(seconds * 1000);
+        table.observe(
+            Observation::Resync {
+                sockets: sockets.clone(),
+                listener: Some(ConnectionId(9)),
+            },
+            at(0),
+        );
+        // The first, which is also the older, asks nothing after its first request.
+        for second in [0, 10, 20, 600] {
+            let connections = sockets.iter().map(|socket| ShimConnection {
+                id: socket.id,
+                client: socket.remote,
+                local: socket.local,
+                protocol: Protocol::H2Selected,
+                state: ConnectionState::Active,
+                user: None,
+                user_agent: None,
+                counters: Counters {
+                    requests: if socket.id == ConnectionId(1) { 1 } else { second },
+                    ..Counters::default()
+                },
+            });
+            table.report(&ShimReport {
+                connections: connections.collect(),
+                ..ShimReport::default()
+            });
+            table.sample(at(second), Weight::Connections);
+        }
+        let mut policy = Policy::new(ApiserverName::new("n"), std::collections::BTreeSet::new());
+        for (shim, first) in [(ShimKind::Relay, 1), (ShimKind::Steer, 2)] {
+            policy.shim = shim;
+            let best = best(&table, &policy, &Cooldowns::default(), |_| true, None, 1, at(700));
+            let ids: Vec<u64> = best.iter().map(|(_, connection)| connection.id.0).collect();
+            assert_eq!(ids, [first], "{shim:?}");
+        }
+    }
+}

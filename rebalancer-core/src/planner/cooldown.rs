@@ -33,6 +33,13 @@ impl Cooldowns {
         entry.until = until;
     }
 
+    /// A client that was noted has been told: its cool-down counts from then.
+    pub fn told(&mut self, key: &ClientKey, until: Timestamp) {
+        if let Some(cooldown) = self.told.get_mut(key) {
+            cooldown.until = cooldown.until.max(until);
+        }
+    }
+
     /// Forgets who may be told again.
     pub fn expire(&mut self, now: Timestamp) {
         self.told.retain(|_, cooldown| cooldown.until > now);

@@ -18,7 +18,7 @@ mod choose;
 mod cooldown;
 pub mod noise;
 
-pub use choose::{Request, choose, heaviest};
+pub use choose::{Request, choose, heavy};
 pub use cooldown::Cooldowns;
 
 /// Where the loads stand, and what this apiserver should do about it.
@@ -203,11 +203,11 @@ pub fn unmovable(table: &ConnectionTable, weight: Weight, ceiling: f64) -> f64 {
     if weight == Weight::Connections {
         return 0.0;
     }
-    let heavy = |connection: &&Connection| connection.is_active() && load_of(connection, weight) > ceiling;
+    let heavy = |connection: &&Connection| connection.is_active() && connection.load(weight) > ceiling;
     table
         .scan()
         .filter(heavy)
-        .map(|connection| load_of(connection, weight))
+        .map(|connection| connection.load(weight))
         // Not `sum`, which is -0 for nothing.
         .fold(0.0, |sum, load| sum + load)
 }
@@ -221,16 +221,6 @@ const WATCHES_PER_TOKEN: u32 = 10;
 /// is not moved at the pace of a thousand clients with one.
 pub fn cost_of(connection: &Connection) -> f64 {
     f64::from(1 + connection.counters.open_watches / WATCHES_PER_TOKEN)
-}
-
-/// What a connection weighs.
-pub fn load_of(connection: &Connection, weight: Weight) -> f64 {
-    match weight {
-        Weight::Connections => 1.0,
-        Weight::Requests => connection.rates.requests,
-        Weight::Bytes => connection.rates.bytes,
-        Weight::Streams => f64::from(connection.counters.open_streams),
-    }
 }
 
 #[cfg(test)]

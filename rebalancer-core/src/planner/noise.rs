@@ -7,7 +7,7 @@
 //! `s = sqrt((n-1)/N)` and skewness `g = (n-2)/sqrt(N(n-1))`. The agents look at the fullest of the `n`, so that one of them
 //! may be above the floor in 1 % of looks each is allowed `0.01/n` (Bonferroni): `z` is the normal quantile of `1 - 0.01/n`.
 //! Cornish and Fisher's first correction for skewness makes it `z + g(z^2-1)/6`, and half a connection more for its being a
-//! whole number. A factor of 2 instead would be passed in 5.0 % of looks with three apiservers, in 60 % with 64.
+//! whole number. A factor of 2 instead would be passed in 6 % of looks with three apiservers, in 85 % with 64.
 
 /// The share of looks in which random placement may pass the floor.
 const FALSE_STARTS: f64 = 0.01;

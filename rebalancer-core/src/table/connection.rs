@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    policy::Weight,
     shim::{ConnectionState, Counters},
     words::{ConnectionId, Protocol, Timestamp},
 };
@@ -112,6 +113,16 @@ impl Connection {
     /// Whether it counts as load: not HTTP/1.1, which cannot be moved, and not draining, which has moved.
     pub fn is_active(&self) -> bool {
         self.state == ConnectionState::Active && self.protocol != Protocol::Http1
+    }
+
+    /// What it weighs.
+    pub fn load(&self, weight: Weight) -> f64 {
+        match weight {
+            Weight::Connections => 1.0,
+            Weight::Requests => self.rates.requests,
+            Weight::Bytes => self.rates.bytes,
+            Weight::Streams => f64::from(self.counters.open_streams),
+        }
     }
 
     /// Who the client is, as far as is known.

@@ -6,7 +6,8 @@
 //! says that it is not to be trusted until the kernel's complete list came.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    cmp::Reverse,
+    collections::{BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
 };
@@ -20,13 +21,20 @@ use crate::{
 
 mod connection;
 mod slab;
+#[cfg(test)]
+mod tests;
+mod totals;
 
 use connection::Sampled;
 pub use connection::{ClientKey, Connection, Identity, Rates};
 use slab::Slab;
+use totals::{Identities, Totals};
 
 /// How fast smoothed rates follow: the time in which an old rate loses 63 % of its weight.
 pub const SMOOTHING_SECONDS: f64 = 30.0;
+
+/// So many of the heaviest connections are noted.
+const HEAVIEST: usize = 5;
 
 /// All live client connections of the local apiserver.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +43,7 @@ pub struct ConnectionTable {
     totals: Totals,
     identities: Identities,
     locals: BTreeSet<Arc<SocketAddr>>,
+    heaviest: Vec<ConnectionId>,
     sampled_at: Option<Timestamp>,
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
@@ -44,105 +53,6 @@ pub struct ConnectionTable {
     listener_known: bool,
     trusted: bool,
     lost_events_total: u64,
-}
-
-/// Sums over all connections, kept while they change: a snapshot is asked for far more often than a connection changes.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Totals {
-    active: usize,
-    draining: usize,
-    draining_streams: u64,
-    requests: f64,
-    bytes: f64,
-    streams: u64,
-}
-
-impl Totals {
-    fn count(&mut self, connection: &Connection) {
-        self.active += usize::from(connection.is_active());
-        if connection.state == ConnectionState::Draining {
-            self.draining += 1;
-            self.draining_streams += u64::from(connection.counters.open_streams);
-        }
-        if connection.is_active() {
-            self.requests += connection.rates.requests;
-            self.bytes += connection.rates.bytes;
-            self.streams += u64::from(connection.counters.open_streams);
-        }
-    }
-
-    fn uncount(&mut self, connection: &Connection) {
-        self.active -= usize::from(connection.is_active());
-        if connection.state == ConnectionState::Draining {
-            self.draining -= 1;
-            self.draining_streams -= u64::from(connection.counters.open_streams);
-        }
-        if connection.is_active() {
-            // Sums of rounded numbers drift a little below 0; every sample starts them anew.
-            self.requests = (self.requests - connection.rates.requests).max(0.0);
-            self.bytes = (self.bytes - connection.rates.bytes).max(0.0);
-            self.streams -= u64::from(connection.counters.open_streams);
-        }
-    }
-}
-
-/// Who is known, each once, with the number of its active connections.
-#[derive(Clone, Debug, Default)]
-struct Identities {
-    known: BTreeMap<Arc<Identity>, Uses>,
-    user_agents: BTreeSet<Arc<str>>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Uses {
-    connections: u32,
-    active: u32,
-}
-
-impl Identities {
-    fn intern(&mut self, user: Option<&str>, user_agent: Option<&str>) -> Arc<Identity> {
-        let user_agent = user_agent.map(|name| match self.user_agents.get(name) {
-            Some(known) => Arc::clone(known),
-            None => {
-                let new: Arc<str> = name.into();
-                self.user_agents.insert(Arc::clone(&new));
-                new
-            }
-        });
-        let wanted = Identity {
-            user: user.map(Into::into),
-            user_agent,
-        };
-        match self.known.get_key_value(&wanted) {
-            Some((known, _)) => Arc::clone(known),
-            None => Arc::new(wanted),
-        }
-    }
-
-    fn enter(&mut self, identity: Option<&Arc<Identity>>, active: bool) {
-        if let Some(identity) = identity {
-            let uses = self.known.entry(Arc::clone(identity)).or_default();
-            uses.connections += 1;
-            uses.active += u32::from(active);
-        }
-    }
-
-    fn leave(&mut self, identity: Option<&Arc<Identity>>, active: bool) {
-        let Some(identity) = identity else {
-            return;
-        };
-        let Some(uses) = self.known.get_mut(identity) else {
-            return;
-        };
-        uses.connections -= 1;
-        uses.active -= u32::from(active);
-        if uses.connections == 0 {
-            self.known.remove(identity);
-            if self.user_agents.len() > 2 * self.known.len() + 64 {
-                self.user_agents.retain(|name| Arc::strong_count(name) > 1);
-            }
-        }
-    }
 }
 
 /// What changed in a way the agent must know at once.
@@ -211,7 +121,8 @@ impl ConnectionTable {
     /// An exponential mean with a time constant of 30 s, divided by the weight that its samples have together: so a young
     /// connection's rate is the plain mean since it was opened, and what a moved client weighs is known at once.
     /// Of a connection that is older than the agent the first sample sets the base only.
-    pub fn sample(&mut self, now: Timestamp) {
+    /// The heaviest are noted on the way (see [`Self::heaviest`]).
+    pub fn sample(&mut self, now: Timestamp, weight: Weight) {
         if self.sampled_at.is_some_and(|at| at >= now) {
             return;
         }
@@ -222,6 +133,7 @@ impl ConnectionTable {
         }
         let keep_interval = (-interval / SMOOTHING_SECONDS).exp();
         let mut totals = Totals::default();
+        let mut heaviest: Vec<(u64, Reverse<ConnectionId>)> = Vec::with_capacity(HEAVIEST + 1);
         for connection in self.connections.scan_mut() {
             let requests = connection.counters.requests;
             let bytes = connection.counters.bytes_in + connection.counters.bytes_out;
@@ -255,8 +167,28 @@ impl ConnectionTable {
                 bytes,
             };
             totals.count(connection);
+            let load = match weight {
+                Weight::Connections => connection.rates.requests,
+                weight => connection.load(weight),
+            };
+            // The bits of positive numbers are in their order.
+            let rank = (load.to_bits(), Reverse(connection.id));
+            if connection.is_active() && (heaviest.len() < HEAVIEST || heaviest.last().is_some_and(|last| rank > *last))
+            {
+                let place = heaviest.partition_point(|other| *other > rank);
+                heaviest.insert(place, rank);
+                heaviest.truncate(HEAVIEST);
+            }
         }
         self.totals = totals;
+        self.heaviest = heaviest.into_iter().map(|(_, Reverse(id))| id).collect();
+    }
+
+    /// The heaviest active connections as of the last sample, the heaviest first; where all weigh the same, those with the
+    /// most requests a second.
+    pub fn heaviest(&self) -> impl Iterator<Item = &Connection> {
+        let known = self.heaviest.iter().filter_map(|id| self.connections.get(*id));
+        known.filter(|connection| connection.is_active())
     }
 
     /// When the first sample was taken.
@@ -468,199 +400,5 @@ impl ConnectionTable {
         self.listener_known = true;
         self.trusted = true;
         changed
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn socket(id: u64) -> Socket {
-        Socket {
-            id: ConnectionId(id),
-            local: "10.0.0.1:6443".parse().expect("an address"),
-            remote: format!("10.0.1.1:{}", 1024 + id).parse().expect("an address"),
-            bytes_in: 0,
-            bytes_out: 0,
-        }
-    }
-
-    fn at(ms: u64) -> Timestamp {
-        Timestamp::from_millis(ms)
-    }
-
-    fn seeded(ids: &[u64]) -> ConnectionTable {
-        let mut table = ConnectionTable::default();
-        let sockets = ids.iter().copied().map(socket).collect();
-        table.observe(
-            Observation::Resync {
-                sockets,
-                listener: Some(ConnectionId(999)),
-            },
-            at(0),
-        );
-        table
-    }
-
-    #[test]
-    fn loopback_is_not_counted() {
-        let mut table = seeded(&[]);
-        let local = Socket {
-            remote: "127.0.0.1:5".parse().expect("an address"),
-            ..socket(1)
-        };
-        table.observe(Observation::Opened(local), at(1));
-        assert_eq!(table.active(), 0);
-    }
-
-    #[test]
-    fn accepted_counts_http2_once_and_no_seeds() {
-        let mut table = seeded(&[1]);
-        let classified = |id, protocol| Observation::Classified {
-            id: ConnectionId(id),
-            protocol,
-        };
-        table.observe(classified(1, Protocol::H2Offered), at(1));
-        table.observe(Observation::Opened(socket(2)), at(1));
-        table.observe(classified(2, Protocol::H2Offered), at(2));
-        table.observe(classified(2, Protocol::H2Selected), at(3));
-        table.observe(Observation::Opened(socket(3)), at(3));
-        table.observe(classified(3, Protocol::Http1), at(3));
-        assert_eq!(table.accepted_total(), 1);
-        assert_eq!(table.active(), 2);
-    }
-
-    #[test]
-    fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
-        let said = |ids: &[u64], closed: &[u64]| ShimReport {
-            connections: ids
-                .iter()
-                .map(|id| ShimConnection {
-                    id: ConnectionId(*id),
-                    client: socket(*id).remote,
-                    local: socket(*id).local,
-                    protocol: Protocol::H2Selected,
-                    state: ConnectionState::Active,
-                    user: Some("a".to_owned()),
-                    user_agent: None,
-                    counters: Counters::default(),
-                })
-                .collect(),
-            closed: closed.iter().map(|id| ConnectionId(*id)).collect(),
-            ..ShimReport::default()
-        };
-        let mut table = seeded(&[]);
-        table.report(&said(&[1, 2], &[]));
-        assert_eq!(table.active(), 0, "the kernel has not shown them");
-        table.report(&said(&[], &[2]));
-        table.observe(Observation::Opened(socket(1)), at(1));
-        table.observe(Observation::Opened(socket(2)), at(1));
-        let protocol = |id| table.connection(ConnectionId(id)).map(|connection| connection.protocol);
-        assert_eq!(protocol(1), Some(Protocol::H2Selected));
-        assert_eq!(protocol(2), Some(Protocol::Unknown));
-        assert_eq!(table.accepted_total(), 1);
-    }
-
-    #[test]
-    fn an_offer_does_not_overrule_a_selection() {
-        let mut table = seeded(&[1]);
-        for protocol in [Protocol::H2Selected, Protocol::H2Offered, Protocol::Unknown] {
-            table.observe(
-                Observation::Classified {
-                    id: ConnectionId(1),
-                    protocol,
-                },
-                at(1),
-            );
-        }
-        assert_eq!(
-            table.connection(ConnectionId(1)).map(|c| c.protocol),
-            Some(Protocol::H2Selected)
-        );
-    }
-
-    #[test]
-    fn another_listener_is_a_change_but_the_first_is_not() {
-        let mut table = seeded(&[]);
-        let resync = |listener| Observation::Resync {
-            sockets: vec![],
-            listener,
-        };
-        assert!(!table.observe(resync(Some(ConnectionId(999))), at(1)).listener_changed);
-        assert!(table.observe(resync(None), at(2)).listener_changed);
-        assert!(table.observe(resync(Some(ConnectionId(1000))), at(3)).listener_changed);
-    }
-
-    /// The sums, from scratch.
-    fn recounted(table: &ConnectionTable) -> Totals {
-        let mut totals = Totals::default();
-        table.scan().for_each(|connection| totals.count(connection));
-        totals
-    }
-
-    proptest! {
-        /// Totals and identities are kept while connections change: they are what counting from scratch gives.
-        #[test]
-        fn totals_are_what_counting_gives(events in prop::collection::vec((0u8..6, 0u64..12, 0u64..4), 0..120)) {
-            let mut table = seeded(&[1, 2, 3]);
-            for (step, (kind, id, detail)) in events.into_iter().enumerate() {
-                let now = at(1_000 * (step as u64 + 1));
-                let id = ConnectionId(id);
-                match kind {
-                    0 => drop(table.observe(Observation::Opened(socket(id.0)), now)),
-                    1 => drop(table.observe(Observation::Closed { id, bytes_in: 0, bytes_out: 0 }, now)),
-                    2 => table.mark_draining(id),
-                    3 => table.sample(now),
-                    _ => table.report(&ShimReport {
-                        connections: vec![ShimConnection {
-                            id,
-                            client: socket(id.0).remote,
-                            local: socket(id.0).local,
-                            protocol: if detail == 3 { Protocol::Http1 } else { Protocol::H2Selected },
-                            state: ConnectionState::Active,
-                            user: (detail > 0).then(|| format!("user-{detail}")),
-                            user_agent: Some("agent".to_owned()),
-                            counters: Counters { requests: step as u64 * detail, open_streams: detail as u32, ..Counters::default() },
-                        }],
-                        ..ShimReport::default()
-                    }),
-                }
-            }
-            let (kept, counted) = (table.totals, recounted(&table));
-            prop_assert_eq!((kept.active, kept.draining, kept.streams), (counted.active, counted.draining, counted.streams));
-            prop_assert!((kept.requests - counted.requests).abs() < 1e-6);
-            for connection in table.scan() {
-                let key = connection.client_key();
-                if let ClientKey::User(_) = key {
-                    let same = table.scan().filter(|other| other.is_active() && other.client_key() == key).count();
-                    prop_assert_eq!(table.active_of(&key), same);
-                }
-            }
-            let named: BTreeSet<_> = table.scan().filter_map(|connection| connection.identity.clone()).collect();
-            prop_assert_eq!(table.identities.known.len(), named.len());
-        }
-
-        /// Whatever was lost or came twice: after the kernel's complete list the table equals it.
-        #[test]
-        fn a_resync_is_the_truth(
-            events in prop::collection::vec((0u8..3, 0u64..20), 0..80),
-            truth in prop::collection::btree_set(0u64..20, 0..20),
-        ) {
-            let mut table = seeded(&[]);
-            for (kind, id) in events {
-                let observation = match kind {
-                    0 => Observation::Opened(socket(id)),
-                    1 => Observation::Closed { id: ConnectionId(id), bytes_in: 0, bytes_out: 0 },
-                    _ => Observation::Lost { events: 1 },
-                };
-                table.observe(observation, at(1));
-            }
-            let sockets = truth.iter().copied().map(socket).collect();
-            table.observe(Observation::Resync { sockets, listener: Some(ConnectionId(999)) }, at(2));
-            prop_assert!(table.is_trusted());
-            prop_assert_eq!(table.totals, recounted(&table));
-            prop_assert!(table.iter().map(|(id, _)| id.0).eq(truth.iter().copied()));
-        }
     }
 }

@@ -77,6 +77,17 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// One more gauge, for an agent that steers new connections: 1 while they go to the relay.
+    pub fn intercepting(&mut self) -> Gauge {
+        let gauge = Gauge::default();
+        self.registry.register(
+            "intercepting",
+            "1 while new connections are steered to the relay, 0 while they reach the apiserver itself",
+            gauge.clone(),
+        );
+        gauge
+    }
+
     /// All at zero.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("rebalancer");

@@ -54,12 +54,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let recorder = Recorder::open(config.decision_log.as_deref())?;
     let source = Source::open(config.source, config.apiserver_port, config.kernel_log)?;
     let source_name = source.name();
+    let orders = start_shim(&config, &handle, &inputs_sender)?;
+    let mut metrics = Metrics::new();
     if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
-        let intercept = Intercept::open(config.apiserver_port).context("--intercept")?;
+        let intercept = Intercept::open(config.apiserver_port, metrics.intercepting()).context("--intercept")?;
         tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
     }
-    let orders = start_shim(&config, &handle, &inputs_sender)?;
-    let metrics = Arc::new(Mutex::new(Metrics::new()));
+    let metrics = Arc::new(Mutex::new(metrics));
     let context = ApiContext {
         agent: handle.clone(),
         metrics: Arc::clone(&metrics),

@@ -75,6 +75,15 @@ enum From {
     Live,
 }
 
+/// Who is set side by side.
+const CONTENDERS: [Contender; 5] = [
+    Contender::Rebalancer,
+    Contender::GoawayChance(0.001),
+    Contender::GoawayChance(0.01),
+    Contender::MaxConnectionAge(Duration::from_secs(1_800)),
+    Contender::Nothing,
+];
+
 /// Points of a picture.
 const POINTS: u32 = 400;
 
@@ -99,25 +108,11 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         .checked()
         .map_err(|error| Failure::Configuration(error.into()))?;
 
-    let contenders = [
-        Contender::Rebalancer,
-        Contender::GoawayChance(0.001),
-        Contender::GoawayChance(0.01),
-        Contender::MaxConnectionAge(Duration::from_secs(1_800)),
-        Contender::Nothing,
-    ];
-    let results = side_by_side(&setup, &contenders, arguments);
+    let results = side_by_side(&setup, &CONTENDERS, arguments.seeds, arguments.first_seed);
     if let Some(path) = &arguments.svg {
-        draw(path, &title, &setup, &contenders, arguments.first_seed)?;
+        draw(path, &title, &setup, &CONTENDERS, arguments.first_seed)?;
     }
-    let answer = json!({
-        "simulated": title,
-        "lb": setup.balancer.to_string(),
-        "skew_threshold": setup.policy.skew_threshold,
-        "skew_target": setup.policy.skew_target,
-        "seeds": arguments.seeds,
-        "policies": results.iter().map(|(contender, summary, first)| policy(*contender, summary, first)).collect::<Vec<_>>(),
-    });
+    let answer = answer(&title, &setup, arguments.seeds, &results);
     if arguments.json {
         print(&format!("{answer}\n"))
     } else {
@@ -178,6 +173,11 @@ fn live(api: &SocketPath) -> Result<(String, Setup), Failure> {
     let ask = |path: &'static str| runtime.block_on(client::get::<Value>(&api.0, path));
     let status = ask("/v1/status").context("--from live: cannot ask the agent")?;
     let connections = ask("/v1/connections?limit=100000").context("--from live: cannot ask the agent")?;
+    cluster_of(&status, &connections)
+}
+
+/// The cluster behind an agent's `/v1/status` and `/v1/connections`.
+fn cluster_of(status: &Value, connections: &Value) -> Result<(String, Setup), Failure> {
     let entries = status["view"].as_array().cloned().unwrap_or_default();
     let mut loads = Vec::new();
     for entry in &entries {
@@ -227,8 +227,13 @@ fn live(api: &SocketPath) -> Result<(String, Setup), Failure> {
 }
 
 /// Runs every contender with every seed, on all processors; the order of the results does not depend on that.
-fn side_by_side(setup: &Setup, contenders: &[Contender], arguments: &Arguments) -> Vec<(Contender, Summary, Run)> {
-    let seeds = arguments.seeds as usize;
+fn side_by_side(
+    setup: &Setup,
+    contenders: &[Contender],
+    seeds: u64,
+    first_seed: u64,
+) -> Vec<(Contender, Summary, Run)> {
+    let seeds = seeds as usize;
     let jobs = contenders.len() * seeds;
     let next = AtomicUsize::new(0);
     let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs);
@@ -239,7 +244,7 @@ fn side_by_side(setup: &Setup, contenders: &[Contender], arguments: &Arguments) 
             if job >= jobs {
                 return done;
             }
-            let seed = arguments.first_seed.wrapping_add((job % seeds) as u64);
+            let seed = first_seed.wrapping_add((job % seeds) as u64);
             done.push((job, simulate(setup, contenders[job / seeds], seed)));
         }
     };
@@ -285,6 +290,20 @@ fn draw(path: &PathBuf, title: &str, setup: &Setup, contenders: &[Contender], se
     Ok(())
 }
 
+fn answer(title: &str, setup: &Setup, seeds: u64, results: &[(Contender, Summary, Run)]) -> Value {
+    let policies = results
+        .iter()
+        .map(|(contender, summary, first)| policy(*contender, summary, first));
+    json!({
+        "simulated": title,
+        "lb": setup.balancer.to_string(),
+        "skew_threshold": setup.policy.skew_threshold,
+        "skew_target": setup.policy.skew_target,
+        "seeds": seeds,
+        "policies": policies.collect::<Vec<_>>(),
+    })
+}
+
 fn policy(contender: Contender, summary: &Summary, first: &Run) -> Value {
     json!({
         "name": contender.to_string(),
@@ -297,7 +316,7 @@ fn policy(contender: Contender, summary: &Summary, first: &Run) -> Value {
         "skew_mean": summary.mean_skew,
         "skew_end": summary.last_skew,
         "reconnects_mean": summary.reconnects,
-        "turns_mean": summary.turns,
+        "swings_mean": summary.swings,
         "refused_lists_mean": summary.refused_lists,
         "worst_list_seconds_mean": summary.worst_list_queue,
         "holds_of_first_run": first.holds,
@@ -345,4 +364,76 @@ fn shown(title: &str, setup: &Setup, seeds: u64, results: &[(Contender, Summary,
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(states: [&str; 3]) -> Value {
+        let entry = |(state, count): (&str, u64)| json!({"apiserver": "x", "state": state, "connections": count});
+        json!({
+            "view": states.into_iter().zip([90, 60, 30]).map(entry).collect::<Vec<_>>(),
+            "skew_threshold": 0.2,
+            "skew_target": 0.04,
+            "hold": {"message": "apiserver b is down"},
+        })
+    }
+
+    fn connections() -> Value {
+        let connection = |state: &str, requests: f64, watches: u64| json!({"state": state, "requests_per_second": requests, "open_watches": watches, "user": "a"});
+        json!({"connections": [
+            connection("active", 1.0, 4),
+            connection("active", 3.0, 6),
+            connection("draining", 100.0, 100),
+        ]})
+    }
+
+    #[test]
+    fn a_live_cluster_is_what_its_agent_sees() {
+        let (title, setup) = cluster_of(&status(["ready", "ready", "ready"]), &connections()).expect("a cluster");
+        assert_eq!(
+            setup.placement,
+            rebalancer_sim::setup::Placement::Counts(vec![90, 60, 30])
+        );
+        assert_eq!((setup.policy.skew_threshold, setup.policy.skew_target), (0.2, 0.04));
+        assert_eq!(
+            (setup.groups[0].requests, setup.groups[0].watches),
+            (Spread::Constant(2.0), 5)
+        );
+        assert!(setup.identities && title.contains("(90, 60, 30)"), "{title}");
+    }
+
+    #[test]
+    fn without_a_peer_there_is_nothing_to_simulate() {
+        let Err(Failure::Job(error)) = cluster_of(&status(["ready", "down", "unknown"]), &connections()) else {
+            panic!("one apiserver is no cluster");
+        };
+        assert!(error.to_string().contains("apiserver b is down"), "{error}");
+    }
+
+    /// The object of the contract, whatever else it holds; and the same whoever ran it, on however many processors.
+    #[test]
+    fn the_answer_has_the_fields_of_the_contract() {
+        let mut setup = Setup::of_loads(&[40, 40, 0], LoadBalancer::RoundRobin, scenario::default_policy());
+        setup.horizon = rebalancer_sim::setup::Horizon::Fixed(Duration::from_secs(300));
+        let contenders = [Contender::Rebalancer, Contender::GoawayChance(0.001)];
+        let once = answer("t", &setup, 3, &side_by_side(&setup, &contenders, 3, 7));
+        assert_eq!(once, answer("t", &setup, 3, &side_by_side(&setup, &contenders, 3, 7)));
+        let names: Vec<_> = once["policies"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|policy| policy["name"].as_str().expect("a name"))
+            .collect();
+        assert_eq!(names, ["rebalancer", "goaway-chance=0.001"]);
+        for field in [
+            "goaways_mean",
+            "goaways_p95",
+            "goaways_after_balance",
+            "seconds_to_balance_mean",
+        ] {
+            assert!(once["policies"][0].get(field).is_some(), "{field} is missing");
+        }
+    }
 }

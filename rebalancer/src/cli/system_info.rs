@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use prometheus_client::metrics::gauge::Gauge;
 use rebalancer_core::golang::AttachPoint;
 use serde_json::{Value, json};
 
@@ -83,7 +84,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         },
         Check {
             name: "intercept",
-            found: Intercept::open(NOBODYS)
+            found: Intercept::open(NOBODYS, Gauge::default())
                 .map(|_| "takes a program that steers new connections".to_owned())
                 .map_err(|error| error.to_string()),
         },
@@ -153,10 +154,11 @@ fn apiserver(port: u16) -> Result<String, steer::SteerError> {
 
 fn shown(point: &AttachPoint) -> String {
     format!(
-        "{}, {}, k8s.io/apiserver {}; the goaway decider is at offset {:#x}",
+        "{}, {}, k8s.io/apiserver {}; the goaway decider is at address {:#x}, {:#x} in the file",
         point.build.version.text,
         point.architecture,
         point.build.apiserver.as_deref().unwrap_or("of unknown version"),
+        point.address,
         point.file_offset
     )
 }

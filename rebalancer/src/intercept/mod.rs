@@ -12,6 +12,7 @@ use aya::{
     maps::{MapData, MapError, SockMap},
     programs::SkLookup,
 };
+use prometheus_client::metrics::gauge::Gauge;
 use rebalancer_common::intercept::Steered;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -62,6 +63,7 @@ pub struct Intercept {
     relay: SockMap<MapData>,
     /// The cookie of the socket in the map.
     steered_to: Option<u64>,
+    intercepting: Gauge,
     _program: Ebpf,
 }
 
@@ -71,7 +73,7 @@ impl Intercept {
     /// # Errors
     ///
     /// See [`InterceptError`].
-    pub fn open(port: u16) -> Result<Self, InterceptError> {
+    pub fn open(port: u16, intercepting: Gauge) -> Result<Self, InterceptError> {
         if OBJECT.is_empty() {
             return Err(InterceptError::NotBuilt);
         }
@@ -98,6 +100,7 @@ impl Intercept {
         Ok(Self {
             relay,
             steered_to: None,
+            intercepting,
             _program: ebpf,
         })
     }
@@ -131,6 +134,7 @@ impl Intercept {
         match set {
             Ok(()) => {
                 self.steered_to = Some(cookie);
+                self.intercepting.set(1);
                 tracing::info!("new connections go to the relay");
             }
             Err(error) => self.clear(&format!("the relay's socket is not taken: {error}")),
@@ -139,6 +143,7 @@ impl Intercept {
 
     fn clear(&mut self, why: &str) {
         let known = self.steered_to.take().is_some();
+        self.intercepting.set(0);
         match self.relay.clear_index(&0) {
             Ok(()) => {}
             // It left by itself.

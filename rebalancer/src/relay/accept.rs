@@ -17,10 +17,10 @@ use tokio::{
 
 use super::{
     Limits, http1,
-    identity::{Claim, Identity},
+    identity::{self, Claim, Identity},
     proxy_protocol,
     pump::{self, End},
-    registry::{Connection, Registry},
+    registry::{Connection, Registry, Trust},
     stream,
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
@@ -255,7 +255,13 @@ impl Door {
             return rejected(error.to_string());
         }
         match Identity::of(&chain[0]) {
-            Ok(Some(identity)) => Claim::Accepted(identity),
+            Ok(Some(identity)) => {
+                connection.set_trust(Trust {
+                    until: identity::valid_until(chain),
+                    generation: tls.generation,
+                });
+                Claim::Accepted(identity)
+            }
             Ok(None) => rejected("it has no common name".to_owned()),
             Err(error) => rejected(error.to_string()),
         }
@@ -311,7 +317,7 @@ impl Door {
             pump::run(client, server, relay, connection).await
         } else {
             connection.established(Protocol::Http1, claim.user());
-            Box::pin(http1::run(client, server, Arc::new(claim), connection)).await
+            Box::pin(http1::run(client, server, Arc::new(claim), connection, &self.tls)).await
         };
         if matches!(end, End::Server | End::ServerIo(_)) {
             self.doubt.notify_one();

@@ -24,6 +24,8 @@ use super::{
     identity::{Claim, REJECTED},
     pump::End,
     registry::{Connection, Order},
+    tls::Reloader,
+    unix_now,
 };
 
 /// How long a client may take for its next request: kube-apiserver's own `IdleTimeout`
@@ -33,7 +35,7 @@ const IDLE: Duration = Duration::from_secs(90);
 type Body = BoxBody<Bytes, hyper::Error>;
 
 /// Serves one client until either side closes.
-pub async fn run<C, S>(client: C, server: S, claim: Arc<Claim>, connection: &Arc<Connection>) -> End
+pub async fn run<C, S>(client: C, server: S, claim: Arc<Claim>, connection: &Arc<Connection>, tls: &Reloader) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -48,7 +50,7 @@ where
         forward(
             request,
             Arc::clone(&sender),
-            Arc::clone(&claim),
+            still_believed(&claim, connection, tls),
             Arc::clone(connection),
             Arc::clone(&upgraded),
         )
@@ -86,6 +88,14 @@ where
     tokio::select! {
         end = exchange => end,
         () = ordered => End::Ordered,
+    }
+}
+
+/// What the certificate says now: it may have expired, or its CA be gone, since the handshake.
+fn still_believed(claim: &Arc<Claim>, connection: &Connection, tls: &Reloader) -> Arc<Claim> {
+    match **claim {
+        Claim::Accepted(_) if !connection.is_trusted(unix_now(), tls.current().generation) => Arc::new(Claim::Rejected),
+        _ => Arc::clone(claim),
     }
 }
 

@@ -146,6 +146,21 @@ impl Identity {
     }
 }
 
+/// The end of a chain's validity, in seconds since 1970; what cannot be read is over.
+pub fn valid_until(chain: &[CertificateDer<'_>]) -> u64 {
+    let of = |certificate: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        u64::try_from(parsed.validity().not_after.timestamp()).ok()
+    };
+    // A certificate is valid through the second it names (RFC 5280, section 4.1.2.5).
+    chain
+        .iter()
+        .map(|certificate| of(certificate).unwrap_or(0))
+        .min()
+        .unwrap_or(0)
+        + 1
+}
+
 /// `X509SHA256=` and the certificate's hash, as the apiserver's audit log names the credential.
 fn credential_id(certificate: &CertificateDer<'_>) -> String {
     let mut text = String::from("X509SHA256=");

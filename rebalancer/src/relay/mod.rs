@@ -19,7 +19,11 @@ mod tls;
 mod upstream;
 mod workers;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -54,6 +58,9 @@ const CHECK_READY: Duration = Duration::from_secs(2);
 
 /// How often another one is.
 const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
+
+/// How many clients are told to go at a look because the client CA has changed.
+const DOUBTED: usize = 50;
 
 /// Over how long a relay that ends spreads its GOAWAYs.
 const FAREWELL_SECONDS: usize = 10;
@@ -225,6 +232,12 @@ async fn watch_upstream(
     }
 }
 
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
 /// Looks at files, idle connections and drain deadlines.
 async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     let mut ticks = interval(SWEEP);
@@ -233,6 +246,7 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     loop {
         ticks.tick().await;
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
+        registry.doubt(unix_now(), tls.current().generation, DOUBTED);
         match tls.reload() {
             Ok(false) => {}
             Ok(true) => tracing::info!("certificates have changed: new connections use them"),

@@ -194,6 +194,7 @@ impl Pump {
                     Order::GoAway => {
                         self.relay.go_away(&mut self.out);
                     }
+                    Order::Conclude => self.relay.conclude(&mut self.out),
                     Order::HandOver(total) => self.relay.hand_over(total, &mut self.out),
                 }
                 ordered.set(connection.ordered());

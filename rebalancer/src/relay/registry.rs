@@ -20,12 +20,16 @@ use crate::shim::wire::{self, GoawayResult, Id, Outcome, OutcomeEntry, Protocol,
 /// How many ended connections and outcomes are remembered: an agent that polls less often than this asks for all.
 const REMEMBERED: usize = 65_536;
 
+/// How long a client may take to answer the PING between the two GOAWAYs.
+const ANSWER: Duration = Duration::from_secs(10);
+
 /// How long a new HTTP/1.1 connection is given for its first request when the process ends.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
 
 const GO_AWAY: u8 = 1;
 const CLOSE: u8 = 2;
 const HAND_OVER: u8 = 4;
+const CONCLUDE: u8 = 8;
 
 /// One connection's entry.
 #[derive(Debug)]
@@ -58,9 +62,20 @@ pub struct Connection {
     final_said: AtomicBool,
     /// How many watches may be ended so far.
     handover: AtomicU32,
+    /// What its certificate's acceptance rests on.
+    trust: OnceLock<Trust>,
     signal: AtomicU8,
     wake: Notify,
     registry: Arc<Registry>,
+}
+
+/// Why a client's certificate is believed, and until when: kube-apiserver asks itself at each request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// The end of its chain's validity, in seconds since 1970.
+    pub until: u64,
+    /// Which client CA vouched for it: counts the changes of that file.
+    pub generation: u64,
 }
 
 /// What a pump is told from outside.
@@ -70,6 +85,8 @@ pub enum Order {
     GoAway,
     /// End so many watches, those that were ended before included.
     HandOver(u32),
+    /// Say the last GOAWAY although the client has not answered the first.
+    Conclude,
     /// Close now.
     Close,
 }
@@ -155,6 +172,7 @@ impl Registry {
             told_at: AtomicU64::new(0),
             final_said: AtomicBool::new(false),
             handover: AtomicU32::new(0),
+            trust: OnceLock::new(),
             signal: AtomicU8::new(0),
             wake: Notify::new(),
             registry: Arc::clone(self),
@@ -289,11 +307,33 @@ impl Registry {
         let older = |at: u64, limit: Duration| u128::from(now.saturating_sub(at)) > limit.as_millis();
         for connection in self.inner().open.values() {
             let draining = connection.is_draining() && older(connection.told_at.load(Relaxed), drain);
+            let unanswered = connection.is_draining() && !connection.final_said.load(Relaxed);
+            if unanswered && older(connection.told_at.load(Relaxed), ANSWER) {
+                connection.order(CONCLUDE);
+            }
             let silent = connection.open_streams.load(Relaxed) == 0
                 && connection.protocol() != Protocol::Unknown
                 && older(connection.active_at.load(Relaxed), idle);
             if draining || silent {
                 connection.order(CLOSE);
+            }
+        }
+    }
+
+    /// Tells clients to go whose certificate is no longer believed: expired, or accepted by a client CA that has changed
+    /// since, of which up to `count` are told. They come back, and are asked again.
+    pub fn doubt(&self, now: u64, generation: u64, count: usize) {
+        let mut told = 0;
+        for connection in self.inner().open.values() {
+            let Some(trust) = connection.trust.get() else { continue };
+            let expired = now >= trust.until;
+            if connection.is_told() || !expired && (trust.generation == generation || told == count) {
+                continue;
+            }
+            match connection.order_goaway(0) {
+                GoawayResult::Sent if !expired => told += 1,
+                GoawayResult::NotH2 if connection.open_streams.load(Relaxed) == 0 => connection.order(CLOSE),
+                _ => {}
             }
         }
     }
@@ -357,6 +397,18 @@ impl Connection {
         self.protocol.store(protocol as u8, Relaxed);
         self.touch();
         self.active();
+    }
+
+    /// Its certificate is believed, and why.
+    pub fn set_trust(&self, trust: Trust) {
+        // Set once, at the handshake.
+        let _ = self.trust.set(trust);
+    }
+
+    /// Whether its certificate is still believed.
+    pub fn is_trusted(&self, now: u64, generation: u64) -> bool {
+        let Some(trust) = self.trust.get() else { return false };
+        now < trust.until && trust.generation == generation
     }
 
     /// Another user agent was seen.
@@ -426,6 +478,10 @@ impl Connection {
             if signal & GO_AWAY != 0 {
                 self.signal.fetch_and(!GO_AWAY, Relaxed);
                 return Order::GoAway;
+            }
+            if signal & CONCLUDE != 0 {
+                self.signal.fetch_and(!CONCLUDE, Relaxed);
+                return Order::Conclude;
             }
             if signal & HAND_OVER != 0 {
                 self.signal.fetch_and(!HAND_OVER, Relaxed);

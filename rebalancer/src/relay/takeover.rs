@@ -38,7 +38,7 @@ pub const SOCKET: u8 = b'S';
 pub const NONE: u8 = b'N';
 
 /// How long either side waits for the other's octet.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Somebody who looked within this time steers connections to the socket, and must hear that it goes.
 const LOOKS_RECENTLY: Duration = Duration::from_secs(3);
@@ -123,7 +123,7 @@ pub async fn serve(listener: UnixListener, listening: Arc<Listening>) {
             }
             Err(error) => {
                 tracing::error!(%error, "the listener's socket failed");
-                tokio::time::sleep(PATIENCE).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
     }

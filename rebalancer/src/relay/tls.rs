@@ -27,6 +27,8 @@ use super::sni::{self, ByName, SniFiles};
 /// The protocols of the front door, best first.
 pub const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
+const CLIENT_CA: &str = "--client-ca";
+
 /// The PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Files {
@@ -54,7 +56,7 @@ impl Files {
         all.extend([
             ("--tls-cert", self.certificate.as_path()),
             ("--tls-key", self.key.as_path()),
-            ("--client-ca", self.client_ca.as_path()),
+            (CLIENT_CA, self.client_ca.as_path()),
             ("--proxy-client-cert", self.proxy_certificate.as_path()),
             ("--proxy-client-key", self.proxy_key.as_path()),
             ("--upstream-ca", self.upstream_ca.as_path()),
@@ -72,6 +74,8 @@ pub struct Tls {
     pub front_proxy: Arc<ClientConfig>,
     /// Towards the apiserver, for everybody else.
     pub anonymous: Arc<ClientConfig>,
+    /// Counts the changes of the client CA.
+    pub generation: u64,
     verifier: Arc<dyn ClientCertVerifier>,
 }
 
@@ -84,7 +88,7 @@ impl Tls {
             .map(|_| ())
     }
 
-    fn load(files: &Files) -> anyhow::Result<Self> {
+    fn load(files: &Files, generation: u64) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let verifier = WebPkiClientVerifier::builder_with_provider(
             Arc::new(roots(&files.client_ca, "--client-ca")?),
@@ -120,6 +124,7 @@ impl Tls {
             server: Arc::new(server),
             front_proxy: Arc::new(front_proxy),
             anonymous: Arc::new(towards_upstream()?.with_no_client_auth()),
+            generation,
             verifier,
         })
     }
@@ -173,7 +178,7 @@ impl Reloader {
     /// Names the flag, the file and what is wrong with it.
     pub fn new(files: Files) -> anyhow::Result<Self> {
         let contents = read_all(&files)?;
-        let tls = Tls::load(&files)?;
+        let tls = Tls::load(&files, 0)?;
         Ok(Self {
             files,
             current: RwLock::new((Arc::new(tls), contents)),
@@ -192,10 +197,17 @@ impl Reloader {
     /// As [`Self::new`]; the configurations in use stay.
     pub fn reload(&self) -> anyhow::Result<bool> {
         let contents = read_all(&self.files)?;
-        if self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner()).1 == contents {
-            return Ok(false);
-        }
-        let tls = Arc::new(Tls::load(&self.files)?);
+        let generation = {
+            let (current, before) = &*self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if *before == contents {
+                return Ok(false);
+            }
+            let files = self.files.all();
+            let of_client_ca = files.iter().position(|(flag, _)| *flag == CLIENT_CA);
+            let changed = of_client_ca.is_none_or(|index| before[index] != contents[index]);
+            current.generation + u64::from(changed)
+        };
+        let tls = Arc::new(Tls::load(&self.files, generation)?);
         *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (tls, contents);
         Ok(true)
     }

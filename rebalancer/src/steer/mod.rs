@@ -4,6 +4,7 @@
 //! Input: the watched port, orders. Output: the common interface's reports and results.
 //! Must never attach to what is not recognised, nor fall back to anything else: each refusal names its reason.
 
+mod address;
 mod attachment;
 mod binary;
 mod process;

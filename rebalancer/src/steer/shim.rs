@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::PathBuf,
     time::Duration,
 };
@@ -21,7 +21,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{Attachment, SteerError};
+use super::{Attachment, SteerError, address};
 use crate::{agent::handle::AgentHandle, random, sys};
 
 /// How often is looked for victims that were told and for connections that are gone.
@@ -45,9 +45,9 @@ struct Known {
 type Table = BTreeMap<ConnectionId, Known>;
 
 /// A victim that was marked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Marked {
-    key: ClientKey,
+    keys: Vec<ClientKey>,
     expires: Duration,
     told: bool,
 }
@@ -55,7 +55,7 @@ struct Marked {
 /// What was reported of a connection last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Shown {
-    key: ClientKey,
+    client: SocketAddr,
     requests: u64,
     told: bool,
 }
@@ -71,6 +71,8 @@ pub struct Steer {
     generation: u64,
     marked: BTreeMap<ConnectionId, Marked>,
     shown: BTreeMap<ConnectionId, Shown>,
+    /// This network namespace's interfaces, for link-local clients.
+    zones: Vec<String>,
 }
 
 impl Steer {
@@ -92,6 +94,7 @@ impl Steer {
             generation: 0,
             marked: BTreeMap::new(),
             shown: BTreeMap::new(),
+            zones: address::zones(),
         };
         steer.attach(attachment);
         Ok(steer)
@@ -144,6 +147,7 @@ impl Steer {
             "the probe is on the apiserver"
         );
         self.attached = Some(attachment);
+        self.zones = address::zones();
         self.fault.clear();
         self.instance += 1;
         self.shown.clear();
@@ -213,9 +217,11 @@ impl Steer {
         let now = sys::monotonic();
         let mut over = Vec::new();
         for (id, marked) in &mut self.marked {
-            if !marked.told && program.told(&marked.key)?.is_some_and(|told| told > 0) {
-                marked.told = true;
-                results.push((*id, GoawayResult::Sent));
+            for key in &marked.keys {
+                if !marked.told && program.told(key)?.is_some_and(|told| told > 0) {
+                    marked.told = true;
+                    results.push((*id, GoawayResult::Sent));
+                }
             }
             let result = if !table.contains_key(id) {
                 GoawayResult::Unknown
@@ -224,7 +230,9 @@ impl Steer {
             } else {
                 continue;
             };
-            program.unmark(&marked.key)?;
+            for key in &marked.keys {
+                program.unmark(key)?;
+            }
             over.push(*id);
             if !marked.told {
                 results.push((*id, result));
@@ -260,24 +268,27 @@ impl Steer {
             let result = match table.get(id) {
                 None => GoawayResult::Unknown,
                 // An apiserver's own client, and addresses that two connections have: never victims.
-                Some(known) if known.client.ip().is_loopback() || ambiguous.contains(&key(known.client)) => {
+                Some(known) if known.client.ip().is_loopback() || ambiguous.contains(&known.client) => {
                     GoawayResult::Unknown
                 }
                 Some(known) if known.state == ConnectionState::Draining => GoawayResult::AlreadyDraining,
                 Some(known) => {
-                    let key = key(known.client);
                     let victim = Victim {
                         generation,
                         expires_ns: u64::try_from(expires.as_nanos()).unwrap_or(u64::MAX),
                         told: 0,
                     };
-                    if let Err(error) = program.mark(&key, victim) {
-                        tracing::error!(%error, "a victim could not be marked");
-                        GoawayResult::Unknown
-                    } else {
-                        let told = false;
-                        self.marked.insert(*id, Marked { key, expires, told });
-                        GoawayResult::Pending
+                    let keys = address::forms(known.client, &self.zones);
+                    let marking = keys.iter().try_for_each(|key| program.mark(key, victim));
+                    let told = false;
+                    // What was marked is unmarked when it is over, whatever the answer.
+                    self.marked.insert(*id, Marked { keys, expires, told });
+                    match marking {
+                        Ok(()) => GoawayResult::Pending,
+                        Err(error) => {
+                            tracing::error!(%error, "a victim could not be marked");
+                            GoawayResult::Unknown
+                        }
                     }
                 }
             };
@@ -297,10 +308,13 @@ impl Steer {
             ..ShimReport::default()
         };
         for (id, known) in table {
-            let key = key(known.client);
+            let mut requests = 0;
+            for key in address::forms(known.client, &self.zones) {
+                requests += program.requests(&key).map_err(|error| error.to_string())?;
+            }
             let shown = Shown {
-                key,
-                requests: program.requests(&key).map_err(|error| error.to_string())?,
+                client: known.client,
+                requests,
                 told: self.marked.get(id).is_some_and(|marked| marked.told),
             };
             let before = self.shown.insert(*id, shown);
@@ -335,12 +349,15 @@ impl Steer {
                 });
             }
         }
-        let live: BTreeSet<ClientKey> = table.values().map(|known| key(known.client)).collect();
+        let live: BTreeSet<SocketAddr> = table.values().map(|known| known.client).collect();
         let gone: Vec<_> = self.shown.extract_if(.., |id, _| !table.contains_key(id)).collect();
         for (id, shown) in gone {
             report.closed.push(id);
-            if !live.contains(&shown.key) {
-                program.forget(&shown.key).map_err(|error| error.to_string())?;
+            if live.contains(&shown.client) {
+                continue;
+            }
+            for key in address::forms(shown.client, &self.zones) {
+                program.forget(&key).map_err(|error| error.to_string())?;
             }
         }
         let answered = program.answered().map_err(|error| error.to_string())?;
@@ -371,25 +388,13 @@ fn connections(agent: &Agent) -> Table {
         .collect()
 }
 
-/// The address as the kernel program reads it from the request.
-fn key(client: SocketAddr) -> ClientKey {
-    let address = match client.ip() {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    ClientKey {
-        address: address.octets(),
-        port: client.port().into(),
-    }
-}
-
 /// Addresses that more than one connection has: a client may use one for two addresses of this node, or in two zones.
-fn ambiguous(table: &Table) -> BTreeSet<ClientKey> {
+fn ambiguous(table: &Table) -> BTreeSet<SocketAddr> {
     let mut seen = BTreeSet::new();
     table
         .values()
-        .map(|known| key(known.client))
-        .filter(|key| !seen.insert(*key))
+        .map(|known| known.client)
+        .filter(|client| !seen.insert(*client))
         .collect()
 }
 
@@ -414,7 +419,7 @@ mod tests {
         .zip(1..)
         .map(|(known, id)| (ConnectionId(id), known))
         .collect();
-        let twice = "[::ffff:10.0.0.1]:5000".parse().expect("an address");
-        assert_eq!(ambiguous(&table), BTreeSet::from([key(twice)]));
+        let twice = "10.0.0.1:5000".parse().expect("an address");
+        assert_eq!(ambiguous(&table), BTreeSet::from([twice]));
     }
 }

@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod load;
 pub mod machine;
 pub mod peers;
+pub mod planner;
 pub mod relay;
 pub mod report;
 pub mod steer;

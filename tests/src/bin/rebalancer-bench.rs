@@ -10,6 +10,7 @@ use rebalancer_tests::{
     bench::{
         crowd, floor, kernel,
         peers::Programs,
+        planner,
         relay::{self, Effort},
         steer,
     },
@@ -29,6 +30,8 @@ enum Command {
     Relay(Relay),
     /// What the kernel programs cost
     Kernel(Kernel),
+    /// What a plan takes, and what the table holds
+    Planner(Planner),
     /// What the probe's answer costs
     Steer(Steer),
     /// What finding the place for the probe costs
@@ -55,6 +58,13 @@ struct Kernel {
     /// The `rebalancer` binary
     #[arg(long)]
     rebalancer: PathBuf,
+    /// Where the table goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Planner {
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
@@ -112,6 +122,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
             let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Planner(arguments) => {
+            let figures = planner::run(say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::Kernel(arguments) => {

@@ -14,6 +14,7 @@ use rebalancer_tests::{
         screen::Screen,
     },
     fixture::Fixture,
+    node::Shim,
     pki::Pair,
     process::log_directory,
     standin,
@@ -51,8 +52,8 @@ struct Demo {
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u16).range(1..=5000))]
     clients: u16,
     /// What sends the GOAWAY
-    #[arg(long, default_value = "relay", value_parser = ["relay", "steer"])]
-    shim: String,
+    #[arg(long, value_enum, default_value = "relay")]
+    shim: Shim,
     /// How the load balancer chooses
     #[arg(long, value_enum, default_value = "roundrobin")]
     lb: Policy,
@@ -169,17 +170,16 @@ fn fixture(kind: Kind) -> anyhow::Result<Option<Fixture>> {
 }
 
 fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
-    anyhow::ensure!(
-        demo.shim == "relay",
-        "--shim steer: this machine's demo runs with the relay only; leave --shim away"
-    );
+    if demo.shim == Shim::Steer {
+        takes_the_probe()?;
+    }
     let fixture = fixture(demo.apiserver)?;
     let directory = log_directory("rebalancer-demo-")?;
     let interrupts = signal_watch()?;
     let mut screen = Screen::new(usize::from(demo.nodes), usize::from(demo.clients)).context("the terminal")?;
     let report = Report {
         apiserver: if fixture.is_some() { "real" } else { "standin" },
-        shim: "relay",
+        shim: demo.shim.name(),
         lb: demo.lb.name(),
         nodes: usize::from(demo.nodes),
         clients: usize::from(demo.clients),
@@ -191,6 +191,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         clients: usize::from(demo.clients),
         policy: demo.lb,
         fixture,
+        shim: demo.shim,
         rebalancer: binary(),
         agent_flags: demo.agent_flag.clone(),
         relay_flags: demo
@@ -224,6 +225,23 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         }
         Err(error) => Err(error.context(format!("logs: {}", directory.display()))),
     }
+}
+
+/// Refuses where this kernel does.
+fn takes_the_probe() -> anyhow::Result<()> {
+    let output = std::process::Command::new(binary())
+        .args(["system-info", "--output=json"])
+        .output()
+        .context("the product does not run")?;
+    let features: serde_json::Value = serde_json::from_slice(&output.stdout).context("what system-info says")?;
+    let kernel = &features["steer-kernel"];
+    anyhow::ensure!(
+        kernel["ok"] == true,
+        "--shim steer cannot be shown on this machine: {}. `--vm 6.18` shows it in a virtual machine with Debian's \
+         kernel 6.18, and without --shim the demo runs with the relay",
+        kernel["why"].as_str().unwrap_or("it does not say why")
+    );
+    Ok(())
 }
 
 /// Ctrl-C and SIGTERM end the scene at its next look, so that everything is taken down in order.

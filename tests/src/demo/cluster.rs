@@ -1,9 +1,10 @@
 //! The demo's control plane: namespaces, certificates, apiservers, relays, agents, load balancer, clients.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -15,11 +16,11 @@ use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
     balancer::{Balancer, Policy},
     demo_binary,
-    fixture::Fixture,
+    fixture::{Fixture, goaway_server},
     netns::{Namespace, Network},
-    node::{APISERVER, Node, PORT, Shared},
+    node::{APISERVER, Node, PORT, Shared, Shim},
     pki::Pki,
-    process::Process,
+    process::{Process, wait_for},
     swarm::Driver,
 };
 
@@ -47,6 +48,8 @@ pub struct Options {
     pub policy: Policy,
     /// The real thing, or the stand-in.
     pub fixture: Option<Fixture>,
+    /// What sends the GOAWAY.
+    pub shim: Shim,
     /// The product.
     pub rebalancer: PathBuf,
     /// More flags for the agents.
@@ -123,7 +126,10 @@ impl Cluster {
         };
         let balancer = runtime.block_on(starting)??;
 
-        say(&format!("starting {count} apiservers, relays and agents"));
+        say(&match options.shim {
+            Shim::Relay => format!("starting {count} apiservers, relays and agents"),
+            Shim::Steer => format!("starting {count} apiservers and agents"),
+        });
         let mut cluster = Self {
             options,
             origin_ms,
@@ -135,9 +141,14 @@ impl Cluster {
             _etcd: etcd,
         };
         for index in 0..count {
-            let apiserver = cluster.start_apiserver(index)?;
+            let mut apiserver = cluster.start_apiserver(index)?;
+            if cluster.options.shim == Shim::Steer {
+                // The agent puts its probe on a process that listens.
+                cluster.wait_until_it_listens(index, &mut apiserver)?;
+            }
             let shared = Shared {
                 rebalancer: &cluster.options.rebalancer,
+                shim: cluster.options.shim,
                 pki: &cluster.pki,
                 nodes: &names,
                 directory: &cluster.options.directory,
@@ -150,31 +161,61 @@ impl Cluster {
         Ok(cluster)
     }
 
+    fn wait_until_it_listens(&self, index: usize, apiserver: &mut Process) -> anyhow::Result<()> {
+        let address = self.options.shim.apiserver(Network::node_address(index));
+        let hub = &self.network.hub;
+        let connected = wait_for(START, || {
+            if let Err(ended) = apiserver.is_running() {
+                return Some(Err(ended));
+            }
+            let connect = || hub.enter().is_ok() && TcpStream::connect(address).is_ok();
+            thread::scope(|scope| scope.spawn(connect).join().unwrap_or(false)).then_some(Ok(()))
+        });
+        connected.with_context(|| format!("nobody listens on {address}"))?
+    }
+
     fn start_apiserver(&self, index: usize) -> anyhow::Result<Process> {
         let namespace = &self.network.nodes[index];
         let name = format!("apiserver-{}", index + 1);
+        let listen = self.options.shim.apiserver(Network::node_address(index));
         match &self.options.fixture {
             Some(fixture) => start_apiserver(
                 &Settings {
                     fixture,
                     pki: &self.pki,
                     etcd: ETCD,
-                    listen: APISERVER,
+                    listen,
                     advertise: Network::node_address(index),
                     count: self.options.nodes,
                     directory: &self.options.directory,
                     name: &name,
-                    goaway_chance: 0.0,
+                    goaway_chance: match self.options.shim {
+                        Shim::Relay => 0.0,
+                        // Enough to be asked, and a lottery nobody wins.
+                        Shim::Steer => 0.000_001,
+                    },
                     extra: &[],
                 },
                 Some(namespace.fd()),
             ),
+            None if self.options.shim == Shim::Steer => {
+                let pem = |name: &str| self.pki.file(name).display().to_string();
+                let mut command = Command::new(goaway_server()?);
+                command
+                    .arg(format!("--listen={listen}"))
+                    .arg(format!("--origin-ms={}", self.origin_ms))
+                    .arg(format!("--tls-cert-file={}", pem("apiserver.crt")))
+                    .arg(format!("--tls-private-key-file={}", pem("apiserver.key")))
+                    .arg(format!("--client-ca-file={}", pem("ca.crt")))
+                    .arg("--goaway-chance=0.000001");
+                Process::start(&name, command, Some(namespace.fd()), &self.options.directory)
+            }
             None => {
                 let pem = |name: &str| self.pki.file(name);
                 let mut command = Command::new(demo_binary());
                 command
                     .arg("standin")
-                    .arg(format!("--listen={APISERVER}"))
+                    .arg(format!("--listen={listen}"))
                     .arg(format!("--origin-ms={}", self.origin_ms))
                     .arg("--certificate")
                     .arg(pem("apiserver.crt"))
@@ -231,6 +272,7 @@ impl Cluster {
     /// The version the first apiserver says it has.
     pub fn version(&self) -> String {
         match &self.options.fixture {
+            None if self.options.shim == Shim::Steer => "standin-go".to_owned(),
             None => crate::standin::VERSION.to_owned(),
             Some(fixture) => Command::new(&fixture.apiserver)
                 .arg("--version")

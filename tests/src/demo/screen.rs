@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::scene::Event;
 
 /// Rows of the live view below the bars.
-const LINES: u16 = 8;
+const LINES: u16 = 12;
 
 /// Where events are shown.
 pub enum Screen {
@@ -166,6 +166,21 @@ fn decision_line(decision: &Value, holds: &mut Vec<(String, String)>) -> Option<
     })
 }
 
+/// Breaks a line between words; its later rows begin below the first one's text.
+fn wrapped(line: &str, width: usize) -> Vec<String> {
+    const INDENT: &str = "       ";
+    let mut rows = vec![String::new()];
+    for word in line.split_inclusive(' ') {
+        let row = rows.last_mut().expect("there is a first row");
+        if row.chars().count() + word.trim_end().chars().count() > width && row.trim_end().len() > INDENT.len() {
+            rows.push(format!("{INDENT}{word}"));
+        } else {
+            row.push_str(word);
+        }
+    }
+    rows
+}
+
 impl Live {
     fn take(&mut self, event: &Event<'_>) {
         let line = match event {
@@ -233,12 +248,40 @@ impl Live {
                     .label(label.bold());
                 frame.render_widget(gauge, *row);
             }
-            let lines: Vec<Line<'_>> = self.lines.iter().map(|line| Line::from(line.as_str())).collect();
+            let width = usize::from(text.width.saturating_sub(2));
+            let rows: Vec<String> = self.lines.iter().flat_map(|line| wrapped(line, width)).collect();
+            let newest = &rows[rows.len().saturating_sub(usize::from(LINES))..];
+            let lines: Vec<Line<'_>> = newest.iter().map(|row| Line::from(row.as_str())).collect();
             frame.render_widget(
                 Paragraph::new(lines).block(Block::bordered().title(" decisions ")),
                 text,
             );
         })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_decision_is_shown_to_its_end() {
+        let line = " 36.0s node-2 tells 37 connections to go: 150 connections are above the mean";
+        assert_eq!(
+            wrapped(line, 40),
+            [
+                " 36.0s node-2 tells 37 connections to ",
+                "       go: 150 connections are above the ",
+                "       mean"
+            ]
+        );
+        assert_eq!(wrapped("short", 40), ["short"]);
+        let word = "a".repeat(60);
+        assert_eq!(
+            wrapped(&word, 40),
+            [word.as_str()],
+            "a word that fits nowhere is cut by the view"
+        );
     }
 }

@@ -139,13 +139,27 @@ fn protocols(list: &[Value]) -> Vec<&str> {
     found
 }
 
-/// Whether the kernel takes the programs; when not, the reason is a counted skip.
-fn ebpf_or_skip() -> bool {
+/// What the binary finds by trying.
+fn features() -> Value {
     let output = Command::new(binary())
         .args(["system-info", "--output=json"])
         .output()
         .expect("the binary runs");
-    let features: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[test]
+fn the_program_that_steers_new_connections_is_taken() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let intercept = &features()["intercept"];
+    assert_eq!(intercept["ok"], true, "{intercept}");
+}
+
+/// Whether the kernel takes the programs; when not, the reason is a counted skip.
+fn ebpf_or_skip() -> bool {
+    let features = features();
     let ebpf = &features["source-ebpf"];
     if ebpf["ok"] != true {
         skip(&format!("the kernel programs do not load here: {}", ebpf["why"]));

@@ -4,6 +4,7 @@
 //! Two hosts: clients on one; apiserver, relay and agent on the other.
 
 use std::{
+    io::{Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
     process::Command,
@@ -105,6 +106,15 @@ fn start_agent(network: &Network, logs: &Path, name: &str) -> Process {
     Process::start(name, agent, Some(network.nodes[0].fd()), logs).expect("the agent starts")
 }
 
+/// The agent's metrics; the calling thread is on its host.
+fn metrics() -> String {
+    let mut stream = std::net::TcpStream::connect("127.0.0.1:9470").expect("the metrics' port");
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("a request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
 /// sk_lookup programs attached in the calling thread's network namespace, as the kernel counts them.
 fn attached() -> usize {
     // A link of this kind shows in the fdinfo of whoever holds it, with its namespace's inode.
@@ -151,6 +161,7 @@ fn connections_of_other_hosts_go_to_the_relay_and_the_nodes_own_do_not() {
     storm.end();
 
     assert_eq!(attached(), 1);
+    assert!(metrics().contains("rebalancer_intercepting 1"), "{}", metrics());
     let storm = scene.storm();
     scene.more(&storm, true);
     assert!(scene.agent.terminate(PATIENCE).expect("it ends").success());

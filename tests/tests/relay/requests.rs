@@ -1,5 +1,7 @@
 //! What a request carries when it comes out of the relay: identity, address, and nothing a client forged.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, Peer, block, fields, frame, get, kind, request};
 
 use crate::world::{OK, RELAY, World};
@@ -131,4 +133,48 @@ fn frames_and_windows_pass_untouched_both_ways() {
     }
     server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &OK));
     assert_eq!(client.expect(kind::HEADERS).payload, OK);
+}
+
+#[test]
+fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
+    let world = World::start(&[]);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock");
+    let soon = rcgen::date_time_ymd(1970, 1, 1) + (now + Duration::from_secs(4));
+    let brief = world
+        .pki
+        .client_with("brief", |params| params.not_after = soon)
+        .expect("a certificate");
+    let mut http1 = Peer::connect(&world.pki, RELAY, Some(&brief), b"http/1.1").expect("a handshake");
+    http1.send(b"GET /one HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let accepted = world.accept();
+    assert!(accepted.head.contains("x-remote-user: brief"), "{}", accepted.head);
+    let mut http1_server = accepted.peer;
+    // It is in flight when the certificate expires, so the connection stays.
+    let (mut client, mut server) = world.open(Some(&brief));
+    client.send(&request(1, "/watch?watch=true"));
+    assert_eq!(
+        values(&fields(&server.expect(kind::HEADERS).payload), "x-remote-user"),
+        ["brief"]
+    );
+
+    // It is told to go; its watch goes on, as it does directly, and new requests are asked elsewhere who they are.
+    assert_eq!(client.expect(kind::GOAWAY).word(0), 0x7fff_ffff);
+    client.expect(kind::PING);
+    // It does not answer, and hears the last GOAWAY all the same: no new stream is served.
+    assert_eq!(client.expect(kind::GOAWAY).word(0), 1);
+    client.send(&request(3, "/late"));
+    assert_eq!(client.expect(kind::RST_STREAM).stream, 3);
+    server.send(&frame(kind::HEADERS, END_HEADERS, 1, &OK));
+    assert_eq!(client.expect(kind::HEADERS).stream, 1);
+
+    http1_server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    http1.read_head();
+    http1.send(b"GET /two HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let head = http1_server.read_head();
+    assert!(
+        head.contains("authorization: Bearer") && !head.contains("x-remote-"),
+        "{head}"
+    );
+    let (_, newer) = world.open(Some(&brief));
+    assert!(!newer.certified, "a new connection names nobody");
 }

@@ -3,13 +3,14 @@
 use std::{
     fs, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::FileExt as _, process::CommandExt as _},
     process::Command,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     thread,
     time::Duration,
 };
 
+use rebalancer_core::golang;
 use rebalancer_tests::{h2client::Client, process::Process, skip};
 
 use crate::{
@@ -121,9 +122,29 @@ fn without_victims_nobody_is_told_and_after_the_agent_the_lottery_is_back() {
         clients.iter().all(counted).then_some(())
     });
 
+    assert_eq!(
+        first_octet(&world),
+        INT3,
+        "the probe is a breakpoint at the function's entry"
+    );
     let mut agent = world.agent.take().expect("an agent");
     assert!(agent.terminate(PATIENCE).is_some_and(|status| status.success()));
+    assert_ne!(first_octet(&world), INT3, "after the agent the instruction is back");
     assert!(world.lottery(SURELY), "after the agent there is a lottery");
+}
+
+/// The instruction a uprobe puts in the place of another on x86_64.
+const INT3: u8 = 0xcc;
+
+/// What the server's memory has at the function's entry.
+fn first_octet(world: &World) -> u8 {
+    let file = fs::read(&world.program).expect("a binary");
+    let address = golang::find(&file).expect("a place").address;
+    let server = world.server.as_ref().expect("a server").id();
+    let memory = fs::File::open(format!("/proc/{server}/mem")).expect("the process runs");
+    let mut octet = [0];
+    memory.read_exact_at(&mut octet, address).expect("its code");
+    octet[0]
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod kernel;
 mod page;
+mod planner;
 mod relay;
 mod steer;
 
@@ -27,6 +28,8 @@ pub struct Arguments {
 enum Bench {
     /// What the kernel programs cost for an event and a packet
     Kernel(kernel::Arguments),
+    /// What a plan over 64 apiservers takes, and what a table of a million connections holds
+    Planner(planner::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
     Relay(relay::Arguments),
     /// The probe's answer, beside a probe that does nothing
@@ -37,6 +40,7 @@ enum Bench {
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
+        Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
         Bench::Steer(arguments) => steer::run_bench(arguments),
     }?;

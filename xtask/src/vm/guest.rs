@@ -54,6 +54,8 @@ impl Guest {
                 .args(["--target", TRIPLE])
                 .env("CARGO_TARGET_DIR", &directory)
                 .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Cstrip=symbols")
+                // An emulated processor has no time for code that nobody optimised.
+                .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
                 .env("REBALANCER_EBPF_OBJECTS", &objects);
             command
         };

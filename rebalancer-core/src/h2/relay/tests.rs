@@ -296,6 +296,27 @@ fn a_draining_connections_watches_end_between_events_and_windows_are_given_back(
 }
 
 #[test]
+fn a_client_that_never_answers_hears_the_last_goaway_all_the_same() {
+    let (mut relay, mut out) = started();
+    relay.conclude(&mut out);
+    assert!(out.to_client.is_empty(), "nothing was announced");
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    relay.go_away(&mut out);
+    out = Output::default();
+    relay.conclude(&mut out);
+    assert_eq!(relay.drain(), Drain::Final { last: 1 });
+    let told = frames(&std::mem::take(&mut out.to_client));
+    assert_eq!(told[0].1[..4], 1_u32.to_be_bytes());
+    // Its answer comes late, and is no business of the server's.
+    relay
+        .client_bytes(&frame(kind::PING, flag::ACK, 0, &PING), &mut out)
+        .expect("a PONG");
+    assert!(out.to_client.is_empty() && out.to_server.is_empty());
+}
+
+#[test]
 fn the_relays_frames_wait_for_a_place_between_the_servers() {
     let mut fresh = relay();
     let mut out = Output::default();
