@@ -411,3 +411,108 @@ impl<S: Session> AsyncWrite for TlsStream<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustls::{RootCertStore, SupportedProtocolVersion, version};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const NAME: &str = "kubernetes";
+
+    fn configurations(protocol_version: &'static SupportedProtocolVersion) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let signed = rcgen::generate_simple_self_signed([NAME.to_owned()]).expect("a certificate");
+        let mut roots = RootCertStore::empty();
+        roots.add(signed.cert.der().clone()).expect("a root");
+        let key = signed.signing_key.serialize_der().try_into().expect("a key");
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[protocol_version])
+            .expect("a version")
+            .with_no_client_auth()
+            .with_single_cert(vec![signed.cert.der().clone()], key)
+            .expect("a pair");
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[protocol_version])
+            .expect("a version")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        (Arc::new(server), Arc::new(client))
+    }
+
+    /// More than the kernel's buffers hold, and different everywhere.
+    fn body() -> Vec<u8> {
+        (0..12_000_000_u32).map(|index| (index / 251 + index) as u8).collect()
+    }
+
+    async fn pair(protocol_version: &'static SupportedProtocolVersion) -> (ServerStream, ClientStream) {
+        let (server, client) = configurations(protocol_version);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        let serving = async {
+            let (socket, _) = listener.accept().await.expect("a connection");
+            accept(server, socket).await.expect("a handshake")
+        };
+        let connecting = async {
+            let socket = TcpStream::connect(address).await.expect("a connection");
+            let name = ServerName::try_from(NAME).expect("a name");
+            connect(client, name, b"h2", socket).await.expect("a handshake")
+        };
+        tokio::join!(serving, connecting)
+    }
+
+    #[tokio::test]
+    async fn all_that_is_written_arrives_in_order_and_the_end_is_told() {
+        for protocol_version in [&version::TLS12, &version::TLS13] {
+            let (mut server, mut client) = pair(protocol_version).await;
+            assert_eq!(server.state().alpn_protocol(), Some(&b"h2"[..]));
+            assert_eq!(client.state().protocol_version(), Some(protocol_version.version));
+            let writing = async {
+                client.write_all(&body()).await.expect("the other end reads");
+                client.shutdown().await.expect("an end");
+                let mut answer = Vec::new();
+                client
+                    .read_to_end(&mut answer)
+                    .await
+                    .expect("the other end closes in order");
+                answer
+            };
+            let reading = async {
+                let mut seen = Vec::new();
+                // A reader that has less room than a record, and one that has more.
+                for room in [100, 70_000].into_iter().cycle() {
+                    let mut part = vec![0; room];
+                    let count = server.read(&mut part).await.expect("an end that is told");
+                    if count == 0 {
+                        break;
+                    }
+                    seen.extend_from_slice(&part[..count]);
+                }
+                server.write_all(b"all of it").await.expect("half is still open");
+                server.shutdown().await.expect("an end");
+                seen
+            };
+            let (answer, seen) = tokio::join!(writing, reading);
+            assert!(seen == body(), "{} octets arrived, or others", seen.len());
+            assert_eq!(answer, b"all of it");
+            assert_eq!(
+                server.incoming.capacity() + server.plain.capacity() + server.outgoing.capacity(),
+                0
+            );
+            assert_eq!(
+                client.incoming.capacity() + client.plain.capacity() + client.outgoing.capacity(),
+                0
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_cut_does_not_look_ended() {
+        let (mut server, client) = pair(&version::TLS13).await;
+        client.socket.shutdown().expect("a connection to cut");
+        let error = server.read(&mut [0; 16]).await.expect_err("no end was told");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
