@@ -150,7 +150,8 @@ impl Image {
         );
         let mut packages = suite.search(&pattern)?;
         packages.retain(|package| !package.contains("-unsigned"));
-        packages.sort_by_key(|package| numbers(package));
+        // Of one version, the package with the kernel itself last: since 7.2 that is not the one named image.
+        packages.sort_by_key(|package| (numbers(package), package.contains("-binary-")));
         let package = packages
             .last()
             .with_context(|| format!("there is no cloud kernel {version} in that Debian suite"))?;

@@ -1,6 +1,7 @@
 //! The probe at work: on the small server with the apiserver's filter, on a kernel that takes it.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
     os::unix::{fs::FileExt as _, process::CommandExt as _},
@@ -11,7 +12,12 @@ use std::{
 };
 
 use rebalancer_core::golang;
-use rebalancer_tests::{h2client::Client, process::Process, skip};
+use rebalancer_tests::{
+    h2client::Client,
+    process::{Process, wait_for},
+    skip,
+};
+use serde_json::Value;
 
 use crate::{
     machine,
@@ -111,16 +117,19 @@ fn without_victims_nobody_is_told_and_after_the_agent_the_lottery_is_back() {
     assert_eq!(told, 0);
 
     // Each request was seen, and whose it was.
-    world.wait("the requests are counted", |world| {
+    let sent: BTreeMap<String, u64> = clients
+        .iter()
+        .map(|client| (client.address.to_string(), client.requests))
+        .collect();
+    let mut counted = BTreeMap::new();
+    let agrees = wait_for(PATIENCE, || {
         let list = world.ask("/v1/connections?limit=1000")?;
-        let list = list["connections"].as_array()?;
-        let counted = |client: &Client| {
-            list.iter().any(|known| {
-                known["client"] == client.address.to_string() && known["requests"].as_u64() == Some(client.requests)
-            })
-        };
-        clients.iter().all(counted).then_some(())
+        let of = |known: &Value| Some((known["client"].as_str()?.to_owned(), known["requests"].as_u64()?));
+        counted = list["connections"].as_array()?.iter().filter_map(of).collect();
+        counted.retain(|client, _| sent.contains_key(client));
+        (counted == sent).then_some(())
     });
+    assert!(agrees.is_some(), "counted {counted:?}, sent {sent:?}");
 
     assert_eq!(
         first_octet(&world),
@@ -129,7 +138,10 @@ fn without_victims_nobody_is_told_and_after_the_agent_the_lottery_is_back() {
     );
     let mut agent = world.agent.take().expect("an agent");
     assert!(agent.terminate(PATIENCE).is_some_and(|status| status.success()));
-    assert_ne!(first_octet(&world), INT3, "after the agent the instruction is back");
+    // The kernel takes it away when it has closed the agent's descriptors, a moment after the agent's end.
+    world.wait("the instruction is back", |world| {
+        (first_octet(world) != INT3).then_some(())
+    });
     assert!(world.lottery(SURELY), "after the agent there is a lottery");
 }
 
@@ -333,7 +345,14 @@ fn an_apiserver_that_restarts_or_is_replaced_gets_a_new_probe() {
     world.start_server(CHANCE);
     world.start_agent("steer:auto", &[]);
     let replaced = world.directory.join("another-server");
+    let attached = |world: &World| {
+        let log = world.agent.as_ref().expect("an agent").log();
+        log.matches("the probe is on the apiserver").count()
+    };
     for round in 0..3 {
+        world.wait("the probe is on this apiserver", |world| {
+            (attached(world) > round).then_some(())
+        });
         let mut clients = world.clients(2);
         world.wait_until_known(&clients);
         // A victim that is pending when its server dies is nobody's business any more.
@@ -359,8 +378,7 @@ fn an_apiserver_that_restarts_or_is_replaced_gets_a_new_probe() {
         clients[0].wait_for_goaway();
         assert_eq!(clients[1].goaways(), 0);
     }
-    let log = world.agent.as_ref().expect("an agent").log();
-    assert_eq!(log.matches("the probe is on the apiserver").count(), 3, "{log}");
+    assert_eq!(attached(&world), 3, "one probe for each apiserver");
 }
 
 #[test]
