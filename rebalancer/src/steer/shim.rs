@@ -38,6 +38,7 @@ const GRACE: Duration = Duration::from_millis(100);
 struct Known {
     client: SocketAddr,
     local: SocketAddr,
+    protocol: Protocol,
     counters: Counters,
     state: ConnectionState,
 }
@@ -52,14 +53,6 @@ struct Marked {
     told: bool,
 }
 
-/// What was reported of a connection last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shown {
-    client: SocketAddr,
-    requests: u64,
-    told: bool,
-}
-
 /// The shim.
 pub struct Steer {
     port: u16,
@@ -70,7 +63,8 @@ pub struct Steer {
     instance: u64,
     generation: u64,
     marked: BTreeMap<ConnectionId, Marked>,
-    shown: BTreeMap<ConnectionId, Shown>,
+    /// The connections of the last report, whose requests are to be forgotten when they are gone.
+    seen: BTreeMap<ConnectionId, SocketAddr>,
     /// This network namespace's interfaces, for link-local clients.
     zones: Vec<String>,
 }
@@ -93,7 +87,7 @@ impl Steer {
             instance: random::u64(),
             generation: 0,
             marked: BTreeMap::new(),
-            shown: BTreeMap::new(),
+            seen: BTreeMap::new(),
             zones: address::zones(),
         };
         steer.attach(attachment);
@@ -150,7 +144,7 @@ impl Steer {
         self.zones = address::zones();
         self.fault.clear();
         self.instance += 1;
-        self.shown.clear();
+        self.seen.clear();
     }
 
     /// Whether the probe is still where it belongs; a new apiserver gets one of its own.
@@ -312,51 +306,43 @@ impl Steer {
             for key in address::forms(known.client, &self.zones) {
                 requests += program.requests(&key).map_err(|error| error.to_string())?;
             }
-            let shown = Shown {
-                client: known.client,
-                requests,
-                told: self.marked.get(id).is_some_and(|marked| marked.told),
-            };
-            let before = self.shown.insert(*id, shown);
-            if before == Some(shown) || (before.is_none() && shown.requests == 0) {
-                continue;
-            }
+            let told = self.marked.get(id).is_some_and(|marked| marked.told);
+            self.seen.insert(*id, known.client);
             let counters = Counters {
-                requests: shown.requests,
+                requests,
                 ..known.counters
             };
-            if before.is_some_and(|before| before.requests > 0 && before.told == shown.told) {
-                report.counters.push((*id, counters));
-            } else {
+            // What the table has is what was said: a table that was made anew is told anew.
+            let is_news = (requests > 0 && known.protocol != Protocol::H2Selected)
+                || (told && known.state != ConnectionState::Draining);
+            if is_news {
                 report.connections.push(ShimConnection {
                     id: *id,
                     client: known.client,
                     local: known.local,
                     // The apiserver asks for HTTP/2 only.
-                    protocol: if shown.requests > 0 {
+                    protocol: if requests > 0 {
                         Protocol::H2Selected
                     } else {
-                        Protocol::Unknown
+                        known.protocol
                     },
-                    state: if shown.told {
-                        ConnectionState::Draining
-                    } else {
-                        known.state
-                    },
+                    state: if told { ConnectionState::Draining } else { known.state },
                     user: None,
                     user_agent: None,
                     counters,
                 });
+            } else if requests != known.counters.requests {
+                report.counters.push((*id, counters));
             }
         }
         let live: BTreeSet<SocketAddr> = table.values().map(|known| known.client).collect();
-        let gone: Vec<_> = self.shown.extract_if(.., |id, _| !table.contains_key(id)).collect();
-        for (id, shown) in gone {
+        let gone: Vec<_> = self.seen.extract_if(.., |id, _| !table.contains_key(id)).collect();
+        for (id, client) in gone {
             report.closed.push(id);
-            if live.contains(&shown.client) {
+            if live.contains(&client) {
                 continue;
             }
-            for key in address::forms(shown.client, &self.zones) {
+            for key in address::forms(client, &self.zones) {
                 program.forget(&key).map_err(|error| error.to_string())?;
             }
         }
@@ -378,6 +364,7 @@ fn connections(agent: &Agent) -> Table {
     let known = |connection: &rebalancer_core::table::Connection| Known {
         client: connection.client(),
         local: connection.local(),
+        protocol: connection.protocol,
         counters: connection.counters,
         state: connection.state,
     };
@@ -407,6 +394,7 @@ mod tests {
         let known = |client: &str, local: &str| Known {
             client: client.parse().expect("an address"),
             local: local.parse().expect("an address"),
+            protocol: Protocol::H2Offered,
             counters: Counters::default(),
             state: ConnectionState::Active,
         };
