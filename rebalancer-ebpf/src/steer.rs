@@ -125,7 +125,9 @@ fn is_told(client: &ClientKey) -> bool {
 fn count_request(client: &ClientKey) {
     if REQUESTS.get_ptr_mut(client).is_none() {
         // Another request of the same connection may be first, or the map may be full of livelier ones.
-        let _ = REQUESTS.insert(client, &0, u64::from(BPF_NOEXIST));
+        // On the stack: a constant's address would be resolved to the beginning of the read-only data, the offsets.
+        let none = core::hint::black_box(0_u64);
+        let _ = REQUESTS.insert(client, &none, u64::from(BPF_NOEXIST));
     }
     if let Some(requests) = REQUESTS.get_ptr_mut(client) {
         // SAFETY: the pointer is to an entry of a preallocated map, which stays; the counter is added to atomically.
