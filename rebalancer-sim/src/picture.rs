@@ -10,6 +10,8 @@ use crate::figures::Run;
 const WIDTH: f64 = 900.0;
 const LEFT: f64 = 60.0;
 const RIGHT: f64 = 20.0;
+/// Room on either side for labels that reach beyond their axis.
+const MARGIN: f64 = 30.0;
 const PANEL: f64 = 190.0;
 const CHART: f64 = 110.0;
 const BARS: f64 = 26.0;
@@ -25,8 +27,9 @@ const COLOURS: [&str; 8] = [
 /// Draws runs under a title; `target` is the share above the mean that is the goal.
 pub fn draw(title: &str, runs: &[(String, &Run)], target: f64) -> String {
     let height = 46.0 + PANEL * runs.len() as f64;
+    let width = WIDTH + 2.0 * MARGIN;
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"-{MARGIN} 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n<rect x=\"-{MARGIN}\" width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
     );
     text(&mut svg, LEFT, 22.0, "start", "#222222", &escaped(title));
     let end = runs
