@@ -15,11 +15,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::{
-    netns::Namespace,
-    pki::{Pki, SERVER_NAME},
-    process::Process,
-};
+use crate::{netns::Namespace, pki::Pki, process::Process};
 
 /// Where the apiserver listens, behind the relay.
 pub const APISERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6444);
@@ -264,25 +260,12 @@ fn start_relay(
     namespace: &Namespace,
     directory: &Path,
 ) -> anyhow::Result<Process> {
-    let pem = |name: &str| shared.pki.file(name);
     let mut relay = Command::new(shared.rebalancer);
     relay
         .arg("relay")
         .arg(format!("--listen={address}:{PORT}"))
         .arg(format!("--upstream={APISERVER}"))
-        .arg(format!("--upstream-server-name={SERVER_NAME}"))
-        .arg("--upstream-ca")
-        .arg(pem("ca.crt"))
-        .arg("--tls-cert")
-        .arg(pem("apiserver.crt"))
-        .arg("--tls-key")
-        .arg(pem("apiserver.key"))
-        .arg("--client-ca")
-        .arg(pem("ca.crt"))
-        .arg("--proxy-client-cert")
-        .arg(pem("front-proxy-client.crt"))
-        .arg("--proxy-client-key")
-        .arg(pem("front-proxy-client.key"))
+        .args(shared.pki.relay_flags())
         .arg(format!("--control=unix:{}", control.display()))
         .args(shared.relay_flags);
     Process::start("relay", relay, Some(namespace.fd()), directory)

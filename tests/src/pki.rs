@@ -3,6 +3,7 @@
 //! Output: PEM files by the names kubeadm gives them, and client certificates on demand.
 
 use std::{
+    ffi::OsString,
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -39,6 +40,22 @@ pub struct Pair {
 }
 
 impl Pki {
+    /// What a relay before an apiserver of this authority is told of names, certificates and keys.
+    pub fn relay_flags(&self) -> Vec<OsString> {
+        let mut flags = vec![format!("--upstream-server-name={SERVER_NAME}").into()];
+        for (flag, file) in [
+            ("--upstream-ca", "ca.crt"),
+            ("--tls-cert", "apiserver.crt"),
+            ("--tls-key", "apiserver.key"),
+            ("--client-ca", "ca.crt"),
+            ("--proxy-client-cert", "front-proxy-client.crt"),
+            ("--proxy-client-key", "front-proxy-client.key"),
+        ] {
+            flags.extend([flag.into(), self.file(file).into_os_string()]);
+        }
+        flags
+    }
+
     /// Makes both authorities, a serving certificate for `addresses`, the front-proxy client, an administrator and the
     /// key of service account tokens.
     ///

@@ -146,25 +146,12 @@ impl Start<'_> {
     }
 
     fn relay(&self) -> Command {
-        let pem = |name: &str| self.pki.file(name);
         let mut command = pinned(self.cores.measured, &self.programs.rebalancer);
         command
             .arg("relay")
             .arg(format!("--listen={}", local(Peer::Relay.port())))
             .arg(format!("--upstream={BACKEND}"))
-            .arg(format!("--upstream-server-name={SERVER_NAME}"))
-            .arg("--upstream-ca")
-            .arg(pem("ca.crt"))
-            .arg("--tls-cert")
-            .arg(pem("apiserver.crt"))
-            .arg("--tls-key")
-            .arg(pem("apiserver.key"))
-            .arg("--client-ca")
-            .arg(pem("ca.crt"))
-            .arg("--proxy-client-cert")
-            .arg(pem("front-proxy-client.crt"))
-            .arg("--proxy-client-key")
-            .arg(pem("front-proxy-client.key"))
+            .args(self.pki.relay_flags())
             .arg(format!(
                 "--control=unix:{}",
                 self.directory.join("relay.sock").display()

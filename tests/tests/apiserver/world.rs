@@ -16,7 +16,7 @@ use rebalancer_tests::{
     fixture::Fixture,
     kubectl::{self, Kubectl, Who},
     netns::Namespace,
-    pki::{Pki, SERVER_NAME},
+    pki::Pki,
     process::{Process, log_directory, tail, wait_for},
     skip,
 };
@@ -90,23 +90,10 @@ impl World {
             None,
         )?);
         let control = logs.join("relay.sock");
-        let pem = |name: &str| pki.file(name);
         let mut relay = Command::new(binary());
         relay
             .args(["relay", "--listen=127.0.0.1:6443", "--upstream=127.0.0.1:6444"])
-            .arg(format!("--upstream-server-name={SERVER_NAME}"))
-            .arg("--upstream-ca")
-            .arg(pem("ca.crt"))
-            .arg("--tls-cert")
-            .arg(pem("apiserver.crt"))
-            .arg("--tls-key")
-            .arg(pem("apiserver.key"))
-            .arg("--client-ca")
-            .arg(pem("ca.crt"))
-            .arg("--proxy-client-cert")
-            .arg(pem("front-proxy-client.crt"))
-            .arg("--proxy-client-key")
-            .arg(pem("front-proxy-client.key"))
+            .args(pki.relay_flags())
             .arg(format!("--control=unix:{}", control.display()))
             .env("REBALANCER_LOG", "debug");
         processes.push(Process::start("relay", relay, None, &logs)?);

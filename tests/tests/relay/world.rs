@@ -18,7 +18,7 @@ use rebalancer_tests::{
     binary,
     h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, PREFACE, Peer, block, fields, frame, kind, request},
     netns::Namespace,
-    pki::{Pair, Pki, SERVER_NAME},
+    pki::{Pair, Pki},
     process::{Process, tail, wait_for},
     storm::{Storm, VIA_RELAY},
 };
@@ -213,25 +213,12 @@ pub fn relay_between(
     [listen, upstream]: [SocketAddr; 2],
     flags: &[&str],
 ) -> Process {
-    let pem = |name: &str| pki.file(name);
     let mut relay = Command::new(binary());
     relay
         .arg("relay")
         .arg(format!("--listen={listen}"))
         .arg(format!("--upstream={upstream}"))
-        .arg(format!("--upstream-server-name={SERVER_NAME}"))
-        .arg("--upstream-ca")
-        .arg(pem("ca.crt"))
-        .arg("--tls-cert")
-        .arg(pem("apiserver.crt"))
-        .arg("--tls-key")
-        .arg(pem("apiserver.key"))
-        .arg("--client-ca")
-        .arg(pem("ca.crt"))
-        .arg("--proxy-client-cert")
-        .arg(pem("front-proxy-client.crt"))
-        .arg("--proxy-client-key")
-        .arg(pem("front-proxy-client.key"))
+        .args(pki.relay_flags())
         .arg(format!("--control=unix:{}", control.display()))
         .args(flags)
         .env("REBALANCER_LOG", "debug");
