@@ -1,26 +1,16 @@
 //! Ending the watches of a connection that was told to go, each between two events.
 //!
 //! Job: follow the server's half of every watch, and say which may be ended where the stream of frames stands now.
-//! Input: the server's frame headers and payloads, in order from the connection's first. Output: streams to end, and
-//! whether a frame of an ended one is swallowed.
+//! Input: the server's frame headers, the fields of its answers and its DATA, in order from the connection's first.
+//! Output: streams to end, and whether a frame of an ended one is swallowed.
 //! Must never end a watch inside an event, nor one whose encoding it does not know.
-//!
-//! How an answer is encoded stands in the server's header blocks, which are compressed with a state: each is decoded,
-//! from the first on, and passes as it came. When one cannot be followed, all watches of the connection are left alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     frame::{FrameHeader, flag, kind},
-    hpack::{Decoder, Field},
-    request::value_of,
+    hpack::FieldList,
 };
-
-/// How large a header block of the server may be to be followed.
-const MAX_BLOCK: usize = 65_536;
-
-/// The largest dynamic table that is followed, whatever the client offers.
-const MAX_TABLE: usize = 65_536;
 
 /// How a watch's events are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,18 +38,18 @@ enum Events {
 
 impl Events {
     /// What an answer's header list says.
-    fn of(list: &[Field]) -> Self {
-        let Some(status) = value_of(list, b":status") else {
+    fn of(list: &FieldList) -> Self {
+        let Some(status) = list.get(b":status") else {
             return Self::Opaque;
         };
         if status.starts_with(b"1") {
             return Self::Unanswered;
         }
-        let plain = value_of(list, b"content-encoding").is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
+        let plain = list.get(b"content-encoding").is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
         if status != b"200" || !plain {
             return Self::Opaque;
         }
-        let kind = value_of(list, b"content-type").unwrap_or_default();
+        let kind = list.get(b"content-type").unwrap_or_default();
         let kind = kind.split(|octet| *octet == b';').next().unwrap_or_default();
         match kind.trim_ascii().to_ascii_lowercase().as_slice() {
             b"application/json" => Self::Lines { ended: true },
@@ -150,33 +140,13 @@ impl Watch {
     }
 }
 
-/// What the payload that is coming belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Payload {
-    Other,
-    Block,
-    Data(u32),
-}
-
-/// A header block of the server that is still coming.
-#[derive(Debug)]
-struct Block {
-    stream: u32,
-    flags: u8,
-    /// The first frame's whole payload, and the others' appended.
-    octets: Vec<u8>,
-    /// How many of them are the first frame's.
-    first: usize,
-}
-
 /// The watches of one connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Handover {
-    decoder: Decoder,
-    /// Something could not be followed: nothing is ended any more.
+    /// The answers cannot be read any more: nothing is ended.
     lost: bool,
-    payload: Payload,
-    block: Option<Block>,
+    /// The watch whose DATA is coming.
+    reading: Option<u32>,
     watches: BTreeMap<u32, Watch>,
     /// Those to end at their next place between two events.
     chosen: BTreeSet<u32>,
@@ -185,24 +155,6 @@ pub struct Handover {
     allowance: u32,
     /// Those that are ended towards the client while the server may not know yet.
     ended: BTreeSet<u32>,
-}
-
-impl Default for Handover {
-    fn default() -> Self {
-        let mut decoder = Decoder::default();
-        decoder.allow(MAX_TABLE);
-        Self {
-            decoder,
-            lost: false,
-            payload: Payload::Other,
-            block: None,
-            watches: BTreeMap::new(),
-            chosen: BTreeSet::new(),
-            chosen_total: 0,
-            allowance: 0,
-            ended: BTreeSet::new(),
-        }
-    }
 }
 
 impl Handover {
@@ -232,7 +184,7 @@ impl Handover {
     ///
     /// A header block passes all the same, so that the client's compression state stays the server's.
     pub fn begin(&mut self, header: FrameHeader) -> bool {
-        self.payload = Payload::Other;
+        self.reading = None;
         let last = header.has(flag::END_STREAM) && matches!(header.kind, kind::HEADERS | kind::DATA);
         let swallowed = self.ended.contains(&header.stream)
             && matches!(header.kind, kind::DATA | kind::RST_STREAM | kind::WINDOW_UPDATE);
@@ -240,79 +192,42 @@ impl Handover {
             self.close(header.stream);
             self.ended.remove(&header.stream);
         }
-        if self.lost {
-            return swallowed;
-        }
-        match header.kind {
-            kind::HEADERS => {
-                self.block = Some(Block {
-                    stream: header.stream,
-                    flags: header.flags,
-                    octets: Vec::new(),
-                    first: header.length as usize,
-                });
-                self.payload = Payload::Block;
-            }
-            kind::CONTINUATION => {
-                if let Some(block) = &mut self.block {
-                    block.flags |= header.flags & flag::END_HEADERS;
-                }
-                self.payload = Payload::Block;
-            }
-            // Its block is for a stream the client did not ask for: client-go never allows one.
-            kind::PUSH_PROMISE => self.lose(),
-            kind::DATA => {
-                if let Some(watch) = self.watches.get_mut(&header.stream) {
-                    if header.has(flag::PADDED) {
-                        // Nobody pads a watch; where its octets end would have to be followed as well.
-                        watch.events = Events::Opaque;
-                    }
-                    self.payload = Payload::Data(header.stream);
-                }
-            }
-            _ => {}
-        }
-        if self
-            .block
-            .as_ref()
-            .is_some_and(|block| block.octets.len() + header.length as usize > MAX_BLOCK)
+        if header.kind == kind::DATA
+            && let Some(watch) = self.watches.get_mut(&header.stream)
         {
-            self.lose();
+            if header.has(flag::PADDED) {
+                // Nobody pads a watch; where its octets end would have to be followed as well.
+                watch.events = Events::Opaque;
+            }
+            self.reading = Some(header.stream);
         }
         swallowed
     }
 
     /// A piece of the payload of the frame that began last.
     pub fn take(&mut self, bytes: &[u8]) {
-        match self.payload {
-            Payload::Other => {}
-            Payload::Block => {
-                if let Some(block) = &mut self.block {
-                    block.octets.extend_from_slice(bytes);
-                }
-            }
-            Payload::Data(stream) => {
-                if let Some(watch) = self.watches.get_mut(&stream) {
-                    watch.take(bytes);
-                }
-            }
+        if let Some(stream) = self.reading
+            && let Some(watch) = self.watches.get_mut(&stream)
+        {
+            watch.take(bytes);
         }
     }
 
-    /// The server's last frame is complete.
-    pub fn complete(&mut self) {
-        if let Some(block) = self.block.take_if(|block| block.flags & flag::END_HEADERS != 0) {
-            match self.decode(&block) {
-                Some(list) => {
-                    if let Some(watch) = self.watches.get_mut(&block.stream)
-                        && watch.events == Events::Unanswered
-                    {
-                        watch.events = Events::of(&list);
-                    }
-                }
-                None => self.lose(),
-            }
+    /// An answer's header block is complete.
+    pub fn answered(&mut self, stream: u32, list: &FieldList) {
+        if let Some(watch) = self.watches.get_mut(&stream)
+            && watch.events == Events::Unanswered
+        {
+            watch.events = Events::of(list);
         }
+    }
+
+    /// How the answers are encoded cannot be read any more: all watches are left alone.
+    pub fn lose(&mut self) {
+        self.lost = true;
+        self.reading = None;
+        self.watches.clear();
+        self.chosen.clear();
     }
 
     /// A watch that is to be ended here; the caller ends it towards both sides. Frames are complete on both sides.
@@ -332,29 +247,6 @@ impl Handover {
         self.ended.insert(stream);
         Some(stream)
     }
-
-    fn decode(&mut self, block: &Block) -> Option<Vec<Field>> {
-        let (mut first, rest) = block.octets.split_at_checked(block.first)?;
-        let mut fragment = Vec::new();
-        if block.flags & flag::PADDED != 0 {
-            let (padding, after) = first.split_first()?;
-            first = after.get(..after.len().checked_sub(usize::from(*padding))?)?;
-        }
-        if block.flags & flag::PRIORITY != 0 {
-            first = first.get(5..)?;
-        }
-        fragment.extend_from_slice(first);
-        fragment.extend_from_slice(rest);
-        self.decoder.decode(&fragment, MAX_BLOCK).ok()
-    }
-
-    fn lose(&mut self) {
-        self.lost = true;
-        self.payload = Payload::Other;
-        self.block = None;
-        self.watches.clear();
-        self.chosen.clear();
-    }
 }
 
 #[cfg(test)]
@@ -362,7 +254,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::h2::hpack::write_literal;
+    use crate::h2::{
+        answers::{Answer, Answers},
+        hpack::write_literal,
+    };
 
     fn answer(fields: &[(&str, &str)]) -> Vec<u8> {
         let mut block = Vec::new();
@@ -372,75 +267,102 @@ mod tests {
         block
     }
 
-    fn feed(handover: &mut Handover, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
-        let swallowed = handover.begin(FrameHeader {
-            length: payload.len() as u32,
-            kind,
-            flags,
-            stream,
-        });
-        handover.take(payload);
-        handover.complete();
-        swallowed
+    /// The server's side as the relay follows it.
+    #[derive(Default)]
+    struct Server {
+        answers: Answers,
+        handover: Handover,
     }
 
-    fn watching(content_type: &str) -> Handover {
-        let mut handover = Handover::default();
-        handover.open(1, false);
+    impl Server {
+        /// A whole frame; whether it is swallowed.
+        fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
+            let header = FrameHeader {
+                length: payload.len() as u32,
+                kind,
+                flags,
+                stream,
+            };
+            let swallowed = self.handover.begin(header);
+            self.handover.take(payload);
+            match self.answers.begin(header).or_else(|| self.answers.take(payload)) {
+                Some(Answer::Fields { stream, list }) => self.handover.answered(stream, &list),
+                Some(Answer::Lost) => self.handover.lose(),
+                None => {}
+            }
+            swallowed
+        }
+
+        fn open(&mut self, stream: u32, initial: bool) {
+            self.handover.open(stream, initial);
+        }
+
+        fn allow(&mut self, total: u32) {
+            self.handover.allow(total);
+        }
+
+        fn due(&mut self) -> Option<u32> {
+            self.handover.due()
+        }
+    }
+
+    fn watching(content_type: &str) -> Server {
+        let mut server = Server::default();
+        server.open(1, false);
         let block = answer(&[(":status", "200"), ("content-type", content_type)]);
-        feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &block);
-        handover
+        server.frame(kind::HEADERS, flag::END_HEADERS, 1, &block);
+        server
     }
 
     #[test]
     fn a_watch_in_json_ends_after_a_newline_and_only_when_allowed() {
-        let mut handover = watching("application/json");
-        assert_eq!(handover.due(), None, "nothing is allowed");
-        feed(&mut handover, kind::DATA, 0, 1, b"{\"type\":");
-        handover.allow(1);
-        assert_eq!(handover.due(), None, "inside an event");
-        feed(&mut handover, kind::DATA, 0, 1, b"\"ADDED\"}\n");
-        assert_eq!(handover.due(), Some(1));
-        assert_eq!(handover.due(), None);
+        let mut server = watching("application/json");
+        assert_eq!(server.due(), None, "nothing is allowed");
+        server.frame(kind::DATA, 0, 1, b"{\"type\":");
+        server.allow(1);
+        assert_eq!(server.due(), None, "inside an event");
+        server.frame(kind::DATA, 0, 1, b"\"ADDED\"}\n");
+        assert_eq!(server.due(), Some(1));
+        assert_eq!(server.due(), None);
         assert!(
-            feed(&mut handover, kind::DATA, 0, 1, b"late\n"),
+            server.frame(kind::DATA, 0, 1, b"late\n"),
             "what comes later is swallowed"
         );
-        assert!(feed(&mut handover, kind::RST_STREAM, 0, 1, &[0; 4]));
+        assert!(server.frame(kind::RST_STREAM, 0, 1, &[0; 4]));
         assert!(
-            !feed(&mut handover, kind::DATA, 0, 1, b""),
+            !server.frame(kind::DATA, 0, 1, b""),
             "and forgotten with the stream"
         );
     }
 
     #[test]
     fn a_watch_in_protobuf_ends_after_a_whole_event() {
-        let mut handover = watching("application/vnd.kubernetes.protobuf;stream=watch");
-        handover.allow(1);
+        let mut server = watching("application/vnd.kubernetes.protobuf;stream=watch");
+        server.allow(1);
         // A newline is an octet like any other here, and lengths may be cut anywhere.
         for piece in [&b"\0\0"[..], b"\0\x03\n", b"\n"] {
-            feed(&mut handover, kind::DATA, 0, 1, piece);
-            assert_eq!(handover.due(), None, "{piece:?}");
+            server.frame(kind::DATA, 0, 1, piece);
+            assert_eq!(server.due(), None, "{piece:?}");
         }
-        feed(&mut handover, kind::DATA, 0, 1, b"\n");
-        assert_eq!(handover.due(), Some(1));
+        server.frame(kind::DATA, 0, 1, b"\n");
+        assert_eq!(server.due(), Some(1));
     }
 
     #[test]
     fn a_watch_is_left_alone_until_its_initial_events_are_over() {
-        let mut handover = Handover::default();
-        handover.open(1, true);
+        let mut server = Server::default();
+        server.open(1, true);
         let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
-        feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &block);
-        handover.allow(1);
+        server.frame(kind::HEADERS, flag::END_HEADERS, 1, &block);
+        server.allow(1);
         let added = "{\"type\":\"ADDED\"}\n";
         let bookmark = "{\"type\":\"BOOKMARK\",\"kk8s.io/k8s.io/initial-events-end\":\"true\"}\n";
         for octet in [added, added, &bookmark[..bookmark.len() - 1]].concat().bytes() {
-            feed(&mut handover, kind::DATA, 0, 1, &[octet]);
-            assert_eq!(handover.due(), None);
+            server.frame(kind::DATA, 0, 1, &[octet]);
+            assert_eq!(server.due(), None);
         }
-        feed(&mut handover, kind::DATA, 0, 1, b"\n");
-        assert_eq!(handover.due(), Some(1));
+        server.frame(kind::DATA, 0, 1, b"\n");
+        assert_eq!(server.due(), Some(1));
     }
 
     #[test]
@@ -453,9 +375,9 @@ mod tests {
             ("text/plain", false),
             ("", false),
         ] {
-            let mut handover = watching(content_type);
-            handover.allow(1);
-            assert_eq!(handover.due().is_some(), ends, "{content_type}");
+            let mut server = watching(content_type);
+            server.allow(1);
+            assert_eq!(server.due().is_some(), ends, "{content_type}");
         }
     }
 
@@ -468,46 +390,44 @@ mod tests {
             &[(":status", "103"), json],
             &[json],
         ] {
-            let mut handover = Handover::default();
-            handover.open(1, false);
-            feed(&mut handover, kind::HEADERS, flag::END_HEADERS, 1, &answer(fields));
-            handover.allow(1);
-            assert_eq!(handover.due(), None, "{fields:?}");
+            let mut server = Server::default();
+            server.open(1, false);
+            server.frame(kind::HEADERS, flag::END_HEADERS, 1, &answer(fields));
+            server.allow(1);
+            assert_eq!(server.due(), None, "{fields:?}");
         }
         let mut padded = watching("application/json");
-        feed(&mut padded, kind::DATA, flag::PADDED, 1, &[1, b'\n', 0]);
+        padded.frame(kind::DATA, flag::PADDED, 1, &[1, b'\n', 0]);
         padded.allow(1);
         assert_eq!(padded.due(), None);
     }
 
     #[test]
     fn header_blocks_are_followed_from_the_first_on() {
-        let mut handover = Handover::default();
-        handover.open(3, false);
+        let mut server = Server::default();
+        server.open(3, false);
         // Another stream's answer puts the content type into the table; the watch's only names it, in two frames.
         let mut first = vec![0x88, 0x5f, 16];
         first.extend(b"application/json");
-        feed(
-            &mut handover,
-            kind::HEADERS,
+        server.frame(kind::HEADERS,
             flag::END_HEADERS | flag::END_STREAM,
             1,
             &first,
         );
-        feed(&mut handover, kind::HEADERS, flag::PADDED, 3, &[1, 0x88, 0]);
-        feed(&mut handover, kind::CONTINUATION, flag::END_HEADERS, 3, &[0xbe]);
-        handover.allow(1);
-        assert_eq!(handover.due(), Some(3));
+        server.frame(kind::HEADERS, flag::PADDED, 3, &[1, 0x88, 0]);
+        server.frame(kind::CONTINUATION, flag::END_HEADERS, 3, &[0xbe]);
+        server.allow(1);
+        assert_eq!(server.due(), Some(3));
     }
 
     #[test]
     fn what_cannot_be_followed_leaves_everything_alone() {
         let lost = |kind, flags, payload: &[u8]| {
-            let mut handover = watching("application/json");
-            feed(&mut handover, kind, flags, 5, payload);
-            handover.open(7, false);
-            handover.allow(9);
-            handover.due()
+            let mut server = watching("application/json");
+            server.frame(kind, flags, 5, payload);
+            server.open(7, false);
+            server.allow(9);
+            server.due()
         };
         assert_eq!(
             lost(kind::HEADERS, flag::END_HEADERS, &[0xff, 0x7f]),
@@ -519,28 +439,28 @@ mod tests {
             None,
             "padding"
         );
-        assert_eq!(lost(kind::HEADERS, 0, &vec![0; MAX_BLOCK + 1]), None, "a large block");
+        assert_eq!(lost(kind::HEADERS, 0, &vec![0; 65_537]), None, "a large block");
         assert_eq!(lost(kind::PUSH_PROMISE, flag::END_HEADERS, &[0, 0, 0, 2]), None);
         assert_eq!(lost(kind::DATA, 0, b"x"), Some(1), "and otherwise it goes on");
     }
 
     #[test]
     fn no_more_are_ended_than_allowed_and_the_oldest_go_first() {
-        let mut handover = Handover::default();
+        let mut server = Server::default();
         let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
         for stream in [5, 1, 3] {
-            handover.open(stream, false);
-            feed(&mut handover, kind::HEADERS, flag::END_HEADERS, stream, &block);
+            server.open(stream, false);
+            server.frame(kind::HEADERS, flag::END_HEADERS, stream, &block);
         }
-        handover.allow(2);
+        server.allow(2);
         assert_eq!(
-            [handover.due(), handover.due(), handover.due()],
+            [server.due(), server.due(), server.due()],
             [Some(1), Some(3), None]
         );
-        handover.allow(1);
-        assert_eq!(handover.due(), None, "an allowance never shrinks");
-        handover.allow(3);
-        assert_eq!(handover.due(), Some(5));
+        server.allow(1);
+        assert_eq!(server.due(), None, "an allowance never shrinks");
+        server.allow(3);
+        assert_eq!(server.due(), Some(5));
     }
 
     proptest! {
@@ -562,22 +482,22 @@ mod tests {
                 }
                 ends.insert(wire.len());
             }
-            let mut handover = watching(if protobuf { "application/vnd.kubernetes.protobuf" } else { "application/json" });
+            let mut server = watching(if protobuf { "application/vnd.kubernetes.protobuf" } else { "application/json" });
             let mut passed = 0;
             let from = cut % (wire.len() + 1);
             for piece in wire.chunks(cut) {
                 if passed >= from {
-                    handover.allow(1);
+                    server.allow(1);
                 }
-                if handover.due().is_some() {
+                if server.due().is_some() {
                     prop_assert!(ends.contains(&passed), "{passed} is inside an event");
                     return Ok(());
                 }
-                feed(&mut handover, kind::DATA, 0, 1, piece);
+                server.frame(kind::DATA, 0, 1, piece);
                 passed += piece.len();
             }
-            handover.allow(1);
-            prop_assert_eq!(handover.due(), Some(1), "at the end of the last event at the latest");
+            server.allow(1);
+            prop_assert_eq!(server.due(), Some(1), "at the end of the last event at the latest");
         }
     }
 }

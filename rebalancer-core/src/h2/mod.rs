@@ -6,6 +6,7 @@
 //! Output: the bytes to send to either side.
 //! Must never hold back a DATA frame, change a flow-control window of a stream it relays, or trust a length it read.
 
+mod answers;
 pub mod error;
 pub mod frame;
 mod handover;

@@ -6,6 +6,7 @@
 //! Must never put a frame of its own inside another frame or a header block, nor raise a last-stream-id it has sent.
 
 use super::{
+    answers::{Answer, Answers},
     error::{ConnectionError, ErrorCode},
     frame::{self, FrameHeader, MAX_STREAM_ID, PREFACE, flag, kind},
     handover::Handover,
@@ -15,7 +16,7 @@ use super::{
     streams::Streams,
 };
 
-pub use super::request::claims_identity;
+pub use super::{answers::is_refusal, request::claims_identity};
 
 /// The largest SETTINGS or GOAWAY payload of the server that is read; larger ones pass unread.
 const MAX_CONTROL_PAYLOAD: u32 = 16_384;
@@ -42,7 +43,7 @@ pub struct Settings {
     pub max_header_bytes: usize,
     /// The payload of the PING between the two GOAWAYs: not to be guessed by either side.
     pub ping: [u8; 8],
-    /// Whether watches may be handed over once the connection is told to go: the server's answers are followed.
+    /// Whether watches may be handed over once the connection is told to go.
     pub watch_handover: bool,
 }
 
@@ -102,6 +103,8 @@ pub struct Relay {
     waiting: Vec<u8>,
     /// The same, for a place between two of the client's frames.
     waiting_for_server: Vec<u8>,
+    answers: Answers,
+    refused: u64,
     handover: Option<Handover>,
     user_agent: Option<Box<[u8]>>,
     user_agent_changed: bool,
@@ -126,6 +129,8 @@ impl Relay {
             drain: Drain::Active,
             waiting: Vec::new(),
             waiting_for_server: Vec::new(),
+            answers: Answers::default(),
+            refused: 0,
             handover,
             user_agent: None,
             user_agent_changed: false,
@@ -174,6 +179,8 @@ impl Relay {
                 Step::Starved => break,
                 Step::Header(header) => self.server_header(header, out),
                 Step::Pass(bytes) => {
+                    let answer = self.answers.take(bytes);
+                    self.answered(answer);
                     if let Some(handover) = &mut self.handover {
                         handover.take(bytes);
                     }
@@ -255,6 +262,12 @@ impl Relay {
     /// Watches open now.
     pub fn open_watches(&self) -> u32 {
         self.streams.watches()
+    }
+
+    /// Requests that the server refused for overload so far: 429 or 503, with Retry-After. Answers that cannot be read
+    /// are not among them.
+    pub fn refused(&self) -> u64 {
+        self.refused
     }
 
     /// The user agent, when a request brought another one than the last.
@@ -358,7 +371,7 @@ impl Relay {
             {
                 handover.open(block.stream, request::wants_initial_events(&list));
             }
-            let user_agent = request::value_of(&list, b"user-agent");
+            let user_agent = list.get(b"user-agent");
             if self.user_agent.as_deref() != user_agent {
                 self.user_agent = user_agent.map(Into::into);
                 self.user_agent_changed = true;
@@ -387,7 +400,7 @@ impl Relay {
         };
         if is_request {
             went.extend_from_slice(&self.settings.identity);
-            if request::value_of(&list, b"authorization").is_none() {
+            if list.get(b"authorization").is_none() {
                 went.extend_from_slice(&self.settings.unless_authorized);
             }
         }
@@ -429,7 +442,27 @@ impl Relay {
         frame::write_goaway(last, ErrorCode::NoError, &mut self.waiting);
     }
 
+    fn answered(&mut self, answer: Option<Answer>) {
+        match answer {
+            None => {}
+            Some(Answer::Fields { stream, list }) => {
+                let status = list.get(b":status").unwrap_or_default();
+                self.refused += u64::from(is_refusal(status, list.get(b"retry-after").is_some()));
+                if let Some(handover) = &mut self.handover {
+                    handover.answered(stream, &list);
+                }
+            }
+            Some(Answer::Lost) => {
+                if let Some(handover) = &mut self.handover {
+                    handover.lose();
+                }
+            }
+        }
+    }
+
     fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
+        let answer = self.answers.begin(header);
+        self.answered(answer);
         if let Some(handover) = &mut self.handover
             && handover.begin(header)
         {
@@ -495,7 +528,6 @@ impl Relay {
         if self.server_in_block || !self.server.at_boundary() {
             return;
         }
-        handover.complete();
         while let Some(stream) = handover.due() {
             frame::write_end(stream, &mut self.waiting);
             frame::write_reset(stream, ErrorCode::Cancel, &mut self.waiting_for_server);

@@ -2,7 +2,7 @@
 //!
 //! Input: decoded fields. Output: facts, and blocks of literals. Must never let an identity header of the client pass.
 
-use super::hpack::{self, Field};
+use super::hpack::{self, FieldList};
 
 /// The prefix of every header that names an identity to the apiserver (kubeadm's `--requestheader-*-headers`).
 const IDENTITY_PREFIX: &[u8] = b"x-remote-";
@@ -21,15 +21,15 @@ fn is_forwarded_for(name: &[u8]) -> bool {
 }
 
 /// Whether the client's block can pass as it came: nothing in it is to be removed or merged.
-pub fn passes_verbatim(list: &[Field]) -> bool {
+pub fn passes_verbatim(list: &FieldList) -> bool {
     !list
         .iter()
-        .any(|field| claims_identity(&field.name) || is_forwarded_for(&field.name))
+        .any(|(name, _)| claims_identity(name) || is_forwarded_for(name))
 }
 
 /// Whether the request is a watch: `watch=true` in the query, or the deprecated `/watch/` path
 /// (k8s.io/apiserver/pkg/endpoints/request/requestinfo.go).
-pub fn is_watch(list: &[Field]) -> bool {
+pub fn is_watch(list: &FieldList) -> bool {
     let (path, query) = target(list);
     query.split(|octet| *octet == b'&').any(|pair| {
         matches!(
@@ -40,7 +40,7 @@ pub fn is_watch(list: &[Field]) -> bool {
 }
 
 /// Whether a watch asks for what exists before what changes (KEP-3157): any value but false and 0 counts as yes.
-pub fn wants_initial_events(list: &[Field]) -> bool {
+pub fn wants_initial_events(list: &FieldList) -> bool {
     let (_, query) = target(list);
     query.split(|octet| *octet == b'&').any(|pair| {
         pair.strip_prefix(b"sendInitialEvents")
@@ -49,31 +49,24 @@ pub fn wants_initial_events(list: &[Field]) -> bool {
 }
 
 /// Path and query.
-fn target(list: &[Field]) -> (&[u8], &[u8]) {
-    let path = value_of(list, b":path").unwrap_or_default();
+fn target(list: &FieldList) -> (&[u8], &[u8]) {
+    let path = list.get(b":path").unwrap_or_default();
     match path.iter().position(|octet| *octet == b'?') {
         Some(at) => (&path[..at], &path[at + 1..]),
         None => (path, &[]),
     }
 }
 
-/// The value of the first field of that name.
-pub fn value_of<'a>(list: &'a [Field], name: &[u8]) -> Option<&'a [u8]> {
-    list.iter()
-        .find(|field| *field.name == *name)
-        .map(|field| &*field.value)
-}
-
 /// Appends every field of a request that may pass as a literal, and the client's address merged into the list it
 /// brought along, the way a reverse proxy does.
-pub fn write_request(list: &[Field], forwarded_for: &str, out: &mut Vec<u8>) {
+pub fn write_request(list: &FieldList, forwarded_for: &str, out: &mut Vec<u8>) {
     let mut chain = Vec::new();
-    for field in list {
-        if is_forwarded_for(&field.name) {
-            chain.extend_from_slice(&field.value);
+    for (name, value) in list.iter() {
+        if is_forwarded_for(name) {
+            chain.extend_from_slice(value);
             chain.extend_from_slice(b", ");
-        } else if !claims_identity(&field.name) {
-            hpack::write_literal(&field.name, &field.value, out);
+        } else if !claims_identity(name) {
+            hpack::write_literal(name, value, out);
         }
     }
     chain.extend_from_slice(forwarded_for.as_bytes());
@@ -86,10 +79,10 @@ pub fn write_forwarded_for(forwarded_for: &str, out: &mut Vec<u8>) {
 }
 
 /// Appends every trailer that may pass as a literal.
-pub fn write_trailers(list: &[Field], out: &mut Vec<u8>) {
-    for field in list {
-        if !claims_identity(&field.name) && !is_forwarded_for(&field.name) {
-            hpack::write_literal(&field.name, &field.value, out);
+pub fn write_trailers(list: &FieldList, out: &mut Vec<u8>) {
+    for (name, value) in list.iter() {
+        if !claims_identity(name) && !is_forwarded_for(name) {
+            hpack::write_literal(name, value, out);
         }
     }
 }
@@ -98,12 +91,11 @@ pub fn write_trailers(list: &[Field], out: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
-    fn list(fields: &[(&str, &str)]) -> Vec<Field> {
-        let field = |(name, value): &(&str, &str)| Field {
-            name: name.as_bytes().into(),
-            value: value.as_bytes().into(),
-        };
-        fields.iter().map(field).collect()
+    fn list(fields: &[(&str, &str)]) -> FieldList {
+        fields
+            .iter()
+            .map(|(name, value)| (name.as_bytes(), value.as_bytes()))
+            .collect()
     }
 
     #[test]

@@ -14,7 +14,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rebalancer_core::h2::relay::claims_identity;
+use rebalancer_core::h2::relay::{claims_identity, is_refusal};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Mutex,
@@ -165,6 +165,9 @@ async fn forward(
             return Ok(refused);
         }
     };
+    if is_refusal(answer.status().as_str().as_bytes(), answer.headers().contains_key(header::RETRY_AFTER)) {
+        connection.add_refused(1);
+    }
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let from_server = hyper::upgrade::on(&mut answer);
         *upgraded.lock().await = Some(Upgraded {

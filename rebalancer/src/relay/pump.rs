@@ -144,6 +144,7 @@ where
         out: Output::default(),
         to_client: Queue::default(),
         to_server: Queue::default(),
+        refused: 0,
     };
     let end = pump.relay(&mut client, &mut server, connection).await;
     if let End::Protocol(error) = &end {
@@ -178,6 +179,8 @@ struct Pump {
     out: Output,
     to_client: Queue,
     to_server: Queue,
+    /// How many refusals the registry knows of.
+    refused: u64,
 }
 
 impl Pump {
@@ -269,6 +272,11 @@ impl Pump {
             self.relay.open_streams(),
             self.relay.open_watches(),
         );
+        let refused = self.relay.refused();
+        if refused > self.refused {
+            connection.add_refused(refused - self.refused);
+            self.refused = refused;
+        }
         if self.relay.drain() != Drain::Active {
             connection.set_draining();
         }

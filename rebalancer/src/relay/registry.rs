@@ -99,6 +99,8 @@ pub struct Registry {
     cursor: AtomicU64,
     coarse_ms: AtomicU64,
     upstream: AtomicU8,
+    /// Requests that the apiserver refused for overload.
+    refused: AtomicU64,
     inner: Mutex<Inner>,
 }
 
@@ -130,6 +132,7 @@ impl Registry {
             cursor: AtomicU64::new(1),
             coarse_ms: AtomicU64::new(0),
             upstream: AtomicU8::new(Upstream::Unknown as u8),
+            refused: AtomicU64::new(0),
             inner: Mutex::default(),
         })
     }
@@ -215,8 +218,7 @@ impl Registry {
             full: since.is_none(),
             generation: inner.generation,
             upstream: self.upstream(),
-            // Header blocks of the server pass unread.
-            refused_total: None,
+            refused_total: Some(self.refused.load(Relaxed)),
             connections: Vec::new(),
             closed: Vec::new(),
             counters: Vec::new(),
@@ -427,6 +429,11 @@ impl Connection {
     /// Streams or requests so far.
     pub fn requests(&self) -> u64 {
         self.requests.load(Relaxed)
+    }
+
+    /// The apiserver refused so many more of its requests for overload.
+    pub fn add_refused(&self, count: u64) {
+        self.registry.refused.fetch_add(count, Relaxed);
     }
 
     /// Octets went through.

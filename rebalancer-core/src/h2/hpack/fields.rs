@@ -4,8 +4,6 @@
 
 use std::collections::VecDeque;
 
-use super::Field;
-
 /// What an entry costs beyond its octets (RFC 7541, section 4.1).
 pub const OVERHEAD: usize = 32;
 
@@ -74,10 +72,30 @@ const STATIC: [(&str, &str); 61] = [
     ("www-authenticate", ""),
 ];
 
+/// A field of the dynamic table, in one allocation.
+#[derive(Debug)]
+struct Entry {
+    octets: Box<[u8]>,
+    name_end: usize,
+}
+
+impl Entry {
+    fn new(name: &[u8], value: &[u8]) -> Self {
+        Self {
+            octets: [name, value].concat().into_boxed_slice(),
+            name_end: name.len(),
+        }
+    }
+
+    fn cost(&self) -> usize {
+        self.octets.len() + OVERHEAD
+    }
+}
+
 /// The fields an index can name.
 #[derive(Debug)]
 pub struct Fields {
-    dynamic: VecDeque<Field>,
+    dynamic: VecDeque<Entry>,
     size: usize,
     capacity: usize,
 }
@@ -98,20 +116,20 @@ impl Fields {
         if let Some((name, value)) = STATIC.get(index) {
             return Some((name.as_bytes(), value.as_bytes()));
         }
-        let field = self.dynamic.get(index - STATIC.len())?;
-        Some((&field.name, &field.value))
+        let entry = self.dynamic.get(index - STATIC.len())?;
+        Some(entry.octets.split_at(entry.name_end))
     }
 
     /// Adds a field, evicting the oldest; one that is larger than the table empties it (section 4.4).
-    pub fn insert(&mut self, field: Field) {
-        let cost = cost(&field);
+    pub fn insert(&mut self, name: &[u8], value: &[u8]) {
+        let cost = name.len() + value.len() + OVERHEAD;
         if cost > self.capacity {
             self.dynamic.clear();
             self.size = 0;
             return;
         }
         self.size += cost;
-        self.dynamic.push_front(field);
+        self.dynamic.push_front(Entry::new(name, value));
         self.evict();
     }
 
@@ -126,37 +144,26 @@ impl Fields {
             let Some(oldest) = self.dynamic.pop_back() else {
                 return;
             };
-            self.size -= cost(&oldest);
+            self.size -= oldest.cost();
         }
     }
-}
-
-fn cost(field: &Field) -> usize {
-    field.name.len() + field.value.len() + OVERHEAD
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn field(name: &str, value: &str) -> Field {
-        Field {
-            name: name.as_bytes().into(),
-            value: value.as_bytes().into(),
-        }
-    }
-
     #[test]
     fn the_newest_field_has_the_lowest_dynamic_index_and_the_oldest_is_evicted() {
         let mut fields = Fields::new(80);
-        fields.insert(field("a", "1"));
-        fields.insert(field("b", "2"));
+        fields.insert(b"a", b"1");
+        fields.insert(b"b", b"2");
         assert_eq!(fields.get(62), Some((&b"b"[..], &b"2"[..])));
         assert_eq!(fields.get(63), Some((&b"a"[..], &b"1"[..])));
-        fields.insert(field("c", "3"));
+        fields.insert(b"c", b"3");
         assert_eq!(fields.get(63), Some((&b"b"[..], &b"2"[..])));
         assert_eq!(fields.get(64), None);
-        fields.insert(field("long", &"x".repeat(80)));
+        fields.insert(b"long", &[b'x'; 80]);
         assert_eq!(fields.get(62), None);
         assert_eq!(fields.get(0), None);
         assert_eq!(fields.get(2), Some((&b":method"[..], &b"GET"[..])));

@@ -6,22 +6,15 @@
 
 mod fields;
 mod huffman;
+mod list;
 
 use fields::{Fields, OVERHEAD};
+pub use list::FieldList;
 
 use super::error::ConnectionError;
 
 /// The size a dynamic table has until SETTINGS say otherwise (RFC 9113, section 6.5.2).
 pub const DEFAULT_TABLE_SIZE: usize = 4096;
-
-/// One header field.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Field {
-    /// The name; HTTP/2 has it in lower case (RFC 9113, section 8.2.1).
-    pub name: Box<[u8]>,
-    /// The value.
-    pub value: Box<[u8]>,
-}
 
 /// Follows one direction's header blocks.
 #[derive(Debug)]
@@ -51,10 +44,9 @@ impl Decoder {
     /// # Errors
     ///
     /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2), or a list that is larger than the bound.
-    pub fn decode(&mut self, block: &[u8], limit: usize) -> Result<Vec<Field>, ConnectionError> {
+    pub fn decode(&mut self, block: &[u8], limit: usize) -> Result<FieldList, ConnectionError> {
         let mut reader = Reader { rest: block };
-        let mut list = Vec::with_capacity(16);
-        let mut left = limit;
+        let mut list = FieldList::with_room();
         while let Some(&first) = reader.rest.first() {
             if first & 0xe0 == 0x20 {
                 if !list.is_empty() {
@@ -69,32 +61,36 @@ impl Decoder {
                 self.fields.resize(size);
                 continue;
             }
-            let field = if first & 0x80 != 0 {
-                let index = reader.integer(7)?;
-                let (name, value) = self.indexed(index)?;
-                Field {
-                    name: name.into(),
-                    value: value.into(),
-                }
+            let left = limit.saturating_sub(list.size() + OVERHEAD);
+            if first & 0x80 != 0 {
+                let (name, value) = self.indexed(reader.integer(7)?)?;
+                list.push_with(|out| {
+                    out.extend_from_slice(name);
+                    let name_end = out.len();
+                    out.extend_from_slice(value);
+                    Ok(name_end)
+                })?;
             } else {
                 let indexing = first & 0x40 != 0;
                 let index = reader.integer(if indexing { 6 } else { 4 })?;
-                let name = if index == 0 {
-                    reader.string(left)?
-                } else {
-                    self.indexed(index)?.0.into()
-                };
-                let value = reader.string(left)?;
-                let field = Field { name, value };
+                let (name, value) = list.push_with(|out| {
+                    let begin = out.len();
+                    if index == 0 {
+                        reader.string(left, out)?;
+                    } else {
+                        out.extend_from_slice(self.indexed(index)?.0);
+                    }
+                    let name_end = out.len();
+                    reader.string(left.saturating_sub(name_end - begin), out)?;
+                    Ok(name_end)
+                })?;
                 if indexing {
-                    self.fields.insert(field.clone());
+                    self.fields.insert(name, value);
                 }
-                field
-            };
-            left = left
-                .checked_sub(field.name.len() + field.value.len() + OVERHEAD)
-                .ok_or(ConnectionError::calm("a header list is larger than allowed"))?;
-            list.push(field);
+            }
+            if list.size() > limit {
+                return Err(ConnectionError::calm("a header list is larger than allowed"));
+            }
         }
         Ok(list)
     }
@@ -139,8 +135,8 @@ impl Reader<'_> {
         ))
     }
 
-    /// A string literal (RFC 7541, section 5.2) of at most `limit` octets once decoded.
-    fn string(&mut self, limit: usize) -> Result<Box<[u8]>, ConnectionError> {
+    /// Appends a string literal (RFC 7541, section 5.2) of at most `limit` octets once decoded.
+    fn string(&mut self, limit: usize, out: &mut Vec<u8>) -> Result<(), ConnectionError> {
         let huffman = self.rest.first().is_some_and(|first| first & 0x80 != 0);
         let length = self.integer(7)?;
         let (text, rest) = self
@@ -149,15 +145,13 @@ impl Reader<'_> {
             .ok_or(ConnectionError::compression("a string in a header block ends early"))?;
         self.rest = rest;
         if huffman {
-            // The shortest code has five bits: a string never grows by more than 8/5.
-            let mut out = Vec::with_capacity(limit.min(length * 8 / 5 + 1));
-            huffman::decode(text, limit, &mut out)
-                .map_err(|huffman::Invalid| ConnectionError::compression("a Huffman code is invalid or too long"))?;
-            Ok(out.into_boxed_slice())
+            huffman::decode(text, limit, out)
+                .map_err(|huffman::Invalid| ConnectionError::compression("a Huffman code is invalid or too long"))
         } else if length > limit {
             Err(ConnectionError::calm("a header list is larger than allowed"))
         } else {
-            Ok(text.into())
+            out.extend_from_slice(text);
+            Ok(())
         }
     }
 }
@@ -200,11 +194,9 @@ mod tests {
 
     use super::*;
 
-    fn text(list: &[Field]) -> Vec<(String, String)> {
-        let text = |octets: &[u8]| String::from_utf8(octets.to_vec()).expect("the examples are ASCII");
-        list.iter()
-            .map(|field| (text(&field.name), text(&field.value)))
-            .collect()
+    fn text(list: &FieldList) -> Vec<(String, String)> {
+        let text = |octets: &[u8]| String::from_utf8(octets.to_vec()).expect("the examples are text");
+        list.iter().map(|(name, value)| (text(name), text(value))).collect()
     }
 
     #[test]
@@ -267,7 +259,8 @@ mod tests {
         #[test]
         fn any_bytes_decode_or_are_refused_within_the_bound(block in prop::collection::vec(any::<u8>(), 0..512)) {
             if let Ok(list) = Decoder::default().decode(&block, 256) {
-                let octets: usize = list.iter().map(|field| field.name.len() + field.value.len() + OVERHEAD).sum();
+                let octets: usize = list.iter().map(|(name, value)| name.len() + value.len() + OVERHEAD).sum();
+                prop_assert_eq!(octets, list.size());
                 prop_assert!(octets <= 256);
             }
         }

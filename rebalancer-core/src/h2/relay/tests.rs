@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::h2::hpack::Field;
+use crate::h2::hpack::FieldList;
 
 const PING: [u8; 8] = *b"rebalnce";
 
@@ -82,8 +82,8 @@ fn decoded(to_server: &[u8], server: &mut Decoder) -> Vec<(u32, Vec<(String, Str
         .into_iter()
         .filter(|(header, _)| header.kind == kind::HEADERS)
         .map(|(header, block)| {
-            let list: Vec<Field> = server.decode(&block, 1 << 16).expect("the server can read it");
-            let fields = list.iter().map(|field| (text(&field.name), text(&field.value)));
+            let list: FieldList = server.decode(&block, 1 << 16).expect("the server can read it");
+            let fields = list.iter().map(|(name, value)| (text(name), text(value)));
             (
                 header.stream,
                 fields
@@ -293,6 +293,31 @@ fn a_draining_connections_watches_end_between_events_and_windows_are_given_back(
     assert_eq!(out.to_client, answered);
     assert_eq!(out.to_server, frame(kind::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 3]));
     assert!(relay.is_finished());
+}
+
+#[test]
+fn refusals_for_overload_are_counted_and_every_answer_passes_as_it_came() {
+    let (mut relay, mut out) = started();
+    let three = [
+        request(1, &first_block("/a")),
+        request(3, &AGAIN),
+        request(5, &AGAIN),
+    ];
+    relay.client_bytes(&three.concat(), &mut out).expect("requests");
+    // `:status: 429` and `retry-after: 1` with indexing, then both by reference, then an answer that is none.
+    let refusal = [&[0x48, 3][..], b"429", &[0x75, 1], b"1"].concat();
+    let last = flag::END_HEADERS | flag::END_STREAM;
+    let answers = [
+        frame(kind::HEADERS, last, 1, &refusal),
+        frame(kind::HEADERS, last, 3, &[0xbf, 0xbe]),
+        frame(kind::HEADERS, last, 5, &[0x88]),
+    ]
+    .concat();
+    for octet in &answers {
+        relay.server_bytes(&[*octet], &mut out).expect("answers");
+    }
+    assert_eq!(relay.refused(), 2);
+    assert_eq!(out.to_client, answers);
 }
 
 #[test]
