@@ -68,8 +68,8 @@ pub struct ShimReport {
     pub counters: Vec<(ConnectionId, Counters)>,
     /// Whether the server behind it answers; `None` when the shim does not know.
     pub upstream_ready: Option<bool>,
-    /// Requests that the server behind it refused for overload (429) since the shim started; `None` when it does not see
-    /// answers.
+    /// Requests that the server behind it refused for overload since the shim started (429 or 503, and when to come
+    /// again); `None` when it does not see answers.
     pub refused_total: Option<u64>,
 }
 

@@ -30,8 +30,11 @@ use tokio_rustls::TlsConnector;
 
 use crate::pki::SERVER_NAME;
 
-/// How often a backend's health is asked, and how long it may take.
+/// How often a backend's health is asked.
 const CHECK: Duration = Duration::from_millis(500);
+
+/// How long the answer may take: a dead backend refuses at once, and a slow machine is no reason to send nowhere.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// How a backend is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -141,7 +144,7 @@ impl Balancer {
         loop {
             ticks.tick().await;
             let backend = &self.backends[index];
-            let healthy = matches!(timeout(CHECK, readyz(backend.address, &tls)).await, Ok(Ok(true)));
+            let healthy = matches!(timeout(ANSWER, readyz(backend.address, &tls)).await, Ok(Ok(true)));
             backend.healthy.store(healthy, Relaxed);
         }
     }

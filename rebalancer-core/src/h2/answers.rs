@@ -241,7 +241,12 @@ mod tests {
         for (kind, flags, stream) in [(kind::DATA, 0, 1), (kind::HEADERS, 0, 1), (kind::CONTINUATION, 0, 3)] {
             let mut answers = Answers::default();
             assert_eq!(feed(&mut answers, kind::HEADERS, 0, &[0x88]), None);
-            let header = FrameHeader { length: 1, kind, flags, stream };
+            let header = FrameHeader {
+                length: 1,
+                kind,
+                flags,
+                stream,
+            };
             assert_eq!(answers.begin(header), Some(Answer::Lost));
         }
     }

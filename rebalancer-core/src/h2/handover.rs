@@ -45,7 +45,9 @@ impl Events {
         if status.starts_with(b"1") {
             return Self::Unanswered;
         }
-        let plain = list.get(b"content-encoding").is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
+        let plain = list
+            .get(b"content-encoding")
+            .is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
         if status != b"200" || !plain {
             return Self::Opaque;
         }
@@ -329,10 +331,7 @@ mod tests {
             "what comes later is swallowed"
         );
         assert!(server.frame(kind::RST_STREAM, 0, 1, &[0; 4]));
-        assert!(
-            !server.frame(kind::DATA, 0, 1, b""),
-            "and forgotten with the stream"
-        );
+        assert!(!server.frame(kind::DATA, 0, 1, b""), "and forgotten with the stream");
     }
 
     #[test]
@@ -409,11 +408,7 @@ mod tests {
         // Another stream's answer puts the content type into the table; the watch's only names it, in two frames.
         let mut first = vec![0x88, 0x5f, 16];
         first.extend(b"application/json");
-        server.frame(kind::HEADERS,
-            flag::END_HEADERS | flag::END_STREAM,
-            1,
-            &first,
-        );
+        server.frame(kind::HEADERS, flag::END_HEADERS | flag::END_STREAM, 1, &first);
         server.frame(kind::HEADERS, flag::PADDED, 3, &[1, 0x88, 0]);
         server.frame(kind::CONTINUATION, flag::END_HEADERS, 3, &[0xbe]);
         server.allow(1);
@@ -453,10 +448,7 @@ mod tests {
             server.frame(kind::HEADERS, flag::END_HEADERS, stream, &block);
         }
         server.allow(2);
-        assert_eq!(
-            [server.due(), server.due(), server.due()],
-            [Some(1), Some(3), None]
-        );
+        assert_eq!([server.due(), server.due(), server.due()], [Some(1), Some(3), None]);
         server.allow(1);
         assert_eq!(server.due(), None, "an allowance never shrinks");
         server.allow(3);

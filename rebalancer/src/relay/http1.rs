@@ -165,7 +165,10 @@ async fn forward(
             return Ok(refused);
         }
     };
-    if is_refusal(answer.status().as_str().as_bytes(), answer.headers().contains_key(header::RETRY_AFTER)) {
+    if is_refusal(
+        answer.status().as_str().as_bytes(),
+        answer.headers().contains_key(header::RETRY_AFTER),
+    ) {
         connection.add_refused(1);
     }
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {

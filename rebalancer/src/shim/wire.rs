@@ -131,7 +131,7 @@ pub struct Connections {
     pub generation: u64,
     /// The server behind it.
     pub upstream: Upstream,
-    /// Requests that the server refused for overload (429) since the shim started; absent when the shim does not see answers.
+    /// Requests that the server refused for overload since the shim started; absent when the shim does not see answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused_total: Option<u64>,
     /// Connections, or those that changed.

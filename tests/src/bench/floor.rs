@@ -1,6 +1,6 @@
-//! The floor: a relay that ends TLS on both sides and copies bytes without reading them.
+//! The floor: a relay that ends TLS on both sides and copies bytes without reading them; or leaves TLS alone too.
 //!
-//! Job: what any proxy that holds the certificates must spend. Must never look at what it copies.
+//! Job: what any proxy that holds the certificates must spend, and what any hop must. Must never look at what it copies.
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
@@ -12,66 +12,77 @@ use rustls::{
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::pki::SERVER_NAME;
+use crate::{pki::SERVER_NAME, process::open_files};
 
-/// Copies for as long as the process lives, on one thread.
+/// Copies for as long as the process lives, on one thread; without certificates, what passes is TLS still.
 ///
 /// # Errors
 ///
 /// The certificates or the address cannot be used.
-pub fn run(listen: SocketAddr, upstream: SocketAddr, directory: &Path) -> anyhow::Result<()> {
+pub fn run(listen: SocketAddr, upstream: SocketAddr, certificates: Option<&Path>) -> anyhow::Result<()> {
     // More than its fair share of descriptors is not needed: what may be had is had.
-    super::machine::open_files()?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain = CertificateDer::pem_file_iter(directory.join("apiserver.crt"))?.collect::<Result<Vec<_>, _>>()?;
-    let key = PrivateKeyDer::from_pem_file(directory.join("apiserver.key"))?;
-    let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    server.alpn_protocols = vec![b"h2".to_vec()];
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(&fs::read(directory.join("ca.crt"))?)?)?;
-    let mut client = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    client.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = TlsAcceptor::from(Arc::new(server));
-    let connector = TlsConnector::from(Arc::new(client));
+    open_files()?;
+    let ends = certificates.map(Ends::read).transpose()?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(accept(listen, upstream, acceptor, connector))
+        .block_on(accept(listen, upstream, ends))
 }
 
-async fn accept(
-    listen: SocketAddr,
-    upstream: SocketAddr,
+/// Both ends of TLS.
+#[derive(Clone)]
+struct Ends {
     acceptor: TlsAcceptor,
     connector: TlsConnector,
-) -> anyhow::Result<()> {
+}
+
+impl Ends {
+    fn read(directory: &Path) -> anyhow::Result<Self> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let chain = CertificateDer::pem_file_iter(directory.join("apiserver.crt"))?.collect::<Result<Vec<_>, _>>()?;
+        let key = PrivateKeyDer::from_pem_file(directory.join("apiserver.key"))?;
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?;
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(&fs::read(directory.join("ca.crt"))?)?)?;
+        let mut client = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(Self {
+            acceptor: TlsAcceptor::from(Arc::new(server)),
+            connector: TlsConnector::from(Arc::new(client)),
+        })
+    }
+}
+
+async fn accept(listen: SocketAddr, upstream: SocketAddr, ends: Option<Ends>) -> anyhow::Result<()> {
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
     loop {
         let (stream, _) = listener.accept().await?;
-        let (acceptor, connector) = (acceptor.clone(), connector.clone());
+        let ends = ends.clone();
         tokio::spawn(async move {
-            if let Err(error) = copy(stream, upstream, acceptor, connector).await {
+            if let Err(error) = copy(stream, upstream, ends).await {
                 eprintln!("{error:#}");
             }
         });
     }
 }
 
-async fn copy(
-    stream: TcpStream,
-    upstream: SocketAddr,
-    acceptor: TlsAcceptor,
-    connector: TlsConnector,
-) -> anyhow::Result<()> {
+async fn copy(mut stream: TcpStream, upstream: SocketAddr, ends: Option<Ends>) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
+    let Some(Ends { acceptor, connector }) = ends else {
+        let mut server = TcpStream::connect(upstream).await?;
+        server.set_nodelay(true)?;
+        tokio::io::copy_bidirectional(&mut stream, &mut server).await?;
+        return Ok(());
+    };
     let mut client = acceptor.accept(stream).await?;
     let stream = TcpStream::connect(upstream).await?;
     stream.set_nodelay(true)?;

@@ -134,40 +134,6 @@ impl Busy {
     }
 }
 
-/// How many descriptors a process may have open, after asking for all that may be had.
-///
-/// # Errors
-///
-/// What getrlimit(2) says.
-pub fn open_files() -> io::Result<u64> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the pointer is to an rlimit that lives through the call.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let wanted = libc::rlimit {
-        rlim_cur: limit.rlim_max.max(WANTED_FILES),
-        rlim_max: limit.rlim_max.max(WANTED_FILES),
-    };
-    let all = libc::rlimit {
-        rlim_cur: limit.rlim_max,
-        rlim_max: limit.rlim_max,
-    };
-    for attempt in [wanted, all] {
-        // SAFETY: the pointer is to an rlimit that lives through the call.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const attempt) } == 0 {
-            return Ok(attempt.rlim_cur);
-        }
-    }
-    Ok(limit.rlim_cur)
-}
-
-/// Two a client of the largest run, and room.
-const WANTED_FILES: u64 = 24_000;
-
 /// The processor's name.
 pub fn processor() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -27,6 +27,9 @@ pub enum Peer {
     Relay,
     /// TLS on both sides and bytes between.
     Floor,
+    /// Bytes between two sockets, TLS and all: what the hop itself costs on this machine, mostly in wake-ups. No proxy
+    /// that holds the certificates can cost less.
+    Passthrough,
     /// haproxy, `mode http`.
     Haproxy,
     /// Envoy.
@@ -35,13 +38,14 @@ pub enum Peer {
 
 impl Peer {
     /// In the order in which they take turns.
-    pub const ALL: [Self; 4] = [Self::Relay, Self::Floor, Self::Haproxy, Self::Envoy];
+    pub const ALL: [Self; 5] = [Self::Relay, Self::Floor, Self::Passthrough, Self::Haproxy, Self::Envoy];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Relay => "relay",
             Self::Floor => "floor",
+            Self::Passthrough => "passthrough",
             Self::Haproxy => "haproxy",
             Self::Envoy => "envoy",
         }
@@ -54,6 +58,7 @@ impl Peer {
             Self::Floor => 20_002,
             Self::Haproxy => 20_003,
             Self::Envoy => 20_004,
+            Self::Passthrough => 20_006,
         }
     }
 }
@@ -136,7 +141,8 @@ impl Start<'_> {
     pub fn peer(&self, peer: Peer) -> anyhow::Result<Process> {
         let command = match peer {
             Peer::Relay => self.relay(),
-            Peer::Floor => self.floor()?,
+            Peer::Floor => self.copier(peer, Some(self.pki.path()))?,
+            Peer::Passthrough => self.copier(peer, None)?,
             Peer::Haproxy => self.haproxy()?,
             Peer::Envoy => self.envoy()?,
         };
@@ -159,15 +165,16 @@ impl Start<'_> {
         command
     }
 
-    fn floor(&self) -> anyhow::Result<Command> {
+    fn copier(&self, peer: Peer, certificates: Option<&Path>) -> anyhow::Result<Command> {
         let own = std::env::current_exe().context("a process knows its own binary on Linux")?;
         let mut command = pinned(self.cores.measured, own);
         command
             .arg("floor")
-            .arg(format!("--listen={}", local(Peer::Floor.port())))
-            .arg(format!("--upstream={BACKEND}"))
-            .arg("--certificates")
-            .arg(self.pki.path());
+            .arg(format!("--listen={}", local(peer.port())))
+            .arg(format!("--upstream={BACKEND}"));
+        if let Some(certificates) = certificates {
+            command.arg("--certificates").arg(certificates);
+        }
         Ok(command)
     }
 

@@ -11,7 +11,10 @@ use super::{
     machine::{self, Busy, Cores, cpu_ns, pss_kib},
     peers::{BACKEND, FIGURES, Peer, Programs, Start},
 };
-use crate::{pki::Pki, process::Process};
+use crate::{
+    pki::Pki,
+    process::{Process, open_files},
+};
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +123,7 @@ struct Moment {
 /// A program cannot be started, ends early, or a client does not get through.
 pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&str)) -> anyhow::Result<Figures> {
     let cores = Cores::pick()?;
-    let open_files = machine::open_files().context("cannot ask how many files may be open")?;
+    let open_files = open_files().context("cannot ask how many files may be open")?;
     let pki = Pki::new(&[BACKEND.ip()])?;
     let start = Start {
         programs,

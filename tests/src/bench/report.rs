@@ -146,14 +146,14 @@ impl Figures {
         writeln!(page, "\nProcessor time of the proxy for a request, in microseconds:\n")?;
         writeln!(
             page,
-            "| shape | relay | floor | haproxy | Envoy | relay / floor | bound | relay / haproxy | bound | relay / Envoy |"
+            "| shape | relay | floor | passthrough | haproxy | Envoy | relay / floor | bound | relay / haproxy | bound | relay / Envoy |"
         )?;
-        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
         for (shape, bound) in BOUNDS {
-            let [relay, floor, haproxy, envoy] = Peer::ALL.map(|peer| self.proxy_us(shape, peer));
+            let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.proxy_us(shape, peer));
             writeln!(
                 page,
-                "| {} | {relay:.1} | {floor:.1} | {haproxy:.1} | {envoy:.1} | {} | {FLOOR_BOUND} | {} | {bound} | {} |",
+                "| {} | {relay:.1} | {floor:.1} | {passthrough:.1} | {haproxy:.1} | {envoy:.1} | {} | {FLOOR_BOUND} | {} | {bound} | {} |",
                 shape.name(),
                 rounded(relay / floor),
                 rounded(relay / haproxy),
@@ -167,41 +167,44 @@ impl Figures {
         )?;
         writeln!(
             page,
-            "| shape | relay | floor | haproxy | Envoy | relay / haproxy | bound |"
+            "| shape | relay | floor | passthrough | haproxy | Envoy | relay / haproxy | bound |"
         )?;
-        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|")?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|")?;
         for shape in Shape::ALL {
-            let [relay, floor, haproxy, envoy] = Peer::ALL.map(|peer| self.total_us(shape, peer));
+            let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.total_us(shape, peer));
             writeln!(
                 page,
-                "| {} | {relay:.1} | {floor:.1} | {haproxy:.1} | {envoy:.1} | {} | 1.0 |",
+                "| {} | {relay:.1} | {floor:.1} | {passthrough:.1} | {haproxy:.1} | {envoy:.1} | {} | 1.0 |",
                 shape.name(),
                 rounded(relay / haproxy),
             )?;
         }
 
         writeln!(page, "\nThe rest:\n")?;
-        writeln!(page, "| | relay | floor | haproxy | Envoy | relay / haproxy | bound |")?;
-        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|")?;
-        let [relay, floor, haproxy, envoy] = Peer::ALL.map(|peer| self.event_us(peer) / 10.0);
         writeln!(
             page,
-            "| processor seconds for 100,000 watch events | {relay:.2} | {floor:.2} | {haproxy:.2} | {envoy:.2} | {} | 0.6 |",
+            "| | relay | floor | passthrough | haproxy | Envoy | relay / haproxy | bound |"
+        )?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|")?;
+        let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.event_us(peer) / 10.0);
+        writeln!(
+            page,
+            "| processor seconds for 100,000 watch events | {relay:.2} | {floor:.2} | {passthrough:.2} | {haproxy:.2} | {envoy:.2} | {} | 0.6 |",
             rounded(relay / haproxy)
         )?;
-        let [relay, floor, haproxy, envoy] = Peer::ALL.map(|peer| self.added_us(peer));
+        let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.added_us(peer));
         writeln!(
             page,
-            "| median latency added to {:.0} µs, sequential, in microseconds | {relay:.0} | {floor:.0} | {haproxy:.0} | \
+            "| median latency added to {:.0} µs, sequential, in microseconds | {relay:.0} | {floor:.0} | {passthrough:.0} | {haproxy:.0} | \
              {envoy:.0} | {} | 0.4 |",
             self.latency_us(None),
             rounded(relay / haproxy)
         )?;
-        let [relay, floor, haproxy, envoy] =
+        let [relay, floor, passthrough, haproxy, envoy] =
             Peer::ALL.map(|peer| self.held.get(&peer).map_or(f64::NAN, |held| held.kib_per_client));
         writeln!(
             page,
-            "| KiB for a client with one open watch, both sides ({} clients) | {relay:.1} | {floor:.1} | {haproxy:.1} | \
+            "| KiB for a client with one open watch, both sides ({} clients) | {relay:.1} | {floor:.1} | {passthrough:.1} | {haproxy:.1} | \
              {envoy:.1} | {} | |",
             self.held.get(&Peer::Relay).map_or(0, |held| held.clients),
             rounded(relay / haproxy)
@@ -209,7 +212,7 @@ impl Figures {
         if let (Some(held), Some(worked)) = (self.held_relay, self.while_held) {
             writeln!(
                 page,
-                "| the same with {} clients | {:.1} | | | | | 25 KiB |",
+                "| the same with {} clients | {:.1} | | | | | | 25 KiB |",
                 held.clients, held.kib_per_client
             )?;
             writeln!(

@@ -36,7 +36,7 @@ enum Command {
     Steer(Steer),
     /// What finding the place for the probe costs
     SteerFind(SteerFind),
-    /// The byte-for-byte TLS relay
+    /// The byte-for-byte relay
     #[command(hide = true)]
     Floor(Floor),
 }
@@ -97,7 +97,7 @@ struct Floor {
     #[arg(long)]
     upstream: SocketAddr,
     #[arg(long)]
-    certificates: PathBuf,
+    certificates: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -118,7 +118,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Ok(directory)
     };
     let (json, page, path) = match command {
-        Command::Floor(floor) => return floor::run(floor.listen, floor.upstream, &floor.certificates),
+        Command::Floor(floor) => return floor::run(floor.listen, floor.upstream, floor.certificates.as_deref()),
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
             let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;

@@ -16,7 +16,7 @@ use rebalancer_tests::{
     fixture::Fixture,
     node::Shim,
     pki::Pair,
-    process::log_directory,
+    process::{log_directory, open_files},
     standin,
     swarm::clients,
 };
@@ -174,6 +174,8 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         takes_the_probe()?;
     }
     let fixture = fixture(demo.apiserver)?;
+    // The load balancer, the clients and the relays hold two descriptors a connection, draining ones included.
+    open_files().context("cannot ask how many files may be open")?;
     let directory = log_directory("rebalancer-demo-")?;
     let interrupts = signal_watch()?;
     let mut screen = Screen::new(usize::from(demo.nodes), usize::from(demo.clients)).context("the terminal")?;

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod identity;
+mod overload;
 mod world;
 
 use std::time::Duration;

@@ -178,3 +178,28 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
     let (_, newer) = world.open(Some(&brief));
     assert!(!newer.certified, "a new connection names nobody");
 }
+
+#[test]
+fn refusals_for_overload_are_counted_and_a_forbidden_eviction_is_none() {
+    let world = World::start(&[]);
+    let refused_total = || world.control("GET /v1/connections", "")["refused_total"].clone();
+    assert_eq!(refused_total(), 0);
+    let (mut client, mut server) = world.open(None);
+    let overload = block(&[(":status", "429"), ("retry-after", "1")]);
+    let starting = block(&[(":status", "503"), ("retry-after", "5")]);
+    let forbidden = block(&[(":status", "429"), ("content-type", "application/json")]);
+    for (stream, answer) in [(1, overload), (3, starting), (5, forbidden)] {
+        client.send(&request(stream, "/"));
+        server.expect(kind::HEADERS);
+        server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &answer));
+        assert_eq!(client.expect(kind::HEADERS).payload, answer, "it passes as it came");
+    }
+    assert_eq!(refused_total(), 2);
+
+    let mut client = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
+    client.send(b"GET / HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let mut server = world.accept().peer;
+    server.send(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n");
+    assert!(client.read_head().starts_with("HTTP/1.1 429 "));
+    assert_eq!(refused_total(), 3);
+}

@@ -298,11 +298,7 @@ fn a_draining_connections_watches_end_between_events_and_windows_are_given_back(
 #[test]
 fn refusals_for_overload_are_counted_and_every_answer_passes_as_it_came() {
     let (mut relay, mut out) = started();
-    let three = [
-        request(1, &first_block("/a")),
-        request(3, &AGAIN),
-        request(5, &AGAIN),
-    ];
+    let three = [request(1, &first_block("/a")), request(3, &AGAIN), request(5, &AGAIN)];
     relay.client_bytes(&three.concat(), &mut out).expect("requests");
     // `:status: 429` and `retry-after: 1` with indexing, then both by reference, then an answer that is none.
     let refusal = [&[0x48, 3][..], b"429", &[0x75, 1], b"1"].concat();
