@@ -136,6 +136,11 @@ pub enum Hold {
 }
 
 impl Hold {
+    /// Whether it says that the load is level: the decision of nearly every interval.
+    pub fn is_level(&self) -> bool {
+        matches!(self, Self::BelowThreshold { .. } | Self::Noise { .. })
+    }
+
     /// The reason as one word, for metrics and JSON.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -362,7 +367,7 @@ pub struct Decision {
     pub hold: Option<Hold>,
     /// What became of them.
     pub outcomes: Outcomes,
-    /// The heaviest connections, when there is something to do: whether they move or not.
+    /// The heaviest connections, whether they move or not; a recorded decision that finds the load level leaves them out.
     pub heaviest: Vec<Heavy>,
     /// In plain words: why these, why so many, what is expected.
     pub explanation: String,

@@ -85,9 +85,17 @@ fn without_vm(flags: &[String]) -> anyhow::Result<(Option<String>, Vec<String>)>
     Ok((version, others))
 }
 
+/// Clients in a VM, whose one processor is emulated and plays them, the balancer and all nodes.
+const VM_CLIENTS: u16 = 150;
+
 /// Boots a VM that runs the demo; the summary's JSON, where asked for, is the only thing on stdout.
 fn in_vm(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
-    let mut command = vm::program(version, "rebalancer-demo", flags, "steer")?;
+    let mut flags = flags.to_vec();
+    if !flags.iter().any(|flag| flag.starts_with("--clients")) {
+        eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
+        flags.push(format!("--clients={VM_CLIENTS}"));
+    }
+    let mut command = vm::program(version, "rebalancer-demo", &flags, "steer")?;
     eprintln!("+ {}", shown(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
     let stdout = child.stdout.take().context("stdout is piped")?;

@@ -33,6 +33,7 @@ impl Agent {
             Some(_) => self.rebalancing.clone(),
             None => self.rebalancing.after(&balance, &view, &self.rho, self.looks_needed()),
         };
+        let is_known = doubt.is_none();
         let chosen = match doubt {
             Some(doubt) => Err(doubt),
             None => self.victims(now, &view, &balance, &rebalancing),
@@ -45,10 +46,8 @@ impl Agent {
             Some(hold) => format!("nothing is done: {hold}"),
             None => self.explain(&balance, &victims),
         };
-        let is_about_load = hold
-            .as_ref()
-            .is_none_or(|hold| matches!(hold, Hold::Unmovable { .. } | Hold::RecipientsStressed { .. }));
-        let heaviest = if is_about_load {
+        // Who carries the load is worth knowing whether or not anybody moves, but not from figures in doubt.
+        let heaviest = if is_known {
             let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
             self.table.heaviest().map(named).collect()
         } else {

@@ -328,9 +328,10 @@ impl Agent {
     /// One turn: follow the plan, decide when it is time, send what the budget allows.
     fn turn(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         self.cooldowns.expire(now);
-        let due = now >= self.next_decision;
+        let mut due = now >= self.next_decision;
         if due || self.plan.is_some() {
-            self.follow(now, effects);
+            // What a settled plan left over is not put off to the next interval.
+            due |= self.follow(now, effects);
         }
         if due {
             self.next_decision = now + self.policy.interval;
@@ -344,8 +345,11 @@ impl Agent {
             self.rebalancing = rebalancing;
             decision.id = self.next_id;
             self.next_id += 1;
-            if decision.hold.is_none() {
-                self.start(now, &mut decision);
+            match &decision.hold {
+                None => self.start(now, &mut decision),
+                // A preview tells it; a log of every interval need not.
+                Some(hold) if hold.is_level() => decision.heaviest.clear(),
+                Some(_) => {}
             }
             self.remember(decision.clone());
             effects.push(Effect::Record(decision));
@@ -375,8 +379,8 @@ impl Agent {
         }
     }
 
-    /// Learns where clients landed, counts those on their way, and closes a plan that has settled.
-    fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+    /// Learns where clients landed, counts those on their way, and closes a plan that has settled: whether one has.
+    fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
         let expected = self.motion.in_transit();
@@ -406,7 +410,7 @@ impl Agent {
         } else if self.plan.is_some() && !is_ordered {
             self.trim(balance.room);
         }
-        self.settle(now, effects);
+        self.settle(now, effects)
     }
 
     /// The first doubt, if there is one.

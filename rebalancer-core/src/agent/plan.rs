@@ -202,13 +202,13 @@ impl Agent {
         self.drop_victims(&dropped);
     }
 
-    /// Closes the plan when it has settled.
-    pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+    /// Closes the plan when it has settled: whether it has.
+    pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
         let in_transit = self.motion.in_transit();
         let is_measured = self.policy.weight != Weight::Connections;
         let settled = |plan: &mut Plan| plan.is_settled(in_transit, is_measured, self.policy.settle, now);
         let Some(mut plan) = self.plan.take_if(settled) else {
-            return;
+            return false;
         };
         // Where users are known they tell who came back; where not, the accepted counter does.
         let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
@@ -247,6 +247,7 @@ impl Agent {
             decision.explanation += &afterwards(plan.outcomes, self.policy.settle);
             effects.push(Effect::Settled(decision.clone()));
         }
+        true
     }
 
     fn drop_victims(&mut self, dropped: &[ConnectionId]) {

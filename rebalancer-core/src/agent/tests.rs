@@ -121,6 +121,11 @@ impl World {
     fn input(&mut self, index: usize, input: Input) {
         let now = self.now();
         let effects = self.agents[index].handle(now, input);
+        let has = |is: fn(&Effect) -> bool| effects.iter().any(is);
+        if has(|effect| matches!(effect, Effect::Settled(_))) {
+            let decided = has(|effect| matches!(effect, Effect::Record(_)));
+            assert!(decided, "what a plan left over is decided as soon as it has settled");
+        }
         for effect in effects {
             let Effect::SendGoaway(order) = effect else { continue };
             self.goaways += order.victims.len();
@@ -256,6 +261,19 @@ fn chance_alone_starts_nothing() {
     let mut world = World::new(&[108, 100, 92], Balancer::RoundRobin, |_| {});
     world.run(120);
     assert_eq!(world.goaways, 0);
+}
+
+#[test]
+fn a_preview_names_the_heaviest_of_a_level_load_and_the_log_does_not() {
+    let mut world = World::new(&[100, 100, 100], Balancer::RoundRobin, |_| {});
+    world.run(60);
+    for agent in &world.agents {
+        let preview = agent.preview(world.now());
+        let recorded = agent.history().next_back().expect("a decision");
+        assert_eq!(preview.hold.as_ref().map(Hold::reason), Some("below_threshold"));
+        assert_eq!((preview.heaviest.len(), recorded.heaviest.len()), (5, 0));
+        assert_eq!(preview.hold, recorded.hold);
+    }
 }
 
 /// One agent without peers, whose operator had the first of two connections told, by a shim that answered `Pending`.

@@ -194,8 +194,8 @@ struct Client {
     agent: String,
     stats: Arc<Stats>,
     dialing: Arc<Semaphore>,
-    /// The connection that new requests use.
-    sender: AsyncMutex<Option<Sender>>,
+    /// The connection that new requests use, and which one of this client's it is.
+    sender: AsyncMutex<(u64, Option<Sender>)>,
 }
 
 impl Client {
@@ -252,19 +252,27 @@ impl Client {
     async fn send(&self, path: &str) -> anyhow::Result<Response<Incoming>> {
         const ATTEMPTS: usize = 6;
         for _ in 0..ATTEMPTS {
-            let mut sender = {
+            let (which, mut sender) = {
                 let mut current = self.sender.lock().await;
-                match current.take().filter(|sender| !sender.is_closed()) {
-                    Some(sender) => current.insert(sender).clone(),
-                    None => current.insert(self.connect().await?).clone(),
-                }
+                let sender = match current.1.take().filter(|sender| !sender.is_closed()) {
+                    Some(sender) => sender,
+                    None => {
+                        current.0 += 1;
+                        self.connect().await?
+                    }
+                };
+                (current.0, current.1.insert(sender).clone())
             };
             match sender.try_send_request(self.request(path)?).await {
                 Ok(answer) => return Ok(answer),
                 Err(mut error) => {
                     let never_sent = error.take_message().is_some();
                     let error = error.into_error();
-                    self.sender.lock().await.take();
+                    let mut current = self.sender.lock().await;
+                    // The other task may have a new connection already.
+                    if current.0 == which {
+                        current.1 = None;
+                    }
                     if !never_sent && !is_unprocessed(&error) {
                         return Err(error.into());
                     }
