@@ -150,10 +150,21 @@ impl World<'_> {
         }
     }
 
-    /// Whether no agent has a plan in flight, nor takes part in a rebalancing.
+    /// Whether no agent has a plan in flight or takes part in a rebalancing, and every agent knows it of the others: one
+    /// that does not may still join.
     pub(crate) fn agents_are_done(&self) -> bool {
         let now = Timestamp::from_millis(self.now);
-        let is_done = |agent: &Agent| agent.is_idle() && !agent.snapshot(now).rebalancing;
+        let is_done = |agent: &Agent| {
+            let own = agent.snapshot(now);
+            // Most are not done by themselves: a view is made for the others only.
+            if own.plan_in_flight || own.rebalancing {
+                return false;
+            }
+            let view = agent.peers().view(own, now);
+            let limit = agent.policy().stale_after();
+            let mut entries = view.entries.values();
+            entries.all(|entry| !entry.snapshot.rebalancing || entry.age > limit)
+        };
         self.nodes.iter().all(|node| node.agent.as_ref().is_none_or(is_done))
     }
 

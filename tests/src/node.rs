@@ -188,6 +188,11 @@ impl Node {
         Ok(self.connections()?.iter().map(of).collect())
     }
 
+    /// Whether its shim sees watches.
+    pub fn sees_watches(&self) -> bool {
+        self.relay.is_some()
+    }
+
     fn connections(&self) -> anyhow::Result<Vec<Value>> {
         let mut answer = match &self.relay {
             Some(_) => ask(&self.directory.join("relay.sock"), "/v1/connections")?,

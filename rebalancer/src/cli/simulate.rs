@@ -24,6 +24,7 @@ use rebalancer_sim::{
 use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
+use crate::agent::config::WeightName;
 use crate::local::{SocketPath, client};
 
 /// What is simulated, and what is shown.
@@ -200,30 +201,86 @@ fn cluster_of(status: &Value, connections: &Value) -> Result<(String, Setup), Fa
         .flatten()
         .filter(|connection| connection["state"] == "active")
         .collect();
-    let mean = |key: &str| {
-        let sum: f64 = active.iter().filter_map(|connection| connection[key].as_f64()).sum();
-        sum / active.len().max(1) as f64
-    };
-    let number = |key: &str, otherwise: f64| status[key].as_f64().unwrap_or(otherwise);
-    let mut policy = scenario::default_policy();
-    policy.skew_threshold = number("skew_threshold", policy.skew_threshold);
-    policy.skew_target = number("skew_target", policy.skew_target);
-    let mut setup = Setup::of_loads(&loads, LoadBalancer::RoundRobin, policy);
-    // Without a shim no requests are seen; a client that is heard of at all asks once in 20 s or so.
-    let requests = mean("requests_per_second").max(0.05);
-    let watches = mean("open_watches").round() as u32;
-    setup.groups = vec![Group {
-        requests: Spread::Constant(requests),
-        watches,
-        ..Group::plain(loads.iter().sum())
-    }];
+    let mut setup = Setup::of_loads(&loads, LoadBalancer::RoundRobin, policy_of(status)?);
+    setup.groups = groups_of(&active, loads.iter().sum());
     setup.identities = active.iter().any(|connection| connection["user"].is_string());
     let words: Vec<String> = loads.iter().map(ToString::to_string).collect();
+    let sum = |key: &str| {
+        active
+            .iter()
+            .filter_map(|connection| connection[key].as_f64())
+            .sum::<f64>()
+    };
+    let known = active.len().max(1) as f64;
     let title = format!(
-        "this cluster now: ({}) clients, each {requests:.2} requests a second and {watches} watches",
-        words.join(", ")
+        "this cluster now: ({}) clients, taken to be like those of this node: {:.2} requests a second and {:.1} watches on \
+         average",
+        words.join(", "),
+        sum("requests_per_second") / known,
+        sum("open_watches") / known,
     );
     Ok((title, setup))
+}
+
+/// The policy of an agent, as its `/v1/status` tells it.
+fn policy_of(status: &Value) -> Result<Policy, Failure> {
+    let mut policy = scenario::default_policy();
+    let number = |key: &str, otherwise: f64| status[key].as_f64().unwrap_or(otherwise);
+    let time = |key: &str, otherwise: Duration| {
+        let seconds = status[key]
+            .as_f64()
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        seconds.unwrap_or(otherwise)
+    };
+    policy.skew_threshold = number("skew_threshold", policy.skew_threshold);
+    policy.skew_target = number("skew_target", policy.skew_target);
+    policy.goaway_rate = number("goaway_rate", policy.goaway_rate);
+    policy.goaway_share = number("goaway_share", policy.goaway_share);
+    policy.interval = time("interval_s", policy.interval);
+    policy.settle = time("settle_s", policy.settle);
+    policy.min_connection_age = time("min_connection_age_s", policy.min_connection_age);
+    policy.client_cooldown = time("client_cooldown_s", policy.client_cooldown);
+    if let Some(weight) = status["weight"].as_str() {
+        policy.weight = WeightName::from_str(weight, false)
+            .map_err(|_| anyhow!("--from live: the agent weighs by `{weight}`, which this version does not know"))?
+            .into();
+    }
+    Ok(policy)
+}
+
+/// Parts of a node's clients that are told apart by what they ask.
+const PARTS: usize = 20;
+
+/// `total` clients that ask and watch as the active connections of one node do, the quiet ones and the busy ones in
+/// the same proportion.
+fn groups_of(active: &[&Value], total: usize) -> Vec<Group> {
+    let number = |connection: &Value, key: &str| connection[key].as_f64().unwrap_or_default();
+    let mut asked: Vec<(f64, f64)> = active
+        .iter()
+        .map(|connection| {
+            // Without a shim no requests are seen; a client that is heard of at all asks once in 20 s or so.
+            let requests = number(connection, "requests_per_second").max(0.05);
+            (requests, number(connection, "open_watches"))
+        })
+        .collect();
+    if asked.is_empty() {
+        // This node's apiserver has just come back: nothing is known of anybody.
+        asked.push((0.05, 0.0));
+    }
+    asked.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let parts = asked.len().min(PARTS);
+    let cut = |part: usize, of: usize| part * of / parts;
+    (0..parts)
+        .map(|part| {
+            let like = &asked[cut(part, asked.len())..cut(part + 1, asked.len())];
+            let mean = |figure: fn(&(f64, f64)) -> f64| like.iter().map(figure).sum::<f64>() / like.len() as f64;
+            Group {
+                requests: Spread::Constant(mean(|asked| asked.0)),
+                watches: mean(|asked| asked.1).round() as u32,
+                ..Group::plain(cut(part + 1, total) - cut(part, total))
+            }
+        })
+        .collect()
 }
 
 /// Runs every contender with every seed, on all processors; the order of the results does not depend on that.
@@ -368,6 +425,8 @@ fn shown(title: &str, setup: &Setup, seeds: u64, results: &[(Contender, Summary,
 
 #[cfg(test)]
 mod tests {
+    use rebalancer_core::policy::Weight;
+
     use super::*;
 
     fn status(states: [&str; 3]) -> Value {
@@ -376,6 +435,9 @@ mod tests {
             "view": states.into_iter().zip([90, 60, 30]).map(entry).collect::<Vec<_>>(),
             "skew_threshold": 0.2,
             "skew_target": 0.04,
+            "settle_s": 7.5,
+            "goaway_rate": 2.0,
+            "weight": "requests",
             "hold": {"message": "apiserver b is down"},
         })
     }
@@ -397,11 +459,29 @@ mod tests {
             rebalancer_sim::setup::Placement::Counts(vec![90, 60, 30])
         );
         assert_eq!((setup.policy.skew_threshold, setup.policy.skew_target), (0.2, 0.04));
+        assert_eq!(setup.policy.settle, Duration::from_millis(7_500));
+        assert_eq!((setup.policy.goaway_rate, setup.policy.weight), (2.0, Weight::Requests));
+        // The quiet half and the busy half; draining ones are not clients any more.
+        let groups = setup
+            .groups
+            .iter()
+            .map(|group| (group.count, group.requests, group.watches));
         assert_eq!(
-            (setup.groups[0].requests, setup.groups[0].watches),
-            (Spread::Constant(2.0), 5)
+            groups.collect::<Vec<_>>(),
+            [(90, Spread::Constant(1.0), 4), (90, Spread::Constant(3.0), 6)]
         );
         assert!(setup.identities && title.contains("(90, 60, 30)"), "{title}");
+    }
+
+    #[test]
+    fn clients_of_a_node_stand_for_all_whatever_their_number() {
+        let connection = |requests: u64| json!({"requests_per_second": requests, "open_watches": 1});
+        for known in [0_u64, 1, 7, 20, 1_000] {
+            let all: Vec<Value> = (0..known).map(connection).collect();
+            let groups = groups_of(&all.iter().collect::<Vec<_>>(), 333);
+            assert!(groups.len() <= PARTS, "{known}");
+            assert_eq!(groups.iter().map(|group| group.count).sum::<usize>(), 333, "{known}");
+        }
     }
 
     #[test]

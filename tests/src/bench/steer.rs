@@ -32,7 +32,7 @@ const ROUNDS: usize = 7;
 /// Calls of the filter in one measurement.
 const CALLS: u32 = 20_000;
 /// Requests over the wire in one measurement, and how many connections send how many at once.
-const REQUESTS: usize = 2_000;
+const REQUESTS: usize = 16_000;
 const CONNECTIONS: usize = 8;
 const AT_ONCE: usize = 10;
 

@@ -44,7 +44,7 @@ pub struct Report {
     pub after: Vec<u64>,
     /// Largest distance from the mean at the end.
     pub skew_after: f64,
-    /// Open watches per apiserver at the end, those of draining connections included.
+    /// Open watches per apiserver at the end, those of draining connections included; empty where the shim sees none.
     pub watches: Vec<u64>,
     /// From the restart until the open watches were level, and stayed so; `None` when they were not at the end.
     pub seconds_to_watches_level: Option<f64>,
@@ -122,16 +122,13 @@ impl fmt::Display for Report {
             None => writeln!(f, "  NOT level at the end; {} GOAWAYs", self.goaways)?,
         }
         let share = |loads: &[u64]| format!("{} ({:.1} %)", per_node(loads), Self::skew(loads) * 100.0);
+        write!(f, "  ")?;
         match self.seconds_to_watches_level {
-            Some(seconds) => write!(f, "  open watches level after {seconds:.0} s")?,
-            None => write!(f, "  open watches NOT level at the end")?,
+            _ if self.watches.is_empty() => {}
+            Some(seconds) => write!(f, "open watches level after {seconds:.0} s: {}; ", share(&self.watches))?,
+            None => write!(f, "open watches NOT level at the end: {}; ", share(&self.watches))?,
         }
-        writeln!(
-            f,
-            ": {}; requests since {}",
-            share(&self.watches),
-            share(&self.requests)
-        )?;
+        writeln!(f, "requests since then {}", share(&self.requests))?;
         write!(
             f,
             "  clients saw {} errors, {} relists, {} broken watches, {} missed and {} doubled events; latency p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms",

@@ -167,8 +167,9 @@ impl<'a> Scene<'a> {
         loop {
             let loads = self.look(swarm, Some(ready), goaways_before)?;
             work.look(self.cluster)?;
+            // Empty where the shim sees none.
             report.watches.clone_from(&work.watches);
-            if Report::skew(&work.watches) > LEVEL {
+            if work.watches.is_empty() || Report::skew(&work.watches) > LEVEL {
                 report.seconds_to_watches_level = None;
             } else if report.seconds_to_watches_level.is_none() {
                 report.seconds_to_watches_level = Some(ready.elapsed().as_secs_f64());
@@ -290,8 +291,9 @@ impl<'a> Scene<'a> {
     }
 }
 
-/// What the apiservers have to do, as the relays count it.
+/// What the apiservers have to do, as the shims count it.
 struct Workload {
+    /// Open watches; empty where a shim sees none.
     watches: Vec<u64>,
     requests: Vec<u64>,
     seen: Vec<HashMap<String, u64>>,
@@ -300,7 +302,7 @@ struct Workload {
 impl Workload {
     fn new(nodes: usize) -> Self {
         Self {
-            watches: vec![0; nodes],
+            watches: Vec::new(),
             requests: vec![0; nodes],
             seen: vec![HashMap::new(); nodes],
         }
@@ -309,9 +311,12 @@ impl Workload {
     /// Takes the open watches, and adds the requests since the last look; what a connection asked between that and its
     /// end is not seen.
     fn look(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
+        self.watches.clear();
         for (index, node) in cluster.nodes.iter().enumerate() {
             let work = node.work()?;
-            self.watches[index] = work.iter().map(|(_, work)| work.watches).sum();
+            if node.sees_watches() {
+                self.watches.push(work.iter().map(|(_, work)| work.watches).sum());
+            }
             for (id, work) in &work {
                 let before = self.seen[index].get(id).copied().unwrap_or_default();
                 self.requests[index] += work.requests.saturating_sub(before);

@@ -6,8 +6,12 @@ use std::{
 };
 
 use rebalancer_tests::{
+    balancer::Policy,
+    binary,
+    demo::cluster::{Cluster, Options, START},
     demo_binary,
     fixture::Fixture,
+    node::Shim,
     process::{Process, log_directory, wait_for},
     skip,
 };
@@ -93,6 +97,77 @@ fn real_apiservers_are_levelled_behind_roundrobin() {
     let report = play(&["--apiserver=real", "--lb=roundrobin"]);
     check(&report);
     assert_eq!(report["apiserver"], "real");
+}
+
+/// Before it is turned on: agents that only watch, and a simulation of this very cluster.
+#[test]
+fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost() {
+    const CLIENTS: u64 = 150;
+    let directory = log_directory("rebalancer-live-").expect("a directory");
+    let options = Options {
+        nodes: 3,
+        clients: CLIENTS as usize,
+        policy: Policy::Leastconn,
+        fixture: None,
+        shim: Shim::Relay,
+        rebalancer: binary(),
+        agent_flags: vec!["--dry-run".to_owned(), "--settle=3s".to_owned()],
+        relay_flags: Vec::new(),
+        directory: directory.clone(),
+    };
+    let mut cluster = Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster");
+    let healthy = |cluster: &Cluster, wanted: [bool; 3]| {
+        wait_for(START, || (cluster.balancer.healthy() == wanted).then_some(())).expect("the balancer sees it");
+    };
+    healthy(&cluster, [true; 3]);
+    let mut swarm = cluster.start_clients().expect("clients");
+    let mut all_watch = || {
+        let seen = wait_for(START, || {
+            swarm.line().is_ok_and(|line| line.ready >= CLIENTS).then_some(())
+        });
+        seen.expect("all clients watch");
+    };
+    all_watch();
+    cluster.kill_apiserver(0);
+    healthy(&cluster, [false, true, true]);
+    let moved = wait_for(START, || {
+        let loads = cluster.loads().expect("the relays answer");
+        (loads[0] == 0 && loads.iter().sum::<u64>() == CLIENTS).then_some(())
+    });
+    moved.expect("all clients are on the other two");
+    cluster.restart_apiserver(0).expect("it starts again");
+    healthy(&cluster, [true; 3]);
+    all_watch();
+    let node = &cluster.nodes[1];
+    let planned = wait_for(START, || {
+        let decisions = node.decisions(0).expect("the agent answers");
+        decisions.into_iter().find(|decision| decision["hold"].is_null())
+    });
+    let planned = planned.expect("a plan, which nobody carries out");
+    assert_eq!(planned["mode"], "dry-run");
+    assert_eq!(cluster.goaways().expect("the agents answer"), 0);
+    assert_eq!(cluster.loads().expect("the relays answer")[0], 0, "nobody moved");
+
+    let output = Command::new(binary())
+        .args(["simulate", "--from=live", "--lb=leastconn", "--seeds=3", "--json"])
+        .arg(format!("--api=unix:{}", node.api().display()))
+        .output()
+        .expect("the product runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let foreseen = &answer["policies"][0];
+    assert_eq!(foreseen["name"], "rebalancer");
+    // 150 clients on two of three: 75 each, and 51.5 are allowed.
+    let needed = 2.0 * (75.0 - 51.5);
+    let goaways = number(foreseen, "goaways_mean");
+    assert!(
+        (goaways - needed).abs() <= 3.0,
+        "{goaways} GOAWAYs where {needed} are needed: {answer}"
+    );
+    assert_eq!(number(foreseen, "goaways_after_balance"), 0.0, "{answer}");
+    cluster.end();
+    // Kept when the test fails.
+    let _ = std::fs::remove_dir_all(&directory);
 }
 
 #[test]
