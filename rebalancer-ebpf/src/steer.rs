@@ -55,14 +55,17 @@ struct Text {
 /// Runs at the function's entry. Sleepable: memory that is paged out is fetched, so no victim is missed.
 #[uprobe(sleepable)]
 pub fn steer(ctx: ProbeContext) -> u32 {
-    count(ANSWER_HITS);
-    let Some(caller) = call::caller(&ctx) else {
-        count(ANSWER_LEFT);
-        return 0;
-    };
-    let yes = is_victim(call::request(&ctx));
-    count(if yes { ANSWER_YES } else { ANSWER_NO });
-    call::answer(&ctx, caller, yes);
+    if let Some((caller, yes)) = decide(&ctx) {
+        call::answer(&ctx, caller, yes);
+    }
+    0
+}
+
+/// The same without the answer, so that the function itself runs: what the program costs, on kernels that refuse it the
+/// registers as well.
+#[uprobe(sleepable)]
+pub fn silent(ctx: ProbeContext) -> u32 {
+    decide(&ctx);
     0
 }
 
@@ -70,6 +73,19 @@ pub fn steer(ctx: ProbeContext) -> u32 {
 #[uprobe]
 pub fn empty(_: ProbeContext) -> u32 {
     0
+}
+
+/// Where to return to, and the answer.
+#[inline(always)]
+fn decide(ctx: &ProbeContext) -> Option<(u64, bool)> {
+    count(ANSWER_HITS);
+    let Some(caller) = call::caller(ctx) else {
+        count(ANSWER_LEFT);
+        return None;
+    };
+    let yes = is_victim(call::request(ctx));
+    count(if yes { ANSWER_YES } else { ANSWER_NO });
+    Some((caller, yes))
 }
 
 /// Whether the request at that address comes from a connection that is to go; counts it.

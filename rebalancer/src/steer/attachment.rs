@@ -8,7 +8,7 @@ use rebalancer_core::golang::AttachPoint;
 use super::{
     SteerError, binary,
     process::{self, Process},
-    program::Program,
+    program::{Part, Program},
 };
 
 /// A probe in place. It goes when this value goes.
@@ -34,10 +34,7 @@ impl Attachment {
         let sockets = process::listeners(port)?;
         let (process, point) = located(port, path)?;
         process.check_goaway_chance()?;
-        let mut program = Program::load(RequestOffsets {
-            proto: point.layout.proto,
-            remote_address: point.layout.remote_address,
-        })?;
+        let mut program = Program::load(Part::Steer, offsets(&point))?;
         program.attach(process.pid, &process.binary(), point.file_offset)?;
         // The number may have become another process's, or the process another program, between the looks.
         if !process.is_the_same() {
@@ -58,16 +55,23 @@ impl Attachment {
     }
 }
 
-/// Puts a program that does nothing where the probe would go; it goes when the returned value goes.
+/// Puts one of the programs where the probe would go, for measuring; it goes when the returned value goes.
 ///
 /// # Errors
 ///
 /// As for [`Attachment::new`].
-pub fn probe_cost_program(port: u16, path: Option<&Path>) -> Result<Program, SteerError> {
-    let (process, point) = located(port, path)?;
-    let mut program = Program::load(RequestOffsets::default())?;
-    program.attach_empty(process.pid, &process.binary(), point.file_offset)?;
+pub fn cost_program(part: Part, port: u16) -> Result<Program, SteerError> {
+    let (process, point) = located(port, None)?;
+    let mut program = Program::load(part, offsets(&point))?;
+    program.attach(process.pid, &process.binary(), point.file_offset)?;
     Ok(program)
+}
+
+fn offsets(point: &AttachPoint) -> RequestOffsets {
+    RequestOffsets {
+        proto: point.layout.proto,
+        remote_address: point.layout.remote_address,
+    }
 }
 
 fn located(port: u16, path: Option<&Path>) -> Result<(Process, AttachPoint), SteerError> {

@@ -15,10 +15,10 @@ use std::{io, path::PathBuf};
 
 use rebalancer_core::golang;
 
-pub use attachment::{Attachment, point_in, probe_cost_program};
+pub use attachment::{Attachment, cost_program, point_in};
 pub use binary::inspect;
 pub use process::find as find_process;
-pub use program::trial_load;
+pub use program::{Part, trial_load};
 pub use shim::Steer;
 
 /// Why the shim cannot be used.

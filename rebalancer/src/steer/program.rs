@@ -19,11 +19,31 @@ use super::SteerError;
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-steer.o"));
 
-const PROGRAM: &str = "steer";
+/// Which of the object's programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The one that answers.
+    Steer,
+    /// The same without the answer: for measuring.
+    Silent,
+    /// One that does nothing: for measuring what the trap alone costs.
+    Empty,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Steer => "steer",
+            Self::Silent => "silent",
+            Self::Empty => "empty",
+        }
+    }
+}
 
 /// The loaded program.
 pub struct Program {
     ebpf: Ebpf,
+    part: Part,
     victims: HashMap<MapData, ClientKey, Victim>,
     requests: HashMap<MapData, ClientKey, u64>,
     answered: PerCpuArray<MapData, u64>,
@@ -35,7 +55,7 @@ pub struct Program {
 ///
 /// Why not.
 pub fn trial_load() -> Result<(), SteerError> {
-    Program::load(RequestOffsets::default()).map(|_| ())
+    Program::load(Part::Steer, RequestOffsets::default()).map(|_| ())
 }
 
 impl Program {
@@ -44,7 +64,7 @@ impl Program {
     /// # Errors
     ///
     /// The kernel's reason.
-    pub fn load(offsets: RequestOffsets) -> Result<Self, SteerError> {
+    pub fn load(part: Part, offsets: RequestOffsets) -> Result<Self, SteerError> {
         if OBJECT.is_empty() {
             return Err(SteerError::NotBuilt);
         }
@@ -60,8 +80,9 @@ impl Program {
             requests: HashMap::try_from(requests).map_err(|error| refused(&error))?,
             answered: PerCpuArray::try_from(answered).map_err(|error| refused(&error))?,
             ebpf,
+            part,
         };
-        program.uprobe(PROGRAM)?.load().map_err(|error| refused(&error))?;
+        program.uprobe()?.load().map_err(|error| refused(&error))?;
         Ok(program)
     }
 
@@ -71,21 +92,6 @@ impl Program {
     ///
     /// The kernel's reason.
     pub fn attach(&mut self, pid: u32, binary: &Path, offset: u64) -> Result<(), SteerError> {
-        self.attach_as(PROGRAM, pid, binary, offset)
-    }
-
-    /// Puts a program that does nothing there instead: for measuring what the trap alone costs.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's reason.
-    pub fn attach_empty(&mut self, pid: u32, binary: &Path, offset: u64) -> Result<(), SteerError> {
-        const EMPTY: &str = "empty";
-        self.uprobe(EMPTY)?.load().map_err(|error| refused(&error))?;
-        self.attach_as(EMPTY, pid, binary, offset)
-    }
-
-    fn attach_as(&mut self, name: &str, pid: u32, binary: &Path, offset: u64) -> Result<(), SteerError> {
         let failed = |why: String| SteerError::Attach { pid, why };
         let scope = NonZeroU32::new(pid)
             .map(UProbeScope::OneProcess)
@@ -94,13 +100,26 @@ impl Program {
             location: UProbeAttachLocation::AbsoluteOffset(offset),
             cookie: None,
         };
-        self.uprobe(name)?
+        self.uprobe()?
             .attach(point, binary, scope)
             .map(|_| ())
             .map_err(|error| failed(chain(&error)))
     }
 
-    fn uprobe(&mut self, name: &str) -> Result<&mut UProbe, SteerError> {
+    /// The program's number in the kernel, and how many instructions it has there.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say.
+    pub fn size(&mut self) -> Result<(u32, u32), SteerError> {
+        // include/uapi/linux/bpf.h, `struct bpf_insn`
+        const INSTRUCTION: u32 = 8;
+        let info = self.uprobe()?.info().map_err(|error| refused(&error))?;
+        Ok((info.id(), info.size_translated().unwrap_or_default() / INSTRUCTION))
+    }
+
+    fn uprobe(&mut self) -> Result<&mut UProbe, SteerError> {
+        let name = self.part.name();
         let missing = || SteerError::Kernel {
             why: format!("the object has no program {name}"),
         };

@@ -5,10 +5,8 @@
 //! Must never leave the statistics switched on, nor count other programs' packets as the storm's.
 
 use std::{
-    fs, io,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::{FromRawFd as _, OwnedFd, RawFd},
     path::Path,
     process::Command,
     sync::Arc,
@@ -21,6 +19,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, pki_types::ServerNam
 use serde_json::{Value, json};
 
 use super::{
+    bpf::{Ran, descriptors, field, ran, statistics},
     machine::{kernel_release, processor},
     report::median,
 };
@@ -45,26 +44,6 @@ const EXCHANGE: u64 = 100_000;
 
 /// How long the agent may take to see something.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// What a program ran so far.
-#[derive(Clone, Copy, Debug)]
-struct Ran {
-    ns: u64,
-    times: u64,
-}
-
-impl Ran {
-    fn since(self, earlier: Self) -> Self {
-        Self {
-            ns: self.ns - earlier.ns,
-            times: self.times - earlier.times,
-        }
-    }
-
-    fn each(self) -> f64 {
-        self.ns as f64 / self.times as f64
-    }
-}
 
 /// The figures, each the median of the rounds, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
@@ -111,46 +90,6 @@ impl Figures {
     }
 }
 
-/// Switches the statistics on until the descriptor goes, however this process ends.
-fn statistics() -> anyhow::Result<OwnedFd> {
-    /// include/uapi/linux/bpf.h
-    const BPF_ENABLE_STATS: libc::c_long = 32;
-    const BPF_STATS_RUN_TIME: u32 = 0;
-    let kind = BPF_STATS_RUN_TIME;
-    // SAFETY: the pointer is to the four octets that this command takes, which live through the call.
-    let descriptor = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_ENABLE_STATS,
-            &raw const kind,
-            size_of_val(&kind) as libc::c_long,
-        )
-    };
-    if descriptor < 0 {
-        return Err(io::Error::last_os_error())
-            .context("the kernel does not count what its programs spend (Linux 5.8)");
-    }
-    // SAFETY: the call has just made it, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as RawFd) })
-}
-
-/// What a process's descriptors say of themselves, one text each.
-fn descriptors(process: u32) -> anyhow::Result<Vec<String>> {
-    let directory = format!("/proc/{process}/fdinfo");
-    Ok(fs::read_dir(&directory)
-        .with_context(|| format!("cannot read {directory}"))?
-        .flatten()
-        // One may be closed meanwhile.
-        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
-        .collect())
-}
-
-fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .map(str::trim)
-}
-
 /// The agent's two programs that run at others' doings.
 struct Programs {
     agent: u32,
@@ -178,26 +117,11 @@ impl Programs {
         }
     }
 
-    fn ran(&self, program: &str) -> anyhow::Result<Ran> {
-        let texts = descriptors(self.agent)?;
-        let number = |text: &str, name: &str| field(text, name).and_then(|number| number.parse().ok());
-        texts
-            .iter()
-            .filter(|text| field(text, "prog_id") == Some(program))
-            .find_map(|text| {
-                Some(Ran {
-                    ns: number(text, "run_time_ns")?,
-                    times: number(text, "run_cnt")?,
-                })
-            })
-            .context("the kernel does not say how long the program ran")
-    }
-
     /// What a program runs while something is done.
     fn during(&self, program: &str, doing: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Ran> {
-        let before = self.ran(program)?;
+        let before = ran(self.agent, program)?;
         doing()?;
-        Ok(self.ran(program)?.since(before))
+        Ok(ran(self.agent, program)?.since(before))
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Output: figures. Must never compare figures of different runs.
 
+pub mod bpf;
 pub mod crowd;
 pub mod floor;
 pub mod kernel;

@@ -1,40 +1,70 @@
 //! `steer`: what a probe's answer costs, beside a probe that does nothing, and beside none.
 //!
-//! Input: the small server with the apiserver's own filter, on a kernel that takes the probe. Everything is measured in
-//! one run, in alternation: an emulated machine's figures mean little, their ratios more.
+//! Input: the small server with the apiserver's own filter, and kube-apiserver where it is at hand. Everything is measured
+//! in one run, in alternation: an emulated machine's figures mean little, their ratios more.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
-    process::Command,
+    path::{Path, PathBuf},
+    process::{self, Command},
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
-use rebalancer::steer::{Attachment, inspect, probe_cost_program};
+use rebalancer::steer::{Part, cost_program, inspect};
 use serde_json::{Value, json};
 
-use super::machine::{kernel_release, processor};
+use super::{
+    bpf,
+    machine::{kernel_release, processor},
+};
 use crate::{
+    apiserver::{Settings, start_apiserver, start_etcd},
+    fixture::Fixture,
     h2client::Client,
     netns::Namespace,
     pki::Pki,
-    process::{Process, wait_for},
+    process::{Process, tail, wait_for},
 };
 
 const PORT: u16 = 6443;
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How often each way is measured, in alternation.
 const ROUNDS: usize = 7;
 /// Calls of the filter in one measurement.
 const CALLS: u32 = 20_000;
-/// Requests over the wire in one measurement, and how many connections send how many at once.
-const REQUESTS: usize = 16_000;
+/// How many connections send how many requests at once.
 const CONNECTIONS: usize = 8;
 const AT_ONCE: usize = 10;
+
+/// Whose requests are counted.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    name: &'static str,
+    port: u16,
+    path: &'static str,
+    /// Requests in one measurement.
+    requests: usize,
+}
+
+/// The small server: it has nothing to do but to answer.
+const SMALL: Target = Target {
+    name: "the small server",
+    port: PORT,
+    path: "/",
+    requests: 16_000,
+};
+
+/// The apiserver, asked for one object.
+const REAL: Target = Target {
+    name: "kube-apiserver",
+    port: 6445,
+    path: "/api/v1/namespaces/default",
+    requests: 3_200,
+};
 
 /// How often a binary is looked into.
 const LOOKS: usize = 20;
@@ -42,11 +72,19 @@ const LOOKS: usize = 20;
 /// What the probe costs.
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {
-    /// Requests a second with the probe, over those without.
-    pub requests_ratio: f64,
-    /// Requests a second without.
+    /// The program that was measured: the one that answers, or the same without the answer.
+    pub part: Part,
+    /// Instructions of that program, in the kernel's form; there is no loop in it.
+    pub instructions: u32,
+    /// Nanoseconds of one run of that program, as the kernel counts them.
+    pub program_ns: f64,
+    /// Whose requests were counted.
+    pub asked: &'static str,
+    /// Requests a second without a probe.
     pub requests_per_second: f64,
-    /// Nanoseconds of one call of the filter: without a probe, with one that does nothing, with the one that answers.
+    /// Requests a second over those without: with a probe that does nothing, with the measured one.
+    pub requests_ratios: [f64; 2],
+    /// Nanoseconds of one call of the filter: without a probe, with one that does nothing, with the measured one.
     pub ns: [f64; 3],
     /// Whether the processor is emulated.
     pub emulated: bool,
@@ -55,44 +93,70 @@ pub struct Figures {
 impl Figures {
     /// The object of figures.
     pub fn json(&self) -> Value {
-        let [plain, empty, steer] = self.ns;
+        let [plain, empty, probe] = self.ns;
+        let [with_empty, with_probe] = self.requests_ratios.map(|ratio| (ratio * 1000.0).round() / 1000.0);
         json!({
-            "requests_ratio": (self.requests_ratio * 1000.0).round() / 1000.0,
-            "ns_per_hit": (steer - plain).round(),
+            "requests_ratio": with_probe,
+            "requests_ratio_with_empty": with_empty,
+            "ns_per_hit": (probe - plain).round(),
             "ns_per_empty_hit": (empty - plain).round(),
             "hit_vs_empty": (self.over_empty() * 100.0).round() / 100.0,
+            "ns_of_program": self.program_ns.round(),
+            "instructions": self.instructions,
+            "requests_of": self.asked,
+            "answers": self.part == Part::Steer,
             "emulated": self.emulated,
         })
     }
 
     /// The table.
     pub fn page(&self) -> String {
-        let [plain, empty, steer] = self.ns;
+        let [plain, empty, probe] = self.ns;
+        let [with_empty, with_probe] = self.requests_ratios;
+        let what = match self.part {
+            Part::Silent => "the probe without its answer, and the instruction stepped over",
+            Part::Steer | Part::Empty => "the probe that answers",
+        };
         format!(
-            "{}{}, Linux {}; the small server on k8s.io/apiserver's own filter.\nEach figure is the median of {ROUNDS} \
-             rounds, in alternation: {CALLS} calls of the filter in the server itself, and {REQUESTS} requests over \
-             {CONNECTIONS} connections, {AT_ONCE} at once on each.\n\n\
+            "{}{}, Linux {}.\nEach figure is the median of {ROUNDS} rounds, in alternation: {CALLS} calls of \
+             k8s.io/apiserver's own filter in a small server, and requests over {CONNECTIONS} connections, {AT_ONCE} at \
+             once on each, to {asked}.\n\n\
              | what | figure | bound |\n|---|--:|--:|\n\
              | a call of the filter without a probe, the lottery's own work | {plain:.0} ns | |\n\
              | a probe that does nothing: the trap, and the instruction stepped over | +{:.0} ns | |\n\
-             | the probe that answers | +{:.0} ns | 2,000 natively |\n\
-             | the probe that answers, over the one that does nothing | {:.2} | |\n\
-             | requests a second with the probe, over those without ({:.0}) | {:.3} | at least 0.99 |\n",
+             | {what} | +{:.0} ns | 2,000 natively |\n\
+             | of that the program itself, {} instructions, by the kernel's count | {:.0} ns | |\n\
+             | {what}, over the one that does nothing | {:.2} | |\n\
+             | requests a second of {asked} with a probe that does nothing, over those without ({:.0}) | {with_empty:.3} | |\n\
+             | requests a second of {asked} with {what}, over those without | {with_probe:.3} | at least 0.99 |\n",
             if self.emulated { "Emulated: " } else { "" },
             processor(),
             kernel_release(),
             empty - plain,
-            steer - plain,
+            probe - plain,
+            self.instructions,
+            self.program_ns,
             self.over_empty(),
             self.requests_per_second,
-            self.requests_ratio,
+            asked = self.asked,
         )
     }
 
     fn over_empty(&self) -> f64 {
-        let [plain, empty, steer] = self.ns;
-        (steer - plain) / (empty - plain)
+        let [plain, empty, probe] = self.ns;
+        (probe - plain) / (empty - plain)
     }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured<'a> {
+    /// The small server on the apiserver's own filter.
+    pub server: &'a Path,
+    /// kube-apiserver and etcd, where they are at hand.
+    pub real: Option<(&'a Path, &'a Path)>,
+    /// The program that answers, or the same without the answer.
+    pub part: Part,
 }
 
 /// Measures; `say` hears what is being done.
@@ -100,10 +164,30 @@ impl Figures {
 /// # Errors
 ///
 /// Not root, or a kernel that refuses the probe.
-pub fn run(server: &Path, directory: &Path, say: impl Fn(&str) + Send) -> anyhow::Result<Figures> {
+pub fn run(measured: Measured<'_>, directory: &Path, say: impl Fn(&str) + Send) -> anyhow::Result<Figures> {
     let namespace = Namespace::new()?;
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
-    let pki = Pki::new(&[address.ip()])?;
+    let pki = Pki::new(&[Ipv4Addr::LOCALHOST.into()])?;
+    let mut servers = vec![start_small(measured.server, &pki, &namespace, directory)?];
+    if let Some((apiserver, etcd)) = measured.real {
+        say("starting kube-apiserver");
+        servers.extend(start_real(apiserver, etcd, &pki, &namespace, directory)?);
+    }
+    let target = if measured.real.is_some() { REAL } else { SMALL };
+    let bench = Bench {
+        pki,
+        namespace,
+        target,
+        part: measured.part,
+    };
+    thread::scope(|scope| scope.spawn(|| bench.measure(say)).join())
+        .map_err(|_| anyhow::anyhow!("the measuring thread panicked"))?
+}
+
+/// The lottery is on, and nobody wins: the filter is asked at each request.
+const CHANCE: f64 = 1e-9;
+
+fn start_small(server: &Path, pki: &Pki, namespace: &Namespace, directory: &Path) -> anyhow::Result<Process> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, SMALL.port));
     let mut command = Command::new(server);
     command
         .arg(format!("--listen={address}"))
@@ -112,17 +196,65 @@ pub fn run(server: &Path, directory: &Path, say: impl Fn(&str) + Send) -> anyhow
             "--tls-private-key-file={}",
             pki.file("apiserver.key").display()
         ))
-        // The lottery is on, and nobody wins.
-        .arg("--goaway-chance=0.000000001");
+        .arg(format!("--goaway-chance={CHANCE:.9}"));
     let server = Process::start("server", command, Some(namespace.fd()), directory)?;
-    let up = wait_for(PATIENCE, || Client::try_connect(&pki, &namespace, address).ok());
+    let up = wait_for(PATIENCE, || Client::try_connect(pki, namespace, address).ok());
     up.with_context(|| format!("the server does not answer:\n{}", server.log()))?;
+    Ok(server)
+}
 
-    let inside = namespace.clone();
-    let work = move || -> anyhow::Result<Figures> {
+fn start_real(
+    apiserver: &Path,
+    etcd: &Path,
+    pki: &Pki,
+    namespace: &Namespace,
+    directory: &Path,
+) -> anyhow::Result<[Process; 2]> {
+    let fixture = Fixture {
+        apiserver: apiserver.to_owned(),
+        etcd: etcd.to_owned(),
+        swarm: PathBuf::new(),
+    };
+    let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(namespace.fd()))?;
+    let settings = Settings {
+        fixture: &fixture,
+        pki,
+        etcd: at(2379),
+        listen: at(REAL.port),
+        // Not loopback, which it refuses; nobody goes there.
+        advertise: Ipv4Addr::new(192, 0, 2, 1).into(),
+        count: 1,
+        directory,
+        name: "kube-apiserver",
+        goaway_chance: CHANCE,
+        extra: &[],
+    };
+    let apiserver = start_apiserver(&settings, Some(namespace.fd()))?;
+    let ready = wait_for(PATIENCE, || {
+        let mut client = Client::try_connect(pki, namespace, settings.listen).ok()?;
+        (client.try_get("/readyz") && client.try_get(REAL.path)).then_some(())
+    });
+    ready.with_context(|| format!("kube-apiserver is not ready:\n{}", tail(&apiserver.log())))?;
+    Ok([etcd, apiserver])
+}
+
+struct Bench {
+    pki: Pki,
+    namespace: Namespace,
+    target: Target,
+    part: Part,
+}
+
+impl Bench {
+    fn measure(&self, say: impl Fn(&str)) -> anyhow::Result<Figures> {
         // The probe is put on whoever listens in this thread's namespace.
-        inside.enter()?;
-        let mut asker = Client::connect(&pki, &inside, address);
+        self.namespace.enter()?;
+        let mut asker = Client::connect(
+            &self.pki,
+            &self.namespace,
+            SocketAddr::from((Ipv4Addr::LOCALHOST, SMALL.port)),
+        );
         let mut call = || -> anyhow::Result<f64> {
             let answer = asker.get(&format!("/bench?n={CALLS}"));
             answer
@@ -130,51 +262,67 @@ pub fn run(server: &Path, directory: &Path, say: impl Fn(&str) + Send) -> anyhow
                 .parse()
                 .with_context(|| format!("`{answer}` is no number"))
         };
-        let per_second = || requests_per_second(&pki, &inside, address);
         let mut ns: [Vec<f64>; 3] = Default::default();
-        let (mut without, mut ratios) = (Vec::new(), Vec::new());
+        let mut program_ns = Vec::new();
+        let mut instructions = 0;
+        let (mut without, mut ratios): (_, [Vec<f64>; 2]) = (Vec::new(), Default::default());
+        // The first requests of a server are dearer than those that come later.
+        self.requests_per_second();
         for round in 1..=ROUNDS {
             say(&format!("round {round} of {ROUNDS}"));
             ns[0].push(call()?);
-            let bare = per_second();
-            let empty = probe_cost_program(PORT, None)?;
-            ns[1].push(call()?);
-            drop(empty);
-            let steer = Attachment::new(PORT, None)?;
-            ns[2].push(call()?);
-            let steered = per_second();
-            drop(steer);
-            // Between two without, so that a machine that slows down is nobody's fault.
-            let bare = (bare + per_second()) / 2.0;
-            without.push(bare);
-            ratios.push(steered / bare);
+            let mut bare = self.requests_per_second();
+            for (index, part) in [Part::Empty, self.part].into_iter().enumerate() {
+                let mut probe = cost_program(part, SMALL.port)?;
+                ns[index + 1].push(call()?);
+                if part == self.part {
+                    let (id, size) = probe.size()?;
+                    instructions = size;
+                    let _statistics = bpf::statistics()?;
+                    call()?;
+                    program_ns.push(bpf::ran(process::id(), &id.to_string())?.each());
+                }
+                drop(probe);
+                let probe = cost_program(part, self.target.port)?;
+                let probed = self.requests_per_second();
+                drop(probe);
+                // Between two without, so that a machine that slows down is nobody's fault.
+                let after = self.requests_per_second();
+                without.push(bare);
+                ratios[index].push(probed / f64::midpoint(bare, after));
+                bare = after;
+            }
         }
         Ok(Figures {
-            requests_ratio: median(ratios),
+            part: self.part,
+            instructions,
+            program_ns: median(program_ns),
+            asked: self.target.name,
+            requests_ratios: ratios.map(median),
             requests_per_second: median(without),
             ns: ns.map(median),
             emulated: processor().contains("QEMU"),
         })
-    };
-    thread::scope(|scope| scope.spawn(work).join()).map_err(|_| anyhow::anyhow!("the measuring thread panicked"))?
-}
+    }
 
-fn requests_per_second(pki: &Pki, namespace: &Namespace, address: SocketAddr) -> f64 {
-    let mut clients: Vec<Client> = (0..CONNECTIONS)
-        .map(|_| Client::connect(pki, namespace, address))
-        .collect();
-    let began = Instant::now();
-    thread::scope(|scope| {
-        for client in &mut clients {
-            scope.spawn(|| {
-                for _ in 0..REQUESTS / CONNECTIONS / AT_ONCE {
-                    client.get_at_once("/", AT_ONCE);
-                }
-            });
-        }
-    });
-    let answered: u64 = clients.iter().map(|client| client.requests).sum();
-    answered as f64 / began.elapsed().as_secs_f64()
+    fn requests_per_second(&self) -> f64 {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.target.port));
+        let mut clients: Vec<Client> = (0..CONNECTIONS)
+            .map(|_| Client::connect(&self.pki, &self.namespace, address))
+            .collect();
+        let began = Instant::now();
+        thread::scope(|scope| {
+            for client in &mut clients {
+                scope.spawn(|| {
+                    for _ in 0..self.target.requests / CONNECTIONS / AT_ONCE {
+                        client.get_at_once(self.target.path, AT_ONCE);
+                    }
+                });
+            }
+        });
+        let answered: u64 = clients.iter().map(|client| client.requests).sum();
+        answered as f64 / began.elapsed().as_secs_f64()
+    }
 }
 
 /// What finding the place in a binary costs.

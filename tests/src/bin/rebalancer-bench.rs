@@ -6,13 +6,14 @@ use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use rebalancer::steer::Part;
 use rebalancer_tests::{
     bench::{
         crowd, floor, kernel,
         peers::Programs,
         planner,
         relay::{self, Effort},
-        steer,
+        steer::{self, Measured},
     },
     process::log_directory,
 };
@@ -75,6 +76,15 @@ struct Steer {
     /// The small server with the apiserver's filter
     #[arg(long)]
     server: PathBuf,
+    /// kube-apiserver, whose requests are counted then
+    #[arg(long, requires = "etcd")]
+    apiserver: Option<PathBuf>,
+    /// etcd
+    #[arg(long, requires = "apiserver")]
+    etcd: Option<PathBuf>,
+    /// Without the answer, for kernels that refuse it
+    #[arg(long)]
+    silent: bool,
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
@@ -137,7 +147,13 @@ fn run(command: Command) -> anyhow::Result<()> {
             (json, format!("{}\n{}", programs.page(), agent.page()), arguments.page)
         }
         Command::Steer(arguments) => {
-            let figures = steer::run(&arguments.server, &directory()?, say)?;
+            let part = if arguments.silent { Part::Silent } else { Part::Steer };
+            let measured = Measured {
+                server: &arguments.server,
+                real: arguments.apiserver.as_deref().zip(arguments.etcd.as_deref()),
+                part,
+            };
+            let figures = steer::run(measured, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::SteerFind(arguments) => {

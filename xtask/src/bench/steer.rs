@@ -1,8 +1,7 @@
-//! `bench steer`: what the probe's answer costs, on this kernel where it takes the probe, else in a VM; and what finding
-//! its place in a binary costs.
+//! `bench steer`: what the probe costs here, and in a VM as well where this kernel refuses its answer; and what finding its
+//! place in a binary costs.
 
 use std::{
-    fs,
     io::{BufRead as _, BufReader, Write as _},
     process::{Command, Stdio},
 };
@@ -13,7 +12,7 @@ use clap::builder::PossibleValuesParser;
 use super::Outcome;
 use crate::{
     ebpf,
-    run::{is_root, shown, target},
+    run::{is_root, shown},
     vm::{self, extras},
 };
 
@@ -32,23 +31,39 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
     ebpf::build().context("the kernel program is what is measured")?;
     super::build()?;
     let server = extras::goaway_server()?.context("the benchmark needs a server built with Go")?;
-    let probe = if takes_the_probe()? {
-        super::measure("steer", true, |command| {
-            command.arg("--server").arg(&server);
-        })?
-    } else {
+    let real = extras::control_plane();
+    if real.is_none() {
         eprintln!(
-            "this kernel refuses the probe: it is measured in a VM with Debian's {}",
+            "no kube-apiserver is at hand, so requests are the small server's: `cargo xtask demo --apiserver real` builds \
+             one"
+        );
+    }
+    let answers = takes_the_probe()?;
+    let probe = super::measure("steer", true, |command| {
+        command.arg("--server").arg(&server);
+        if let Some([apiserver, etcd]) = &real {
+            command.arg("--apiserver").arg(apiserver).arg("--etcd").arg(etcd);
+        }
+        if !answers {
+            command.arg("--silent");
+        }
+    })?;
+    let mut figures: serde_json::Value = serde_json::from_str(&probe.json)?;
+    let mut tables = probe.tables;
+    if !answers {
+        eprintln!(
+            "this kernel refuses the probe its answer, so it was measured without; with it, in a VM with Debian's {}",
             arguments.kernel
         );
-        in_vm(&arguments.kernel)?
-    };
+        let emulated = in_vm(&arguments.kernel, real.is_some())?;
+        tables += &format!("\n{}", emulated.tables);
+        figures["emulated_figures"] = serde_json::from_str(&emulated.json)?;
+    }
     // A release's binary is the size that matters; without one, the small server's.
-    let binary = extras::apiserver().unwrap_or(server);
+    let binary = real.map_or(server, |[apiserver, _]| apiserver);
     let find = super::measure("steer-find", false, |command| {
         command.arg("--binary").arg(&binary);
     })?;
-    let mut figures: serde_json::Value = serde_json::from_str(&probe.json)?;
     let more: serde_json::Value = serde_json::from_str(&find.json)?;
     let (Some(object), Some(more)) = (figures.as_object_mut(), more.as_object()) else {
         bail!("the figures are no objects: {figures} {more}");
@@ -56,7 +71,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
     object.extend(more.clone());
     let outcome = Outcome {
         json: format!("{figures}\n"),
-        tables: format!("{}\n{}", probe.tables, find.tables),
+        tables: format!("{tables}\n{}", find.tables),
     };
     super::show("steer", &outcome, arguments.json, false)
 }
@@ -74,8 +89,12 @@ fn takes_the_probe() -> anyhow::Result<bool> {
 }
 
 /// Runs the measuring binary in a VM; its page comes over the console, between two marks.
-fn in_vm(version: &str) -> anyhow::Result<Outcome> {
-    let arguments = ["steer", "--server=/bin/goaway-server", "--page=/proc/self/fd/1"].map(str::to_owned);
+fn in_vm(version: &str, real: bool) -> anyhow::Result<Outcome> {
+    let mut arguments = vec!["steer", "--server=/bin/goaway-server", "--page=/proc/self/fd/1"];
+    if real {
+        arguments.extend(["--apiserver=/bin/kube-apiserver", "--etcd=/bin/etcd"]);
+    }
+    let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
     let mut command = vm::program(version, "rebalancer-bench", &arguments, "steer")?;
     let line = shown(&command);
     eprintln!("+ {line}");
@@ -102,7 +121,6 @@ fn in_vm(version: &str) -> anyhow::Result<Outcome> {
     }
     // The kernel's own lines come before the page, whose first says what it was measured on.
     let begin = tables.find("Emulated: ").context("the VM printed no page")?;
-    fs::write(target().join("bench-steer.md"), &tables[begin..])?;
     Ok(Outcome {
         json: json.context("the VM printed no figures")?,
         tables: tables[begin..].to_owned(),

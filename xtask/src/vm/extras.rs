@@ -84,10 +84,10 @@ pub fn goaway_server() -> anyhow::Result<Option<PathBuf>> {
     Ok(Some(server))
 }
 
-/// A kube-apiserver that is at hand.
-pub fn apiserver() -> Option<PathBuf> {
-    let [(name, variable), _] = PROGRAMS;
-    fixture(name, variable)
+/// kube-apiserver and etcd, where both are at hand.
+pub fn control_plane() -> Option<[PathBuf; 2]> {
+    let [apiserver, etcd] = PROGRAMS.map(|(name, variable)| fixture(name, variable));
+    Some([apiserver?, etcd?])
 }
 
 /// A program of the real control plane: named, on PATH, or built before by the tests.
