@@ -39,6 +39,9 @@ const CALLS: u32 = 20_000;
 /// How many connections send how many requests at once.
 const CONNECTIONS: usize = 8;
 const AT_ONCE: usize = 10;
+/// Requests of each connection before anything is measured; and for how long one measurement then is to ask.
+const WARM_UP: usize = 200;
+const WINDOW: Duration = Duration::from_secs(4);
 
 /// Whose requests are counted.
 #[derive(Clone, Copy, Debug)]
@@ -46,8 +49,6 @@ struct Target {
     name: &'static str,
     port: u16,
     path: &'static str,
-    /// Requests in one measurement.
-    requests: usize,
 }
 
 /// The small server: it has nothing to do but to answer.
@@ -55,7 +56,6 @@ const SMALL: Target = Target {
     name: "the small server",
     port: PORT,
     path: "/",
-    requests: 16_000,
 };
 
 /// The apiserver, asked for one object.
@@ -63,7 +63,6 @@ const REAL: Target = Target {
     name: "kube-apiserver",
     port: 6445,
     path: "/api/v1/namespaces/default",
-    requests: 3_200,
 };
 
 /// How often a binary is looked into.
@@ -267,11 +266,12 @@ impl Bench {
         let mut instructions = 0;
         let (mut without, mut ratios): (_, [Vec<f64>; 2]) = (Vec::new(), Default::default());
         // The first requests of a server are dearer than those that come later.
-        self.requests_per_second();
+        let rate = self.requests_per_second(WARM_UP);
+        let each = (rate * WINDOW.as_secs_f64()) as usize / CONNECTIONS;
         for round in 1..=ROUNDS {
             say(&format!("round {round} of {ROUNDS}"));
             ns[0].push(call()?);
-            let mut bare = self.requests_per_second();
+            let mut bare = self.requests_per_second(each);
             for (index, part) in [Part::Empty, self.part].into_iter().enumerate() {
                 let mut probe = cost_program(part, SMALL.port)?;
                 ns[index + 1].push(call()?);
@@ -284,10 +284,10 @@ impl Bench {
                 }
                 drop(probe);
                 let probe = cost_program(part, self.target.port)?;
-                let probed = self.requests_per_second();
+                let probed = self.requests_per_second(each);
                 drop(probe);
                 // Between two without, so that a machine that slows down is nobody's fault.
-                let after = self.requests_per_second();
+                let after = self.requests_per_second(each);
                 without.push(bare);
                 ratios[index].push(probed / f64::midpoint(bare, after));
                 bare = after;
@@ -305,7 +305,8 @@ impl Bench {
         })
     }
 
-    fn requests_per_second(&self) -> f64 {
+    /// With so many requests of each connection, and of all connections together.
+    fn requests_per_second(&self, each: usize) -> f64 {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.target.port));
         let mut clients: Vec<Client> = (0..CONNECTIONS)
             .map(|_| Client::connect(&self.pki, &self.namespace, address))
@@ -314,7 +315,7 @@ impl Bench {
         thread::scope(|scope| {
             for client in &mut clients {
                 scope.spawn(|| {
-                    for _ in 0..self.target.requests / CONNECTIONS / AT_ONCE {
+                    for _ in 0..each.div_ceil(AT_ONCE) {
                         client.get_at_once(self.target.path, AT_ONCE);
                     }
                 });

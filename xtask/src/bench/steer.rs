@@ -110,7 +110,7 @@ fn in_vm(version: &str, real: bool) -> anyhow::Result<Outcome> {
             json = Some(format!("{text}\n"));
         } else if let Some(exit) = vm::exit_code(text) {
             code = Some(exit);
-        } else if !text.starts_with("bench: ") && !text.starts_with("vm: ") {
+        } else if !["bench: ", "vm: ", "["].iter().any(|begin| text.starts_with(begin)) {
             tables.push_str(text);
             tables.push('\n');
         }
@@ -119,7 +119,7 @@ fn in_vm(version: &str, real: bool) -> anyhow::Result<Outcome> {
     if code != Some(0) {
         bail!("the benchmark failed in the VM (`{line}`)");
     }
-    // The kernel's own lines come before the page, whose first says what it was measured on.
+    // The page's first line says what it was measured on; the boot loader's come before it.
     let begin = tables.find("Emulated: ").context("the VM printed no page")?;
     Ok(Outcome {
         json: json.context("the VM printed no figures")?,
