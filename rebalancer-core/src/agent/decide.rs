@@ -31,7 +31,11 @@ impl Agent {
         // A doubt says nothing about the rebalancing: it waits.
         let rebalancing = match doubt {
             Some(_) => self.rebalancing.clone(),
-            None => self.rebalancing.after(&balance, &view, &self.rho, self.looks_needed()),
+            None => {
+                let landing = self.motion.landing();
+                self.rebalancing
+                    .after(&balance, &view, landing, &self.rho, self.looks_needed())
+            }
         };
         let is_known = doubt.is_none();
         let chosen = match doubt {

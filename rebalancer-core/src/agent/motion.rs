@@ -105,8 +105,17 @@ impl Motion {
 
     /// Clients that were told and have not landed.
     pub fn in_transit(&self) -> u64 {
-        let recent: u64 = self.recent.iter().map(|(_, told)| told).sum();
-        self.told.saturating_sub(self.landed).min(self.draining + recent)
+        self.told.saturating_sub(self.landed).min(self.draining + self.recent())
+    }
+
+    /// Those of them that are about to land: they were told within the settle time. The others may keep their old
+    /// connection for minutes, while nobody waits for them.
+    pub fn landing(&self) -> u64 {
+        self.in_transit().min(self.recent())
+    }
+
+    fn recent(&self) -> u64 {
+        self.recent.iter().map(|(_, told)| told).sum()
     }
 
     /// Those clients with what they weigh. Streams are known exactly: they are on draining connections until they end and

@@ -49,9 +49,10 @@ impl Rebalancing {
     /// It is the cluster's, not one apiserver's: a donor that has reached the target may be pushed above it again by
     /// those who still move. So it goes on, and an agent joins the others', until all are within the target.
     ///
-    /// It takes `looks` above the trigger in a row to begin one.
-    pub fn after(&self, balance: &Balance, view: &View, rho: &Rho, looks: u32) -> Self {
-        let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+    /// It takes `looks` above the trigger in a row to begin one, and none ends while clients are about to land: they may
+    /// push anybody above the target.
+    pub fn after(&self, balance: &Balance, view: &View, landing: u64, rho: &Rho, looks: u32) -> Self {
+        let moving = landing > 0 || view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let others = view.entries.values().any(|entry| entry.snapshot.rebalancing);
         let starts = balance.largest_skew > balance.trigger;
         let unfinished = moving || balance.largest_quota >= NOTHING;
