@@ -16,11 +16,12 @@ fuzz_target!(|data: &[u8]| {
         rest = after;
         // A fault ends the connection.
         let Ok(list) = decoder.decode(block, BOUND) else { return };
-        let size: usize = list.iter().map(|field| field.name.len() + field.value.len() + 32).sum();
+        let size: usize = list.iter().map(|(name, value)| name.len() + value.len() + 32).sum();
+        assert_eq!(size, list.size());
         assert!(size <= BOUND);
         let mut literals = Vec::new();
-        for field in &list {
-            write_literal(&field.name, &field.value, &mut literals);
+        for (name, value) in list.iter() {
+            write_literal(name, value, &mut literals);
         }
         assert_eq!(reader.decode(&literals, BOUND).expect("literals can be read"), list);
     }

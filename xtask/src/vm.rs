@@ -51,7 +51,9 @@ pub fn versions() -> impl Iterator<Item = &'static str> {
 /// The kernel, qemu or the tests cannot be had.
 pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
     let extras = Extras::of(group)?;
-    let arguments = ["--test-threads=1".to_owned()]
+    // What a test has seen is worth reading when it passes too.
+    let arguments = ["--test-threads=1", "--show-output"]
+        .map(str::to_owned)
         .into_iter()
         .chain(extras.arguments.clone());
     boot(version, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
