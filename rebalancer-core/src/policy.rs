@@ -64,7 +64,7 @@ pub struct Policy {
     pub skew_threshold: f64,
     /// Skew at which it stops.
     pub skew_target: f64,
-    /// Time between two decisions.
+    /// Time between two decisions; the one after a plan that has settled comes earlier.
     pub interval: Duration,
     /// GOAWAYs a second on this apiserver.
     pub goaway_rate: f64,

@@ -44,7 +44,7 @@ pub struct Snapshot {
     pub goaways_total: u64,
     /// What those who were told weighed, since its agent started.
     pub told_load_total: f64,
-    /// Requests it refused for overload (429) a short while ago, as far as its shim sees that.
+    /// Requests it refused for overload a short while ago, as far as its shim sees that.
     pub refused: u64,
     /// HTTP/2 connections accepted since its agent started.
     pub accepted_total: u64,

@@ -24,7 +24,7 @@ use rustls::{
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
-    time::{interval, timeout},
+    time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_rustls::TlsConnector;
 
@@ -141,6 +141,7 @@ impl Balancer {
 
     async fn watch(self, index: usize, tls: TlsConnector) {
         let mut ticks = interval(CHECK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             let backend = &self.backends[index];

@@ -1,6 +1,6 @@
 //! The agent's core: one state machine, told the time and what happened, answering with what to do.
 //!
-//! Job: keep the table and the peers' snapshots, decide once an interval, pace the plan, follow its outcomes.
+//! Job: keep the table and the peers' snapshots, decide once an interval and when a plan has settled, pace the plan, follow its outcomes.
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
@@ -379,7 +379,8 @@ impl Agent {
         }
     }
 
-    /// Learns where clients landed, counts those on their way, and closes a plan that has settled: whether one has.
+    /// Learns where clients landed, counts those on their way, and closes a plan that has settled: whether what it left
+    /// over is to be decided at once.
     fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
         let view = self.peers.view(self.snapshot(now), now);
         let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;

@@ -202,7 +202,9 @@ impl Agent {
         self.drop_victims(&dropped);
     }
 
-    /// Closes the plan when it has settled: whether it has.
+    /// Closes the plan when it has settled: whether there is to be a decision on what it left over at once. Not when it
+    /// told nobody, as in a dry run, which would go through all clients; nor with weights that are measured, whose looks
+    /// are an interval apart, and where the others are to have their turn.
     pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
         let in_transit = self.motion.in_transit();
         let is_measured = self.policy.weight != Weight::Connections;
@@ -247,7 +249,7 @@ impl Agent {
             decision.explanation += &afterwards(plan.outcomes, self.policy.settle);
             effects.push(Effect::Settled(decision.clone()));
         }
-        true
+        !plan.told.is_empty() && !is_measured
     }
 
     fn drop_victims(&mut self, dropped: &[ConnectionId]) {

@@ -52,13 +52,13 @@ impl Rebalancing {
     /// It takes `looks` above the trigger in a row to begin one, and none ends while clients are about to land: they may
     /// push anybody above the target.
     pub fn after(&self, balance: &Balance, view: &View, landing: u64, rho: &Rho, looks: u32) -> Self {
-        let moving = landing > 0 || view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+        let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let others = view.entries.values().any(|entry| entry.snapshot.rebalancing);
         let starts = balance.largest_skew > balance.trigger;
         let unfinished = moving || balance.largest_quota >= NOTHING;
         match self {
-            Self::On(course) if unfinished && course.apiservers == balance.apiservers => {
-                if moving || course.left(rho) >= NOTHING {
+            Self::On(course) if (unfinished || landing > 0) && course.apiservers == balance.apiservers => {
+                if moving || landing > 0 || course.left(rho) >= NOTHING {
                     self.clone()
                 } else if starts {
                     Self::On(Course::begin(balance))

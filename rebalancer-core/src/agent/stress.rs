@@ -1,4 +1,4 @@
-//! Overload: requests that the local apiserver refused (429), as its shim counts them.
+//! Overload: requests that the local apiserver refused, as its shim counts them.
 //!
 //! Input: the shim's totals. Output: how many a short while ago.
 //! Must never take a shim that does not see them, or a restarted one, for a calm or a stressed apiserver: it says nothing.

@@ -153,7 +153,8 @@ impl Answers {
 /// (k8s.io/apiserver/pkg/server/filters/maxinflight.go and priority-and-fairness.go; RFC 9110, section 10.2.3).
 ///
 /// A 429 without Retry-After is an eviction that a disruption budget forbids
-/// (k8s.io/kubernetes/pkg/registry/core/pod/storage/eviction.go): no overload.
+/// (k8s.io/kubernetes/pkg/registry/core/pod/storage/eviction.go): no overload. One whose budget is still being worked out
+/// has it, and is not told apart; nor is what an aggregated API server refuses.
 pub fn is_refusal(status: &[u8], says_when: bool) -> bool {
     says_when && matches!(status, b"429" | b"503")
 }

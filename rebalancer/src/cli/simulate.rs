@@ -24,7 +24,6 @@ use rebalancer_sim::{
 use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
-use crate::agent::config::WeightName;
 use crate::local::{SocketPath, client};
 
 /// What is simulated, and what is shown.
@@ -201,7 +200,7 @@ fn cluster_of(status: &Value, connections: &Value) -> Result<(String, Setup), Fa
         .flatten()
         .filter(|connection| connection["state"] == "active")
         .collect();
-    let mut setup = Setup::of_loads(&loads, LoadBalancer::RoundRobin, policy_of(status)?);
+    let mut setup = Setup::of_loads(&loads, LoadBalancer::RoundRobin, policy_of(status));
     setup.groups = groups_of(&active, loads.iter().sum());
     setup.identities = active.iter().any(|connection| connection["user"].is_string());
     let words: Vec<String> = loads.iter().map(ToString::to_string).collect();
@@ -213,8 +212,8 @@ fn cluster_of(status: &Value, connections: &Value) -> Result<(String, Setup), Fa
     };
     let known = active.len().max(1) as f64;
     let title = format!(
-        "this cluster now: ({}) clients, taken to be like those of this node: {:.2} requests a second and {:.1} watches on \
-         average",
+        "this cluster now: ({}) clients, counted by connections and taken to be like those of this node: {:.2} requests a \
+         second and {:.1} watches on average",
         words.join(", "),
         sum("requests_per_second") / known,
         sum("open_watches") / known,
@@ -222,8 +221,9 @@ fn cluster_of(status: &Value, connections: &Value) -> Result<(String, Setup), Fa
     Ok((title, setup))
 }
 
-/// The policy of an agent, as its `/v1/status` tells it.
-fn policy_of(status: &Value) -> Result<Policy, Failure> {
+/// The policy of an agent, as its `/v1/status` tells it; but it counts connections, for what each of the other nodes' weighs
+/// is not known here, and it excludes nobody.
+fn policy_of(status: &Value) -> Policy {
     let mut policy = scenario::default_policy();
     let number = |key: &str, otherwise: f64| status[key].as_f64().unwrap_or(otherwise);
     let time = |key: &str, otherwise: Duration| {
@@ -240,12 +240,7 @@ fn policy_of(status: &Value) -> Result<Policy, Failure> {
     policy.settle = time("settle_s", policy.settle);
     policy.min_connection_age = time("min_connection_age_s", policy.min_connection_age);
     policy.client_cooldown = time("client_cooldown_s", policy.client_cooldown);
-    if let Some(weight) = status["weight"].as_str() {
-        policy.weight = WeightName::from_str(weight, false)
-            .map_err(|_| anyhow!("--from live: the agent weighs by `{weight}`, which this version does not know"))?
-            .into();
-    }
-    Ok(policy)
+    policy
 }
 
 /// Parts of a node's clients that are told apart by what they ask.
@@ -460,7 +455,10 @@ mod tests {
         );
         assert_eq!((setup.policy.skew_threshold, setup.policy.skew_target), (0.2, 0.04));
         assert_eq!(setup.policy.settle, Duration::from_millis(7_500));
-        assert_eq!((setup.policy.goaway_rate, setup.policy.weight), (2.0, Weight::Requests));
+        assert_eq!(
+            (setup.policy.goaway_rate, setup.policy.weight),
+            (2.0, Weight::Connections)
+        );
         // The quiet half and the busy half; draining ones are not clients any more.
         let groups = setup
             .groups

@@ -169,7 +169,7 @@ async fn forward(
         answer.status().as_str().as_bytes(),
         answer.headers().contains_key(header::RETRY_AFTER),
     ) {
-        connection.add_refused(1);
+        connection.refused();
     }
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let from_server = hyper::upgrade::on(&mut answer);

@@ -147,6 +147,8 @@ where
         refused: 0,
     };
     let end = pump.relay(&mut client, &mut server, connection).await;
+    // What came with the end.
+    pump.report(connection);
     if let End::Protocol(error) = &end {
         pump.relay.fail(*error, &mut pump.out);
     }
@@ -274,7 +276,7 @@ impl Pump {
         );
         let refused = self.relay.refused();
         if refused > self.refused {
-            connection.add_refused(refused - self.refused);
+            connection.refused();
             self.refused = refused;
         }
         if self.relay.drain() != Drain::Active {

@@ -26,6 +26,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// How long a new HTTP/1.1 connection is given for its first request when the process ends.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
 
+/// For so long a connection's further refusals say nothing new.
+const SAME_REFUSAL: Duration = Duration::from_secs(10);
+
 const GO_AWAY: u8 = 1;
 const CLOSE: u8 = 2;
 const HAND_OVER: u8 = 4;
@@ -58,6 +61,8 @@ pub struct Connection {
     active_at: AtomicU64,
     /// The registry's coarse time of the GOAWAY.
     told_at: AtomicU64,
+    /// The registry's coarse time of the last refusal that was counted.
+    refused_at: AtomicU64,
     /// The last GOAWAY is written: no new stream is taken.
     final_said: AtomicBool,
     /// How many watches may be ended so far.
@@ -99,7 +104,7 @@ pub struct Registry {
     cursor: AtomicU64,
     coarse_ms: AtomicU64,
     upstream: AtomicU8,
-    /// Requests that the apiserver refused for overload.
+    /// Refusals for overload, each connection's once in [`SAME_REFUSAL`].
     refused: AtomicU64,
     inner: Mutex<Inner>,
 }
@@ -173,6 +178,7 @@ impl Registry {
             counted: AtomicU64::new(0),
             active_at: AtomicU64::new(self.coarse_ms.load(Relaxed)),
             told_at: AtomicU64::new(0),
+            refused_at: AtomicU64::new(0),
             final_said: AtomicBool::new(false),
             handover: AtomicU32::new(0),
             trust: OnceLock::new(),
@@ -431,9 +437,16 @@ impl Connection {
         self.requests.load(Relaxed)
     }
 
-    /// The apiserver refused so many more of its requests for overload.
-    pub fn add_refused(&self, count: u64) {
-        self.registry.refused.fetch_add(count, Relaxed);
+    /// The apiserver refused a request for overload. One client that goes on asking is none: it may be the only one that
+    /// the apiserver throttles, and counts once in [`SAME_REFUSAL`].
+    pub fn refused(&self) {
+        // Zero is never.
+        let now = self.registry.coarse_ms.load(Relaxed) + 1;
+        let before = self.refused_at.load(Relaxed);
+        if before == 0 || u128::from(now - before) >= SAME_REFUSAL.as_millis() {
+            self.refused_at.store(now, Relaxed);
+            self.registry.refused.fetch_add(1, Relaxed);
+        }
     }
 
     /// Octets went through.

@@ -93,7 +93,7 @@ impl Figures {
     /// The object of figures.
     pub fn json(&self) -> Value {
         let [plain, empty, probe] = self.ns;
-        let [with_empty, with_probe] = self.requests_ratios.map(|ratio| (ratio * 1000.0).round() / 1000.0);
+        let [with_empty, with_probe] = self.requests_ratios.map(rounded_down);
         json!({
             "requests_ratio": with_probe,
             "requests_ratio_with_empty": with_empty,
@@ -111,7 +111,7 @@ impl Figures {
     /// The table.
     pub fn page(&self) -> String {
         let [plain, empty, probe] = self.ns;
-        let [with_empty, with_probe] = self.requests_ratios;
+        let [with_empty, with_probe] = self.requests_ratios.map(rounded_down);
         let what = match self.part {
             Part::Silent => "the probe without its answer, and the instruction stepped over",
             Part::Steer | Part::Empty => "the probe that answers",
@@ -145,6 +145,11 @@ impl Figures {
         let [plain, empty, probe] = self.ns;
         (probe - plain) / (empty - plain)
     }
+}
+
+/// Three figures behind the point, never more than there is: the bound is a least one.
+fn rounded_down(ratio: f64) -> f64 {
+    (ratio * 1000.0).floor() / 1000.0
 }
 
 /// What is measured.

@@ -180,21 +180,23 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
 }
 
 #[test]
-fn refusals_for_overload_are_counted_and_a_forbidden_eviction_is_none() {
+fn clients_refused_for_overload_are_counted_once_and_a_forbidden_eviction_is_none() {
     let world = World::start(&[]);
     let refused_total = || world.control("GET /v1/connections", "")["refused_total"].clone();
     assert_eq!(refused_total(), 0);
-    let (mut client, mut server) = world.open(None);
     let overload = block(&[(":status", "429"), ("retry-after", "1")]);
     let starting = block(&[(":status", "503"), ("retry-after", "5")]);
     let forbidden = block(&[(":status", "429"), ("content-type", "application/json")]);
-    for (stream, answer) in [(1, overload), (3, starting), (5, forbidden)] {
-        client.send(&request(stream, "/"));
-        server.expect(kind::HEADERS);
-        server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &answer));
-        assert_eq!(client.expect(kind::HEADERS).payload, answer, "it passes as it came");
+    for (answer, counted) in [(overload, 1), (starting, 2), (forbidden, 2)] {
+        let (mut client, mut server) = world.open(None);
+        for stream in [1, 3, 5] {
+            client.send(&request(stream, "/"));
+            server.expect(kind::HEADERS);
+            server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &answer));
+            assert_eq!(client.expect(kind::HEADERS).payload, answer, "it passes as it came");
+        }
+        assert_eq!(refused_total(), counted, "one client that is throttled is no overload");
     }
-    assert_eq!(refused_total(), 2);
 
     let mut client = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
     client.send(b"GET / HTTP/1.1\r\nHost: kubernetes\r\n\r\n");

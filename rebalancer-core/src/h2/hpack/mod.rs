@@ -1,6 +1,6 @@
-//! HPACK (RFC 7541): reading every header block a client sends, and writing literals that leave no trace.
+//! HPACK (RFC 7541): reading every header block of a connection, and writing literals that leave no trace.
 //!
-//! Job: follow the client's compression state exactly, so that its blocks may pass verbatim.
+//! Job: follow a sender's compression state exactly, so that its blocks may pass verbatim.
 //! Output: fields, and literals that are never indexed and so leave the server's state as it was.
 //! Must never decode to more than the bound it is given.
 
