@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use rebalancer_core::h2::relay::{Relay, Settings};
 use rustls::pki_types::CertificateDer;
-use socket2::{Domain, Protocol as SocketProtocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol as SocketProtocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
@@ -96,6 +96,25 @@ pub enum Stop {
 
 /// How long a relay that ends still accepts when somebody steers connections to its socket.
 const NOTICE: Duration = Duration::from_secs(1);
+
+/// How long handshakes of TCP that have begun when the port closes may take.
+const HANDSHAKES: Duration = Duration::from_millis(500);
+
+/// A classic BPF filter that drops segments with SYN and without ACK, and passes all others: on a listening socket the
+/// kernel looks at it before a handshake begins (net/ipv4/tcp_ipv4.c, `tcp_v4_rcv`), and the segment begins with TCP's
+/// header. The client sends its SYN again, and by then the port is closed.
+const NO_SYN: [SockFilter; 5] = {
+    const FLAGS_AT: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    [
+        SockFilter::new((libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16, 0, 0, FLAGS_AT),
+        SockFilter::new((libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16, 0, 0, SYN | ACK),
+        SockFilter::new((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, 0, 1, SYN),
+        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0),
+        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX),
+    ]
+};
 
 /// Accepts while the apiserver does, until told to stop; `inherited` is a predecessor's socket.
 pub async fn run(
@@ -192,13 +211,16 @@ impl Door {
             })
             .await;
         }
-        loop {
-            tokio::select! {
-                biased;
-                accepted = listener.accept() => self.accepted(accepted).await,
-                () = std::future::ready(()) => return,
-            }
+        // Whoever connects between the last accept and the close would be reset: no handshake begins any more.
+        if let Err(error) = SockRef::from(listener).attach_filter(&NO_SYN) {
+            tracing::warn!(%error, "clients that connect just as the port closes may be reset");
         }
+        let _ = timeout(HANDSHAKES, async {
+            loop {
+                self.accepted(listener.accept().await).await;
+            }
+        })
+        .await;
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
@@ -208,7 +230,7 @@ impl Door {
         }
         let prepared = || -> io::Result<_> {
             stream.set_nodelay(true)?;
-            socket2::SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE)?;
+            SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE)?;
             Ok((sys::socket_cookie(stream.as_fd())?, stream.local_addr()?))
         };
         let (cookie, local) = match prepared() {
