@@ -109,7 +109,7 @@ fn play(acts: &[Act], watch_handover: bool, cut: usize) -> (Vec<u8>, Vec<u8>, bo
             break;
         }
     }
-    (out.to_client, out.to_server, fault, [relay.requests(), relay.refused()])
+    (out.to_client, out.to_server, fault, [relay.requests(), relay.take_refused()])
 }
 
 /// Reads what the server was sent as a server does.

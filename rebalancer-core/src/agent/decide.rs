@@ -27,20 +27,17 @@ impl Agent {
     /// What would be decided, and what the rebalancing is then.
     pub(super) fn decide(&self, now: Timestamp, view: View) -> (Decision, Rebalancing) {
         let balance = self.balance(&view);
-        let doubt = self.guard(now);
-        // A doubt says nothing about the rebalancing: it waits.
-        let rebalancing = match doubt {
-            Some(_) => self.rebalancing.clone(),
+        let (rebalancing, chosen, heaviest) = match self.guard(now) {
+            // It says nothing about the rebalancing, which waits, nor about who is heavy.
+            Some(doubt) => (self.rebalancing.clone(), Err(doubt), Vec::new()),
             None => {
-                let landing = self.motion.landing();
-                self.rebalancing
-                    .after(&balance, &view, landing, &self.rho, self.looks_needed())
+                let (landing, looks) = (self.motion.landing(), self.looks_needed());
+                let rebalancing = self.rebalancing.after(&balance, &view, landing, &self.rho, looks);
+                let chosen = self.victims(now, &view, &balance, &rebalancing);
+                // Who carries the load is worth knowing whether or not anybody moves.
+                let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
+                (rebalancing, chosen, self.table.heaviest().map(named).collect())
             }
-        };
-        let is_known = doubt.is_none();
-        let chosen = match doubt {
-            Some(doubt) => Err(doubt),
-            None => self.victims(now, &view, &balance, &rebalancing),
         };
         let (victims, hold) = match chosen {
             Ok(victims) => (victims, None),
@@ -49,13 +46,6 @@ impl Agent {
         let explanation = match &hold {
             Some(hold) => format!("nothing is done: {hold}"),
             None => self.explain(&balance, &victims),
-        };
-        // Who carries the load is worth knowing whether or not anybody moves, but not from figures in doubt.
-        let heaviest = if is_known {
-            let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
-            self.table.heaviest().map(named).collect()
-        } else {
-            Vec::new()
         };
         let decision = Decision {
             id: 0,

@@ -1,6 +1,7 @@
 //! The agent's core: one state machine, told the time and what happened, answering with what to do.
 //!
-//! Job: keep the table and the peers' snapshots, decide once an interval and when a plan has settled, pace the plan, follow its outcomes.
+//! Job: keep the table and the peers' snapshots, decide once an interval and when a plan has settled, pace the plan,
+//! follow its outcomes.
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 

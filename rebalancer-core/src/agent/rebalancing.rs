@@ -57,8 +57,9 @@ impl Rebalancing {
         let starts = balance.largest_skew > balance.trigger;
         let unfinished = moving || balance.largest_quota >= NOTHING;
         match self {
-            Self::On(course) if (unfinished || landing > 0) && course.apiservers == balance.apiservers => {
-                if moving || landing > 0 || course.left(rho) >= NOTHING {
+            Self::On(course) if landing > 0 && course.apiservers == balance.apiservers => self.clone(),
+            Self::On(course) if unfinished && course.apiservers == balance.apiservers => {
+                if moving || course.left(rho) >= NOTHING {
                     self.clone()
                 } else if starts {
                     Self::On(Course::begin(balance))

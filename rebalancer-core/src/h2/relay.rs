@@ -264,10 +264,10 @@ impl Relay {
         self.streams.watches()
     }
 
-    /// Requests that the server refused for overload so far: 429 or 503, with Retry-After. Answers that cannot be read
-    /// are not among them.
-    pub fn refused(&self) -> u64 {
-        self.refused
+    /// Requests that the server refused for overload since this was asked last: 429 or 503, with Retry-After. Answers
+    /// that cannot be read are not among them.
+    pub fn take_refused(&mut self) -> u64 {
+        std::mem::take(&mut self.refused)
     }
 
     /// The user agent, when a request brought another one than the last.

@@ -204,23 +204,23 @@ impl Door {
     /// Accepts what came before the port closes: closing it would reset those that wait.
     async fn last_ones(self: &Arc<Self>, listener: &TcpListener) {
         if self.listening.end() {
-            let _ = timeout(NOTICE, async {
-                loop {
-                    self.accepted(listener.accept().await).await;
-                }
-            })
-            .await;
+            self.accept_for(NOTICE, listener).await;
         }
         // Whoever connects between the last accept and the close would be reset: no handshake begins any more.
         if let Err(error) = SockRef::from(listener).attach_filter(&NO_SYN) {
             tracing::warn!(%error, "clients that connect just as the port closes may be reset");
         }
-        let _ = timeout(HANDSHAKES, async {
+        self.accept_for(HANDSHAKES, listener).await;
+    }
+
+    async fn accept_for(self: &Arc<Self>, time: Duration, listener: &TcpListener) {
+        let accept = async {
             loop {
                 self.accepted(listener.accept().await).await;
             }
-        })
-        .await;
+        };
+        // It ends by its time only.
+        let _: Result<(), _> = timeout(time, accept).await;
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {

@@ -144,7 +144,6 @@ where
         out: Output::default(),
         to_client: Queue::default(),
         to_server: Queue::default(),
-        refused: 0,
     };
     let end = pump.relay(&mut client, &mut server, connection).await;
     // What came with the end.
@@ -181,8 +180,6 @@ struct Pump {
     out: Output,
     to_client: Queue,
     to_server: Queue,
-    /// How many refusals the registry knows of.
-    refused: u64,
 }
 
 impl Pump {
@@ -274,10 +271,8 @@ impl Pump {
             self.relay.open_streams(),
             self.relay.open_watches(),
         );
-        let refused = self.relay.refused();
-        if refused > self.refused {
+        if self.relay.take_refused() > 0 {
             connection.refused();
-            self.refused = refused;
         }
         if self.relay.drain() != Drain::Active {
             connection.set_draining();

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use super::{
     bpf,
     machine::{kernel_release, processor},
+    report::median,
 };
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
@@ -29,7 +30,6 @@ use crate::{
     process::{Process, tail, wait_for},
 };
 
-const PORT: u16 = 6443;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How often each way is measured, in alternation.
@@ -54,7 +54,7 @@ struct Target {
 /// The small server: it has nothing to do but to answer.
 const SMALL: Target = Target {
     name: "the small server",
-    port: PORT,
+    port: 6443,
     path: "/",
 };
 
@@ -408,9 +408,4 @@ fn anonymous_kib() -> anyhow::Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     let number = line.and_then(|text| text.trim().trim_end_matches(" kB").parse().ok());
     number.context("/proc/self/status has no RssAnon")
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

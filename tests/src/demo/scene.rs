@@ -83,6 +83,38 @@ impl<'a> Scene<'a> {
     ///
     /// A process ended that should not, or something did not become ready.
     pub fn play(&mut self, mut report: Report) -> anyhow::Result<Report> {
+        let mut swarm = self.crash(&mut report)?;
+        let ready = Instant::now();
+        let goaways_before = self.cluster.goaways()?;
+        self.step("it is ready and empty; the agents compare");
+
+        self.level(&mut swarm, &mut report, ready, goaways_before)?;
+        report.goaways = self.cluster.goaways()? - goaways_before;
+        report.after = self.cluster.loads()?;
+        report.skew_after = Report::skew(&report.after);
+        let line = swarm.line()?;
+        report.client_errors = line.errors;
+        report.relists = line.relists;
+        report.watch_breaks = line.watch_breaks;
+        report.missed_events = line.missed;
+        report.doubled_events = line.doubled;
+        report.latency_ms = LatencyMs {
+            p50: line.latency_ms.p50,
+            p90: line.latency_ms.p90,
+            p99: line.latency_ms.p99,
+        };
+        for text in line.error_texts.unwrap_or_default() {
+            self.step(&format!("a client saw: {text}"));
+        }
+        Ok(report)
+    }
+
+    /// Its first half: the clients come, one apiserver is killed, and is back and empty.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::play`].
+    pub fn crash(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
         let count = self.cluster.nodes.len();
         self.step("waiting for the apiservers");
         self.wait(START, "the apiservers are not ready", |cluster| {
@@ -124,34 +156,12 @@ impl<'a> Scene<'a> {
         // Requests that its death broke may still be tried again: they count as part of the crash.
         self.wait_for_clients(&mut swarm, all)?;
         swarm.reset()?;
-        let ready = Instant::now();
-        let goaways_before = self.cluster.goaways()?;
         report.after_restart = self.cluster.loads()?;
         let target = self.cluster.nodes[0].status()?["skew_target"]
             .as_f64()
             .context("the status has no skew_target")?;
         report.lower_bound = lower_bound(&report.after_restart, target, self.policy);
-        self.step("it is ready and empty; the agents compare");
-
-        self.level(&mut swarm, &mut report, ready, goaways_before)?;
-        report.goaways = self.cluster.goaways()? - goaways_before;
-        report.after = self.cluster.loads()?;
-        report.skew_after = Report::skew(&report.after);
-        let line = swarm.line()?;
-        report.client_errors = line.errors;
-        report.relists = line.relists;
-        report.watch_breaks = line.watch_breaks;
-        report.missed_events = line.missed;
-        report.doubled_events = line.doubled;
-        report.latency_ms = LatencyMs {
-            p50: line.latency_ms.p50,
-            p90: line.latency_ms.p90,
-            p99: line.latency_ms.p99,
-        };
-        for text in line.error_texts.unwrap_or_default() {
-            self.step(&format!("a client saw: {text}"));
-        }
-        Ok(report)
+        Ok(swarm)
     }
 
     /// Watches until the load is level and was left alone for a while, or the time is over.

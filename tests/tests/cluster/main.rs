@@ -8,7 +8,11 @@ use std::{
 use rebalancer_tests::{
     balancer::Policy,
     binary,
-    demo::cluster::{Cluster, Options, START},
+    demo::{
+        cluster::{Cluster, Options, START},
+        report::Report,
+        scene::{Event, Scene},
+    },
     demo_binary,
     fixture::Fixture,
     node::Shim,
@@ -116,28 +120,14 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
         directory: directory.clone(),
     };
     let mut cluster = Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster");
-    let healthy = |cluster: &Cluster, wanted: [bool; 3]| {
-        wait_for(START, || (cluster.balancer.healthy() == wanted).then_some(())).expect("the balancer sees it");
+    let mut report = Report {
+        clients: CLIENTS as usize,
+        ..Report::default()
     };
-    healthy(&cluster, [true; 3]);
-    let mut swarm = cluster.start_clients().expect("clients");
-    let mut all_watch = || {
-        let seen = wait_for(START, || {
-            swarm.line().is_ok_and(|line| line.ready >= CLIENTS).then_some(())
-        });
-        seen.expect("all clients watch");
-    };
-    all_watch();
-    cluster.kill_apiserver(0);
-    healthy(&cluster, [false, true, true]);
-    let moved = wait_for(START, || {
-        let loads = cluster.loads().expect("the relays answer");
-        (loads[0] == 0 && loads.iter().sum::<u64>() == CLIENTS).then_some(())
-    });
-    moved.expect("all clients are on the other two");
-    cluster.restart_apiserver(0).expect("it starts again");
-    healthy(&cluster, [true; 3]);
-    all_watch();
+    let mut tell = |_: Event<'_>| {};
+    let _swarm = Scene::new(&mut cluster, Policy::Leastconn, START, &mut tell)
+        .crash(&mut report)
+        .expect("one apiserver is back and empty");
     let node = &cluster.nodes[1];
     let planned = wait_for(START, || {
         let decisions = node.decisions(0).expect("the agent answers");
@@ -157,8 +147,7 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
     let answer: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     let foreseen = &answer["policies"][0];
     assert_eq!(foreseen["name"], "rebalancer");
-    // 150 clients on two of three: 75 each, and 51.5 are allowed.
-    let needed = 2.0 * (75.0 - 51.5);
+    let needed = report.lower_bound as f64;
     let goaways = number(foreseen, "goaways_mean");
     assert!(
         (goaways - needed).abs() <= 3.0,

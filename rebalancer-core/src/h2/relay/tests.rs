@@ -312,7 +312,7 @@ fn refusals_for_overload_are_counted_and_every_answer_passes_as_it_came() {
     for octet in &answers {
         relay.server_bytes(&[*octet], &mut out).expect("answers");
     }
-    assert_eq!(relay.refused(), 2);
+    assert_eq!(relay.take_refused(), 2);
     assert_eq!(out.to_client, answers);
 }
 
