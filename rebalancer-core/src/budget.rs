@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::words::Timestamp;
+use crate::ids::Timestamp;
 
 /// Tokens that refill steadily; one pays for a GOAWAY whose client brings few watches with it.
 #[derive(Clone, Debug)]

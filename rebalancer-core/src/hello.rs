@@ -3,7 +3,7 @@
 //! Input: pieces of a client's stream, in any order. Output: a [`Protocol`]. Must never hold more than
 //! [`LONGEST`] octets a connection, nor guess from a hello that is not whole.
 
-use crate::words::Protocol;
+use crate::ids::Protocol;
 
 /// A longer first record is given up.
 pub const LONGEST: usize = 16_384;

@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use crate::words::{ConnectionId, Protocol};
+use crate::ids::{ConnectionId, Protocol};
 
 /// One live TCP connection on a watched port, as the kernel tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use crate::words::ConnectionId;
+use crate::ids::ConnectionId;
 
 /// From the last GOAWAY to the first watch that is ended. client-go takes a watch that ends within a second and
 /// without an event for a failure, and lists again (k8s.io/client-go/tools/cache/reflector.go, "very short watch"); a

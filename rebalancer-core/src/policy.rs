@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 
-use crate::words::{ApiserverName, ShimKind};
+use crate::ids::{ApiserverName, ShimKind};
 
 /// What a connection weighs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::words::ApiserverName;
+use crate::ids::ApiserverName;
 
 /// For each apiserver, the share of new connections that landed on it while it was a donor.
 ///

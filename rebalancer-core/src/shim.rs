@@ -4,7 +4,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use crate::words::{ConnectionId, Protocol};
+use crate::ids::{ConnectionId, Protocol};
 
 /// How far a connection is in its life, as the shim knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -6,8 +6,8 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
-    decision::Hold,
-    words::{ApiserverName, Timestamp},
+    hold::Hold,
+    ids::{ApiserverName, Timestamp},
 };
 
 /// How an apiserver is, as its own node's agent sees it.

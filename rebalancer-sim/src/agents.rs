@@ -9,10 +9,10 @@ use std::collections::BTreeSet;
 
 use rebalancer_core::{
     agent::{Agent, Effect, Input},
+    ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
     policy::{Policy, Weight},
     shim::GoawayResult,
     view::{PeerFault, Snapshot},
-    words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
 };
 
 use crate::{

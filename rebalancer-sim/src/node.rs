@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use rebalancer_core::{
     agent::{Agent, Input},
+    ids::{ApiserverName, ConnectionId, Protocol},
     observation::{Observation, Socket},
     shim::{ConnectionState, Counters, ShimConnection, ShimReport},
-    words::{ApiserverName, ConnectionId, Protocol},
 };
 
 /// One client connection.

@@ -5,8 +5,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use rebalancer_core::{
+    ids::ApiserverName,
     policy::{Policy, Weight},
-    words::ApiserverName,
 };
 
 use crate::{

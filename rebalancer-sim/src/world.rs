@@ -11,9 +11,9 @@
 use std::{cmp::Ordering, collections::BinaryHeap, time::Duration};
 
 use rebalancer_core::{
+    ids::ApiserverName,
     policy::Weight,
     view::{PeerFault, Snapshot},
-    words::ApiserverName,
 };
 
 use crate::{

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use super::{Agent, Effect, futility::PROBE, rebalancing::Rebalancing};
 use crate::{
-    decision::{Decision, Hold, Outcomes, Victim},
+    decision::{Decision, Outcomes, Victim},
+    hold::Hold,
+    ids::{ApiserverName, ConnectionId, Timestamp},
     planner::{self, Balance, Request},
     policy::Weight,
     view::{Entry, ServerState, View},
-    words::{ApiserverName, ConnectionId, Timestamp},
 };
 
 /// A plan rests on one view: it is no longer than what the budget allows in that time.
@@ -184,9 +185,6 @@ impl Agent {
         } else {
             limit
         };
-        if balance.quota <= 0.0 {
-            return Err(reached);
-        }
         let request = Request {
             quota: balance.quota,
             limit,

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use crate::{
+    ids::{ApiserverName, Timestamp},
     rho::Rho,
-    words::{ApiserverName, Timestamp},
 };
 
 /// How long futility is believed at first; each probe that confirms it doubles that.

@@ -24,7 +24,9 @@ use stress::Stress;
 
 use crate::{
     budget::TokenBucket,
-    decision::{Decision, Hold, Outcomes},
+    decision::{Decision, Outcomes},
+    hold::Hold,
+    ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
     observation::Observation,
     planner::{self, Cooldowns},
     policy::{Policy, Weight},
@@ -32,7 +34,6 @@ use crate::{
     shim::{GoawayOrder, GoawayResult, ShimReport},
     table::ConnectionTable,
     view::{Entry, PeerFault, Peers, ServerState, Snapshot},
-    words::{ApiserverName, ConnectionId, ShimKind, Timestamp},
 };
 
 /// Decisions that are kept to be read.
@@ -101,7 +102,6 @@ pub struct Agent {
     paused: bool,
     rebalancing: Rebalancing,
     shim_fault: Option<String>,
-    shim_instance: String,
     upstream_ready: Option<bool>,
     up_since: Option<Timestamp>,
     started: Timestamp,
@@ -135,7 +135,6 @@ impl Agent {
             paused: false,
             rebalancing: Rebalancing::Off(0),
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
-            shim_instance: String::new(),
             upstream_ready: None,
             up_since: None,
             started: now,
@@ -312,9 +311,6 @@ impl Agent {
 
     fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
         self.shim_fault = None;
-        if self.shim_instance != report.instance {
-            self.shim_instance.clone_from(&report.instance);
-        }
         if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
             // The port was open a while before the server behind it was ready: clients come from now on.
             self.up_since = Some(now);

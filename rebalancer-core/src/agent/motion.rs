@@ -10,10 +10,10 @@ use std::{
 };
 
 use crate::{
+    ids::{ApiserverName, Timestamp},
     planner::Transit,
     policy::Weight,
     view::{Snapshot, View},
-    words::{ApiserverName, Timestamp},
 };
 
 /// Totals of one apiserver at an instant; another instance starts anew.

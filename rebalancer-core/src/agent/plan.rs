@@ -11,11 +11,11 @@ use std::{
 use super::{Agent, Effect};
 use crate::{
     decision::{Decision, Outcomes},
+    ids::{ConnectionId, ShimKind, Timestamp},
     planner,
     policy::{Mode, Weight},
     shim::{GoawayOrder, GoawayResult},
     table::ClientKey,
-    words::{ConnectionId, ShimKind, Timestamp},
 };
 
 /// How long a shim may take to carry out one order.

@@ -4,7 +4,7 @@
 //! Input: the balance and the moves of each look. Output: yes or no, and the allowance.
 //! Must never go on for ever: it ends at the target, or when it has cost what it needed at its start and a quarter more.
 
-use crate::{planner::Balance, rho::Rho, view::View, words::ApiserverName};
+use crate::{ids::ApiserverName, planner::Balance, rho::Rho, view::View};
 
 /// A rebalancing may cost this many times what it needed at its start: behind a load balancer that chooses by chance
 /// the last moves correct the first ones, and without a bound they would chase chance for ever.

@@ -5,7 +5,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::words::Timestamp;
+use crate::ids::Timestamp;
 
 /// Refusals of the last minute or so.
 #[derive(Clone, Debug, Default)]

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::{
+    ids::Protocol,
     observation::Socket,
     policy::Mode,
     shim::{ConnectionState, Counters, ShimConnection},
-    words::Protocol,
 };
 
 #[derive(Clone, Copy, Debug)]

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use super::cooldown::Cooldowns;
 use crate::{
-    decision::{Heavy, Hold, Victim},
+    decision::{Heavy, Victim},
+    hold::Hold,
+    ids::{ConnectionId, Protocol, ShimKind, Timestamp},
     policy::{Policy, Weight},
     shim::ConnectionState,
     table::{ClientKey, Connection, ConnectionTable},
-    words::{ConnectionId, Protocol, ShimKind, Timestamp},
 };
 
 /// How much is to be told.
@@ -257,9 +258,9 @@ impl Eq for Candidate<'_> {}
 mod tests {
     use super::*;
     use crate::{
+        ids::ApiserverName,
         observation::{Observation, Socket},
         shim::{Counters, ShimConnection, ShimReport},
-        words::ApiserverName,
     };
 
     #[test]

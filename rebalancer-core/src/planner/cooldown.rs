@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{table::ClientKey, words::Timestamp};
+use crate::{ids::Timestamp, table::ClientKey};
 
 /// Clients in their cool-down.
 #[derive(Clone, Debug, Default)]

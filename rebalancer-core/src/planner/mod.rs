@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    ids::ApiserverName,
     policy::{Policy, Weight},
     rho::Rho,
     table::{Connection, ConnectionTable, SMOOTHING_SECONDS},
     view::{ServerState, View},
-    words::ApiserverName,
 };
 
 mod choose;

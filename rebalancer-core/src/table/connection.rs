@@ -9,9 +9,9 @@ use std::{
 };
 
 use crate::{
+    ids::{ConnectionId, Protocol, Timestamp},
     policy::Weight,
     shim::{ConnectionState, Counters},
-    words::{ConnectionId, Protocol, Timestamp},
 };
 
 /// One live client connection.

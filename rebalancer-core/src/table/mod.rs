@@ -13,10 +13,10 @@ use std::{
 };
 
 use crate::{
+    ids::{ConnectionId, Protocol, Timestamp},
     observation::{Observation, Socket},
     policy::Weight,
     shim::{ConnectionState, Counters, ShimConnection, ShimReport},
-    words::{ConnectionId, Protocol, Timestamp},
 };
 
 mod connection;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::connection::Connection;
-use crate::words::ConnectionId;
+use crate::ids::ConnectionId;
 
 /// Connections in a chunk: a power of two.
 const CHUNK: usize = 4_096;

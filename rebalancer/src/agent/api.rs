@@ -17,8 +17,8 @@ use bytes::Bytes;
 use http_body_util::channel::Channel;
 use rebalancer_core::{
     agent::{Agent, Command},
+    ids::{ConnectionId, Timestamp},
     table::Connection,
-    words::{ConnectionId, Timestamp},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -16,8 +16,8 @@ use anyhow::{Context as _, bail, ensure};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use rebalancer_core::{
+    ids::{ApiserverName, ShimKind},
     policy::{Exclusions, Mode, Policy, Weight},
-    words::{ApiserverName, ShimKind},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};

@@ -11,7 +11,7 @@ use std::{
 use rebalancer_core::{
     agent::{Agent, Command},
     decision::Decision,
-    words::Timestamp,
+    ids::Timestamp,
 };
 use tokio::sync::{broadcast, mpsc, oneshot};
 

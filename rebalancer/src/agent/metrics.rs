@@ -12,9 +12,9 @@ use prometheus_client::{
 use rebalancer_core::{
     agent::Agent,
     decision::{Decision, Outcomes},
+    ids::{Protocol, Timestamp},
     shim::{ConnectionState, GoawayResult},
     view::ServerState,
-    words::{Protocol, Timestamp},
 };
 
 use super::wire::{mode_name, protocol_name, shim_name};

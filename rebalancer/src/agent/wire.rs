@@ -6,11 +6,12 @@ use std::{net::SocketAddr, time::Duration};
 
 use rebalancer_core::{
     agent::Agent,
-    decision::{Decision, Heavy, Hold, Outcomes},
+    decision::{Decision, Heavy, Outcomes},
+    hold::Hold,
+    ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
     policy::{Mode, Weight},
     table::Connection,
     view::{ServerState, Snapshot},
-    words::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

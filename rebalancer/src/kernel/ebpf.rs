@@ -28,8 +28,8 @@ use rebalancer_common::{
 use rebalancer_core::{
     btf,
     hello::Assembly,
+    ids::{ConnectionId, Protocol},
     observation::{Observation, Socket},
-    words::{ConnectionId, Protocol},
 };
 use tokio::{
     io::{

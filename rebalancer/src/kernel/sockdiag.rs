@@ -12,8 +12,8 @@ use std::{
 };
 
 use rebalancer_core::{
+    ids::ConnectionId,
     observation::{Observation, Socket},
-    words::ConnectionId,
 };
 use socket2::{Domain, Protocol, Type};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rebalancer_core::{pace::Pace, words::ConnectionId};
+use rebalancer_core::{ids::ConnectionId, pace::Pace};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::registry::Registry;

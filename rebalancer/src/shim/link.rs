@@ -7,8 +7,8 @@ use std::{path::PathBuf, time::Duration};
 
 use rebalancer_core::{
     agent::Input,
+    ids::{ConnectionId, Protocol},
     shim::{ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
-    words::{ConnectionId, Protocol},
 };
 use tokio::{
     sync::mpsc,

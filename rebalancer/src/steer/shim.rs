@@ -13,8 +13,8 @@ use std::{
 use rebalancer_common::steer::{ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_UNREADABLE, ANSWER_YES, ClientKey, Victim};
 use rebalancer_core::{
     agent::{Agent, Input},
+    ids::{ConnectionId, Protocol},
     shim::{ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
-    words::{ConnectionId, Protocol},
 };
 use tokio::{
     sync::mpsc,

@@ -8,11 +8,11 @@ use std::{fs, net::SocketAddr, time::Instant};
 use anyhow::Context as _;
 use rebalancer_core::{
     agent::{Agent, Command, Input},
+    ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
     observation::{Observation, Socket},
     policy::{Policy, Weight},
     shim::{ConnectionState, Counters, ShimConnection, ShimReport},
     view::{ServerState, Snapshot},
-    words::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
 };
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! The words of the project as types: names, ids, instants.
+//! Names, ids and instants as types, and the two small enums that everything speaks of.
 //!
 //! Input and output: none; these are values.
 //! Must never grow behaviour that belongs to the module that owns a rule.

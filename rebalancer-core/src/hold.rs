@@ -1,0 +1,261 @@
+//! Holds: why nothing is done, and the sentence that says so.
+//!
+//! Job: the closed list of reasons, each with its numbers. Output: one word for metrics, one sentence for people.
+//! Must never need a view or a decision: both of them name holds.
+
+use std::{fmt, time::Duration};
+
+use crate::ids::ApiserverName;
+
+/// Why nothing is done. Closed, and each with its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Hold {
+    /// There is nobody to move to.
+    FewerThanTwoApiservers {
+        /// How many can take connections.
+        apiservers: usize,
+    },
+    /// Nothing usable is known of a peer.
+    PeerUnknown {
+        /// Which.
+        peer: ApiserverName,
+        /// Why.
+        why: String,
+    },
+    /// A peer's snapshot is too old.
+    SnapshotStale {
+        /// Which.
+        peer: ApiserverName,
+        /// How old.
+        age: Duration,
+        /// How old it may be.
+        limit: Duration,
+    },
+    /// This apiserver is not far enough above the mean.
+    BelowThreshold {
+        /// Its skew.
+        skew: f64,
+        /// What it takes.
+        threshold: f64,
+    },
+    /// The skew is above the configured threshold, but chance alone makes as much.
+    Noise {
+        /// The skew.
+        skew: f64,
+        /// What chance makes.
+        noise_floor: f64,
+    },
+    /// The skew of measured loads passes the trigger, but not for long enough to be believed.
+    Unconfirmed {
+        /// The largest skew.
+        skew: f64,
+        /// Looks in a row that passed.
+        looks: u32,
+        /// How many it takes.
+        needed: u32,
+    },
+    /// Whoever could be a victim was told a moment ago, is too young, excluded or otherwise not to be moved.
+    CoolingDown {
+        /// Connections in their client's cool-down.
+        cooling: usize,
+        /// Younger than the minimum age.
+        young: usize,
+        /// Excluded by configuration, or on this node.
+        excluded: usize,
+        /// Not known to speak HTTP/2.
+        unknown: usize,
+    },
+    /// The budget is spent.
+    BudgetSpent {
+        /// Tokens at hand.
+        tokens: f64,
+        /// GOAWAYs this apiserver may still send in this rebalancing.
+        allowance: f64,
+    },
+    /// Moved clients come back: moving them does not help behind this load balancer.
+    Futile {
+        /// Highest credible rho.
+        rho: f64,
+        /// Landings it rests on.
+        landings: f64,
+    },
+    /// Clients that could be moved are heavier than what there is to move.
+    Unmovable {
+        /// The heaviest client.
+        client: String,
+        /// What it weighs.
+        load: f64,
+        /// What there is to move.
+        room: f64,
+    },
+    /// An apiserver that would take clients refuses requests for overload.
+    RecipientsStressed {
+        /// Which.
+        apiserver: ApiserverName,
+        /// Requests it refused a short while ago.
+        refused: u64,
+        /// How many are taken for normal.
+        limit: u64,
+    },
+    /// Another apiserver's plan is under way, and its clients' load is not measured yet where they landed.
+    PeerPlanInFlight {
+        /// Whose.
+        apiserver: ApiserverName,
+    },
+    /// A plan is being carried out or settles.
+    PlanInFlight {
+        /// Its generation.
+        generation: u64,
+        /// Victims not yet told.
+        unsent: usize,
+        /// Clients told that have not landed anywhere yet.
+        in_transit: u64,
+    },
+    /// This apiserver just (re)started, or is down.
+    ApiserverStarting {
+        /// Which.
+        apiserver: ApiserverName,
+        /// For how long it is up; `None` while it is down.
+        up: Option<Duration>,
+    },
+    /// Kernel events were lost and the complete list has not come yet.
+    LostEvents {
+        /// How many were lost since the start.
+        total: u64,
+    },
+    /// An operator paused the agent.
+    Paused,
+    /// The shim does not answer: nothing could be sent.
+    ShimUnavailable {
+        /// What it said.
+        why: String,
+    },
+}
+
+impl Hold {
+    /// Whether it says that the load is level: the decision of nearly every interval.
+    pub fn is_level(&self) -> bool {
+        matches!(self, Self::BelowThreshold { .. } | Self::Noise { .. })
+    }
+
+    /// The reason as one word, for metrics and JSON.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::FewerThanTwoApiservers { .. } => "fewer_than_two_apiservers",
+            Self::PeerUnknown { .. } => "peer_unknown",
+            Self::SnapshotStale { .. } => "snapshot_stale",
+            Self::BelowThreshold { .. } => "below_threshold",
+            Self::Noise { .. } => "noise",
+            Self::Unconfirmed { .. } => "unconfirmed",
+            Self::CoolingDown { .. } => "cooling_down",
+            Self::BudgetSpent { .. } => "budget_spent",
+            Self::Futile { .. } => "futile",
+            Self::Unmovable { .. } => "unmovable",
+            Self::RecipientsStressed { .. } => "recipients_stressed",
+            Self::PeerPlanInFlight { .. } => "peer_plan_in_flight",
+            Self::PlanInFlight { .. } => "plan_in_flight",
+            Self::ApiserverStarting { .. } => "apiserver_starting",
+            Self::LostEvents { .. } => "lost_events",
+            Self::Paused => "paused",
+            Self::ShimUnavailable { .. } => "shim_unavailable",
+        }
+    }
+}
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FewerThanTwoApiservers { apiservers } => {
+                write!(
+                    f,
+                    "{apiservers} apiserver can take connections: there is nobody to move clients to"
+                )
+            }
+            Self::PeerUnknown { peer, why } => write!(f, "nothing is known of peer {peer}: {why}"),
+            Self::SnapshotStale { peer, age, limit } => write!(
+                f,
+                "the snapshot of peer {peer} is {:.1} s old, {:.1} s is allowed",
+                age.as_secs_f64(),
+                limit.as_secs_f64()
+            ),
+            Self::BelowThreshold { skew, threshold } => {
+                write!(
+                    f,
+                    "skew {:+.1} % does not pass {:.1} %",
+                    skew * 100.0,
+                    threshold * 100.0
+                )
+            }
+            Self::Noise { skew, noise_floor } => write!(
+                f,
+                "skew {:+.1} % is within what chance alone makes, {:.1} %",
+                skew * 100.0,
+                noise_floor * 100.0
+            ),
+            Self::Unconfirmed { skew, looks, needed } => write!(
+                f,
+                "skew {:+.1} % passes in {looks} of {needed} looks in a row that it takes with measured loads",
+                skew * 100.0
+            ),
+            Self::CoolingDown {
+                cooling,
+                young,
+                excluded,
+                unknown,
+            } => write!(
+                f,
+                "nobody can be moved now: {cooling} in their cool-down, {young} too young, {excluded} excluded or on this node, {unknown} not known to speak HTTP/2"
+            ),
+            Self::BudgetSpent { tokens, allowance } => write!(
+                f,
+                "the budget is spent: {tokens:.1} tokens, {allowance:.1} GOAWAYs left in this rebalancing"
+            ),
+            Self::Futile { rho, landings } => write!(
+                f,
+                "moved clients come back: of {landings:.0} landings at most {:.0} % went to another apiserver",
+                rho * 100.0
+            ),
+            Self::Unmovable { client, load, room } => write!(
+                f,
+                "whoever could be moved is heavier than the {room:.1} there is to move; the heaviest, {client}, weighs {load:.1}"
+            ),
+            Self::RecipientsStressed {
+                apiserver,
+                refused,
+                limit,
+            } => write!(
+                f,
+                "apiserver {apiserver} refused {refused} requests for overload a short while ago, {limit} are taken for normal: it gets no more clients now"
+            ),
+            Self::PeerPlanInFlight { apiserver } => write!(
+                f,
+                "a plan of {apiserver} is under way: what its clients weigh is not measured yet where they land"
+            ),
+            Self::PlanInFlight {
+                generation,
+                unsent,
+                in_transit,
+            } => {
+                write!(
+                    f,
+                    "plan {generation} is in flight: {unsent} not told yet, {in_transit} on their way"
+                )
+            }
+            Self::ApiserverStarting {
+                apiserver,
+                up: Some(up),
+            } => {
+                write!(f, "apiserver {apiserver} is up for {:.1} s only", up.as_secs_f64())
+            }
+            Self::ApiserverStarting { apiserver, up: None } => {
+                write!(
+                    f,
+                    "apiserver {apiserver} is down, or its clients are still looking for another"
+                )
+            }
+            Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
+            Self::Paused => f.write_str("paused by an operator"),
+            Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
+        }
+    }
+}
