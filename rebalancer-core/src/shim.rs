@@ -41,6 +41,9 @@ pub struct ShimConnection {
     pub local: SocketAddr,
     /// What was selected.
     pub protocol: Protocol,
+    /// Whether it can be told to go: over HTTP/2 by GOAWAY, over HTTP/1.1 by `Connection: close` in its next answer,
+    /// where the shim can write that and the connection was not upgraded.
+    pub can_be_told: bool,
     /// How far it is.
     pub state: ConnectionState,
     /// The user, where the shim sees it.
@@ -89,7 +92,7 @@ pub struct GoawayOrder {
 pub enum GoawayResult {
     /// GOAWAY is sent.
     Sent,
-    /// It will be sent at the connection's next request; another result follows then, or when it expires.
+    /// It will be sent with the answer to the connection's next request; another result follows then, or when it expires.
     Pending,
     /// The order expired before the connection made a request.
     Expired,
@@ -97,6 +100,6 @@ pub enum GoawayResult {
     AlreadyDraining,
     /// The shim does not know this connection: it is gone.
     Unknown,
-    /// It cannot hear a GOAWAY.
+    /// It cannot be told: it speaks HTTP/1.1, and the shim cannot write into its answers or it was upgraded.
     NotH2,
 }

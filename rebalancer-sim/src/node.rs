@@ -275,6 +275,7 @@ fn shown(index: usize, connection: &Connection, identities: &[Identity]) -> Shim
         client: address(connection.client, index),
         local: local(connection.server),
         protocol: Protocol::H2Selected,
+        can_be_told: true,
         state: match connection.life {
             Life::Active => ConnectionState::Active,
             Life::Draining | Life::Closed => ConnectionState::Draining,

@@ -95,6 +95,7 @@ impl World {
             client: remote,
             local,
             protocol: Protocol::H2Selected,
+            can_be_told: true,
             state: ConnectionState::Active,
             user: None,
             user_agent: None,

@@ -289,6 +289,7 @@ mod tests {
                 client: socket.remote,
                 local: socket.local,
                 protocol: Protocol::H2Selected,
+                can_be_told: true,
                 state: ConnectionState::Active,
                 user: None,
                 user_agent: None,

@@ -570,6 +570,7 @@ impl Connection {
             client: self.client(),
             local: self.local,
             protocol: self.protocol(),
+            can_be_told: Some(self.protocol() == Protocol::H2),
             state: if self.is_told() { State::Draining } else { State::Active },
             age_ms: u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX),
             user: self.user.get().cloned(),

@@ -108,6 +108,7 @@ fn report(answer: wire::Connections) -> ShimReport {
                     wire::Protocol::H2 => Protocol::H2Selected,
                     wire::Protocol::Http1 => Protocol::Http1,
                 },
+                can_be_told: connection.can_be_told(),
                 state: match connection.state {
                     wire::State::Active => ConnectionState::Active,
                     wire::State::Draining => ConnectionState::Draining,

@@ -36,7 +36,7 @@ pub enum Protocol {
     /// HTTP/2.
     #[serde(rename = "h2")]
     H2,
-    /// HTTP/1.1: it cannot hear a GOAWAY.
+    /// HTTP/1.1: told, where it can be, by `Connection: close` in its next answer.
     #[serde(rename = "http/1.1")]
     Http1,
 }
@@ -47,7 +47,7 @@ pub enum Protocol {
 pub enum State {
     /// New streams are welcome.
     Active,
-    /// GOAWAY is sent.
+    /// GOAWAY is sent, or `Connection: close`.
     Draining,
 }
 
@@ -91,6 +91,9 @@ pub struct Connection {
     pub local: SocketAddr,
     /// What it speaks.
     pub protocol: Protocol,
+    /// Whether it can be told to go; a shim that leaves it out can tell those that speak HTTP/2.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub can_be_told: Option<bool>,
     /// How far it is.
     pub state: State,
     /// Milliseconds since it was accepted.
@@ -104,6 +107,13 @@ pub struct Connection {
     /// Its figures.
     #[serde(flatten)]
     pub counters: Counters,
+}
+
+impl Connection {
+    /// Whether it can be told to go.
+    pub fn can_be_told(&self) -> bool {
+        self.can_be_told.unwrap_or(self.protocol == Protocol::H2)
+    }
 }
 
 /// Newer figures of a connection that did not otherwise change.
@@ -160,13 +170,13 @@ pub struct GoawayRequest {
 pub enum GoawayResult {
     /// GOAWAY goes out now.
     Sent,
-    /// GOAWAY goes out at its next request.
+    /// It goes out with the answer to its next request, or not at all when the order expires before that.
     Pending,
     /// It had one before.
     AlreadyDraining,
     /// No such connection.
     Unknown,
-    /// It speaks HTTP/1.1.
+    /// It cannot be told: HTTP/1.1 that was upgraded.
     NotH2,
 }
 
@@ -192,7 +202,7 @@ pub struct GoawayAnswer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// GOAWAY is written.
+    /// GOAWAY is written, or `Connection: close`.
     Draining,
     /// It is closed.
     Closed,

@@ -326,6 +326,7 @@ impl Steer {
                     } else {
                         known.protocol
                     },
+                    can_be_told: requests > 0 || known.protocol != Protocol::Http1,
                     state: if told { ConnectionState::Draining } else { known.state },
                     user: None,
                     user_agent: None,

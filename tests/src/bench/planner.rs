@@ -219,6 +219,7 @@ fn shown(id: u64) -> ShimConnection {
         client: address(id),
         local: socket(id).local,
         protocol: Protocol::H2Selected,
+        can_be_told: true,
         state: ConnectionState::Active,
         user: Some(format!("system:node:worker-{user:06}.eu-central.example")),
         user_agent: Some(format!(
