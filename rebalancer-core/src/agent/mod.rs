@@ -252,6 +252,11 @@ impl Agent {
         self.paused
     }
 
+    /// Why the shim cannot be used, when it cannot; there is no fault without a shim.
+    pub fn shim_fault(&self) -> Option<&str> {
+        self.shim_fault.as_deref()
+    }
+
     /// Whether no plan is in flight or settling.
     pub fn is_idle(&self) -> bool {
         self.plan.is_none()

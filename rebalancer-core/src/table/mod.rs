@@ -47,6 +47,7 @@ pub struct ConnectionTable {
     sampled_at: Option<Timestamp>,
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
+    requests_total: u64,
     /// What a shim said of connections that the source has not shown yet.
     early: HashMap<ConnectionId, ShimConnection>,
     listener: Option<ConnectionId>,
@@ -253,6 +254,11 @@ impl ConnectionTable {
         self.accepted_total
     }
 
+    /// Requests that the shim saw since the agent started, those of connections that have closed since included.
+    pub fn requests_total(&self) -> u64 {
+        self.requests_total
+    }
+
     /// Kernel events that were lost since the agent started.
     pub fn lost_events_total(&self) -> u64 {
         self.lost_events_total
@@ -332,8 +338,13 @@ impl ConnectionTable {
         };
         self.totals.uncount(connection);
         let before = (connection.identity.clone(), connection.is_active());
+        let requests = connection.counters.requests;
         change(connection);
         self.totals.count(connection);
+        // What a connection that was there before the agent had asked until then is the base.
+        if !connection.seeded || requests > 0 {
+            self.requests_total += connection.counters.requests.saturating_sub(requests);
+        }
         if before != (connection.identity.clone(), connection.is_active()) {
             self.identities
                 .enter(connection.identity.as_ref(), connection.is_active());

@@ -59,6 +59,39 @@ fn accepted_counts_http2_once_and_no_seeds() {
 }
 
 #[test]
+fn requests_add_up_over_connections_that_close() {
+    let mut table = seeded(&[1]);
+    for id in [2, 3] {
+        table.observe(Observation::Opened(socket(id)), at(1));
+    }
+    let mut told = |counts: &[(u64, u64)], closed: u64| {
+        let counters = counts.iter().map(|(id, requests)| {
+            let counters = Counters {
+                requests: *requests,
+                ..Counters::default()
+            };
+            (ConnectionId(*id), counters)
+        });
+        table.report(&ShimReport {
+            counters: counters.collect(),
+            ..ShimReport::default()
+        });
+        let closed = Observation::Closed {
+            id: ConnectionId(closed),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        table.observe(closed, at(2));
+        table.requests_total()
+    };
+    // The first was there before: what it had asked is not counted.
+    assert_eq!(told(&[(1, 5_000), (2, 900), (3, 1)], 2), 901);
+    assert_eq!(told(&[(1, 5_010), (3, 51)], 3), 961);
+    // Figures never go back, whatever a shim says.
+    assert_eq!(told(&[(1, 4_000)], 9), 961);
+}
+
+#[test]
 fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
     let said = |ids: &[u64], closed: &[u64]| ShimReport {
         connections: ids

@@ -3,7 +3,10 @@
 //! Job: show everything the core knows, and pass an operator's commands on.
 //! Must never answer from a copy of its own: each answer is a look at the core.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -22,10 +25,11 @@ use rebalancer_core::{
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
 use super::{
     handle::{AgentHandle, Gone},
+    heart::Heart,
     metrics::Metrics,
     wire,
 };
@@ -40,7 +44,12 @@ pub struct Context {
     pub metrics: Arc<Mutex<Metrics>>,
     /// `ebpf` or `sockdiag`.
     pub source: &'static str,
+    /// Whether the loop turns.
+    pub heart: Arc<Heart>,
 }
+
+/// How long a scrape waits for the loop.
+const LOOK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many entries a list has when nobody says.
 const LIMIT: usize = 100;
@@ -82,9 +91,18 @@ fn observed() -> Router<Context> {
         .route("/metrics", get(metrics))
 }
 
+/// Answered without the loop: it tells of one that stands still.
 async fn livez(State(context): State<Context>) -> Result<&'static str, Problem> {
-    context.agent.read(|_, _| ()).await?;
-    Ok("ok\n")
+    match context.heart.standstill() {
+        None => Ok("ok\n"),
+        Some(since) => Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "the agent's loop has stood still for {} s: restart the agent",
+                since.as_secs()
+            ),
+        )),
+    }
 }
 
 async fn readyz(State(context): State<Context>) -> Result<&'static str, Problem> {
@@ -99,17 +117,24 @@ async fn readyz(State(context): State<Context>) -> Result<&'static str, Problem>
     }
 }
 
-async fn metrics(State(context): State<Context>) -> Result<Response, Problem> {
-    let metrics = Arc::clone(&context.metrics);
-    let text = context
-        .agent
-        .read(move |agent, now| {
-            let mut metrics = metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            metrics.text(agent, now)
-        })
-        .await?;
+async fn metrics(State(context): State<Context>) -> Response {
+    let lock = || context.metrics.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_stale = lock().is_stale();
+    if is_stale {
+        let shared = Arc::clone(&context.metrics);
+        let look = move |agent: &Agent, now: Timestamp| {
+            let mut metrics = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            // Several who scrape at once need one look.
+            if metrics.is_stale() {
+                metrics.look(agent, now);
+            }
+        };
+        // A loop that stands still, or has ended, is scraped as it was last.
+        let _ = timeout(LOOK_PATIENCE, context.agent.read(look)).await;
+    }
+    let text = lock().text();
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> {

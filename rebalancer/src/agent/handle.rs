@@ -15,11 +15,10 @@ use rebalancer_core::{
 };
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-/// The clock of the agent's process: a monotonic origin, and the wall time it had there.
+/// The clock of the agent's process: monotonic, from an origin.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     origin: std::time::Instant,
-    wall: SystemTime,
 }
 
 impl Clock {
@@ -27,7 +26,6 @@ impl Clock {
     pub fn start() -> Self {
         Self {
             origin: std::time::Instant::now(),
-            wall: SystemTime::now(),
         }
     }
 
@@ -36,9 +34,15 @@ impl Clock {
         Timestamp::from_millis(u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// The wall time of an instant, for logs and the API.
+    /// The wall time of an instant, for logs and the API: as the wall clock shows now, and counted back. A clock that was
+    /// wrong when the agent started, and was set right since, makes no difference.
     pub fn wall(&self, at: Timestamp) -> SystemTime {
-        self.wall + Duration::from_millis(at.as_millis())
+        let (now, wall) = (self.now(), SystemTime::now());
+        if at > now {
+            wall + at.since(now)
+        } else {
+            wall - now.since(at)
+        }
     }
 
     /// The instant as tokio's timers want it.

@@ -1,8 +1,12 @@
 //! Prometheus metrics: the contract's names, no client or user labels.
 //!
-//! Input: decisions and answers as they happen, and the core at the moment of a scrape.
+//! Input: decisions and answers as they happen, and a look at the core at most once a second, when somebody scrapes.
+//! Must never have the core decide anything: what a stranger may ask for costs one walk over the table a second.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant, SystemTime},
+};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -19,8 +23,11 @@ use rebalancer_core::{
 
 use super::wire::{mode_name, protocol_name, shim_name};
 
+/// How old a look may be that a scrape is answered with.
+const FRESH: Duration = Duration::from_secs(1);
+
 /// A gauge of a ratio or an amount.
-type Amount = Gauge<f64, std::sync::atomic::AtomicU64>;
+pub type Amount = Gauge<f64, std::sync::atomic::AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ConnectionLabels {
@@ -51,6 +58,16 @@ struct OutcomeLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ApiserverLabel {
+    apiserver: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: &'static str,
 }
@@ -74,6 +91,16 @@ pub struct Metrics {
     events: Family<KindLabel, Counter>,
     events_lost: Counter,
     counted_lost: u64,
+    paused: Gauge,
+    plan_in_flight: Gauge,
+    last_decision: Amount,
+    hold: Family<ReasonLabel, Gauge>,
+    snapshot_age: Family<ApiserverLabel, Amount>,
+    /// There is none without a shim.
+    shim_up: Option<Gauge>,
+    log_lines: Family<ResultLabel, Counter>,
+    counted_lines: (u64, u64),
+    looked_at: Option<Instant>,
 }
 
 impl Metrics {
@@ -86,6 +113,40 @@ impl Metrics {
             gauge.clone(),
         );
         gauge
+    }
+
+    /// One more gauge, for an agent with peers: when its certificate expires.
+    pub fn certificate_expiry(&mut self) -> Amount {
+        let gauge = Amount::default();
+        self.registry.register_with_unit(
+            "peer_certificate_expiry_timestamp",
+            "When the certificate of --peer-cert that is in use expires, in Unix time",
+            Unit::Seconds,
+            gauge.clone(),
+        );
+        gauge
+    }
+
+    /// One more counter, for an agent with peers: handshakes on the peers' port that were refused.
+    pub fn refused_handshakes(&mut self) -> Counter {
+        let counter = Counter::default();
+        self.registry.register(
+            "peer_handshakes_refused",
+            "Connections to the peers' port that were refused: no certificate, a wrong one, too slow, too many",
+            counter.clone(),
+        );
+        counter
+    }
+
+    /// One more gauge, for an agent with a shim: 1 while it answers.
+    pub fn with_shim(&mut self) {
+        let gauge = Gauge::default();
+        self.registry.register(
+            "shim_up",
+            "1 while the shim answers, 0 while it does not",
+            gauge.clone(),
+        );
+        self.shim_up = Some(gauge);
     }
 
     /// All at zero.
@@ -107,6 +168,15 @@ impl Metrics {
             events: Family::default(),
             events_lost: Counter::default(),
             counted_lost: 0,
+            paused: Gauge::default(),
+            plan_in_flight: Gauge::default(),
+            last_decision: Amount::default(),
+            hold: Family::default(),
+            snapshot_age: Family::default(),
+            shim_up: None,
+            log_lines: Family::default(),
+            counted_lines: (0, 0),
+            looked_at: None,
             registry: Registry::default(),
         };
         registry.register(
@@ -116,12 +186,12 @@ impl Metrics {
         );
         registry.register(
             "requests",
-            "Requests seen by the shim, of connections that are open",
+            "Requests seen by the shim since the agent started",
             metrics.requests.clone(),
         );
         registry.register(
             "skew_ratio",
-            "Load of the local apiserver over the mean of all, minus 1",
+            "Load of the local apiserver over the mean of all, minus 1, as of the last decision; NaN while it is not known",
             metrics.skew.clone(),
         );
         registry.register("peers", "Peers by what is known of them", metrics.peers.clone());
@@ -151,6 +221,38 @@ impl Metrics {
             metrics.events_lost.clone(),
         );
         registry.register(
+            "paused",
+            "1 while an operator has paused the agent",
+            metrics.paused.clone(),
+        );
+        registry.register(
+            "plan_in_flight",
+            "1 while a plan is carried out or settles",
+            metrics.plan_in_flight.clone(),
+        );
+        registry.register_with_unit(
+            "last_decision_timestamp",
+            "When the last decision was made, in Unix time",
+            Unit::Seconds,
+            metrics.last_decision.clone(),
+        );
+        registry.register(
+            "hold",
+            "1 for the reason the last decision did nothing for",
+            metrics.hold.clone(),
+        );
+        registry.register_with_unit(
+            "snapshot_age",
+            "Age of the newest snapshot of a peer; NaN when there is none",
+            Unit::Seconds,
+            metrics.snapshot_age.clone(),
+        );
+        registry.register(
+            "decision_log_lines",
+            "Lines of the decision log, written and dropped",
+            metrics.log_lines.clone(),
+        );
+        registry.register(
             "build",
             "The running program",
             Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
@@ -159,18 +261,35 @@ impl Metrics {
     }
 
     /// A decision was made.
-    pub fn decided(&self, decision: &Decision) {
+    pub fn decided(&self, decision: &Decision, agent: &Agent) {
+        self.hold.clear();
         if let Some(hold) = &decision.hold {
-            self.holds.get_or_create(&ReasonLabel { reason: hold.reason() }).inc();
+            let label = ReasonLabel { reason: hold.reason() };
+            self.holds.get_or_create(&label).inc();
+            self.hold.get_or_create(&label).set(1);
         }
         self.rho.set(decision.rho);
+        self.skew.set(known_skew(decision, agent).unwrap_or(f64::NAN));
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        self.last_decision.set(now.map_or(f64::NAN, |now| now.as_secs_f64()));
+    }
+
+    /// The decision log has written and dropped so many lines.
+    pub fn logged(&mut self, (written, dropped): (u64, u64)) {
+        let before = std::mem::replace(&mut self.counted_lines, (written, dropped));
+        for (result, now, before) in [("written", written, before.0), ("dropped", dropped, before.1)] {
+            self.log_lines
+                .get_or_create(&ResultLabel { result })
+                .inc_by(now.saturating_sub(before));
+        }
     }
 
     /// The shim answered for one connection.
     pub fn told(&self, agent: &Agent, result: GoawayResult) {
         let result = match result {
             GoawayResult::Sent => "sent",
-            GoawayResult::Pending => "pending",
+            // Another result follows: each connection is counted once.
+            GoawayResult::Pending => return,
             GoawayResult::Expired => "expired",
             GoawayResult::AlreadyDraining => "already_draining",
             GoawayResult::Unknown => "unknown",
@@ -199,11 +318,16 @@ impl Metrics {
         self.decision_duration.observe(took.as_secs_f64());
     }
 
-    /// The text for a scrape (OpenMetrics).
-    pub fn text(&mut self, agent: &Agent, now: Timestamp) -> String {
+    /// Whether the last look at the core is too old to answer a scrape with.
+    pub fn is_stale(&self) -> bool {
+        self.looked_at.is_none_or(|at| at.elapsed() >= FRESH)
+    }
+
+    /// Looks at the core.
+    pub fn look(&mut self, agent: &Agent, now: Timestamp) {
+        self.looked_at = Some(Instant::now());
         self.connections.clear();
-        let mut requests = 0;
-        for (_, connection) in agent.table().iter() {
+        for connection in agent.table().scan() {
             let labels = ConnectionLabels {
                 protocol: protocol_name(connection.protocol),
                 state: match connection.state {
@@ -212,11 +336,10 @@ impl Metrics {
                 },
             };
             self.connections.get_or_create(&labels).inc();
-            requests += connection.counters.requests;
         }
-        // A counter never falls: requests of connections that closed are not taken back.
-        self.requests.inc_by(requests.saturating_sub(self.counted_requests));
-        self.counted_requests = requests;
+        let requests = agent.table().requests_total();
+        self.requests
+            .inc_by(requests.saturating_sub(std::mem::replace(&mut self.counted_requests, requests)));
         for (protocol, state) in [
             (Protocol::H2Selected, "active"),
             (Protocol::H2Selected, "draining"),
@@ -242,7 +365,12 @@ impl Metrics {
         ] {
             self.peers.get_or_create(&StateLabel { state }).set(0);
         }
-        for (_, peer) in agent.peers().iter() {
+        for (name, peer) in agent.peers().iter() {
+            let age = peer.snapshot.as_ref().map(|(at, _)| now.since(*at).as_secs_f64());
+            let apiserver = name.to_string();
+            self.snapshot_age
+                .get_or_create(&ApiserverLabel { apiserver })
+                .set(age.unwrap_or(f64::NAN));
             use rebalancer_core::view::PeerFault;
             let state = match (&peer.fault, &peer.snapshot) {
                 (Some(PeerFault::Unreachable(_)), _) => "unreachable",
@@ -258,10 +386,12 @@ impl Metrics {
             };
             self.peers.get_or_create(&StateLabel { state }).inc();
         }
-        let preview = agent.preview(now);
-        self.skew.set(preview.skew);
-        self.rho.set(preview.rho);
         self.budget.set(agent.budget_tokens(now));
+        self.paused.set(i64::from(agent.is_paused()));
+        self.plan_in_flight.set(i64::from(!agent.is_idle()));
+        if let Some(shim_up) = &self.shim_up {
+            shim_up.set(i64::from(agent.shim_fault().is_none()));
+        }
         let outcomes = agent.outcomes_total();
         let counted = std::mem::replace(&mut self.counted_outcomes, outcomes);
         for (outcome, now, before) in [
@@ -276,6 +406,10 @@ impl Metrics {
         let lost = agent.table().lost_events_total();
         self.events_lost
             .inc_by(lost.saturating_sub(std::mem::replace(&mut self.counted_lost, lost)));
+    }
+
+    /// The text for a scrape (OpenMetrics), as of the last look.
+    pub fn text(&self) -> String {
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.registry) {
             // Writing to a String cannot fail; if it ever does, the scrape says so.
@@ -285,8 +419,147 @@ impl Metrics {
     }
 }
 
+/// The skew, when it is one: this apiserver takes connections, and what is known of every peer is as of now.
+fn known_skew(decision: &Decision, agent: &Agent) -> Option<f64> {
+    let policy = agent.policy();
+    let stale_after = policy.stale_after();
+    let is_known = |name| {
+        let entry = decision.view.entries.get(name)?;
+        let knows = entry.snapshot.state != ServerState::Unknown;
+        (knows && entry.age <= stale_after).then_some(entry.snapshot.state)
+    };
+    let takes = is_known(&policy.node) == Some(ServerState::Ready);
+    let all_known = policy.peers.iter().all(|peer| is_known(peer).is_some());
+    (takes && all_known && decision.skew.is_finite()).then_some(decision.skew)
+}
+
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rebalancer_core::{
+        agent::{Effect, Input},
+        ids::{ApiserverName, ConnectionId},
+        observation::Observation,
+        policy::Policy,
+        view::Snapshot,
+    };
+
+    use super::*;
+
+    /// An agent with one peer, and its metrics as the loop keeps them.
+    struct World {
+        agent: Agent,
+        metrics: Metrics,
+        now: Timestamp,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let peers = BTreeSet::from([ApiserverName::new("b")]);
+            let policy = Policy::new(ApiserverName::new("a"), peers);
+            let now = Timestamp::from_millis(0);
+            Self {
+                agent: Agent::new(policy, 1, now),
+                metrics: Metrics::new(),
+                now,
+            }
+        }
+
+        fn tell(&mut self, input: Input) {
+            for effect in self.agent.handle(self.now, input) {
+                if let Effect::Record(decision) = effect {
+                    self.metrics.decided(&decision, &self.agent);
+                }
+            }
+        }
+
+        fn after(&mut self, seconds: u64) -> &mut Self {
+            self.now = self.now + Duration::from_secs(seconds);
+            self.tell(Input::Tick);
+            self
+        }
+
+        /// The value of a series, which must be there once.
+        fn value(&mut self, series: &str) -> f64 {
+            self.metrics.look(&self.agent, self.now);
+            let text = self.metrics.text();
+            let values: Vec<f64> = text
+                .lines()
+                .filter_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
+                .map(|value| value.parse().expect("a number"))
+                .collect();
+            assert_eq!(values.len(), 1, "{series} in {text}");
+            values[0]
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_no_number() {
+        const SKEW: &str = "rebalancer_skew_ratio";
+        const AGE: &str = "rebalancer_snapshot_age_seconds{apiserver=\"b\"}";
+        let mut world = World::new();
+        world.tell(Input::Observations(vec![Observation::Resync {
+            sockets: Vec::new(),
+            listener: Some(ConnectionId(1)),
+        }]));
+        world.after(20);
+        assert!(world.value(SKEW).is_nan(), "the peer was never heard");
+        assert!(world.value(AGE).is_nan());
+        assert_eq!(world.value("rebalancer_hold{reason=\"peer_unknown\"}"), 1.0);
+        let peer = Snapshot {
+            apiserver: ApiserverName::new("b"),
+            connections: 10,
+            load: 10.0,
+            ..world.agent.snapshot(world.now)
+        };
+        world.tell(Input::Peer(ApiserverName::new("b"), Ok(peer)));
+        world.after(5);
+        assert_eq!(world.value(SKEW), -1.0, "nobody is here, ten are there");
+        assert_eq!(world.value(AGE), 5.0);
+        let text = world.metrics.text();
+        assert!(
+            !text.contains("rebalancer_hold{reason=\"peer_unknown\"}"),
+            "it is over: {text}"
+        );
+        world.after(600);
+        assert!(world.value(SKEW).is_nan(), "what was heard is too old");
+        assert_eq!(world.value("rebalancer_hold{reason=\"snapshot_stale\"}"), 1.0);
+    }
+
+    #[test]
+    fn each_connection_that_was_told_is_counted_once() {
+        let mut world = World::new();
+        for result in [GoawayResult::Pending, GoawayResult::Sent] {
+            world.metrics.told(&world.agent, result);
+        }
+        let text = world.metrics.text();
+        assert!(!text.contains("pending"), "{text}");
+        let sent = "rebalancer_goaways_total{shim=\"none\",result=\"sent\",mode=\"active\"}";
+        assert_eq!(world.value(sent), 1.0);
+    }
+
+    #[test]
+    fn a_pause_and_the_decision_log_show() {
+        let mut world = World::new();
+        assert_eq!(world.value("rebalancer_paused"), 0.0);
+        world.tell(Input::Command(rebalancer_core::agent::Command::Pause));
+        world.metrics.logged((5, 0));
+        world.metrics.logged((7, 3));
+        assert_eq!(world.value("rebalancer_paused"), 1.0);
+        assert_eq!(
+            world.value("rebalancer_decision_log_lines_total{result=\"written\"}"),
+            7.0
+        );
+        assert_eq!(
+            world.value("rebalancer_decision_log_lines_total{result=\"dropped\"}"),
+            3.0
+        );
     }
 }

@@ -6,9 +6,12 @@
 
 pub mod api;
 pub mod config;
+pub mod decision_log;
 pub mod handle;
+pub mod heart;
 pub mod metrics;
 pub mod peers;
 pub mod record;
 pub mod run;
+pub mod watch;
 pub mod wire;

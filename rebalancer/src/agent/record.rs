@@ -2,21 +2,15 @@
 //!
 //! Input: the core's decisions. Must never let a full disk or a slow reader stop the agent.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::Write as _,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
-use anyhow::Context as _;
 use rebalancer_core::decision::Decision;
 
-use super::{handle::Clock, wire};
+use super::{decision_log::DecisionLog, handle::Clock, wire};
 
 /// Where decisions are written.
 pub struct Recorder {
-    log: Option<(PathBuf, File)>,
-    failing: bool,
+    log: Option<DecisionLog>,
     last_hold: Option<&'static str>,
 }
 
@@ -27,21 +21,22 @@ impl Recorder {
     ///
     /// Names the flag, the file and what the system says.
     pub fn open(path: Option<&Path>) -> anyhow::Result<Self> {
-        let log = path
-            .map(|path| {
-                let file = OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(path)
-                    .with_context(|| format!("--decision-log {}: cannot append to it", path.display()))?;
-                anyhow::Ok((path.to_owned(), file))
-            })
-            .transpose()?;
         Ok(Self {
-            log,
-            failing: false,
+            log: path.map(DecisionLog::open).transpose()?,
             last_hold: None,
         })
+    }
+
+    /// Opens the decision log's file again: somebody has moved it.
+    pub fn reopen(&self) {
+        if let Some(log) = &self.log {
+            log.reopen();
+        }
+    }
+
+    /// Lines of the decision log that were written, and that were dropped.
+    pub fn counts(&self) -> (u64, u64) {
+        self.log.as_ref().map_or((0, 0), DecisionLog::counts)
     }
 
     /// A decision was made.
@@ -84,19 +79,8 @@ impl Recorder {
     }
 
     fn append(&mut self, decision: &Decision, clock: &Clock) {
-        let Some((path, file)) = &mut self.log else {
-            return;
-        };
-        let mut line = wire::decision(decision, clock).to_string();
-        line.push('\n');
-        match file.write_all(line.as_bytes()) {
-            Ok(()) => self.failing = false,
-            Err(error) => {
-                if !self.failing {
-                    tracing::error!(path = %path.display(), %error, "cannot append to the decision log");
-                }
-                self.failing = true;
-            }
+        if let Some(log) = &mut self.log {
+            log.append(wire::decision(decision, clock).to_string());
         }
     }
 }

@@ -18,29 +18,25 @@ use rebalancer_core::{
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
-    time::{sleep, sleep_until},
+    sync::mpsc::{self, error::TrySendError},
+    time::{MissedTickBehavior, interval, sleep_until},
 };
 
 use super::{
     api::{self, Context as ApiContext},
     config::{Config, Shim},
     handle::{AgentHandle, Clock, Request},
+    heart::{BEAT, Heart},
     metrics::Metrics,
     peers::{self, PeerTls, TlsListener},
     record::Recorder,
+    watch::{Observe, Watch},
 };
-use crate::{
-    intercept::Intercept,
-    kernel::{Source, SourceError},
-    local, random,
-    relay::takeover,
-    shim::link,
-    steer::Steer,
-};
+use crate::{intercept::Intercept, kernel::Source, local, random, relay::takeover, shim::link, steer::Steer};
 
-/// How long to wait before a failed source is opened again.
-const REOPEN: Duration = Duration::from_secs(1);
+/// A shim that has said nothing for so long has died or stands still: its end asks once a second, and gives an answer ten
+/// seconds.
+const SHIM_SILENCE: Duration = Duration::from_secs(30);
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -52,16 +48,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (handle, requests) = AgentHandle::new(clock);
     let (inputs_sender, inputs) = mpsc::channel(256);
     let recorder = Recorder::open(config.decision_log.as_deref())?;
-    let source = Source::open(config.source, config.apiserver_port, config.kernel_log)?;
+    let (kind, port, kernel_log) = (config.source, config.apiserver_port, config.kernel_log);
+    let source = Source::open(kind, port, kernel_log)?;
     let source_name = source.name();
     let orders = start_shim(&config, &handle, &inputs_sender)?;
     let mut metrics = Metrics::new();
+    if config.shim != Shim::None {
+        metrics.with_shim();
+    }
     if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
         let intercept = Intercept::open(config.apiserver_port, metrics.intercepting()).context("--intercept")?;
         tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
     }
     let metrics = Arc::new(Mutex::new(metrics));
+    let heart = Heart::start().context("cannot start the watchdog's thread")?;
     let context = ApiContext {
+        heart: Arc::clone(&heart),
         agent: handle.clone(),
         metrics: Arc::clone(&metrics),
         source: source_name,
@@ -110,8 +112,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         recorder,
         metrics,
         orders,
+        heart,
     }
-    .run(source, &config, inputs, requests)
+    .run(
+        Watch::new(source, move || Source::open(kind, port, kernel_log)),
+        inputs,
+        requests,
+    )
     .await
 }
 
@@ -162,44 +169,43 @@ struct Loop {
     recorder: Recorder,
     metrics: Arc<Mutex<Metrics>>,
     orders: Option<mpsc::Sender<GoawayOrder>>,
+    heart: Arc<Heart>,
 }
 
 impl Loop {
-    async fn run(
+    async fn run<S: Observe>(
         mut self,
-        source: Source,
-        config: &Config,
+        mut source: Watch<S>,
         mut inputs: mpsc::Receiver<Input>,
         mut requests: mpsc::Receiver<Request>,
     ) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-        let mut source = Some(source);
+        let mut hang_up = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+        let mut beats = interval(BEAT);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let silence = || tokio::time::Instant::now() + SHIM_SILENCE;
+        let mut shim_silent_at = silence();
         loop {
+            self.heart.beat();
             let wake = self.clock.deadline(self.agent.next_wakeup(self.clock.now()));
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                seen = observe(&mut source, config) => match seen {
+                _ = hang_up.recv() => self.recorder.reopen(),
+                _ = beats.tick() => self.metrics().logged(self.recorder.counts()),
+                seen = source.next() => match seen {
                     Ok(observations) => self.observed(observations, &mut source),
                     Err(error) => {
                         tracing::error!(%error, "the source failed: nothing is decided until it is back");
-                        source = None;
                         self.turn(Input::Observations(vec![Observation::Lost { events: 1 }]), &mut source);
                     }
                 },
                 Some(input) = inputs.recv() => {
-                    if let Input::GoawayAnswered(results) = &input {
-                        let metrics = self.metrics();
-                        for (_, result) in results {
-                            metrics.told(&self.agent, *result);
-                        }
+                    if matches!(input, Input::Shim(_) | Input::ShimFailed(_)) {
+                        shim_silent_at = silence();
                     }
-                    if let Input::GoawayFailed(victims, why) = &input {
-                        tracing::error!(why, victims = victims.len(), "the shim did not carry out an order");
-                        self.metrics().goaway(&self.agent, "failed", victims.len());
-                    }
-                    self.turn(input, &mut source);
+                    self.heard(input, &mut source);
                 }
                 Some(request) = requests.recv() => match request {
                     Request::Read(look) => look(&self.agent, self.clock.now()),
@@ -209,6 +215,12 @@ impl Loop {
                         let _ = done.send(());
                     }
                 },
+                () = sleep_until(shim_silent_at), if self.orders.is_some() => {
+                    let why = format!("it has said nothing for {} s: its task has died or stands still", SHIM_SILENCE.as_secs());
+                    tracing::error!("the shim: {why}");
+                    shim_silent_at = silence();
+                    self.turn(Input::ShimFailed(why), &mut source);
+                }
                 () = sleep_until(wake) => self.turn(Input::Tick, &mut source),
             }
         }
@@ -216,11 +228,29 @@ impl Loop {
         Ok(())
     }
 
+    /// Something that another task says.
+    fn heard<S: Observe>(&mut self, input: Input, source: &mut Watch<S>) {
+        match &input {
+            Input::GoawayAnswered(results) => {
+                let metrics = self.metrics();
+                for (_, result) in results {
+                    metrics.told(&self.agent, *result);
+                }
+            }
+            Input::GoawayFailed(victims, why) => {
+                tracing::error!(why, victims = victims.len(), "the shim did not carry out an order");
+                self.metrics().goaway(&self.agent, "failed", victims.len());
+            }
+            _ => {}
+        }
+        self.turn(input, source);
+    }
+
     fn metrics(&self) -> std::sync::MutexGuard<'_, Metrics> {
         self.metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn observed(&mut self, observations: Vec<Observation>, source: &mut Option<Source>) {
+    fn observed<S: Observe>(&mut self, observations: Vec<Observation>, source: &mut Watch<S>) {
         {
             let metrics = self.metrics();
             for observation in &observations {
@@ -247,7 +277,7 @@ impl Loop {
         }
     }
 
-    fn turn(&mut self, input: Input, source: &mut Option<Source>) {
+    fn turn<S: Observe>(&mut self, input: Input, source: &mut Watch<S>) {
         let began = Instant::now();
         let effects = self.agent.handle(self.clock.now(), input);
         self.metrics().turned(began.elapsed());
@@ -255,7 +285,7 @@ impl Loop {
             match effect {
                 Effect::SendGoaway(order) => self.send(order, source),
                 Effect::Record(decision) => {
-                    self.metrics().decided(&decision);
+                    self.metrics().decided(&decision, &self.agent);
                     if decision.hold.is_none() && self.agent.policy().mode == Mode::DryRun {
                         self.metrics().goaway(&self.agent, "not_sent", decision.victims.len());
                     }
@@ -266,38 +296,22 @@ impl Loop {
                     self.recorder.settled(&decision, &self.clock);
                     self.handle.publish(&decision);
                 }
-                Effect::Resync => {
-                    if let Some(source) = source {
-                        source.resync();
-                    }
-                }
+                Effect::Resync => source.resync(),
             }
         }
     }
 
-    fn send(&mut self, order: GoawayOrder, source: &mut Option<Source>) {
+    fn send<S: Observe>(&mut self, order: GoawayOrder, source: &mut Watch<S>) {
         let failed = match &self.orders {
             None => Some((order.victims, "there is no shim".to_owned())),
-            // The link carries out one order at a time; a queue of them means that the shim hangs.
-            Some(orders) => orders
-                .try_send(order)
-                .err()
-                .map(|error| (error.into_inner().victims, "the shim is too slow".to_owned())),
+            Some(orders) => orders.try_send(order).err().map(|error| match error {
+                // The link carries out one order at a time; a queue of them means that the shim hangs.
+                TrySendError::Full(order) => (order.victims, "it is too slow: orders queue up".to_owned()),
+                TrySendError::Closed(order) => (order.victims, "its task has died: restart the agent".to_owned()),
+            }),
         };
         if let Some((victims, why)) = failed {
-            self.turn(Input::GoawayFailed(victims, why), source);
+            self.heard(Input::GoawayFailed(victims, why), source);
         }
-    }
-}
-
-/// The next observations; a source that is gone is opened again first.
-async fn observe(source: &mut Option<Source>, config: &Config) -> Result<Vec<Observation>, SourceError> {
-    if source.is_none() {
-        sleep(REOPEN).await;
-        *source = Some(Source::open(config.source, config.apiserver_port, config.kernel_log)?);
-    }
-    match source {
-        Some(source) => source.next().await,
-        None => std::future::pending().await,
     }
 }

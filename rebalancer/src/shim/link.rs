@@ -1,9 +1,11 @@
 //! The agent's end of a shim's control socket.
 //!
-//! Job: ask once a second what changed, and carry orders over. Output: the core's inputs.
-//! Must never send an order twice by itself: an order whose answer was lost is reported as failed.
+//! Job: ask once a second what changed, carry orders over, and follow what was answered `pending`.
+//! Output: the core's inputs; every victim of an order gets exactly one final result.
+//! Must never send an order twice by itself: an order whose answer was lost is reported as failed. Must never believe a
+//! result for a connection that was not named, nor keep more of a client's words than it needs.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use rebalancer_core::{
     agent::Input,
@@ -12,7 +14,7 @@ use rebalancer_core::{
 };
 use tokio::{
     sync::mpsc,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 
 use super::wire;
@@ -21,65 +23,192 @@ use crate::local::client;
 /// How often the shim is asked.
 const POLL: Duration = Duration::from_secs(1);
 
+/// How long after an order's expiry a result may still come.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Octets kept of a user agent: enough to tell programs apart; a client may send a megabyte.
+const USER_AGENT: usize = 256;
+
+/// Octets kept of a user name.
+const USER: usize = 1_024;
+
 /// Follows one shim until nobody listens to what it says.
 pub async fn run(socket: PathBuf, mut orders: mpsc::Receiver<GoawayOrder>, inputs: mpsc::Sender<Input>) {
     let mut ticks = interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut since = String::new();
+    let mut link = Link::new(socket);
     loop {
-        let input = tokio::select! {
-            _ = ticks.tick() => ask(&socket, &mut since).await,
+        let said = tokio::select! {
+            _ = ticks.tick() => link.look().await,
             order = orders.recv() => match order {
                 None => return,
-                Some(order) => carry_out(&socket, order).await,
+                Some(order) => vec![link.carry_out(order).await],
             },
         };
-        if inputs.send(input).await.is_err() {
-            return;
+        for input in said {
+            if inputs.send(input).await.is_err() {
+                return;
+            }
         }
     }
 }
 
-/// Figures are always asked for: the open watches tell who is cheap to move, and only those that changed come.
-async fn ask(socket: &std::path::Path, since: &mut String) -> Input {
-    let mut path = "/v1/connections?counters=true".to_owned();
-    if !since.is_empty() {
-        path.push_str("&since=");
-        path.push_str(since);
+/// A victim whose GOAWAY goes out at its next request.
+struct Pending {
+    generation: u64,
+    /// When it is given up.
+    until: Instant,
+}
+
+struct Link {
+    socket: PathBuf,
+    since: String,
+    pending: BTreeMap<ConnectionId, Pending>,
+    /// Where in the shim's outcomes to go on, and of which process that is.
+    next_outcome: (String, u64),
+}
+
+impl Link {
+    fn new(socket: PathBuf) -> Self {
+        Self {
+            socket,
+            since: String::new(),
+            pending: BTreeMap::new(),
+            next_outcome: (String::new(), 0),
+        }
     }
-    match client::get::<wire::Connections>(socket, &path).await {
-        Ok(answer) => {
-            *since = format!("{}:{}", answer.instance, answer.cursor);
-            Input::Shim(report(answer))
+
+    /// What became of those who are pending, and what changed.
+    async fn look(&mut self) -> Vec<Input> {
+        let mut said = Vec::new();
+        if !self.pending.is_empty() {
+            let results = self.follow().await;
+            if !results.is_empty() {
+                said.push(Input::GoawayAnswered(results));
+            }
         }
-        Err(error) => {
-            since.clear();
-            Input::ShimFailed(format!("{error:#}"))
+        said.push(self.ask().await);
+        said
+    }
+
+    /// Figures are always asked for: the open watches tell who is cheap to move, and only those that changed come.
+    async fn ask(&mut self) -> Input {
+        let mut path = "/v1/connections?counters=true".to_owned();
+        if !self.since.is_empty() {
+            path.push_str("&since=");
+            path.push_str(&self.since);
         }
+        match client::get::<wire::Connections>(&self.socket, &path).await {
+            Ok(answer) => {
+                self.since = format!("{}:{}", answer.instance, answer.cursor);
+                Input::Shim(report(answer))
+            }
+            Err(error) => {
+                self.since.clear();
+                Input::ShimFailed(format!("{error:#}"))
+            }
+        }
+    }
+
+    async fn carry_out(&mut self, order: GoawayOrder) -> Input {
+        let request = wire::GoawayRequest {
+            generation: order.generation,
+            expires_in_ms: u64::try_from(order.expires_in.as_millis()).unwrap_or(u64::MAX),
+            victims: order.victims.iter().map(|id| wire::Id(id.0)).collect(),
+        };
+        let answer = client::post::<wire::GoawayAnswer>(&self.socket, "/v1/goaway", &request).await;
+        match answer {
+            Ok(answer) => {
+                let results = of_the_victims(&order.victims, answer.results);
+                let until = Instant::now() + order.expires_in + GRACE;
+                for (id, result) in &results {
+                    if *result == GoawayResult::Pending {
+                        let generation = order.generation;
+                        self.pending.insert(*id, Pending { generation, until });
+                    }
+                }
+                Input::GoawayAnswered(results)
+            }
+            Err(error) => Input::GoawayFailed(order.victims, format!("{error:#}")),
+        }
+    }
+
+    /// Final results of those who were pending: told, gone with the shim's process, or expired.
+    async fn follow(&mut self) -> Vec<(ConnectionId, GoawayResult)> {
+        let mut results = Vec::new();
+        let path = format!("/v1/outcomes?since={}", self.next_outcome.1);
+        // A shim that does not answer is reported by the other question; here only time goes on.
+        if let Ok(answer) = client::get::<wire::Outcomes>(&self.socket, &path).await {
+            let is_another = !self.next_outcome.0.is_empty() && self.next_outcome.0 != answer.instance;
+            if is_another {
+                let forgotten = std::mem::take(&mut self.pending).into_keys();
+                results.extend(forgotten.map(|id| (id, GoawayResult::Unknown)));
+            }
+            for entry in answer.outcomes {
+                let id = ConnectionId(entry.id.0);
+                let Some(pending) = self.pending.get(&id) else {
+                    continue;
+                };
+                let result = if entry.generation >= pending.generation {
+                    GoawayResult::Sent
+                } else if entry.outcome == wire::Outcome::Draining {
+                    // It was told for another reason, such as the shim's own end.
+                    GoawayResult::AlreadyDraining
+                } else {
+                    GoawayResult::Unknown
+                };
+                self.pending.remove(&id);
+                results.push((id, result));
+            }
+            self.next_outcome = (answer.instance, answer.next);
+        }
+        let now = Instant::now();
+        let expired: Vec<_> = self.pending.extract_if(.., |_, pending| pending.until <= now).collect();
+        results.extend(expired.into_iter().map(|(id, _)| (id, GoawayResult::Expired)));
+        results
     }
 }
 
-async fn carry_out(socket: &std::path::Path, order: GoawayOrder) -> Input {
-    let request = wire::GoawayRequest {
-        generation: order.generation,
-        expires_in_ms: u64::try_from(order.expires_in.as_millis()).unwrap_or(u64::MAX),
-        victims: order.victims.iter().map(|id| wire::Id(id.0)).collect(),
-    };
-    match client::post::<wire::GoawayAnswer>(socket, "/v1/goaway", &request).await {
-        Ok(answer) => Input::GoawayAnswered(answer.results.into_iter().map(answered).collect()),
-        Err(error) => Input::GoawayFailed(order.victims, format!("{error:#}")),
+/// One result for each victim, whatever the shim answered: who is left out is taken for unknown, and others are left out.
+fn of_the_victims(victims: &[ConnectionId], answered: Vec<wire::Answered>) -> Vec<(ConnectionId, GoawayResult)> {
+    let mut said: BTreeMap<ConnectionId, GoawayResult> = BTreeMap::new();
+    let count = answered.len();
+    for wire::Answered { id, result } in answered {
+        // The first word counts.
+        said.entry(ConnectionId(id.0)).or_insert(of_the_wire(result));
     }
+    let results: Vec<_> = victims
+        .iter()
+        .map(|id| (*id, said.remove(id).unwrap_or(GoawayResult::Unknown)))
+        .collect();
+    if count != victims.len() || !said.is_empty() {
+        tracing::warn!(
+            victims = victims.len(),
+            results = count,
+            strangers = said.len(),
+            "the shim's answer does not name each victim once: who is not in it is taken for unknown"
+        );
+    }
+    results
 }
 
-fn answered(answered: wire::Answered) -> (ConnectionId, GoawayResult) {
-    let result = match answered.result {
+fn of_the_wire(result: wire::GoawayResult) -> GoawayResult {
+    match result {
         wire::GoawayResult::Sent => GoawayResult::Sent,
         wire::GoawayResult::Pending => GoawayResult::Pending,
         wire::GoawayResult::AlreadyDraining => GoawayResult::AlreadyDraining,
         wire::GoawayResult::Unknown => GoawayResult::Unknown,
         wire::GoawayResult::NotH2 => GoawayResult::NotH2,
-    };
-    (ConnectionId(answered.id.0), result)
+    }
+}
+
+/// The beginning of a client's words, at most so many octets.
+fn cut(text: Option<String>, octets: usize) -> Option<String> {
+    text.map(|mut text| {
+        text.truncate(text.floor_char_boundary(octets));
+        text.shrink_to_fit();
+        text
+    })
 }
 
 fn report(answer: wire::Connections) -> ShimReport {
@@ -113,8 +242,8 @@ fn report(answer: wire::Connections) -> ShimReport {
                     wire::State::Active => ConnectionState::Active,
                     wire::State::Draining => ConnectionState::Draining,
                 },
-                user: connection.user,
-                user_agent: connection.user_agent,
+                user: cut(connection.user, USER),
+                user_agent: cut(connection.user_agent, USER_AGENT),
                 counters: counters(connection.counters),
             })
             .collect(),
@@ -128,5 +257,171 @@ fn report(answer: wire::Connections) -> ShimReport {
             wire::Upstream::Ready => Some(true),
             wire::Upstream::Starting | wire::Upstream::Unreachable => Some(false),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use axum::{
+        Json, Router,
+        routing::{get, post},
+    };
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::local;
+
+    /// A shim that answers what it is told to, right or wrong.
+    struct Shim {
+        directory: TempDir,
+        goaway: Arc<Mutex<Value>>,
+        outcomes: Arc<Mutex<Value>>,
+    }
+
+    fn said(answer: &Arc<Mutex<Value>>) -> Json<Value> {
+        Json(answer.lock().expect("nobody panics").clone())
+    }
+
+    impl Shim {
+        fn start(connections: Value) -> Self {
+            let directory = tempfile::tempdir().expect("a directory");
+            let goaway = Arc::new(Mutex::new(Value::Null));
+            let outcomes = Arc::new(Mutex::new(Value::Null));
+            let (orders, told) = (Arc::clone(&goaway), Arc::clone(&outcomes));
+            let routes = Router::new()
+                .route("/v1/connections", get(move || async move { Json(connections) }))
+                .route("/v1/goaway", post(move || async move { said(&orders) }))
+                .route("/v1/outcomes", get(move || async move { said(&told) }));
+            let socket = local::bind(&directory.path().join("shim.sock")).expect("a socket");
+            tokio::spawn(async move {
+                let _file = socket.guard;
+                axum::serve(socket.listener, routes).await
+            });
+            Self {
+                directory,
+                goaway,
+                outcomes,
+            }
+        }
+
+        fn link(&self) -> Link {
+            Link::new(self.directory.path().join("shim.sock"))
+        }
+
+        fn answers(&self, results: &[(u64, &str)]) {
+            let results: Vec<Value> = results
+                .iter()
+                .map(|(id, result)| json!({"id": format!("{id:x}"), "result": result}))
+                .collect();
+            *self.goaway.lock().expect("nobody panics") = json!({"generation": 7, "results": results});
+        }
+
+        fn tells(&self, instance: &str, next: u64, outcomes: &[(u64, u64, &str)]) {
+            let outcomes: Vec<Value> = outcomes
+                .iter()
+                .enumerate()
+                .map(|(seq, (id, generation, outcome))| {
+                    json!({"seq": seq, "id": format!("{id:x}"), "generation": generation, "outcome": outcome})
+                })
+                .collect();
+            *self.outcomes.lock().expect("nobody panics") =
+                json!({"instance": instance, "next": next, "outcomes": outcomes});
+        }
+    }
+
+    fn order(victims: &[u64], expires_in: Duration) -> GoawayOrder {
+        GoawayOrder {
+            generation: 7,
+            expires_in,
+            victims: victims.iter().map(|id| ConnectionId(*id)).collect(),
+        }
+    }
+
+    fn results(input: Input) -> Vec<(u64, GoawayResult)> {
+        match input {
+            Input::GoawayAnswered(results) => results.into_iter().map(|(id, result)| (id.0, result)).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn each_victim_gets_one_result_and_nobody_else_does() {
+        use GoawayResult::{Sent, Unknown};
+        let shim = Shim::start(Value::Null);
+        let minute = Duration::from_secs(60);
+        for (answered, expected) in [
+            (vec![(1, "sent"), (2, "sent")], [(1, Sent), (2, Sent)]),
+            (vec![(2, "sent"), (1, "sent")], [(1, Sent), (2, Sent)]),
+            (vec![(1, "sent")], [(1, Sent), (2, Unknown)]),
+            (vec![], [(1, Unknown), (2, Unknown)]),
+            (vec![(1, "sent"), (9, "sent")], [(1, Sent), (2, Unknown)]),
+            (vec![(1, "sent"), (1, "unknown"), (2, "sent")], [(1, Sent), (2, Sent)]),
+        ] {
+            shim.answers(&answered);
+            let input = shim.link().carry_out(order(&[1, 2], minute)).await;
+            assert_eq!(results(input), expected, "{answered:?}");
+        }
+        // What is no answer at all is a failed order.
+        *shim.goaway.lock().expect("nobody panics") = json!({"results": [{"id": "1", "result": "done"}]});
+        let input = shim.link().carry_out(order(&[1], minute)).await;
+        assert!(matches!(input, Input::GoawayFailed(victims, _) if victims == [ConnectionId(1)]));
+    }
+
+    #[tokio::test]
+    async fn who_is_pending_is_followed_to_a_final_result() {
+        use GoawayResult::{AlreadyDraining, Pending, Sent};
+        let shim = Shim::start(Value::Null);
+        let mut link = shim.link();
+        shim.answers(&[(1, "pending"), (2, "pending"), (3, "pending"), (4, "pending")]);
+        let input = link.carry_out(order(&[1, 2, 3, 4], Duration::from_secs(60))).await;
+        assert_eq!(results(input), [1, 2, 3, 4].map(|id| (id, Pending)));
+        // An outcome of an earlier order, of nobody who was asked, and of this one.
+        shim.tells("a", 3, &[(1, 7, "draining"), (9, 7, "draining"), (2, 0, "draining")]);
+        let told: BTreeMap<u64, GoawayResult> = link.follow().await.into_iter().map(|(id, r)| (id.0, r)).collect();
+        assert_eq!(told, BTreeMap::from([(1, Sent), (2, AlreadyDraining)]));
+        shim.tells("a", 4, &[(3, 7, "closed")]);
+        assert_eq!(link.follow().await, [(ConnectionId(3), Sent)]);
+        // Another process knows nothing of it.
+        shim.tells("b", 0, &[]);
+        assert_eq!(link.follow().await, [(ConnectionId(4), GoawayResult::Unknown)]);
+        assert!(link.pending.is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_stays_pending_expires() {
+        let shim = Shim::start(Value::Null);
+        let mut link = shim.link();
+        shim.answers(&[(1, "pending")]);
+        let began = Instant::now();
+        let _ = link.carry_out(order(&[1], Duration::from_secs(3_600))).await;
+        assert_eq!(link.follow().await, []);
+        let pending = link.pending.values_mut().next().expect("it is followed");
+        assert!(pending.until >= began + Duration::from_secs(3_600) + GRACE);
+        pending.until = began;
+        assert_eq!(link.follow().await, [(ConnectionId(1), GoawayResult::Expired)]);
+        assert_eq!(link.follow().await, []);
+    }
+
+    #[tokio::test]
+    async fn a_clients_words_are_kept_short() {
+        let connection = json!({
+            "id": "1", "client": "192.0.2.1:1", "local": "192.0.2.2:6443", "protocol": "h2", "state": "active",
+            "age_ms": 0, "user": "ü".repeat(4_000), "user_agent": "\u{fffd}".repeat(1 << 20),
+            "requests": 0, "open_streams": 0, "open_watches": 0, "bytes_in": 0, "bytes_out": 0,
+        });
+        let listing = json!({
+            "shim": "relay", "instance": "a", "cursor": 1, "full": true, "generation": 0, "upstream": "ready",
+            "connections": [connection], "closed": [], "counters": [],
+        });
+        let shim = Shim::start(listing);
+        let Input::Shim(report) = shim.link().ask().await else {
+            panic!("it answers");
+        };
+        let known = &report.connections[0];
+        assert_eq!(known.user_agent.as_ref().map(String::len), Some(255));
+        assert_eq!(known.user.as_ref().map(String::len), Some(USER));
     }
 }
