@@ -9,6 +9,9 @@ use ipnet::IpNet;
 
 use crate::ids::{ApiserverName, ShimKind};
 
+/// Milliseconds in an hour.
+const HOUR_MS: u128 = 3_600_000;
+
 /// What a connection weighs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
@@ -107,6 +110,9 @@ pub enum PolicyError {
         /// The threshold.
         threshold: f64,
     },
+    /// A prefix that every user agent has.
+    #[error("{0} is empty: it would exclude every client; leave it out")]
+    EmptyExclusion(&'static str),
     /// A peer has this node's own name.
     #[error("--peer {0} has the name of this node (--node-name): each apiserver is named once")]
     PeerIsSelf(ApiserverName),
@@ -155,6 +161,10 @@ impl Policy {
             goaway_rate,
             goaway_share,
             interval,
+            settle,
+            min_connection_age,
+            client_cooldown,
+            exclusions,
             ..
         } = &self;
         within(
@@ -172,8 +182,8 @@ impl Policy {
         within(
             "--goaway-rate",
             *goaway_rate,
-            *goaway_rate > 0.0 && *goaway_rate <= 10_000.0,
-            "above 0, at most 10000 per second",
+            (0.01..=10_000.0).contains(goaway_rate),
+            "0.01 to 10000 per second",
         )?;
         within(
             "--goaway-share",
@@ -181,8 +191,45 @@ impl Policy {
             *goaway_share > 0.0 && *goaway_share <= 1.0,
             "above 0, at most 1",
         )?;
-        let seconds = interval.as_secs_f64();
-        within("--interval", seconds, (0.1..=3600.0).contains(&seconds), "100ms to 1h")?;
+        for (key, value, least, most, allowed) in [
+            ("--interval", *interval, 100, HOUR_MS, "100ms to 1h"),
+            (
+                "--settle",
+                *settle,
+                1_000,
+                HOUR_MS,
+                "1s to 1h: in that time clients that were told look for another apiserver, and are nowhere to be seen",
+            ),
+            (
+                "--min-connection-age",
+                *min_connection_age,
+                0,
+                24 * HOUR_MS,
+                "0s to 24h",
+            ),
+            (
+                "--client-cooldown",
+                *client_cooldown,
+                1_000,
+                7 * 24 * HOUR_MS,
+                "1s to 168h: in that time no client is told twice",
+            ),
+        ] {
+            if !(least..=most).contains(&value.as_millis()) {
+                let value = if value.is_zero() {
+                    "0s".to_owned()
+                } else {
+                    format!("{value:?}")
+                };
+                return Err(PolicyError::OutOfRange { key, value, allowed });
+            }
+        }
+        if exclusions.users.contains("") {
+            return Err(PolicyError::EmptyExclusion("--exclude-user"));
+        }
+        if exclusions.user_agents.iter().any(String::is_empty) {
+            return Err(PolicyError::EmptyExclusion("--exclude-user-agent"));
+        }
         if skew_target >= skew_threshold {
             return Err(PolicyError::TargetAboveThreshold {
                 target: *skew_target,
@@ -263,6 +310,58 @@ mod tests {
                 "--skew-target",
                 Policy {
                     skew_target: 0.2,
+                    ..policy()
+                },
+            ),
+            (
+                "--goaway-rate",
+                Policy {
+                    goaway_rate: 1e-20,
+                    ..policy()
+                },
+            ),
+            (
+                "--settle is 0s",
+                Policy {
+                    settle: Duration::ZERO,
+                    ..policy()
+                },
+            ),
+            (
+                "--settle is 999ms: allowed is 1s to 1h",
+                Policy {
+                    settle: Duration::from_millis(999),
+                    ..policy()
+                },
+            ),
+            (
+                "--min-connection-age",
+                Policy {
+                    min_connection_age: Duration::from_secs(86_401),
+                    ..policy()
+                },
+            ),
+            (
+                "--client-cooldown",
+                Policy {
+                    client_cooldown: Duration::MAX,
+                    ..policy()
+                },
+            ),
+            (
+                "--client-cooldown is 0s",
+                Policy {
+                    client_cooldown: Duration::ZERO,
+                    ..policy()
+                },
+            ),
+            (
+                "--exclude-user-agent is empty",
+                Policy {
+                    exclusions: Exclusions {
+                        user_agents: vec!["kubelet/".to_owned(), String::new()],
+                        ..Exclusions::default()
+                    },
                     ..policy()
                 },
             ),

@@ -70,6 +70,15 @@ pub fn raise_open_files() -> io::Result<u64> {
     Ok(limit.rlim_cur)
 }
 
+/// Has a write that would make a file larger than this process may (RLIMIT_FSIZE) fail, as one on a full disk does, rather
+/// than end the process.
+pub fn survive_full_files() {
+    // SAFETY: the signal is ignored, so no handler runs; nothing else in this process sets it.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
 /// The kernel's monotonic clock (clock_gettime(2)), which kernel programs read too.
 pub fn monotonic() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -154,6 +154,94 @@ fn an_agents_configuration() {
 }
 
 #[test]
+fn numbers_that_would_do_harm() {
+    let files = Files::new();
+    for (flag, parts) in [
+        ("--settle=0s", ["--settle is 0s", "1s to 1h"]),
+        ("--settle=1ms", ["--settle is 1ms", "1s to 1h"]),
+        ("--goaway-rate=1e-20", ["--goaway-rate", "0.01 to 10000"]),
+        ("--client-cooldown=0s", ["--client-cooldown is 0s", "1s to 168h"]),
+        ("--min-connection-age=25h", ["--min-connection-age", "0s to 24h"]),
+        ("--interval=2h", ["--interval", "100ms to 1h"]),
+        (
+            "--exclude-user-agent=",
+            ["--exclude-user-agent is empty", "every client"],
+        ),
+    ] {
+        check(&with(files.agent(), &[flag.to_owned()]), &parts);
+    }
+}
+
+#[test]
+fn a_configuration_is_checked_without_a_start() {
+    let files = Files::new();
+    let checked = |changes: &[String]| {
+        let mut flags = with(files.peered(), changes);
+        flags.push("--check-config".to_owned());
+        let mut program = Command::new(env!("CARGO_BIN_EXE_rebalancer"));
+        let output = program.args(&flags).output().expect("the binary starts");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        (output.status.code(), said)
+    };
+    let (code, said) = checked(&[]);
+    assert_eq!(code, Some(0), "{said}");
+    for part in ["the configuration is good", "node a", "peers b", "--skew-target 0.03"] {
+        assert!(said.contains(part), "{said}");
+    }
+    assert!(!files.path("agent.sock").exists(), "nothing was started");
+    let (code, said) = checked(&[flag("--peer-key", &files.path("other.key"))]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("do not belong together"), "{said}");
+}
+
+#[test]
+fn what_the_environment_says_is_told_as_such() {
+    let files = Files::new();
+    let agent = |variables: &[(&str, &str)], more: &[&str]| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_rebalancer"));
+        program.envs(variables.iter().copied());
+        let mut flags = files.agent();
+        flags.push("--check-config".to_owned());
+        flags.extend(more.iter().map(|flag| (*flag).to_owned()));
+        run(&mut program, &flags)
+    };
+    // What Kubernetes puts into every container of a namespace with a Service `rebalancer-apiserver`.
+    let service = [
+        ("REBALANCER_APISERVER_PORT", "tcp://10.96.0.7:6443"),
+        ("REBALANCER_APISERVER_PORT_6443_TCP", "tcp://10.96.0.7:6443"),
+        ("REBALANCER_APISERVER_SERVICE_HOST", "10.96.0.7"),
+    ];
+    let (code, said) = agent(&service, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("REBALANCER_APISERVER_PORT is ignored"), "{said}");
+    for (variable, value) in [("REBALANCER_INTERVAL", "5"), ("REBALANCER_APISERVER_PORT", "http")] {
+        let (code, said) = agent(&[(variable, value)], &[]);
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains(&format!("{variable}={value}")), "{said}");
+    }
+    // A flag wins, and is what is wrong then.
+    let (code, said) = agent(&[("REBALANCER_INTERVAL", "5s")], &["--interval=7"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(!said.contains("REBALANCER_INTERVAL="), "{said}");
+}
+
+#[test]
+fn a_log_of_json_is_json() {
+    let files = Files::new();
+    let mut flags = files.agent();
+    flags.extend(["--check-config", "--log-format=json", "-v"].map(str::to_owned));
+    let mut program = Command::new(env!("CARGO_BIN_EXE_rebalancer"));
+    program.env("REBALANCER_APISERVER_PORT", "tcp://10.96.0.7:6443");
+    let (code, said) = run(&mut program, &flags);
+    assert_eq!(code, Some(0), "{said}");
+    let line = said
+        .lines()
+        .find(|line| line.contains("is ignored"))
+        .expect("a line of the log");
+    assert!(line.starts_with('{') && line.contains("\"level\":\"WARN\""), "{line}");
+}
+
+#[test]
 fn an_agents_peers() {
     let files = Files::new();
     let changed = |changes: &[String]| with(files.peered(), changes);

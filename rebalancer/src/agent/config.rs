@@ -111,14 +111,14 @@ pub struct Raw {
     #[arg(long, env = "REBALANCER_EXCLUDE_CIDR", value_delimiter = ',', value_name = "CIDR")]
     #[serde(deserialize_with = "parsed_list")]
     exclude_cidr: Vec<Network>,
-    /// These users are left alone
-    #[arg(long, env = "REBALANCER_EXCLUDE_USER", value_delimiter = ',', value_name = "USER")]
+    /// This user is left alone; may be given several times, in the environment one a line
+    #[arg(long, env = "REBALANCER_EXCLUDE_USER", value_delimiter = '\n', value_name = "USER")]
     exclude_user: Vec<String>,
-    /// Clients whose user agent begins like this are left alone
+    /// Clients whose user agent begins like this are left alone; may be given several times, in the environment one a line
     #[arg(
         long,
         env = "REBALANCER_EXCLUDE_USER_AGENT",
-        value_delimiter = ',',
+        value_delimiter = '\n',
         value_name = "PREFIX"
     )]
     exclude_user_agent: Vec<String>,
@@ -538,6 +538,9 @@ mod tests {
             ),
             ("intercept: true", &["--intercept", "--shim relay:unix:PATH"]),
             ("peers: kubernetes", &["--peers kubernetes"]),
+            ("settle: 0s", &["--settle is 0s", "1s to 1h"]),
+            ("goaway-rate: 1.0e-20", &["--goaway-rate", "0.01 to 10000"]),
+            ("exclude-user-agent: ['']", &["--exclude-user-agent is empty"]),
             ("exclude-cidr: [10.0.0.0/99]", &["10.0.0.0/99"]),
         ] {
             let said = message(&format!("version: 1\nnode-name: a\n{file}\n"));
@@ -548,6 +551,26 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_user_is_a_name_with_or_without_commas() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            raw: Raw,
+        }
+        let name = "CN=Jane Doe,OU=Platform,DC=example,DC=test";
+        let flags = [
+            "agent",
+            "--exclude-user",
+            name,
+            "--exclude-user=admin",
+            "--exclude-user-agent=a (b, c)",
+        ];
+        let line = <Line as clap::Parser>::try_parse_from(flags).expect("a command line");
+        assert_eq!(line.raw.exclude_user, [name, "admin"]);
+        assert_eq!(line.raw.exclude_user_agent, ["a (b, c)"]);
     }
 
     #[test]

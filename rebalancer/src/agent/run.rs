@@ -28,22 +28,40 @@ use super::{
     handle::{AgentHandle, Clock, Request},
     heart::{BEAT, Heart},
     metrics::Metrics,
-    peers::{self, PeerTls, TlsListener},
+    peers::{self, Asker, TlsListener, tls::PeerTls},
     record::Recorder,
     watch::{Observe, Watch},
 };
-use crate::{intercept::Intercept, kernel::Source, local, random, relay::takeover, shim::link, steer::Steer};
+use crate::{
+    intercept::Intercept,
+    kernel::Source,
+    local::{self, SocketFile},
+    random,
+    relay::takeover,
+    shim::link,
+    steer::Steer,
+};
 
 /// A shim that has said nothing for so long has died or stands still: its end asks once a second, and gives an answer ten
 /// seconds.
 const SHIM_SILENCE: Duration = Duration::from_secs(30);
 
-/// Runs until SIGTERM or SIGINT.
+/// An agent that has everything it needs.
+pub struct Running {
+    agent: Loop,
+    source: Watch<Source>,
+    inputs: mpsc::Receiver<Input>,
+    requests: mpsc::Receiver<Request>,
+    /// The local API's socket; its file goes when this goes.
+    _file: SocketFile,
+}
+
+/// Opens everything an agent needs and starts what goes on beside its loop.
 ///
 /// # Errors
 ///
 /// A start that cannot succeed: what, where, and what to do.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn start(config: Config) -> anyhow::Result<Running> {
     let clock = Clock::start();
     let (handle, requests) = AgentHandle::new(clock);
     let (inputs_sender, inputs) = mpsc::channel(256);
@@ -60,6 +78,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         let intercept = Intercept::open(config.apiserver_port, metrics.intercepting()).context("--intercept")?;
         tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
     }
+    let peers = match &config.peers {
+        None => None,
+        Some(peers) => {
+            let tls = Arc::new(PeerTls::load(peers)?);
+            Some((peers, tls, metrics.certificate_expiry(), metrics.refused_handshakes()))
+        }
+    };
     let metrics = Arc::new(Mutex::new(metrics));
     let heart = Heart::start().context("cannot start the watchdog's thread")?;
     let context = ApiContext {
@@ -69,15 +94,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         source: source_name,
     };
 
-    if let Some(peers) = &config.peers {
-        let tls = Arc::new(PeerTls::load(peers)?);
-        let listener = TlsListener::bind(peers.listen, &tls).await?;
-        serve("the peers' port", listener, peers::router(handle.clone()));
+    if let Some((peers, tls, expiry, refused)) = peers {
+        let hosts = peers.addresses.iter().map(|peer| peer.server_name.clone()).collect();
+        let listener = TlsListener::bind(peers.listen, Arc::clone(&tls), hosts, refused).await?;
+        let routes = peers::router(handle.clone()).into_make_service_with_connect_info::<Asker>();
+        tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, routes).await {
+                tracing::error!(%error, "the peers' port failed");
+            }
+        });
+        tokio::spawn(peers::tls::keep_fresh(Arc::clone(&tls), expiry));
+        let policy = Arc::new(config.policy.clone());
         for address in &peers.addresses {
             tokio::spawn(peers::follow(
                 address.clone(),
                 Arc::clone(&tls),
-                config.policy.weight,
+                Arc::clone(&policy),
                 inputs_sender.clone(),
             ));
         }
@@ -91,7 +123,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         api::metrics_router(context.clone()),
     );
     let socket = local::bind(&config.api.0).context("--api")?;
-    let _file = socket.guard;
     serve("the local API", socket.listener, api::router(context));
 
     tracing::info!(
@@ -105,21 +136,32 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         "watching"
     );
     let agent = Agent::new(config.policy.clone(), random::u64(), clock.now());
-    Loop {
-        agent,
-        clock,
-        handle,
-        recorder,
-        metrics,
-        orders,
-        heart,
-    }
-    .run(
-        Watch::new(source, move || Source::open(kind, port, kernel_log)),
+    Ok(Running {
+        agent: Loop {
+            agent,
+            clock,
+            handle,
+            recorder,
+            metrics,
+            orders,
+            heart,
+        },
+        source: Watch::new(source, move || Source::open(kind, port, kernel_log)),
         inputs,
         requests,
-    )
-    .await
+        _file: socket.guard,
+    })
+}
+
+impl Running {
+    /// Runs until SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    ///
+    /// The system does not let it hear signals.
+    pub async fn run(self) -> anyhow::Result<()> {
+        self.agent.run(self.source, self.inputs, self.requests).await
+    }
 }
 
 /// Starts the shim's link; its receiving end goes when the agent ends.

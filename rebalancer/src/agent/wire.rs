@@ -2,16 +2,20 @@
 //!
 //! Input: the core's values. Output: serde values. Must never lose a number a decision rests on.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use rebalancer_core::{
     agent::Agent,
     decision::{Decision, Heavy, Outcomes},
     hold::Hold,
     ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
-    policy::{Mode, Weight},
+    policy::{Mode, Policy, Weight},
     table::Connection,
-    view::{ServerState, Snapshot},
+    view::{PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -52,14 +56,34 @@ pub struct WireSnapshot {
     pub rebalancing: bool,
     /// Names the process.
     pub instance: u64,
-    /// The apiservers it knows.
+    /// The apiservers it knows, its own included.
     pub names: Vec<String>,
-    /// What it weighs by: agents must agree.
-    pub weight: String,
+    /// The flags all agents must be given alike, with its values.
+    pub policy: BTreeMap<String, String>,
 }
 
 /// The format's version: agents of different ones do not understand each other.
-pub const SNAPSHOT_VERSION: u32 = 1;
+///
+/// It goes up with every member that is new, gone, or means something else.
+pub const SNAPSHOT_VERSION: u32 = 2;
+
+/// What is read of an answer first: all versions have it.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+/// The flags all agents must be given alike: a plan is each donor's part of what all of them reckon alike.
+pub fn agreement(policy: &Policy) -> BTreeMap<String, String> {
+    [
+        ("--weight", weight_name(policy.weight).to_owned()),
+        ("--skew-threshold", policy.skew_threshold.to_string()),
+        ("--skew-target", policy.skew_target.to_string()),
+        ("--client-cooldown", format!("{:?}", policy.client_cooldown)),
+    ]
+    .map(|(flag, value)| (flag.to_owned(), value))
+    .into()
+}
 
 /// [`ServerState`] as JSON has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +123,7 @@ impl From<WireState> for ServerState {
 
 impl WireSnapshot {
     /// What a peer is told.
-    pub fn of(snapshot: &Snapshot, weight: Weight) -> Self {
+    pub fn of(snapshot: &Snapshot, policy: &Policy) -> Self {
         Self {
             version: SNAPSHOT_VERSION,
             apiserver: snapshot.apiserver.to_string(),
@@ -117,27 +141,60 @@ impl WireSnapshot {
             rebalancing: snapshot.rebalancing,
             instance: snapshot.instance,
             names: snapshot.names.iter().map(ToString::to_string).collect(),
-            weight: weight_name(weight).to_owned(),
+            policy: agreement(policy),
         }
     }
 
-    /// What a peer told, for the core.
+    /// What a peer answered, for the core.
     ///
     /// # Errors
     ///
-    /// Another version or weight, or a load that is no number: in words.
-    pub fn into_core(self, weight: Weight) -> Result<Snapshot, String> {
-        if self.version != SNAPSHOT_VERSION {
+    /// It is no snapshot, or one that this agent cannot reckon with: in words.
+    pub fn read(body: &[u8], policy: &Policy) -> Result<Snapshot, PeerFault> {
+        let garbled = |error: serde_json::Error| PeerFault::Refused(format!("its answer is no snapshot: {error}"));
+        let Versioned { version } = serde_json::from_slice(body).map_err(garbled)?;
+        if version != SNAPSHOT_VERSION {
+            return Err(PeerFault::Disagrees(format!(
+                "its snapshots have version {version}, this agent's have {SNAPSHOT_VERSION}: they are of different \
+                 releases, and go on when all agents are of one"
+            )));
+        }
+        let snapshot: Self = serde_json::from_slice(body).map_err(garbled)?;
+        snapshot.checked(policy).map_err(PeerFault::Disagrees)
+    }
+
+    fn checked(self, policy: &Policy) -> Result<Snapshot, String> {
+        let ours = agreement(policy);
+        let flags: BTreeSet<&String> = ours.keys().chain(self.policy.keys()).collect();
+        for flag in flags {
+            let (here, there) = (ours.get(flag), self.policy.get(flag));
+            if here != there {
+                let said = |value: Option<&String>| value.map_or("unknown", String::as_str).to_owned();
+                return Err(format!(
+                    "its {flag} is {}, this agent's is {}: give all agents the same",
+                    said(there),
+                    said(here)
+                ));
+            }
+        }
+        let here: BTreeSet<&str> = policy
+            .peers
+            .iter()
+            .chain([&policy.node])
+            .map(ApiserverName::as_str)
+            .collect();
+        let there: BTreeSet<&str> = self.names.iter().map(String::as_str).collect();
+        if let Some(name) = here.difference(&there).next() {
+            let there: Vec<_> = there.iter().copied().collect();
             return Err(format!(
-                "its snapshots have version {}, this agent's have {SNAPSHOT_VERSION}: run the same release everywhere",
-                self.version
+                "it does not know the apiserver {name}, but {}: its --peer flags lack it, or it has another --node-name",
+                there.join(", ")
             ));
         }
-        if self.weight != weight_name(weight) {
+        if let Some(name) = there.difference(&here).next() {
             return Err(format!(
-                "it weighs by {}, this agent by {}: give all agents the same --weight",
-                self.weight,
-                weight_name(weight)
+                "it knows an apiserver {name}, which this agent does not: give this one --peer {name}=URL, or take it \
+                 from the others"
             ));
         }
         for (what, value) in [
@@ -410,4 +467,108 @@ pub fn peers(agent: &Agent, now: Timestamp) -> Value {
         })
         .collect();
     json!({"peers": list})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(node: &str, peers: &[&str]) -> Policy {
+        let peers = peers.iter().map(|name| ApiserverName::new(*name)).collect();
+        Policy::new(ApiserverName::new(node), peers)
+    }
+
+    /// What the agent of `policy` answers.
+    fn answer(policy: &Policy) -> Value {
+        let agent = Agent::new(policy.clone(), 1, Timestamp::from_millis(0));
+        let snapshot = agent.snapshot(Timestamp::from_millis(0));
+        serde_json::to_value(WireSnapshot::of(&snapshot, policy)).expect("JSON")
+    }
+
+    fn read(answer: &Value) -> Result<Snapshot, PeerFault> {
+        WireSnapshot::read(answer.to_string().as_bytes(), &policy("a", &["b", "c"]))
+    }
+
+    fn disagrees(answer: &Value) -> String {
+        match read(answer) {
+            Err(PeerFault::Disagrees(said)) => said,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn agents_that_agree_understand_each_other() {
+        let b = policy("b", &["a", "c"]);
+        assert!(read(&answer(&b)).is_ok());
+    }
+
+    #[test]
+    fn a_flag_that_differs_is_named_with_both_values() {
+        let b = || policy("b", &["a", "c"]);
+        for (theirs, parts) in [
+            (
+                Policy {
+                    skew_target: 0.05,
+                    ..b()
+                },
+                ["--skew-target", "0.05", "0.03"],
+            ),
+            (
+                Policy {
+                    skew_threshold: 0.2,
+                    ..b()
+                },
+                ["--skew-threshold", "0.2", "0.1"],
+            ),
+            (
+                Policy {
+                    weight: Weight::Bytes,
+                    ..b()
+                },
+                ["--weight", "bytes", "connections"],
+            ),
+            (
+                Policy {
+                    client_cooldown: Duration::from_secs(60),
+                    ..b()
+                },
+                ["--client-cooldown", "60s", "600s"],
+            ),
+        ] {
+            let said = disagrees(&answer(&theirs));
+            for part in parts {
+                assert!(said.contains(part), "{said}");
+            }
+        }
+        // What may differ: how fast, whether anything is sent, who is left alone.
+        let theirs = Policy {
+            mode: Mode::DryRun,
+            goaway_rate: 1.0,
+            interval: Duration::from_secs(1),
+            ..b()
+        };
+        assert!(read(&answer(&theirs)).is_ok());
+    }
+
+    #[test]
+    fn agents_know_the_same_apiservers_or_hold() {
+        assert!(disagrees(&answer(&policy("b", &["a"]))).contains("does not know the apiserver c"));
+        assert!(disagrees(&answer(&policy("b", &["a", "c", "d"]))).contains("--peer d=URL"));
+        // One that has another name than the others call it.
+        assert!(disagrees(&answer(&policy("cp-2", &["a", "c"]))).contains("does not know the apiserver b"));
+    }
+
+    #[test]
+    fn another_release_is_told_as_one() {
+        let mut other = answer(&policy("b", &["a", "c"]));
+        other["version"] = json!(1);
+        other.as_object_mut().expect("an object").remove("policy");
+        assert!(disagrees(&other).contains("version 1"), "before what is missing");
+        for garbled in [json!({}), json!("ok"), json!({"version": SNAPSHOT_VERSION})] {
+            assert!(matches!(read(&garbled), Err(PeerFault::Refused(_))), "{garbled}");
+        }
+        let mut wrong = answer(&policy("b", &["a", "c"]));
+        wrong["load"] = json!(-1.0);
+        assert!(disagrees(&wrong).contains("load"));
+    }
 }

@@ -3,17 +3,50 @@
 use clap::Args;
 
 use super::{Failure, runtime};
-use crate::agent::{config::Raw, run};
+use crate::{
+    agent::{
+        config::{Config, Raw},
+        peers::tls::PeerTls,
+        run,
+        wire::{agreement, shim_name},
+    },
+    sys,
+};
 
 /// Count the local apiserver's connections, compare with the peers, and move clients when the skew asks for it
 #[derive(Debug, Args)]
 pub struct Arguments {
+    /// Check flags, environment, --config and the certificates' files, say what they come to, and end
+    #[arg(long)]
+    check_config: bool,
     #[command(flatten)]
     raw: Raw,
 }
 
-/// Runs the agent until it is told to end.
+/// Runs the agent until it is told to end. What stops it before it has begun can be mended by the operator.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
     let config = arguments.raw.complete().map_err(Failure::Configuration)?;
-    runtime()?.block_on(run::run(config)).map_err(Failure::Configuration)
+    if arguments.check_config {
+        return check(&config);
+    }
+    sys::survive_full_files();
+    runtime()?.block_on(async {
+        let running = run::start(config).await.map_err(Failure::Configuration)?;
+        running.run().await.map_err(Failure::Job)
+    })
+}
+
+fn check(config: &Config) -> Result<(), Failure> {
+    let policy = &config.policy;
+    let mut said = format!("node {}, shim {}", policy.node, shim_name(policy.shim));
+    if let Some(peers) = &config.peers {
+        PeerTls::load(peers).map_err(Failure::Configuration)?;
+        let names: Vec<_> = policy.peers.iter().map(ToString::to_string).collect();
+        said += &format!(", peers {}", names.join(", "));
+    }
+    said += "\nthe same for all agents:";
+    for (flag, value) in agreement(policy) {
+        said += &format!(" {flag} {value}");
+    }
+    super::print(&format!("the configuration is good: {said}\n"))
 }

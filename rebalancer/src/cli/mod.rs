@@ -2,7 +2,12 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{
+    Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+use crate::log::{self, Format};
 
 mod agent;
 mod client;
@@ -16,6 +21,19 @@ mod table;
 #[derive(Debug, Parser)]
 #[command(name = "rebalancer", version, about)]
 struct Arguments {
+    /// How the log of `agent` and `relay` is written
+    #[arg(
+        long,
+        global = true,
+        env = "REBALANCER_LOG_FORMAT",
+        value_enum,
+        default_value = "text",
+        value_name = "FORMAT"
+    )]
+    log_format: Format,
+    /// Log more: -v what is done, -vv each step; without it REBALANCER_LOG says what is logged
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     command: Command,
 }
@@ -52,9 +70,27 @@ impl From<anyhow::Error> for Failure {
 
 /// Parses the command line, runs the command, and says on stderr why when it failed.
 pub fn run() -> ExitCode {
-    let outcome = match Arguments::parse().command {
-        Command::Agent(arguments) => logged(|| agent::run(*arguments)),
-        Command::Relay(arguments) => logged(|| relay::run(*arguments)),
+    let ignored = ignore_service_variables();
+    let Arguments {
+        log_format,
+        verbose,
+        command,
+    } = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refuse(&error),
+    };
+    let with_log = || {
+        log::start(log_format, verbose).map_err(Failure::Configuration)?;
+        for variable in &ignored {
+            tracing::warn!(
+                "{variable} is ignored: Kubernetes sets it for a Service of that name, and it is no setting"
+            );
+        }
+        Ok(())
+    };
+    let outcome = match command {
+        Command::Agent(arguments) => with_log().and_then(|()| agent::run(*arguments)),
+        Command::Relay(arguments) => with_log().and_then(|()| relay::run(*arguments)),
         Command::Ask(question) => runtime().and_then(|runtime| runtime.block_on(client::run(question))),
         Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
@@ -69,10 +105,48 @@ pub fn run() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Runs a service: with a log.
-fn logged(job: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
-    crate::log::start().map_err(Failure::Configuration)?;
-    job()
+/// Takes what Kubernetes sets for Services out of the environment, and names it: a Service `rebalancer-apiserver` makes
+/// `REBALANCER_APISERVER_PORT=tcp://10.96.0.7:6443`, which is nobody's setting.
+fn ignore_service_variables() -> Vec<String> {
+    let is_service = |value: &std::ffi::OsStr| {
+        let value = value.to_string_lossy();
+        ["tcp://", "udp://", "sctp://"]
+            .iter()
+            .any(|scheme| value.starts_with(scheme))
+    };
+    let ignored: Vec<_> = std::env::vars_os()
+        .filter(|(name, value)| name.to_string_lossy().starts_with(PREFIX) && is_service(value))
+        .map(|(name, _)| name)
+        .collect();
+    for name in &ignored {
+        // SAFETY: this is the first thing the program does, and it has one thread: nobody reads the environment meanwhile.
+        unsafe { std::env::remove_var(name) };
+    }
+    ignored
+        .into_iter()
+        .map(|name| name.to_string_lossy().into_owned())
+        .collect()
+}
+
+/// What the names of all variables begin with.
+const PREFIX: &str = "REBALANCER_";
+
+/// Shows what is wrong with the command line; a value that came from the environment is told as one.
+fn refuse(error: &clap::Error) -> ExitCode {
+    // stderr, or stdout for help, may be closed.
+    let _ = error.print();
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        return ExitCode::SUCCESS;
+    }
+    if let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) {
+        let flag = flag.split(' ').next().unwrap_or_default();
+        let variable = PREFIX.to_owned() + &flag.trim_start_matches('-').replace('-', "_").to_uppercase();
+        let is_given = std::env::args().any(|given| given.split('=').next() == Some(flag));
+        if !is_given && let Ok(value) = std::env::var(&variable) {
+            eprintln!("the value comes from the environment: {variable}={value}");
+        }
+    }
+    ExitCode::from(2)
 }
 
 /// The runtime of a service.

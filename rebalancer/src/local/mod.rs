@@ -92,6 +92,11 @@ pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}", std::process::id()));
     let beside = PathBuf::from(beside);
+    // A process of this id that was killed in between has left it; in a container the id is always the same.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &beside)(error)),
+        _ => {}
+    }
     let listener = UnixListener::bind(&beside).map_err(failed("bind", &beside))?;
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of", &beside))?;
     let inode = fs::symlink_metadata(&beside).map_err(failed("look at", &beside))?.ino();
@@ -144,5 +149,30 @@ impl IntoResponse for Problem {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let body = serde_json::to_vec(&self).unwrap_or_default();
         (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_killed_process_left_is_taken_over() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("agent.sock");
+        let beside = directory.path().join(format!("agent.sock.{}", std::process::id()));
+        // Bound and never moved to its place; and bound, moved, and never removed.
+        for left in [&beside, &path] {
+            drop(std::os::unix::net::UnixListener::bind(left).expect("a socket"));
+        }
+        let bound = bind(&path).expect("nobody answers on them");
+        assert!(!beside.exists());
+        assert_eq!(
+            fs::metadata(&path).expect("a socket").permissions().mode() & 0o777,
+            0o600
+        );
+        assert!(matches!(bind(&path), Err(BindError::InUse(_))));
+        drop(bound);
+        assert!(!path.exists());
     }
 }

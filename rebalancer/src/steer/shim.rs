@@ -70,27 +70,35 @@ pub struct Steer {
 }
 
 impl Steer {
-    /// Puts the probe on the apiserver that listens on the port.
+    /// Puts the probe on the apiserver that listens on the port; one that is not up yet, as when the node boots, is waited
+    /// for.
     ///
     /// # Errors
     ///
-    /// Whatever is not certain, now, at the start: later it is waited for.
+    /// Whatever is not certain, and does not pass by itself.
     pub fn start(port: u16, path: Option<PathBuf>) -> Result<Self, SteerError> {
         // First what no restart of the apiserver mends.
         super::trial_load()?;
-        let attachment = Attachment::new(port, path.as_deref())?;
+        let (attachment, fault) = match Attachment::new(port, path.as_deref()) {
+            Ok(attachment) => (Some(attachment), String::new()),
+            Err(error) if error.is_passing() => (None, error.to_string()),
+            Err(error) => return Err(error),
+        };
         let mut steer = Self {
             port,
             path,
             attached: None,
-            fault: String::new(),
+            fault,
             instance: random::u64(),
             generation: 0,
             marked: BTreeMap::new(),
             seen: BTreeMap::new(),
             zones: address::zones(),
         };
-        steer.attach(attachment);
+        match attachment {
+            Some(attachment) => steer.attach(attachment),
+            None => tracing::info!("no probe for now: {}", steer.fault),
+        }
         Ok(steer)
     }
 

@@ -149,7 +149,7 @@ impl World {
                 "agent",
                 "--node-name=node-1",
                 "--interval=200ms",
-                "--settle=200ms",
+                "--settle=1s",
                 "--goaway-rate=1000",
             ])
             .args([

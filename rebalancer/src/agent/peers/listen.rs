@@ -1,0 +1,286 @@
+//! The peers' port: handshakes, each in a task of its own, and who may read.
+//!
+//! Output: connections whose client certificate the peers' CA signed, and whether it is one of the peers'.
+//! Must never let strangers hold more than a few places, nor fill the log: a refusal is counted, and said every ten seconds.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use axum::{
+    extract::connect_info::Connected,
+    serve::{IncomingStream, Listener},
+};
+use prometheus_client::metrics::counter::Counter;
+use rustls::{
+    client::verify_server_name,
+    pki_types::{CertificateDer, ServerName},
+    server::ParsedCertificate,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{PATIENCE, tls::PeerTls};
+
+/// Connections at once, with those that are shaking hands.
+const PLACES: usize = 256;
+
+/// Of these, from one address.
+const PLACES_OF_ONE: usize = 8;
+
+/// After a line about a refusal the next is so long in coming.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Who asks, and whether they may read.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    /// Where from.
+    pub address: SocketAddr,
+    /// Why not.
+    pub may_read: Result<(), String>,
+}
+
+impl Connected<IncomingStream<'_, TlsListener>> for Asker {
+    fn connect_info(stream: IncomingStream<'_, TlsListener>) -> Self {
+        stream.remote_addr().clone()
+    }
+}
+
+/// Accepts and shakes hands: a silent client holds up nobody.
+pub struct TlsListener {
+    address: SocketAddr,
+    ready: mpsc::Receiver<(Admitted, Asker)>,
+}
+
+impl TlsListener {
+    /// Listens; `hosts` are the peers' hosts, for one of which a client's certificate must be.
+    ///
+    /// # Errors
+    ///
+    /// Names the address and what the system says.
+    pub async fn bind(
+        address: SocketAddr,
+        tls: Arc<PeerTls>,
+        hosts: Vec<ServerName<'static>>,
+        refused: Counter,
+    ) -> anyhow::Result<Self> {
+        let mut listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("--peer-listen {address}: cannot listen there"))?;
+        let (accepted, ready) = mpsc::channel(16);
+        let refusals = Arc::new(Refusals {
+            counter: refused,
+            unsaid: Mutex::default(),
+        });
+        let hosts: Arc<[ServerName<'static>]> = hosts.into();
+        tokio::spawn(async move {
+            let places = Arc::new(Places::default());
+            loop {
+                let (stream, from) = Listener::accept(&mut listener).await;
+                let Some(place) = places.take(from.ip()) else {
+                    refusals.refuse(from, &"there is no place: too many connections at once");
+                    continue;
+                };
+                let acceptor = TlsAcceptor::from(Arc::clone(&tls.current().server));
+                let (accepted, refusals, hosts) = (accepted.clone(), Arc::clone(&refusals), Arc::clone(&hosts));
+                tokio::spawn(async move {
+                    match timeout(PATIENCE, acceptor.accept(stream)).await {
+                        Ok(Ok(stream)) => {
+                            let certificates = stream.get_ref().1.peer_certificates();
+                            let may_read = is_a_peer(certificates.and_then(<[_]>::first), &hosts);
+                            if let Err(why) = &may_read {
+                                refusals.refuse(from, why);
+                            }
+                            let asker = Asker {
+                                address: from,
+                                may_read,
+                            };
+                            let admitted = Admitted { stream, _place: place };
+                            // Nobody takes it any more when the agent ends.
+                            drop(accepted.send((admitted, asker)).await);
+                        }
+                        Ok(Err(error)) => refusals.refuse(from, &error),
+                        Err(_) => refusals.refuse(from, &"it did not finish its TLS handshake"),
+                    }
+                });
+            }
+        });
+        Ok(Self { address, ready })
+    }
+}
+
+impl Listener for TlsListener {
+    type Io = Admitted;
+    type Addr = Asker;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        match self.ready.recv().await {
+            Some(accepted) => accepted,
+            // The accepting task never ends by itself.
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        Ok(Asker {
+            address: self.address,
+            may_read: Ok(()),
+        })
+    }
+}
+
+/// Whether the certificate is for one of the hosts: the one an agent answers with is the one it asks with.
+fn is_a_peer(certificate: Option<&CertificateDer<'_>>, hosts: &[ServerName<'_>]) -> Result<(), String> {
+    let certificate = certificate.ok_or("it shows no certificate")?;
+    let parsed = ParsedCertificate::try_from(certificate).map_err(|error| error.to_string())?;
+    if hosts.iter().any(|host| verify_server_name(&parsed, host).is_ok()) {
+        return Ok(());
+    }
+    let hosts: Vec<_> = hosts.iter().map(ServerName::to_str).collect();
+    Err(format!(
+        "the client's certificate is for none of this agent's peers ({}): each agent's certificate names the host its \
+         peers reach it by",
+        hosts.join(", ")
+    ))
+}
+
+/// How many connections each address has.
+#[derive(Debug, Default)]
+struct Places(Mutex<BTreeMap<IpAddr, usize>>);
+
+/// One of them; it is free again when this goes.
+#[derive(Debug)]
+struct Place {
+    places: Arc<Places>,
+    address: IpAddr,
+}
+
+impl Places {
+    fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if taken.values().sum::<usize>() >= PLACES {
+            return None;
+        }
+        let count = taken.entry(address).or_default();
+        if *count >= PLACES_OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Place {
+            places: Arc::clone(self),
+            address,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = self.places.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = taken.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                taken.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// Refusals: counted, and said now and then.
+struct Refusals {
+    counter: Counter,
+    unsaid: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Refusals {
+    fn refuse(&self, from: SocketAddr, why: &dyn std::fmt::Display) {
+        self.counter.inc();
+        let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
+        if unsaid.0.is_some_and(|at| at.elapsed() < QUIET) {
+            unsaid.1 += 1;
+            return;
+        }
+        let more = std::mem::take(&mut unsaid.1);
+        unsaid.0 = Some(Instant::now());
+        tracing::warn!(%from, %why, unsaid = more, "refused on the peers' port");
+    }
+}
+
+/// A connection with its place.
+#[derive(Debug)]
+pub struct Admitted {
+    stream: TlsStream<TcpStream>,
+    _place: Place,
+}
+
+impl AsyncRead for Admitted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Admitted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, octets)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_has_a_few_places_and_gets_them_back() {
+        let places = Arc::new(Places::default());
+        let address = |last: u8| IpAddr::from([192, 0, 2, last]);
+        let mut held: Vec<_> = (0..PLACES_OF_ONE)
+            .map(|_| places.take(address(1)).expect("a place"))
+            .collect();
+        assert!(places.take(address(1)).is_none());
+        for last in 2..=32 {
+            held.extend((0..PLACES_OF_ONE).map(|_| places.take(address(last)).expect("a place")));
+        }
+        assert!(places.take(address(33)).is_none(), "all together have a limit too");
+        held.remove(0);
+        assert!(places.take(address(33)).is_some());
+        held.clear();
+        assert!(
+            places.0.lock().expect("nobody panics").is_empty(),
+            "nothing is kept of who has gone"
+        );
+    }
+
+    #[test]
+    fn a_certificate_is_a_peers_when_it_names_a_peers_host() {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let names = vec!["cp-2.example.test".to_owned(), "192.0.2.2".to_owned()];
+        let parameters = rcgen::CertificateParams::new(names).expect("parameters");
+        let certificate = parameters.self_signed(&key).expect("a certificate");
+        let host = |text: &str| ServerName::try_from(text.to_owned()).expect("a host");
+        let check = |hosts: &[ServerName<'_>]| is_a_peer(Some(certificate.der()), hosts);
+        assert_eq!(check(&[host("192.0.2.3"), host("192.0.2.2")]), Ok(()));
+        assert_eq!(check(&[host("cp-2.example.test")]), Ok(()));
+        let said = check(&[host("cp-3.example.test"), host("2001:db8::1")]).expect_err("a kubelet's");
+        assert!(said.contains("cp-3.example.test, 2001:db8::1"), "{said}");
+        assert!(is_a_peer(None, &[host("cp-2.example.test")]).is_err());
+    }
+}

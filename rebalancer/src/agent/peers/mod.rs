@@ -1,0 +1,173 @@
+//! Agents talk to each other: `GET /v1/snapshot` over HTTP/1.1 with mutual TLS.
+//!
+//! Job: answer with this apiserver's snapshot, and ask each peer for its own once a second.
+//! Must never answer or believe anyone whose certificate the peers' CA did not sign for one of the peers' hosts.
+
+mod dial;
+mod listen;
+pub mod tls;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{ConnectInfo, State},
+    http::StatusCode,
+    routing::get,
+};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::client::conn::http1::SendRequest;
+use hyper_util::rt::TokioIo;
+use rebalancer_core::{
+    agent::Input,
+    policy::Policy,
+    view::{PeerFault, Snapshot},
+};
+use serde_json::Value;
+use tokio::{
+    net::TcpStream,
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_rustls::TlsConnector;
+
+pub use listen::{Asker, TlsListener};
+use tls::PeerTls;
+
+use super::{config::PeerAddress, handle::AgentHandle, wire::WireSnapshot};
+use crate::local::Problem;
+
+/// How often a peer is asked.
+const POLL: Duration = Duration::from_secs(1);
+
+/// How long a connection may take, with its handshake, and how long an answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How large an answer may be.
+const LARGEST: usize = 64 * 1024;
+
+/// The routes peers may ask.
+pub fn router(agent: AgentHandle) -> Router {
+    Router::new().route("/v1/snapshot", get(snapshot)).with_state(agent)
+}
+
+async fn snapshot(
+    ConnectInfo(asker): ConnectInfo<Asker>,
+    State(agent): State<AgentHandle>,
+) -> Result<Json<WireSnapshot>, Problem> {
+    if let Err(why) = asker.may_read {
+        return Err(Problem::new(StatusCode::FORBIDDEN, why));
+    }
+    agent
+        .read(|agent, now| WireSnapshot::of(&agent.snapshot(now), agent.policy()))
+        .await
+        .map(Json)
+        .map_err(|gone| Problem::new(StatusCode::SERVICE_UNAVAILABLE, gone.to_string()))
+}
+
+/// A connection to a peer, and what it was made with.
+struct Link {
+    sender: SendRequest<Empty<Bytes>>,
+    /// Where it leads, for messages.
+    at: String,
+    generation: u64,
+}
+
+/// Asks one peer, for as long as somebody listens.
+pub async fn follow(address: PeerAddress, tls: Arc<PeerTls>, policy: Arc<Policy>, inputs: mpsc::Sender<Input>) {
+    let mut ticks = interval(POLL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut link: Option<Link> = None;
+    loop {
+        ticks.tick().await;
+        let generation = tls.current().generation;
+        // A renewed certificate is shown at once, or the peer would see the old one until it has expired.
+        let usable = link
+            .take()
+            .filter(|link| !link.sender.is_closed() && link.generation == generation);
+        let answer = async {
+            let mut connected = match usable {
+                Some(link) => link,
+                None => connect(&address, &tls).await?,
+            };
+            let asked = timeout(PATIENCE, ask(&address, &mut connected, &policy)).await;
+            let snapshot = asked.unwrap_or_else(|_| {
+                let why = format!("{} gave no answer within {} s", connected.at, PATIENCE.as_secs());
+                Err(PeerFault::Unreachable(why))
+            })?;
+            link = Some(connected);
+            Ok(snapshot)
+        }
+        .await;
+        if inputs.send(Input::Peer(address.name.clone(), answer)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn connect(address: &PeerAddress, tls: &PeerTls) -> Result<Link, PeerFault> {
+    let current = tls.current();
+    let attempt = |to: SocketAddr| {
+        let connector = TlsConnector::from(Arc::clone(&current.client));
+        let name = address.server_name.clone();
+        async move {
+            let stream = TcpStream::connect(to)
+                .await
+                .map_err(|error| PeerFault::Unreachable(error.to_string()))?;
+            connector
+                .connect(name, stream)
+                .await
+                .map_err(|error| PeerFault::Refused(error.to_string()))
+        }
+    };
+    let (to, stream) = dial::dial(&address.host, address.port, PATIENCE, attempt).await?;
+    let at = if address.host == to.ip().to_string() {
+        to.to_string()
+    } else {
+        format!("{} ({to})", address.host)
+    };
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| PeerFault::Refused(format!("{at}: {error}")))?;
+    tokio::spawn(connection);
+    Ok(Link {
+        sender,
+        at,
+        generation: current.generation,
+    })
+}
+
+async fn ask(address: &PeerAddress, link: &mut Link, policy: &Policy) -> Result<Snapshot, PeerFault> {
+    let at = link.at.clone();
+    let refused = |why: &dyn std::fmt::Display| PeerFault::Refused(format!("{at}: {why}"));
+    let request = http::Request::get("/v1/snapshot")
+        .header(http::header::HOST, format!("{}:{}", address.host, address.port))
+        .body(Empty::new())
+        .map_err(|error| refused(&error))?;
+    let answer = link
+        .sender
+        .send_request(request)
+        .await
+        // A server that refuses this agent's certificate says so only now (TLS 1.3).
+        .map_err(|error| refused(&root_cause(&error)))?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), LARGEST)
+        .collect()
+        .await
+        .map_err(|error| refused(&error))?
+        .to_bytes();
+    if status != http::StatusCode::OK {
+        let problem: Value = serde_json::from_slice(&body).unwrap_or_default();
+        return Err(refused(&problem["detail"].as_str().unwrap_or(status.as_str())));
+    }
+    WireSnapshot::read(&body, policy)
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
