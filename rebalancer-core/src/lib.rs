@@ -25,3 +25,4 @@ pub mod rho;
 pub mod shim;
 pub mod table;
 pub mod view;
+pub mod x509;

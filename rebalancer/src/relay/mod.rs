@@ -16,6 +16,7 @@ mod socket;
 mod stream;
 pub mod takeover;
 mod tls;
+pub mod trust;
 mod upstream;
 mod workers;
 

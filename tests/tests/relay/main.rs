@@ -11,4 +11,5 @@ mod intercept;
 mod proxy_protocol;
 mod requests;
 mod takeover;
+mod trust;
 mod world;

@@ -1,0 +1,3 @@
+module rebalancer.test/chains
+
+go 1.26.0

@@ -1,0 +1,112 @@
+//! Certificate chains of every shape, judged by Go's crypto/x509 and by the relay: there is no difference.
+
+use std::{path::Path, process::Command};
+
+use rebalancer::relay::trust::AwsLc;
+use rebalancer_core::x509::{Certificate, Pool, verify};
+use rebalancer_tests::skip;
+use serde::Deserialize;
+
+/// One chain and what Go says of it (tests/go/chains).
+#[derive(Deserialize)]
+struct Judged {
+    name: String,
+    roots: Option<Vec<String>>,
+    chain: Vec<String>,
+    now: i64,
+    verdict: String,
+    error: String,
+    until: i64,
+    user: String,
+    groups: Option<Vec<String>>,
+    uids: Option<Vec<String>>,
+}
+
+/// The relay's word for the same: verdict, the path's end, user, groups, UIDs.
+type Word = (&'static str, i64, String, Vec<String>, Vec<String>);
+
+fn parse(texts: &[String]) -> Option<Vec<Certificate>> {
+    texts
+        .iter()
+        .map(|text| Certificate::parse(&unhex(text), &AwsLc).ok())
+        .collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digit = |octet: u8| char::from(octet).to_digit(16).expect("hexadecimal") as u8;
+    let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+        panic!("half an octet")
+    };
+    pairs
+        .iter()
+        .map(|[high, low]| digit(*high) << 4 | digit(*low))
+        .collect()
+}
+
+fn judge(case: &Judged) -> Word {
+    let nobody = |verdict| (verdict, 0, String::new(), Vec::new(), Vec::new());
+    let Some(roots) = parse(case.roots.as_deref().unwrap_or_default()) else {
+        return nobody("roots");
+    };
+    let Some(mut chain) = parse(&case.chain) else {
+        return nobody("chain");
+    };
+    let leaf = chain.remove(0);
+    let now = i128::from(case.now) * 1_000_000_000;
+    let (verdict, until) = match verify(&leaf, &Pool::new(chain), &Pool::new(roots), now, &AwsLc) {
+        Ok(verified) => ("good", verified.until),
+        Err(_) => ("refused", 0),
+    };
+    let owned = |text: &str| text.to_owned();
+    let name = leaf.name();
+    (
+        verdict,
+        until,
+        name.common_name().to_owned(),
+        name.organizations().map(owned).collect(),
+        name.uids().map(owned).collect(),
+    )
+}
+
+#[test]
+fn every_chain_is_judged_as_go_judges_it() {
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("go/chains");
+    let go = match Command::new("go").args(["run", "."]).current_dir(module).output() {
+        Ok(output) => output,
+        Err(error) => return skip(&format!("there is no `go` on PATH to judge certificates with: {error}")),
+    };
+    assert!(go.status.success(), "{}", String::from_utf8_lossy(&go.stderr));
+    let mut differences = Vec::new();
+    let mut counts = std::collections::BTreeMap::<String, usize>::new();
+    for line in go.stdout.split(|octet| *octet == b'\n').filter(|line| !line.is_empty()) {
+        let case: Judged = serde_json::from_slice(line).expect("a chain and a verdict");
+        let go = (
+            case.verdict.as_str(),
+            case.until,
+            case.user.clone(),
+            case.groups.clone().unwrap_or_default(),
+            case.uids.clone().unwrap_or_default(),
+        );
+        let ours = judge(&case);
+        if ours != go {
+            differences.push(format!(
+                "{}: Go says {go:?} ({}), the relay {ours:?}",
+                case.name, case.error
+            ));
+        }
+        *counts.entry(case.verdict).or_default() += 1;
+    }
+    let count: usize = counts.values().sum();
+    println!(
+        "{count} chains judged by Go and by the relay, {} differences: {counts:?}",
+        differences.len()
+    );
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    // Each verdict is there in numbers: the corpus is not one-sided.
+    for verdict in ["good", "refused", "chain", "roots"] {
+        assert!(
+            counts.get(verdict).is_some_and(|count| *count > 300),
+            "{verdict}: {counts:?}"
+        );
+    }
+}
