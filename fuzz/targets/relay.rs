@@ -1,14 +1,19 @@
 //! Both sides of one relayed connection say anything, in any pieces, while it is told to go and to hand watches over.
 //!
-//! Rules: what the server is sent can be decoded by a server; every request carries the relay's identity and no other;
-//! how octets are cut changes nothing; the books and the output stay bounded.
+//! Rules: what the server is sent can be decoded by a server; whatever a server could take for a request carries the
+//! relay's identity and no other, and comes once on its stream; how octets are cut changes nothing; the books and the
+//! output stay bounded.
 #![no_main]
+
+use std::net::IpAddr;
 
 use libfuzzer_sys::fuzz_target;
 use rebalancer_core::h2::{
+    error::ConnectionError,
     frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
-    hpack::{self, Decoder},
-    relay::{Output, Relay, Settings},
+    hpack::{Decoder, FieldList},
+    policy::Policy,
+    relay::{HIGH_WATER, Output, Relay, Settings},
 };
 
 const PING: [u8; 8] = *b"rebalnce";
@@ -21,6 +26,7 @@ enum Act {
     Server(Vec<u8>),
     GoAway,
     HandOver(u32),
+    Withdraw,
 }
 
 /// Reads acts: raw octets, whole frames, and the two orders.
@@ -29,13 +35,14 @@ fn acts(mut data: &[u8]) -> Vec<Act> {
     while let [tag, length, rest @ ..] = data {
         let (body, after) = rest.split_at(usize::from(*length).min(rest.len()));
         data = after;
-        acts.push(match tag % 8 {
+        acts.push(match tag % 16 {
             0 => Act::Client(body.to_vec()),
             1 => Act::Server(body.to_vec()),
-            2..=4 => Act::Client(framed(body)),
-            5 => Act::Server(framed(body)),
+            2..=4 | 8..=11 => Act::Client(framed(body)),
+            5 | 12..=14 => Act::Server(framed(body)),
             6 => Act::GoAway,
-            _ => Act::HandOver(u32::from(*length)),
+            7 => Act::HandOver(u32::from(*length)),
+            _ => Act::Withdraw,
         });
     }
     acts
@@ -61,12 +68,10 @@ fn framed(body: &[u8]) -> Vec<u8> {
 }
 
 fn started(watch_handover: bool) -> (Relay, Output) {
-    let mut identity = Vec::new();
-    hpack::write_literal(b"x-remote-user", USER, &mut identity);
+    let policy = Policy::new(Default::default(), IpAddr::from([192, 0, 2, 7]))
+        .with_identity([("x-remote-user".into(), String::from_utf8_lossy(USER).into_owned())]);
     let mut relay = Relay::new(Settings {
-        identity,
-        unless_authorized: Vec::new(),
-        forwarded_for: "192.0.2.7".into(),
+        policy,
         max_header_bytes: MAX_HEADER_BYTES,
         ping: PING,
         watch_handover,
@@ -80,15 +85,41 @@ fn started(watch_handover: bool) -> (Relay, Output) {
     (relay, out)
 }
 
-/// Plays the acts with octets cut into pieces; what came out, whether it ended in a fault, and what was counted.
-fn play(acts: &[Act], watch_handover: bool, cut: usize) -> (Vec<u8>, Vec<u8>, bool, [u64; 2]) {
+/// Gives all octets, as there is room for what they stand for; whoever waits for them takes them all.
+fn give(relay: &mut Relay, mut octets: &[u8], out: &mut Output, sent: &mut Output) -> Result<(), ConnectionError> {
+    loop {
+        let taken = relay.client_bytes(octets, out);
+        // The room that is checked before a block, the block, and what else came with it.
+        assert!(out.to_server.len() <= HIGH_WATER + MAX_HEADER_BYTES * 2 + octets.len() + 4096);
+        sent.to_client.append(&mut out.to_client);
+        sent.to_server.append(&mut out.to_server);
+        octets = &octets[taken?..];
+        if octets.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+/// What one run came to.
+#[derive(Debug, PartialEq)]
+struct Played {
+    to_client: Vec<u8>,
+    to_server: Vec<u8>,
+    fault: bool,
+    figures: [u64; 2],
+    user_agent: Option<String>,
+}
+
+/// Plays the acts with octets cut into pieces.
+fn play(acts: &[Act], watch_handover: bool, cut: usize) -> Played {
     let (mut relay, mut out) = started(watch_handover);
+    let mut sent = Output::default();
     let mut fault = false;
     for act in acts {
         let result = match act {
             Act::Client(octets) => octets
                 .chunks(cut)
-                .try_for_each(|part| relay.client_bytes(part, &mut out)),
+                .try_for_each(|part| give(&mut relay, part, &mut out, &mut sent)),
             Act::Server(octets) => octets
                 .chunks(cut)
                 .try_for_each(|part| relay.server_bytes(part, &mut out)),
@@ -100,6 +131,10 @@ fn play(acts: &[Act], watch_handover: bool, cut: usize) -> (Vec<u8>, Vec<u8>, bo
                 relay.hand_over(*total, &mut out);
                 Ok(())
             }
+            Act::Withdraw => {
+                relay.withdraw();
+                Ok(())
+            }
         };
         assert!(relay.open_streams() <= 4096);
         assert!(relay.open_watches() <= relay.open_streams());
@@ -109,31 +144,38 @@ fn play(acts: &[Act], watch_handover: bool, cut: usize) -> (Vec<u8>, Vec<u8>, bo
             break;
         }
     }
-    (out.to_client, out.to_server, fault, [relay.requests(), relay.take_refused()])
+    sent.to_client.append(&mut out.to_client);
+    sent.to_server.append(&mut out.to_server);
+    Played {
+        to_client: sent.to_client,
+        to_server: sent.to_server,
+        fault,
+        figures: [relay.requests(), relay.take_refused()],
+        user_agent: relay.take_user_agent(),
+    }
 }
 
 /// Reads what the server was sent as a server does.
-fn check_requests(to_server: &[u8]) {
+fn check_requests(to_server: &[u8]) -> u64 {
     let mut rest = to_server.strip_prefix(&PREFACE[..]).expect("the preface comes first");
     let mut decoder = Decoder::default();
-    // The relay lets a client use as large a table as the server allows: 64 KiB at most.
-    decoder.allow(65_536);
     let mut highest = 0;
-    let mut block: Option<(u32, Vec<u8>)> = None;
+    let mut requests = 0;
+    let mut block: Option<(u32, u8, Vec<u8>)> = None;
     while let Some((head, after)) = rest.split_first_chunk::<HEADER_LEN>() {
         let header = FrameHeader::parse(head);
         let Some((payload, after)) = after.split_at_checked(header.length as usize) else {
-            return;
+            return requests;
         };
         rest = after;
         match header.kind {
             kind::HEADERS => {
                 assert!(block.is_none(), "HEADERS inside a block");
                 let skip = if header.has(flag::PRIORITY) { 5 } else { 0 };
-                block = Some((header.stream, payload[skip..].to_vec()));
+                block = Some((header.stream, header.flags, payload[skip..].to_vec()));
             }
             kind::CONTINUATION => {
-                let (stream, octets) = block.as_mut().expect("CONTINUATION follows HEADERS");
+                let (stream, _, octets) = block.as_mut().expect("CONTINUATION follows HEADERS");
                 assert_eq!(*stream, header.stream);
                 octets.extend_from_slice(payload);
             }
@@ -145,22 +187,52 @@ fn check_requests(to_server: &[u8]) {
         if !header.has(flag::END_HEADERS) {
             continue;
         }
-        let (stream, octets) = block.take().expect("a block has begun");
+        let (stream, header_flags, octets) = block.take().expect("a block has begun");
         let list = decoder.decode(&octets, 1 << 20).expect("the server can decode it");
         let named = |name: &'static [u8]| list.iter().filter(move |field| field.0.eq_ignore_ascii_case(name));
         let users: Vec<&[u8]> = named(b"x-remote-user").map(|(_, value)| value).collect();
-        if stream > highest {
+        let names = || list.iter().map(|(name, _)| name);
+        assert!(
+            names().all(|name| !name.is_empty() && !name.iter().any(u8::is_ascii_uppercase)),
+            "no server resets it and forgets it for its names"
+        );
+        assert!(
+            list.iter()
+                .all(|(_, value)| !value.iter().any(|octet| octet.is_ascii_control() && *octet != b'\t'))
+        );
+        if names().any(|name| name.starts_with(b":")) {
+            assert!(stream > highest, "a request comes on a new stream");
             highest = stream;
+            requests += 1;
             assert_eq!(users, [USER], "a request is the relay's client's");
             assert_eq!(named(b"x-forwarded-for").count(), 1);
+            for pseudo in [&b":method"[..], b":scheme", b":path"] {
+                let count = named_exactly(&list, pseudo);
+                assert!(
+                    count == 1 || count == 0 && named_exactly(&list, b":authority") == 1,
+                    "{list:?}"
+                );
+            }
         } else {
+            assert!(stream <= highest, "trailers follow a request");
+            assert_eq!(
+                header_flags & flag::END_STREAM,
+                flag::END_STREAM,
+                "trailers end their stream"
+            );
             assert!(users.is_empty(), "trailers name nobody");
+            assert_eq!(named(b"x-forwarded-for").count(), 0);
         }
         let others = list
             .iter()
             .filter(|(name, _)| name.to_ascii_lowercase().starts_with(b"x-remote-"));
         assert_eq!(others.count(), users.len(), "no other identity passes");
     }
+    requests
+}
+
+fn named_exactly(list: &FieldList, name: &[u8]) -> usize {
+    list.iter().filter(|field| field.0 == name).count()
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -170,15 +242,19 @@ fuzz_target!(|data: &[u8]| {
     let whole = play(&acts, watch_handover, usize::MAX);
     let parts = play(&acts, watch_handover, usize::from(*cut).max(1));
     assert_eq!(whole, parts, "how octets are cut changes nothing");
-    check_requests(&whole.1);
+    assert_eq!(
+        check_requests(&whole.to_server),
+        whole.figures[0],
+        "the books are what was sent"
+    );
     let came: usize = acts
         .iter()
         .map(|act| match act {
             Act::Client(octets) | Act::Server(octets) => octets.len(),
-            Act::GoAway | Act::HandOver(_) => 64,
+            Act::GoAway | Act::HandOver(_) | Act::Withdraw => 64,
         })
         .sum();
-    // A block of one octet may stand for a whole list.
-    let most = came * 16 + (whole.3[0] as usize + acts.len() + 1) * (2 * MAX_HEADER_BYTES);
-    assert!(whole.0.len() + whole.1.len() <= most + 1024);
+    // Eight octets for one, what a connection may run up, what the relay adds to a request, and its answers to frames.
+    let most = came * 10 + 65_536 + whole.figures[0] as usize * 128;
+    assert!(whole.to_client.len() + whole.to_server.len() <= most + 1024);
 });

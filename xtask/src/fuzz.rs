@@ -62,6 +62,10 @@ enum Target {
     ClientHello,
     /// PROXY protocol headers
     ProxyProtocol,
+    /// Go programs, as the probe's place is looked for in them
+    Golang,
+    /// The kernel's type information
+    Btf,
 }
 
 impl Target {

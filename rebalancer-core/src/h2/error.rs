@@ -8,6 +8,8 @@ pub enum ErrorCode {
     NoError = 0x0,
     /// The peer broke the protocol.
     ProtocolError = 0x1,
+    /// A frame on a stream whose sender had ended it.
+    StreamClosed = 0x5,
     /// A frame has a size that its type does not allow.
     FrameSizeError = 0x6,
     /// The stream was not processed: the client may send the request again.

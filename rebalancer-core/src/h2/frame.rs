@@ -66,11 +66,16 @@ impl FrameHeader {
         }
     }
 
+    /// The nine bytes.
+    pub fn octets(self) -> [u8; HEADER_LEN] {
+        let [_, l0, l1, l2] = self.length.to_be_bytes();
+        let [s0, s1, s2, s3] = (self.stream & MAX_STREAM_ID).to_be_bytes();
+        [l0, l1, l2, self.kind, self.flags, s0, s1, s2, s3]
+    }
+
     /// Appends the nine bytes.
     pub fn write(self, out: &mut Vec<u8>) {
-        let [_, l0, l1, l2] = self.length.to_be_bytes();
-        out.extend_from_slice(&[l0, l1, l2, self.kind, self.flags]);
-        out.extend_from_slice(&(self.stream & MAX_STREAM_ID).to_be_bytes());
+        out.extend_from_slice(&self.octets());
     }
 
     /// Whether a flag is set.
@@ -115,42 +120,63 @@ pub fn write_end(stream: u32, out: &mut Vec<u8>) {
     .write(out);
 }
 
-/// Appends a header block as HEADERS and as many CONTINUATION frames as it needs (RFC 9113, section 6.10).
-///
-/// `priority` is the five bytes of the PRIORITY flag's fields, where the client sent them.
-pub fn write_headers(stream: u32, end_stream: bool, priority: Option<[u8; 5]>, block: &[u8], out: &mut Vec<u8>) {
-    let lead = priority.map_or(0, |fields| fields.len());
-    let (first, mut rest) = block.split_at(block.len().min(MAX_FRAME_SIZE - lead));
-    let mut flags = 0;
-    if end_stream {
-        flags |= flag::END_STREAM;
-    }
-    if priority.is_some() {
-        flags |= flag::PRIORITY;
-    }
-    if rest.is_empty() {
-        flags |= flag::END_HEADERS;
-    }
-    FrameHeader {
-        length: (first.len() + lead) as u32,
-        kind: kind::HEADERS,
-        flags,
-        stream,
-    }
-    .write(out);
-    out.extend_from_slice(priority.as_ref().map_or(&[][..], |fields| fields));
-    out.extend_from_slice(first);
-    while !rest.is_empty() {
-        let (part, after) = rest.split_at(rest.len().min(MAX_FRAME_SIZE));
-        rest = after;
-        FrameHeader {
-            length: part.len() as u32,
-            kind: kind::CONTINUATION,
-            flags: if rest.is_empty() { flag::END_HEADERS } else { 0 },
+/// A header block that is written where it is to be sent, and becomes HEADERS and as many CONTINUATION frames as it needs
+/// (RFC 9113, section 6.10).
+#[derive(Debug)]
+pub struct Headers {
+    begin: usize,
+    lead: usize,
+    header: FrameHeader,
+}
+
+impl Headers {
+    /// Leaves room for the frame's header, and appends the five octets of the PRIORITY flag's fields, where the client
+    /// sent them. The block is appended next.
+    pub fn begin(stream: u32, end_stream: bool, priority: Option<[u8; 5]>, out: &mut Vec<u8>) -> Self {
+        let begin = out.len();
+        let mut flags = if end_stream { flag::END_STREAM } else { 0 };
+        let header = |flags| FrameHeader {
+            length: 0,
+            kind: kind::HEADERS,
+            flags,
             stream,
+        };
+        header(0).write(out);
+        if let Some(fields) = priority {
+            flags |= flag::PRIORITY;
+            out.extend_from_slice(&fields);
         }
-        .write(out);
-        out.extend_from_slice(part);
+        Self {
+            begin,
+            lead: out.len() - begin - HEADER_LEN,
+            header: header(flags),
+        }
+    }
+
+    /// Ends the block; how many octets it has.
+    pub fn finish(mut self, out: &mut Vec<u8>) -> usize {
+        let at = self.begin + HEADER_LEN;
+        let length = out.len() - at - self.lead;
+        let room = MAX_FRAME_SIZE - self.lead;
+        let rest = (length > room).then(|| out.split_off(at + self.lead + room));
+        self.header.length = (out.len() - at) as u32;
+        if rest.is_none() {
+            self.header.flags |= flag::END_HEADERS;
+        }
+        out[self.begin..at].copy_from_slice(&self.header.octets());
+        let rest = rest.unwrap_or_default();
+        let mut parts = rest.chunks(MAX_FRAME_SIZE).peekable();
+        while let Some(part) = parts.next() {
+            FrameHeader {
+                length: part.len() as u32,
+                kind: kind::CONTINUATION,
+                flags: if parts.peek().is_none() { flag::END_HEADERS } else { 0 },
+                stream: self.header.stream,
+            }
+            .write(out);
+            out.extend_from_slice(part);
+        }
+        length
     }
 }
 
@@ -172,7 +198,9 @@ mod tests {
     fn a_long_block_is_split_at_the_size_every_peer_accepts() {
         let block = vec![7; MAX_FRAME_SIZE * 2];
         let mut out = Vec::new();
-        write_headers(3, true, Some([1, 2, 3, 4, 5]), &block, &mut out);
+        let headers = Headers::begin(3, true, Some([1, 2, 3, 4, 5]), &mut out);
+        out.extend_from_slice(&block);
+        assert_eq!(headers.finish(&mut out), block.len());
         let mut rest = &out[..];
         let mut seen = Vec::new();
         while let Some((head, after)) = rest.split_first_chunk::<HEADER_LEN>() {

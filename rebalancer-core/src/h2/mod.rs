@@ -4,14 +4,20 @@
 //! streams and watches, and to say GOAWAY in two phases (RFC 9113, section 6.8) without failing a request.
 //! Input: the bytes that arrived from either side.
 //! Output: the bytes to send to either side.
-//! Must never hold back a DATA frame, change a flow-control window of a stream it relays, or trust a length it read.
+//! Must never hold back a DATA frame, change a flow-control window of a stream it relays, or trust a length it read; and
+//! never let octets of a client's header block reach the server, but blocks of its own.
 
 mod answers;
+mod client;
+mod drain;
 pub mod error;
 pub mod frame;
-mod handover;
 pub mod hpack;
+pub mod policy;
 pub mod relay;
 mod request;
 mod scan;
+mod server;
 mod streams;
+mod watch;
+mod watches;

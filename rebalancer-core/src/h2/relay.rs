@@ -1,44 +1,39 @@
 //! One client connection relayed to one upstream connection, frame by frame.
 //!
-//! Job: pass everything, follow streams and header blocks, add the identity headers, and say GOAWAY when told.
+//! Job: pass everything, follow streams and header blocks, say requests anew with the identity, and GOAWAY when told.
 //! Input: the bytes of either side as they arrive.
 //! Output: the bytes for either side, appended to [`Output`].
-//! Must never put a frame of its own inside another frame or a header block, nor raise a last-stream-id it has sent.
+//! Must never put a frame of its own inside another frame or a header block, let a header block of the client's reach the
+//! server as anything but a whole request or trailers of its own writing, nor take more input than [`Output`] has room for.
 
 use super::{
-    answers::{Answer, Answers},
+    client::{Block, ClientHalf},
+    drain::Departure,
     error::{ConnectionError, ErrorCode},
-    frame::{self, FrameHeader, MAX_STREAM_ID, PREFACE, flag, kind},
-    handover::Handover,
-    hpack::{self, Decoder},
+    frame::{self, FrameHeader, flag, kind},
+    hpack::FieldList,
+    policy::{self, Policy},
     request,
-    scan::{Scanner, Step, take},
-    streams::Streams,
+    scan::Step,
+    server::{MAX_CONTROL_PAYLOAD, ServerHalf},
+    streams::{Standing, Streams},
+    watch::Watch,
 };
 
-pub use super::{answers::is_refusal, request::claims_identity};
+pub use super::{answers::is_refusal, drain::Drain};
 
-/// The largest SETTINGS or GOAWAY payload of the server that is read; larger ones pass unread.
-const MAX_CONTROL_PAYLOAD: u32 = 16_384;
+/// How much may wait for a side before nothing more is taken for it.
+pub const HIGH_WATER: usize = 64 * 1024;
 
-/// The largest dynamic table that is followed, whatever the server offers.
-const MAX_TABLE_SIZE: usize = 65_536;
-
-/// How many octets of the relay's own frames may wait for a place between the server's.
-const MAX_WAITING: usize = 65_536;
-
-/// SETTINGS_HEADER_TABLE_SIZE (RFC 9113, section 6.5.2).
-const SETTINGS_HEADER_TABLE_SIZE: u16 = 0x1;
+/// How much more than [`HIGH_WATER`] may wait for a client whose own frames are still taken: its PINGs, window updates and
+/// resets reach the server although it reads nothing itself, and what the relay answers of its own accord stays bounded.
+const OWN_FRAMES: usize = 64 * 1024;
 
 /// What a relay is told at its start.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The identity fields of every request, as literals (see [`hpack::write_literal`]).
-    pub identity: Vec<u8>,
-    /// Fields, as literals, of every request that brings no `authorization` of its own.
-    pub unless_authorized: Vec<u8>,
-    /// The client's address, as `X-Forwarded-For` gives it.
-    pub forwarded_for: String,
+    /// What is done to each request.
+    pub policy: Policy,
     /// How many octets a request's header list may have.
     pub max_header_bytes: usize,
     /// The payload of the PING between the two GOAWAYs: not to be guessed by either side.
@@ -52,118 +47,108 @@ pub struct Settings {
 pub struct Output {
     /// To the client.
     pub to_client: Vec<u8>,
+    /// A place in [`Self::to_client`] where a write is to end, the first there is. A client that reads a complete answer
+    /// together with the reset that stops its body may lose the answer (curl 7.88): directly the two come apart.
+    pub cut: Option<usize>,
     /// To the server.
     pub to_server: Vec<u8>,
 }
 
-/// How far the connection is on its way out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Drain {
-    /// Nobody has said GOAWAY.
-    Active,
-    /// The server said GOAWAY by itself.
-    ByServer,
-    /// GOAWAY(2^31-1) and a PING are sent; streams are still served.
-    Announced,
-    /// GOAWAY(last) is sent: higher streams are refused.
-    Final {
-        /// The highest stream that is served.
-        last: u32,
-    },
+impl Output {
+    /// Whether there is room for what the client may bring: its requests for the server, and the relay's own answers.
+    pub fn has_room_for_client(&self) -> bool {
+        self.to_server.len() < HIGH_WATER && self.to_client.len() < HIGH_WATER + OWN_FRAMES
+    }
+
+    /// Whether there is room for what the server may bring.
+    pub fn has_room_for_server(&self) -> bool {
+        self.to_client.len() < HIGH_WATER
+    }
 }
 
-/// A request's header block that is still coming.
+/// The user agent, from the first request that brings one on.
 #[derive(Debug)]
-struct Block {
-    stream: u32,
-    end_stream: bool,
-    priority: Option<[u8; 5]>,
-    fragment: Vec<u8>,
-    /// Octets of its frames so far, frame headers included: an endless row of empty frames ends too.
-    spent: usize,
+enum UserAgent {
+    Unknown,
+    Seen(String),
+    Told,
+}
+
+/// Whether the client's requests are passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trust {
+    Given,
+    /// The identity they would carry holds no longer.
+    Withdrawn,
 }
 
 /// Both directions of one connection.
 #[derive(Debug)]
 pub struct Relay {
-    settings: Settings,
-    decoder: Decoder,
-    /// The server's table no longer follows the client's blocks: every block goes on as literals.
-    transcoding: bool,
-    table_emptied: bool,
-    preface_left: usize,
-    client: Scanner,
-    server: Scanner,
-    block: Option<Block>,
-    server_in_block: bool,
-    server_began: bool,
+    policy: Policy,
+    max_header_bytes: usize,
+    ping: [u8; 8],
+    client: ClientHalf,
+    server: ServerHalf,
     streams: Streams,
-    drain: Drain,
-    /// Frames of the relay's own, waiting for a place between two of the server's frames.
-    waiting: Vec<u8>,
-    /// The same, for a place between two of the client's frames.
-    waiting_for_server: Vec<u8>,
-    answers: Answers,
-    refused: u64,
-    handover: Option<Handover>,
-    user_agent: Option<Box<[u8]>>,
-    user_agent_changed: bool,
+    departure: Departure,
+    trust: Trust,
+    /// Frames of the relay's own for the server, waiting for a place between two of the client's.
+    own_to_server: Vec<u8>,
+    user_agent: UserAgent,
 }
 
 impl Relay {
     /// A connection whose first bytes are still to come.
     pub fn new(settings: Settings) -> Self {
-        let handover = settings.watch_handover.then(Handover::default);
         Self {
-            settings,
-            decoder: Decoder::default(),
-            transcoding: false,
-            table_emptied: false,
-            preface_left: PREFACE.len(),
-            client: Scanner::default(),
-            server: Scanner::default(),
-            block: None,
-            server_in_block: false,
-            server_began: false,
+            policy: settings.policy,
+            max_header_bytes: settings.max_header_bytes,
+            ping: settings.ping,
+            client: ClientHalf::new(settings.max_header_bytes),
+            server: ServerHalf::new(settings.watch_handover),
             streams: Streams::default(),
-            drain: Drain::Active,
-            waiting: Vec::new(),
-            waiting_for_server: Vec::new(),
-            answers: Answers::default(),
-            refused: 0,
-            handover,
-            user_agent: None,
-            user_agent_changed: false,
+            departure: Departure::default(),
+            trust: Trust::Given,
+            own_to_server: Vec::new(),
+            user_agent: UserAgent::Unknown,
         }
     }
 
-    /// Takes what the client sent.
+    /// Takes what the client sent, as much of it as `out` has room for; says how much. The rest is given again when what
+    /// waits has gone: a few octets may stand for many.
     ///
     /// # Errors
     ///
     /// The client broke the protocol so that its requests cannot be told apart any more; see [`Self::fail`].
-    pub fn client_bytes(&mut self, mut input: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
-        if self.preface_left > 0 {
-            let expected = &PREFACE[PREFACE.len() - self.preface_left..];
-            let part = take(&mut input, self.preface_left);
-            if !expected.starts_with(part) {
-                return Err(ConnectionError::protocol("the client's preface is not HTTP/2's"));
-            }
-            self.preface_left -= part.len();
-            out.to_server.extend_from_slice(part);
-        }
-        loop {
-            match self.client.step(&mut input) {
+    pub fn client_bytes(&mut self, input: &[u8], out: &mut Output) -> Result<usize, ConnectionError> {
+        let mut rest = input;
+        let taken = self.take_client(&mut rest, out);
+        // What was said before a fault is said.
+        self.flush(out);
+        taken?;
+        debug_assert!(rest.is_empty() || !out.has_room_for_client(), "what has room is taken");
+        Ok(input.len() - rest.len())
+    }
+
+    fn take_client(&mut self, rest: &mut &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+        self.client.preface(rest, &mut out.to_server)?;
+        // Without input a step still ends a frame without a payload.
+        while rest.is_empty() || out.has_room_for_client() {
+            match self.client.step(rest) {
                 Step::Starved => break,
                 Step::Header(header) => self.client_header(header, out)?,
                 Step::Pass(bytes) => out.to_server.extend_from_slice(bytes),
                 Step::Collected(header, payload) if header.kind == kind::PING => {
                     self.client_pong(header, &payload, out);
                 }
-                Step::Collected(header, payload) => self.client_headers(header, &payload, out)?,
+                Step::Collected(header, payload) => {
+                    if let Some(block) = self.client.headers(header, payload)? {
+                        self.client_block(&block, out)?;
+                    }
+                }
             }
         }
-        self.flush(out);
         Ok(())
     }
 
@@ -171,22 +156,18 @@ impl Relay {
     ///
     /// # Errors
     ///
-    /// The server's GOAWAY or SETTINGS is malformed.
+    /// The server's GOAWAY is malformed.
     pub fn server_bytes(&mut self, mut input: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
         loop {
             self.flush(out);
-            match self.server.step(&mut input) {
+            match self.server.scanner.step(&mut input) {
                 Step::Starved => break,
                 Step::Header(header) => self.server_header(header, out),
                 Step::Pass(bytes) => {
-                    let answer = self.answers.take(bytes);
-                    self.answered(answer);
-                    if let Some(handover) = &mut self.handover {
-                        handover.take(bytes);
-                    }
+                    self.server.take(bytes);
                     out.to_client.extend_from_slice(bytes);
                 }
-                Step::Collected(header, payload) => self.server_control(header, payload, out)?,
+                Step::Collected(header, payload) => self.server_frame(header, payload, out)?,
             }
         }
         self.flush(out);
@@ -195,58 +176,53 @@ impl Relay {
 
     /// Says GOAWAY in two phases (RFC 9113, section 6.8); `false` when somebody has already said it.
     pub fn go_away(&mut self, out: &mut Output) -> bool {
-        if self.drain != Drain::Active {
-            return false;
-        }
-        self.drain = Drain::Announced;
-        frame::write_goaway(MAX_STREAM_ID, ErrorCode::NoError, &mut self.waiting);
-        frame::write_ping(self.settings.ping, &mut self.waiting);
+        let says = self.departure.announce(self.ping, self.server.own());
         self.flush(out);
-        true
+        says
     }
 
     /// Says the second GOAWAY without the client's answer to the PING: it has had long enough. A stream that is still on
     /// its way is refused, and the client may send it again elsewhere.
     pub fn conclude(&mut self, out: &mut Output) {
-        if self.drain == Drain::Announced {
-            self.say_last();
-            self.flush(out);
-        }
+        self.say_last();
+        self.flush(out);
     }
 
     /// Ends up to `total` watches of a connection that has said its last GOAWAY, each between two of its events, those
     /// that have been ended already included. Does nothing unless it was told at its start that it may.
     pub fn hand_over(&mut self, total: u32, out: &mut Output) {
-        if let (Some(handover), Drain::Final { .. }) = (&mut self.handover, self.drain) {
-            handover.allow(total);
+        if let (Some(watches), Drain::Final { .. }) = (&mut self.server.watches, self.departure.drain()) {
+            watches.allow(total);
             self.flush(out);
         }
     }
 
+    /// From the next block on no request reaches the server: each is answered 401, as the apiserver answers a credential
+    /// that is not good any more. What is under way stays.
+    pub fn withdraw(&mut self) {
+        self.trust = Trust::Withdrawn;
+    }
+
     /// Tells the client, where a place is free, why its connection ends.
     pub fn fail(&mut self, error: ConnectionError, out: &mut Output) {
-        let last = match self.drain {
-            Drain::Final { last } => last,
-            _ => self.streams.highest(),
-        };
-        frame::write_goaway(last, error.code, &mut self.waiting);
+        self.departure
+            .fail(self.streams.passed(), error.code, self.server.own());
         self.flush(out);
     }
 
     /// How far it is on its way out.
     pub fn drain(&self) -> Drain {
-        self.drain
+        self.departure.drain()
     }
 
     /// Whether the relay's own GOAWAY is complete, no stream is open and no frame is cut: it may close.
     pub fn is_finished(&self) -> bool {
-        matches!(self.drain, Drain::Final { .. })
+        matches!(self.drain(), Drain::Final { .. })
             && self.streams.count() == 0
-            && self.block.is_none()
-            && self.waiting.is_empty()
-            && self.waiting_for_server.is_empty()
-            && !self.server_in_block
-            && self.server.at_boundary()
+            && !self.client.is_in_block()
+            && !self.server.has_own()
+            && self.own_to_server.is_empty()
+            && self.server.is_between_frames()
     }
 
     /// Streams opened so far.
@@ -267,254 +243,217 @@ impl Relay {
     /// Requests that the server refused for overload since this was asked last: 429 or 503, with Retry-After. Answers
     /// that cannot be read are not among them.
     pub fn take_refused(&mut self) -> u64 {
-        std::mem::take(&mut self.refused)
+        self.server.take_refused()
     }
 
-    /// The user agent, when a request brought another one than the last.
+    /// The user agent of the first request that brought one, once: [`policy::MAX_USER_AGENT`] octets of it at most.
     pub fn take_user_agent(&mut self) -> Option<String> {
-        std::mem::take(&mut self.user_agent_changed)
-            .then(|| String::from_utf8_lossy(self.user_agent.as_deref().unwrap_or_default()).into_owned())
+        match &mut self.user_agent {
+            UserAgent::Seen(text) => {
+                let text = std::mem::take(text);
+                self.user_agent = UserAgent::Told;
+                Some(text)
+            }
+            UserAgent::Unknown | UserAgent::Told => None,
+        }
     }
 
-    fn is_refused(&self, stream: u32) -> bool {
-        matches!(self.drain, Drain::Final { last } if stream > last)
+    /// Whether what the client sends on that stream stays here: the server never heard of it.
+    fn stays_here(&self, stream: u32) -> bool {
+        self.departure.refuses(stream) || self.streams.is_unknown_to_server(stream)
     }
 
     fn client_header(&mut self, header: FrameHeader, out: &mut Output) -> Result<(), ConnectionError> {
-        if let Some(block) = &self.block
-            && (header.kind != kind::CONTINUATION || header.stream != block.stream)
-        {
-            return Err(ConnectionError::protocol("a frame inside a header block"));
-        }
+        self.client.check_order(header)?;
         match header.kind {
-            kind::HEADERS => {
-                if header.stream.is_multiple_of(2) {
-                    return Err(ConnectionError::protocol(
-                        "a request on a stream that is not the client's",
-                    ));
-                }
-                if header.length as usize > self.settings.max_header_bytes {
-                    return Err(ConnectionError::calm("a header block is larger than allowed"));
-                }
-                self.client.collect(header);
-            }
-            kind::CONTINUATION => {
-                let Some(block) = &mut self.block else {
-                    return Err(ConnectionError::protocol("CONTINUATION without HEADERS"));
-                };
-                block.spent += frame::HEADER_LEN + header.length as usize;
-                if block.spent > self.settings.max_header_bytes {
-                    return Err(ConnectionError::calm("a header block is larger than allowed"));
-                }
-                self.client.collect(header);
-            }
-            kind::PING if header.has(flag::ACK) && header.length == 8 => self.client.collect(header),
-            kind::DATA if self.is_refused(header.stream) => {
+            kind::HEADERS => self.client.begin_headers(header)?,
+            kind::CONTINUATION => self.client.begin_continuation(header)?,
+            kind::PING if header.has(flag::ACK) && header.length == 8 => self.client.scanner().collect(header),
+            kind::DATA if self.stays_here(header.stream) => {
                 // The client has spent its connection window on it, and the server will never give it back.
                 if header.length > 0 {
-                    frame::write_connection_window(header.length, &mut self.waiting);
-                    self.bound_waiting()?;
+                    frame::write_connection_window(header.length, self.server.own());
+                    self.server.bound_own()?;
                 }
-                self.client.skip(header);
+                self.client.scanner().skip(header);
             }
-            kind::RST_STREAM | kind::WINDOW_UPDATE | kind::PRIORITY if self.is_refused(header.stream) => {
-                self.client.skip(header);
+            kind::RST_STREAM | kind::WINDOW_UPDATE | kind::PRIORITY if self.stays_here(header.stream) => {
+                self.client.scanner().skip(header);
             }
             _ => {
                 match header.kind {
                     kind::DATA if header.has(flag::END_STREAM) => self.streams.client_ended(header.stream),
-                    kind::RST_STREAM => {
-                        self.streams.reset(header.stream);
-                        if let Some(handover) = &mut self.handover {
-                            handover.close(header.stream);
-                        }
-                    }
+                    kind::RST_STREAM => self.close(header.stream),
                     _ => {}
                 }
                 header.write(&mut out.to_server);
-                self.client.pass(header);
+                self.client.scanner().pass(header);
             }
         }
         Ok(())
     }
 
-    fn client_headers(&mut self, header: FrameHeader, payload: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
-        let block = match self.block.take() {
-            Some(mut block) => {
-                block.fragment.extend_from_slice(payload);
-                block
+    fn client_block(&mut self, block: &Block, out: &mut Output) -> Result<(), ConnectionError> {
+        let list = self.client.decode(block)?;
+        if self.departure.refuses(block.stream) {
+            frame::write_reset(block.stream, ErrorCode::RefusedStream, self.server.own());
+            return self.server.bound_own();
+        }
+        match self.streams.standing(block.stream) {
+            Standing::New => self.request(block, &list, out),
+            Standing::Open => self.trailers(block, &list, out),
+            Standing::HalfClosed => {
+                self.reset(block.stream, ErrorCode::StreamClosed, out);
+                self.server.bound_own()
             }
-            None => begin_block(header, payload)?,
-        };
-        if header.has(flag::END_HEADERS) {
-            self.request(block, out)
-        } else {
-            self.block = Some(block);
-            Ok(())
+            // A server that has forgotten the stream would take it for a request.
+            Standing::Closed if request::has_pseudo(&list) => {
+                Err(ConnectionError::protocol("a request on a stream that was used before"))
+            }
+            // Trailers that crossed a reset.
+            Standing::Closed => Ok(()),
         }
     }
 
-    fn request(&mut self, block: Block, out: &mut Output) -> Result<(), ConnectionError> {
-        // Decoded in any case: later blocks refer to what this one put into the table.
-        let list = self.decoder.decode(&block.fragment, self.settings.max_header_bytes)?;
-        if self.is_refused(block.stream) {
-            frame::write_reset(block.stream, ErrorCode::RefusedStream, &mut self.waiting);
-            return self.bound_waiting();
+    fn request(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
+        if request::check_request(list).is_err() {
+            self.streams.refuse(block.stream);
+            frame::write_reset(block.stream, ErrorCode::ProtocolError, self.server.own());
+            return self.server.bound_own();
         }
-        let is_request = self.streams.is_new(block.stream);
-        if is_request {
-            let is_watch = request::is_watch(&list);
-            self.streams.open(block.stream, is_watch, block.end_stream)?;
-            if let Some(handover) = &mut self.handover
-                && is_watch
-                && block.end_stream
-            {
-                handover.open(block.stream, request::wants_initial_events(&list));
-            }
-            let user_agent = list.get(b"user-agent");
-            if self.user_agent.as_deref() != user_agent {
-                self.user_agent = user_agent.map(Into::into);
-                self.user_agent_changed = true;
-            }
-        } else if block.end_stream {
-            self.streams.client_ended(block.stream);
-        }
-        self.transcoding |= !request::passes_verbatim(&list);
-        let mut went = if self.transcoding {
-            let mut literals = Vec::with_capacity(block.fragment.len() * 2);
-            if !std::mem::replace(&mut self.table_emptied, true) {
-                hpack::write_empty_table(&mut literals);
-            }
-            if is_request {
-                request::write_request(&list, &self.settings.forwarded_for, &mut literals);
-            } else {
-                request::write_trailers(&list, &mut literals);
-            }
-            literals
-        } else {
-            let mut verbatim = block.fragment;
-            if is_request {
-                request::write_forwarded_for(&self.settings.forwarded_for, &mut verbatim);
-            }
-            verbatim
+        let size = list.size() + self.policy.size();
+        let status = match self.trust {
+            Trust::Withdrawn => Some(b"401"),
+            Trust::Given if self.server.allowed.list.is_some_and(|allowed| size > allowed) => Some(b"431"),
+            Trust::Given => None,
         };
-        if is_request {
-            went.extend_from_slice(&self.settings.identity);
-            if list.get(b"authorization").is_none() {
-                went.extend_from_slice(&self.settings.unless_authorized);
-            }
+        if let Some(status) = status {
+            self.streams.refuse(block.stream);
+            write_status(block, *status, self.server.own());
+            return self.server.bound_own();
         }
-        frame::write_headers(
-            block.stream,
-            block.end_stream,
-            block.priority,
-            &went,
+        let field = |name: &[u8]| list.get(name).unwrap_or_default();
+        let watch = Watch::of(field(b":method"), field(b":path"));
+        self.streams.open(block.stream, watch.is_some(), block.end_stream)?;
+        if let (Some(watches), Some(watch)) = (&mut self.server.watches, watch)
+            && block.end_stream
+        {
+            watches.open(block.stream, watch.initial_events);
+        }
+        if matches!(self.user_agent, UserAgent::Unknown)
+            && let Some(value) = list.get(b"user-agent")
+        {
+            self.user_agent = UserAgent::Seen(policy::user_agent(value));
+        }
+        let policy = &self.policy;
+        self.client.encode(
+            block,
+            self.server.allowed.table,
+            |encoder, out| request::write_request(list, policy, encoder, out),
             &mut out.to_server,
-        );
-        Ok(())
+        )
     }
 
-    /// A client that goes on opening refused streams while the server stands inside a frame does not grow the queue.
-    fn bound_waiting(&self) -> Result<(), ConnectionError> {
-        if self.waiting.len() > MAX_WAITING {
-            return Err(ConnectionError::calm("too many refused streams wait for their answer"));
+    fn trailers(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
+        if !block.end_stream || request::check_trailers(list).is_err() {
+            self.reset(block.stream, ErrorCode::ProtocolError, out);
+            return self.server.bound_own();
         }
-        Ok(())
+        self.streams.client_ended(block.stream);
+        let policy = &self.policy;
+        self.client.encode(
+            block,
+            self.server.allowed.table,
+            |encoder, out| request::write_trailers(list, policy, encoder, out),
+            &mut out.to_server,
+        )
+    }
+
+    /// Resets a stream towards both sides, between two of the client's frames.
+    fn reset(&mut self, stream: u32, code: ErrorCode, out: &mut Output) {
+        frame::write_reset(stream, code, self.server.own());
+        frame::write_reset(stream, code, &mut out.to_server);
+        self.close(stream);
+    }
+
+    fn close(&mut self, stream: u32) {
+        self.streams.reset(stream);
+        if let Some(watches) = &mut self.server.watches {
+            watches.close(stream);
+        }
     }
 
     fn client_pong(&mut self, header: FrameHeader, payload: &[u8], out: &mut Output) {
-        if payload != self.settings.ping {
+        if payload != self.ping {
             header.write(&mut out.to_server);
             out.to_server.extend_from_slice(payload);
             return;
         }
-        if self.drain == Drain::Announced {
-            // Every stream the client opened before it read the first GOAWAY has arrived by now.
-            self.say_last();
-        }
+        // Every stream the client opened before it read the first GOAWAY has arrived by now.
+        self.say_last();
     }
 
     fn say_last(&mut self) {
-        let last = self.streams.highest();
-        self.drain = Drain::Final { last };
-        // The blocks of refused streams never reach the server: its table and the client's part here.
-        self.transcoding = true;
-        frame::write_goaway(last, ErrorCode::NoError, &mut self.waiting);
-    }
-
-    fn answered(&mut self, answer: Option<Answer>) {
-        match answer {
-            None => {}
-            Some(Answer::Fields { stream, list }) => {
-                let status = list.get(b":status").unwrap_or_default();
-                self.refused += u64::from(is_refusal(status, list.get(b"retry-after").is_some()));
-                if let Some(handover) = &mut self.handover {
-                    handover.answered(stream, &list);
-                }
-            }
-            Some(Answer::Lost) => {
-                if let Some(handover) = &mut self.handover {
-                    handover.lose();
-                }
-            }
+        if let Some(last) = self.departure.conclude(self.streams.passed(), self.server.own()) {
+            self.streams.give_up_above(last);
         }
     }
 
     fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
-        let answer = self.answers.begin(header);
-        self.answered(answer);
-        if let Some(handover) = &mut self.handover
-            && handover.begin(header)
+        let withheld = header.length <= MAX_CONTROL_PAYLOAD && self.server.is_withheld(header);
+        if !withheld {
+            self.server.release(&mut out.to_client);
+            self.server.begin(header);
+        }
+        if let Some(watches) = &mut self.server.watches
+            && watches.begin(header)
         {
             if header.kind == kind::DATA && header.length > 0 {
                 // The client never sees it, so it never gives its window back.
-                frame::write_connection_window(header.length, &mut self.waiting_for_server);
+                frame::write_connection_window(header.length, &mut self.own_to_server);
             }
-            self.server.skip(header);
+            self.server.scanner.skip(header);
             return;
         }
         match header.kind {
             kind::SETTINGS | kind::GOAWAY if header.length <= MAX_CONTROL_PAYLOAD => {
-                self.server.collect(header);
-                return;
+                return self.server.scanner.collect(header);
             }
+            kind::HEADERS | kind::CONTINUATION if withheld => return self.server.scanner.collect(header),
             kind::HEADERS | kind::DATA if header.has(flag::END_STREAM) => self.streams.server_ended(header.stream),
-            kind::RST_STREAM => self.streams.reset(header.stream),
+            kind::RST_STREAM => {
+                if self.streams.is_answered(header.stream) {
+                    out.cut.get_or_insert(out.to_client.len());
+                }
+                self.streams.reset(header.stream);
+            }
             _ => {}
         }
-        if matches!(header.kind, kind::HEADERS | kind::PUSH_PROMISE | kind::CONTINUATION) {
-            self.server_in_block = !header.has(flag::END_HEADERS);
-        }
         header.write(&mut out.to_client);
-        self.server.pass(header);
+        self.server.scanner.pass(header);
     }
 
-    fn server_control(
+    /// A frame of the server's that was to be read.
+    fn server_frame(
         &mut self,
         header: FrameHeader,
         mut payload: Vec<u8>,
         out: &mut Output,
     ) -> Result<(), ConnectionError> {
-        if header.kind == kind::SETTINGS {
-            self.server_began = true;
-            for setting in payload.chunks_exact(6) {
-                let (id, value) = setting.split_at(2);
-                if id == SETTINGS_HEADER_TABLE_SIZE.to_be_bytes() {
-                    let value = value.iter().fold(0_usize, |sum, octet| sum << 8 | usize::from(*octet));
-                    self.decoder.allow(value.min(MAX_TABLE_SIZE));
+        match header.kind {
+            kind::SETTINGS => self.server.settings(&mut payload, self.max_header_bytes),
+            kind::GOAWAY => {
+                let Some((last, _)) = payload.split_first_chunk_mut::<4>() else {
+                    return Err(ConnectionError::size("the server's GOAWAY is too short"));
+                };
+                *last = self.departure.by_server(u32::from_be_bytes(*last)).to_be_bytes();
+                if let Drain::Final { last } = self.departure.drain() {
+                    self.streams.give_up_above(last);
                 }
             }
-        } else {
-            let Some((last, _)) = payload.split_first_chunk_mut::<4>() else {
-                return Err(ConnectionError::size("the server's GOAWAY is too short"));
-            };
-            match self.drain {
-                // RFC 9113, section 6.8: an endpoint must not increase the last stream id it has sent.
-                Drain::Final { last: sent } => {
-                    *last = (u32::from_be_bytes(*last) & MAX_STREAM_ID).min(sent).to_be_bytes();
-                }
-                Drain::Active => self.drain = Drain::ByServer,
-                Drain::Announced | Drain::ByServer => {}
+            _ => {
+                self.server.withhold(header, &payload, &mut out.to_client);
+                return Ok(());
             }
         }
         header.write(&mut out.to_client);
@@ -524,61 +463,43 @@ impl Relay {
 
     /// Ends the watches that are to be handed over and stand between two events.
     fn end_watches(&mut self) {
-        let Some(handover) = &mut self.handover else { return };
-        if self.server_in_block || !self.server.at_boundary() {
+        if !self.server.is_between_frames() {
             return;
         }
-        while let Some(stream) = handover.due() {
-            frame::write_end(stream, &mut self.waiting);
-            frame::write_reset(stream, ErrorCode::Cancel, &mut self.waiting_for_server);
+        while let Some(stream) = self.server.watches.as_mut().and_then(|watches| watches.due()) {
+            frame::write_end(stream, self.server.own());
+            frame::write_reset(stream, ErrorCode::Cancel, &mut self.own_to_server);
             self.streams.reset(stream);
         }
     }
 
-    /// Sends the relay's own frames when the server's are complete and its SETTINGS, which must come first (RFC 9113,
-    /// section 3.4), have passed.
+    /// Sends the relay's own frames where there is a place for them.
     fn flush(&mut self, out: &mut Output) {
         self.end_watches();
-        if !self.waiting_for_server.is_empty() && self.preface_left == 0 && self.client.at_boundary() {
-            out.to_server.append(&mut self.waiting_for_server);
-            self.waiting_for_server = Vec::new();
+        if !self.own_to_server.is_empty() && self.client.has_place() {
+            out.to_server.append(&mut self.own_to_server);
+            self.own_to_server = Vec::new();
         }
-        if !self.waiting.is_empty() && self.server_began && !self.server_in_block && self.server.at_boundary() {
-            out.to_client.append(&mut self.waiting);
-            // An idle connection keeps no buffers.
-            self.waiting = Vec::new();
-        }
+        self.server.flush(&mut out.to_client);
     }
 }
 
-/// Reads the fields of a HEADERS frame before its fragment (RFC 9113, section 6.2).
-fn begin_block(header: FrameHeader, payload: &[u8]) -> Result<Block, ConnectionError> {
-    const SHORT: ConnectionError = ConnectionError::size("a HEADERS frame is shorter than its fields");
-    let mut rest = payload;
-    if header.has(flag::PADDED) {
-        let (&padding, after) = rest.split_first().ok_or(SHORT)?;
-        let length = after
-            .len()
-            .checked_sub(usize::from(padding))
-            .ok_or(ConnectionError::protocol(
-                "a HEADERS frame has more padding than payload",
-            ))?;
-        rest = &after[..length];
+/// Appends an answer of the relay's own, which leaves the client's table as it is: a status, and no body.
+fn write_status(block: &Block, status: [u8; 3], out: &mut Vec<u8>) {
+    // A literal that no table keeps, with the name of the static table's field 8 (RFC 7541, section 6.2.2, appendix A).
+    let fields = [&[0x08, 3][..], &status].concat();
+    FrameHeader {
+        length: fields.len() as u32,
+        kind: kind::HEADERS,
+        flags: flag::END_HEADERS | flag::END_STREAM,
+        stream: block.stream,
     }
-    let priority = if header.has(flag::PRIORITY) {
-        let (fields, after) = rest.split_first_chunk::<5>().ok_or(SHORT)?;
-        rest = after;
-        Some(*fields)
-    } else {
-        None
-    };
-    Ok(Block {
-        stream: header.stream,
-        end_stream: header.has(flag::END_STREAM),
-        priority,
-        fragment: rest.to_vec(),
-        spent: frame::HEADER_LEN + payload.len(),
-    })
+    .write(out);
+    out.extend_from_slice(&fields);
+    if !block.end_stream {
+        // The body is not wanted (RFC 9113, section 8.1).
+        frame::write_reset(block.stream, ErrorCode::NoError, out);
+    }
 }
 
 #[cfg(test)]

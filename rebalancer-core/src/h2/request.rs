@@ -1,94 +1,179 @@
-//! What a request's header list tells the relay, and how it goes on when it may not pass verbatim.
+//! Whether a header block is a request, or trailers, as RFC 9113 has them, and writing it for the server.
 //!
-//! Input: decoded fields. Output: facts, and blocks of literals. Must never let an identity header of the client pass.
+//! Input: decoded fields. Output: the fault, or a block of this relay's own. Must never let a block pass that a server may
+//! take for something else than the relay does: what a server refuses without keeping it in mind could come again.
 
-use super::hpack::{self, FieldList};
+use super::{
+    error::ConnectionError,
+    hpack::{self, Coding, Encoder, FieldList},
+    policy::{FORWARDED_FOR, Fate, Policy},
+};
 
-/// The prefix of every header that names an identity to the apiserver (kubeadm's `--requestheader-*-headers`).
-const IDENTITY_PREFIX: &[u8] = b"x-remote-";
+/// What is wrong with a block, in words.
+type Malformed = &'static str;
 
-/// The header that names the client's address.
-const FORWARDED_FOR: &[u8] = b"x-forwarded-for";
-
-/// Whether a client's field claims an identity. The apiserver compares names without regard to case.
-pub fn claims_identity(name: &[u8]) -> bool {
-    name.get(..IDENTITY_PREFIX.len())
-        .is_some_and(|start| start.eq_ignore_ascii_case(IDENTITY_PREFIX))
+/// Whether a block is a request (RFC 9113, sections 8.2, 8.3.1 and 8.5; what golang.org/x/net/http2 refuses in frame.go,
+/// `checkPseudos`, and server.go, `newWriterAndRequest`).
+///
+/// # Errors
+///
+/// A stream error of the client's.
+pub fn check_request(list: &FieldList) -> Result<(), Malformed> {
+    const PSEUDO: [&[u8]; 5] = [b":method", b":scheme", b":authority", b":path", b":protocol"];
+    let mut pseudo: [Option<&[u8]>; PSEUDO.len()] = [None; PSEUDO.len()];
+    let mut regular = false;
+    for (name, value) in list.iter() {
+        check_value(value)?;
+        if !is_pseudo(name) {
+            check_name(name)?;
+            regular = true;
+            continue;
+        }
+        let at = PSEUDO
+            .iter()
+            .position(|known| *known == name)
+            .ok_or("a pseudo-header field that no request has")?;
+        if regular {
+            return Err("a pseudo-header field after another field");
+        }
+        if pseudo[at].replace(value).is_some() {
+            return Err("a pseudo-header field comes twice");
+        }
+    }
+    let is_filled = |value: Option<&[u8]>| value.is_some_and(|value| !value.is_empty());
+    let [method, scheme, authority, path, protocol] = pseudo;
+    if !is_filled(method) {
+        return Err("a request without a method");
+    }
+    let connects = method == Some(b"CONNECT");
+    if connects && protocol.is_none() {
+        if is_filled(path) || is_filled(scheme) || !is_filled(authority) {
+            return Err("CONNECT names an authority and nothing else");
+        }
+        return Ok(());
+    }
+    if protocol.is_some() && !connects {
+        return Err("only CONNECT names a protocol");
+    }
+    if !is_filled(path) {
+        return Err("a request without a path");
+    }
+    if !matches!(scheme, Some(b"https" | b"http")) {
+        return Err("a request without a scheme of HTTP");
+    }
+    Ok(())
 }
 
-fn is_forwarded_for(name: &[u8]) -> bool {
-    name.eq_ignore_ascii_case(FORWARDED_FOR)
+/// Whether a block is trailers (RFC 9113, section 8.1).
+///
+/// # Errors
+///
+/// A stream error of the client's.
+pub fn check_trailers(list: &FieldList) -> Result<(), Malformed> {
+    for (name, value) in list.iter() {
+        if is_pseudo(name) {
+            return Err("a pseudo-header field in trailers");
+        }
+        check_name(name)?;
+        check_value(value)?;
+    }
+    Ok(())
 }
 
-/// Whether the client's block can pass as it came: nothing in it is to be removed or merged.
-pub fn passes_verbatim(list: &FieldList) -> bool {
-    !list
-        .iter()
-        .any(|(name, _)| claims_identity(name) || is_forwarded_for(name))
+/// Whether a block claims to be a request, malformed or not.
+pub fn has_pseudo(list: &FieldList) -> bool {
+    list.iter().any(|(name, _)| is_pseudo(name))
 }
 
-/// Whether the request is a watch: `watch=true` in the query, or the deprecated `/watch/` path
-/// (k8s.io/apiserver/pkg/endpoints/request/requestinfo.go).
-pub fn is_watch(list: &FieldList) -> bool {
-    let (path, query) = target(list);
-    query.split(|octet| *octet == b'&').any(|pair| {
-        matches!(
-            pair,
-            b"watch" | b"watch=true" | b"watch=1" | b"watch=True" | b"watch=TRUE"
-        )
-    }) || path.windows(b"/watch/".len()).any(|part| part == b"/watch/")
+fn is_pseudo(name: &[u8]) -> bool {
+    name.first() == Some(&b':')
 }
 
-/// Whether a watch asks for what exists before what changes (KEP-3157): any value but false and 0 counts as yes.
-pub fn wants_initial_events(list: &FieldList) -> bool {
-    let (_, query) = target(list);
-    query.split(|octet| *octet == b'&').any(|pair| {
-        pair.strip_prefix(b"sendInitialEvents")
-            .is_some_and(|value| !matches!(value, b"=false" | b"=0"))
-    })
+/// A token (RFC 9110, section 5.6.2) without upper case (RFC 9113, section 8.2.1).
+fn check_name(name: &[u8]) -> Result<(), Malformed> {
+    let is_token = |octet: &u8| matches!(octet, b'a'..=b'z' | b'0'..=b'9') || b"!#$%&'*+-.^_`|~".contains(octet);
+    if name.is_empty() || !name.iter().all(is_token) {
+        return Err("a field name is not a token in lower case");
+    }
+    Ok(())
 }
 
-/// Path and query.
-fn target(list: &FieldList) -> (&[u8], &[u8]) {
-    let path = list.get(b":path").unwrap_or_default();
-    match path.iter().position(|octet| *octet == b'?') {
-        Some(at) => (&path[..at], &path[at + 1..]),
-        None => (path, &[]),
+/// No control characters but the tab: what Go takes (golang.org/x/net/http/httpguts, `ValidHeaderFieldValue`).
+fn check_value(value: &[u8]) -> Result<(), Malformed> {
+    if value.iter().any(|octet| octet.is_ascii_control() && *octet != b'\t') {
+        return Err("a field value holds a control character");
+    }
+    Ok(())
+}
+
+/// Appends the block of a request.
+pub fn write_request(list: &FieldList, policy: &Policy, encoder: &mut Encoder, out: &mut Vec<u8>) {
+    let rewrite = policy.request(list.get(b"authorization"));
+    encoder.begin(out);
+    for (name, value, coding) in list.coded() {
+        if rewrite.fate(name) == Fate::Passes {
+            encoder.field(name, value, coding, out);
+        }
+    }
+    let came = list.iter().filter(|(name, _)| rewrite.fate(name) == Fate::Merged);
+    let chain = policy.forwarded_for(came.map(|(_, value)| value));
+    // Never in the table, where they would take the place of what the client put there.
+    hpack::write_literal(FORWARDED_FOR.as_bytes(), &chain, out);
+    for (name, value) in rewrite.adds() {
+        hpack::write_literal(name.as_bytes(), value.as_bytes(), out);
     }
 }
 
-/// Appends every field of a request that may pass as a literal, and the client's address merged into the list it
-/// brought along, the way a reverse proxy does.
-pub fn write_request(list: &FieldList, forwarded_for: &str, out: &mut Vec<u8>) {
-    let mut chain = Vec::new();
-    for (name, value) in list.iter() {
-        if is_forwarded_for(name) {
-            chain.extend_from_slice(value);
-            chain.extend_from_slice(b", ");
-        } else if !claims_identity(name) {
-            hpack::write_literal(name, value, out);
-        }
+/// Appends the block of trailers.
+pub fn write_trailers(list: &FieldList, policy: &Policy, encoder: &mut Encoder, out: &mut Vec<u8>) {
+    encoder.begin(out);
+    let passing = list.coded().filter(|(name, ..)| policy.trailer_passes(name));
+    passing.for_each(|(name, value, coding): (_, _, &Coding)| encoder.field(name, value, coding, out));
+}
+
+/// What header blocks may cost beyond what came in, over a connection's life.
+///
+/// An honest client's blocks go on in about as many octets as they came in, since each field goes on the way it came. What
+/// is not in the server's table although the client's has it is said anew, and that is bounded here.
+#[derive(Debug)]
+pub struct Allowance {
+    left: usize,
+}
+
+/// How much a connection may run up.
+const ALLOWANCE: usize = 65_536;
+
+/// How many octets may go out for each that came.
+const FACTOR: usize = 8;
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { left: ALLOWANCE }
     }
-    chain.extend_from_slice(forwarded_for.as_bytes());
-    hpack::write_literal(FORWARDED_FOR, &chain, out);
 }
 
-/// Appends the client's address, to a block that passes verbatim.
-pub fn write_forwarded_for(forwarded_for: &str, out: &mut Vec<u8>) {
-    hpack::write_literal(FORWARDED_FOR, forwarded_for.as_bytes(), out);
-}
-
-/// Appends every trailer that may pass as a literal.
-pub fn write_trailers(list: &FieldList, out: &mut Vec<u8>) {
-    for (name, value) in list.iter() {
-        if !claims_identity(name) && !is_forwarded_for(name) {
-            hpack::write_literal(name, value, out);
-        }
+impl Allowance {
+    /// A block of so many octets became one of so many.
+    ///
+    /// # Errors
+    ///
+    /// The client's blocks cost far more than it sends.
+    pub fn spend(&mut self, came: usize, went: usize) -> Result<(), ConnectionError> {
+        // One block may go beyond what is left only by what it brings itself.
+        self.left = (self.left + came * FACTOR)
+            .checked_sub(went)
+            .ok_or(ConnectionError::calm(
+                "header blocks that stand for far more than was sent",
+            ))?
+            .min(ALLOWANCE);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{net::IpAddr, sync::Arc};
+
     use super::*;
 
     fn list(fields: &[(&str, &str)]) -> FieldList {
@@ -98,49 +183,113 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn watches_are_told_from_their_paths() {
-        let watch = |path| is_watch(&list(&[(":method", "GET"), (":path", path)]));
-        assert!(watch("/api/v1/pods?allowWatchBookmarks=true&watch=true"));
-        assert!(watch("/api/v1/watch/namespaces/a/pods"));
-        assert!(watch("/api/v1/pods?watch=1"));
-        assert!(!watch("/api/v1/pods?watch=false"));
-        assert!(!watch("/api/v1/namespaces/watch"));
-        assert!(!watch("/api/v1/pods?labelSelector=watch%3Dtrue"));
+    const WHOLE: [(&str, &str); 4] = [
+        (":method", "GET"),
+        (":scheme", "https"),
+        (":authority", "kubernetes"),
+        (":path", "/"),
+    ];
+
+    fn with(more: &[(&str, &str)]) -> FieldList {
+        list(&[&WHOLE[..], more].concat())
     }
 
     #[test]
-    fn initial_events_are_asked_for_in_the_query() {
-        let initial = |path| wants_initial_events(&list(&[(":path", path)]));
-        assert!(initial(
-            "/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan"
-        ));
-        assert!(!initial("/api/v1/pods?watch=true&sendInitialEvents=false"));
-        assert!(!initial("/api/v1/pods?watch=true"));
-        assert!(!initial("/sendInitialEvents=true"));
+    fn what_gos_framer_or_server_resets_is_refused_here() {
+        assert_eq!(check_request(&with(&[])), Ok(()));
+        assert_eq!(
+            check_request(&with(&[("te", "gzip"), ("x-tab", "a\tb"), ("x-obs", "\u{e9}")])),
+            Ok(())
+        );
+        for (what, refused) in [
+            ("upper case", with(&[("Bad-Name", "x")])),
+            ("a space in a name", with(&[("x y", "x")])),
+            ("a colon in a name", with(&[("x:y", "x")])),
+            ("an empty name", with(&[("", "x")])),
+            ("not ASCII", with(&[("x-é", "x")])),
+            ("a line break", with(&[("x", "a\r\nx-remote-user: root")])),
+            ("NUL", with(&[("x", "\0")])),
+            ("DEL", with(&[("x", "\x7f")])),
+            (
+                "a control character in a pseudo-header",
+                list(&[(":method", "GET"), (":scheme", "https"), (":path", "/\n")]),
+            ),
+            (
+                "an unknown pseudo-header",
+                list(&[&[(":test", "1")], &WHOLE[..]].concat()),
+            ),
+            ("a response's", list(&[&[(":status", "200")], &WHOLE[..]].concat())),
+            ("one that is late", with(&[("accept", "*/*"), (":authority", "x")])),
+            ("two paths", with(&[(":path", "/x")])),
+            ("no method", list(&WHOLE[1..])),
+            ("no path", list(&WHOLE[..3])),
+            ("no scheme", list(&[WHOLE[0], WHOLE[3]])),
+            ("a foreign scheme", list(&[WHOLE[0], (":scheme", "ftp"), WHOLE[3]])),
+            ("an empty path", list(&[WHOLE[0], WHOLE[1], (":path", "")])),
+            (
+                "CONNECT with a path",
+                list(&[(":method", "CONNECT"), (":authority", "a"), (":path", "/")]),
+            ),
+            ("CONNECT to nowhere", list(&[(":method", "CONNECT")])),
+            (
+                "a protocol without CONNECT",
+                list(&[&[(":protocol", "websocket")], &WHOLE[..]].concat()),
+            ),
+            ("nothing at all", list(&[])),
+        ] {
+            assert!(check_request(&refused).is_err(), "{what}");
+        }
+        assert_eq!(
+            check_request(&list(&[(":method", "CONNECT"), (":authority", "a:1")])),
+            Ok(())
+        );
     }
 
     #[test]
-    fn identity_in_any_spelling_is_removed_and_addresses_are_merged() {
-        let came = list(&[
+    fn trailers_hold_no_pseudo_header() {
+        assert_eq!(check_trailers(&list(&[("grpc-status", "0")])), Ok(()));
+        assert_eq!(check_trailers(&list(&[])), Ok(()));
+        for refused in [
+            (":method", "GET"),
             (":path", "/"),
+            ("Upper", "x"),
+            ("x", "\n"),
+            (":", ""),
+        ] {
+            assert!(check_trailers(&list(&[refused])).is_err(), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_goes_on_with_the_relays_identity_and_no_other() {
+        let policy = Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7]))
+            .with_identity([("x-remote-user".into(), "alice".to_owned())]);
+        let came = with(&[
             ("x-remote-user", "system:admin"),
-            ("X-Remote-Group", "system:masters"),
-            ("x-remote-extra-a", "b"),
+            ("x-remote-group", "system:masters"),
             ("x-forwarded-for", "10.9.9.9"),
             ("accept", "*/*"),
         ]);
-        assert!(!passes_verbatim(&came));
         let mut block = Vec::new();
-        write_request(&came, "192.0.2.7", &mut block);
-        let went = hpack::Decoder::default().decode(&block, 4096).expect("literals decode");
-        assert_eq!(
-            went,
-            list(&[
-                (":path", "/"),
-                ("accept", "*/*"),
-                ("x-forwarded-for", "10.9.9.9, 192.0.2.7")
-            ])
-        );
+        write_request(&came, &policy, &mut Encoder::default(), &mut block);
+        let went = hpack::Decoder::default()
+            .decode(&block, 4096)
+            .expect("the server reads it");
+        let expected = [
+            ("accept", "*/*"),
+            ("x-forwarded-for", "10.9.9.9, 192.0.2.7"),
+            ("x-remote-user", "alice"),
+        ];
+        assert_eq!(went, with(&expected));
+    }
+
+    #[test]
+    fn blocks_may_run_up_so_much_and_no_more() {
+        let mut allowance = Allowance::default();
+        for _ in 0..100_000 {
+            allowance.spend(20, 160).expect("eight for one is allowed for ever");
+        }
+        allowance.spend(20, ALLOWANCE + 160).expect("and once all there is");
+        assert!(allowance.spend(20, 161).is_err());
     }
 }

@@ -64,7 +64,7 @@ pub struct Arguments {
     #[arg(long, env = "REBALANCER_MAX_CONNECTIONS", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
     max_connections: u32,
     /// Octets a request's header list may have, 32 for each field included (the apiserver allows 1 MiB)
-    #[arg(long, env = "REBALANCER_MAX_HEADER_BYTES", default_value_t = 1 << 20, value_parser = clap::value_parser!(u32).range(4096..=16 << 20), value_name = "OCTETS")]
+    #[arg(long, env = "REBALANCER_MAX_HEADER_BYTES", default_value_t = 128 << 10, value_parser = clap::value_parser!(u32).range(4096..=16 << 20), value_name = "OCTETS")]
     max_header_bytes: u32,
     /// From accept until both TLS handshakes are done
     #[arg(

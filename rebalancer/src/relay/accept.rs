@@ -6,7 +6,10 @@ use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use rebalancer_core::h2::relay::{Relay, Settings};
+use rebalancer_core::h2::{
+    policy::IdentityNames,
+    relay::{Relay, Settings},
+};
 use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol as SocketProtocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
@@ -56,6 +59,8 @@ pub struct Door {
     pub proxies: Vec<IpNet>,
     /// The listening socket, for a successor and for the agent.
     pub listening: Arc<Listening>,
+    /// The headers that say who asks.
+    pub names: Arc<IdentityNames>,
     /// Bounds.
     pub limits: Limits,
     /// Where connections are served.
@@ -327,11 +332,8 @@ impl Door {
 
         let end = if h2 {
             connection.established(Protocol::H2, claim.user());
-            let (identity, unless_authorized) = claim.literals();
             let relay = Relay::new(Settings {
-                identity,
-                unless_authorized,
-                forwarded_for: connection.client().ip().to_string(),
+                policy: claim.policy(Arc::clone(&self.names), connection.client().ip()),
                 max_header_bytes: self.limits.max_header_bytes,
                 ping: random::u64().to_be_bytes(),
                 watch_handover: self.limits.watch_handover.is_some(),

@@ -14,7 +14,10 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rebalancer_core::h2::relay::{claims_identity, is_refusal};
+use rebalancer_core::h2::{
+    policy::{IdentityNames, user_agent},
+    relay::is_refusal,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Mutex,
@@ -132,12 +135,10 @@ async fn forward(
     connection: Arc<Connection>,
     upgraded: Arc<Mutex<Option<Upgraded>>>,
 ) -> Result<Response<Body>, hyper::Error> {
-    if let Some(agent) = request
-        .headers()
-        .get(header::USER_AGENT)
-        .and_then(|agent| agent.to_str().ok())
+    if connection.requests() == 0
+        && let Some(agent) = request.headers().get(header::USER_AGENT)
     {
-        connection.set_user_agent(agent.to_owned());
+        connection.set_user_agent(user_agent(agent.as_bytes()));
     }
     let in_flight = InFlight::begin(&connection);
     rewrite(&mut request, &claim, &connection);
@@ -193,9 +194,10 @@ async fn forward(
 /// Replaces what the client says about itself by what the relay knows.
 fn rewrite(request: &mut Request<Incoming>, claim: &Claim, connection: &Connection) {
     let headers = request.headers_mut();
+    let names = IdentityNames::default();
     let claims: Vec<_> = headers
         .keys()
-        .filter(|name| claims_identity(name.as_str().as_bytes()))
+        .filter(|name| names.covers(name.as_str().as_bytes()))
         .cloned()
         .collect();
     for name in claims {

@@ -4,10 +4,10 @@
 //! Input: a verified certificate. Output: header fields for the front-proxy authenticator
 //! (.../authenticatorfactory, `--requestheader-*`). Must never name anyone for a certificate that was not verified.
 
-use std::fmt::Write as _;
+use std::{borrow::Cow, fmt::Write as _, net::IpAddr, sync::Arc};
 
 use http::{HeaderName, HeaderValue};
-use rebalancer_core::h2::hpack;
+use rebalancer_core::h2::policy::{IdentityNames, Policy};
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
@@ -41,16 +41,13 @@ impl Claim {
         }
     }
 
-    /// The identity's fields as literals, and those of requests without an authorization.
-    pub fn literals(&self) -> (Vec<u8>, Vec<u8>) {
+    /// What is done to the client's requests.
+    pub fn policy(&self, names: Arc<IdentityNames>, client: IpAddr) -> Policy {
+        let policy = Policy::new(names, client);
         match self {
-            Self::Absent => (Vec::new(), Vec::new()),
-            Self::Accepted(identity) => (identity.literals(), Vec::new()),
-            Self::Rejected => {
-                let mut out = Vec::new();
-                hpack::write_literal(b"authorization", REJECTED.as_bytes(), &mut out);
-                (Vec::new(), out)
-            }
+            Self::Absent => policy,
+            Self::Accepted(identity) => policy.with_identity(identity.fields()),
+            Self::Rejected => policy.with_authorization_unless_token(REJECTED),
         }
     }
 }
@@ -125,13 +122,10 @@ impl Identity {
         Ok(Some(Self { user, fields }))
     }
 
-    /// The fields as literals that leave no trace in the server's table.
-    fn literals(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        for (name, value) in &self.fields {
-            hpack::write_literal(name.as_bytes(), value.as_bytes(), &mut out);
-        }
-        out
+    /// The fields, names in lower case.
+    fn fields(&self) -> impl Iterator<Item = (Cow<'static, str>, String)> + '_ {
+        let fields = self.fields.iter();
+        fields.map(|(name, value)| (Cow::Borrowed(*name), value.clone()))
     }
 
     /// The fields for an HTTP/1.1 request.

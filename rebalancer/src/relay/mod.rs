@@ -148,6 +148,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         registry: Arc::clone(&registry),
         proxies: config.proxies,
         listening: Arc::clone(&listening),
+        names: Arc::default(),
         limits: config.limits,
         workers: Workers::start().context("cannot start the threads that serve connections")?,
         doubt: Arc::clone(&doubt),

@@ -2,7 +2,8 @@
 //!
 //! Input: two streams whose handshakes are done, and the entry that carries figures and orders.
 //! Output: how it ended.
-//! Must never read from one side while the other has more than [`HIGH_WATER`] to take: backpressure, not buffers.
+//! Must never read a side while [`Output`] has no room for what it may bring: backpressure, not buffers. Must never sleep
+//! while a side that may be read was not asked: it has no waker then.
 
 use std::{
     cell::RefCell,
@@ -22,9 +23,6 @@ use tokio::{
 };
 
 use super::registry::{Connection, Order};
-
-/// How much may wait for a side before nothing more is read for it.
-const HIGH_WATER: usize = 64 * 1024;
 
 /// How much is read at once.
 const READ: usize = 32 * 1024;
@@ -72,15 +70,17 @@ struct Queue {
 }
 
 impl Queue {
-    /// Writes what it can; ready when everything is with the kernel.
+    /// Writes what it can, what is before the cut by itself; ready when everything is with the kernel.
     fn poll_write<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
         bytes: &mut Vec<u8>,
+        cut: &mut Option<usize>,
         context: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
         while self.sent < bytes.len() {
-            let written = ready!(Pin::new(&mut *stream).poll_write(context, &bytes[self.sent..]))?;
+            let end = cut.filter(|cut| *cut > self.sent).unwrap_or(bytes.len());
+            let written = ready!(Pin::new(&mut *stream).poll_write(context, &bytes[self.sent..end]))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -89,6 +89,7 @@ impl Queue {
         }
         if self.sent > 0 {
             self.sent = 0;
+            *cut = None;
             if bytes.capacity() > KEPT {
                 *bytes = Vec::new();
             } else {
@@ -112,6 +113,15 @@ thread_local! {
 enum Read {
     Bytes(usize),
     End,
+}
+
+/// Why nothing more is read of a side in this turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// It had nothing: its socket wakes the task.
+    Armed,
+    /// It was not asked, since there is no room for what it would bring: nothing wakes the task for its sake.
+    Held,
 }
 
 /// Reads once and hands the bytes over.
@@ -139,12 +149,7 @@ where
     C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut pump = Pump {
-        relay,
-        out: Output::default(),
-        to_client: Queue::default(),
-        to_server: Queue::default(),
-    };
+    let mut pump = Pump::new(relay);
     let end = pump.relay(&mut client, &mut server, connection).await;
     // What came with the end.
     pump.report(connection);
@@ -180,9 +185,21 @@ struct Pump {
     out: Output,
     to_client: Queue,
     to_server: Queue,
+    /// What was read of the client, and stands for more than there was room for.
+    unread: Vec<u8>,
 }
 
 impl Pump {
+    fn new(relay: Relay) -> Self {
+        Self {
+            relay,
+            out: Output::default(),
+            to_client: Queue::default(),
+            to_server: Queue::default(),
+            unread: Vec::new(),
+        }
+    }
+
     async fn relay<C, S>(&mut self, client: &mut C, server: &mut S, connection: &Connection) -> End
     where
         C: AsyncRead + AsyncWrite + Unpin,
@@ -218,40 +235,28 @@ impl Pump {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         loop {
-            let mut progress = false;
-            // The client's own requests must not outrun what it reads: both queues bound its reading.
-            while self.out.to_server.len() < HIGH_WATER && self.out.to_client.len() < HIGH_WATER {
-                match poll_read(client, context, |bytes| self.relay.client_bytes(bytes, &mut self.out)) {
-                    Poll::Pending => break,
-                    Poll::Ready(Ok(Ok(Read::Bytes(count)))) => {
-                        progress = true;
-                        connection.add_bytes(count, 0);
-                    }
-                    Poll::Ready(Ok(Ok(Read::End))) => return Poll::Ready(End::Client),
-                    Poll::Ready(Ok(Err(error))) => return Poll::Ready(End::Protocol(error)),
-                    Poll::Ready(Err(error)) => return Poll::Ready(End::ClientIo(error)),
-                }
-            }
-            while self.out.to_client.len() < HIGH_WATER {
-                match poll_read(server, context, |bytes| self.relay.server_bytes(bytes, &mut self.out)) {
-                    Poll::Pending => break,
-                    Poll::Ready(Ok(Ok(Read::Bytes(count)))) => {
-                        progress = true;
-                        connection.add_bytes(0, count);
-                    }
-                    Poll::Ready(Ok(Ok(Read::End))) => return Poll::Ready(End::Server),
-                    Poll::Ready(Ok(Err(error))) => return Poll::Ready(End::Protocol(error)),
-                    Poll::Ready(Err(error)) => return Poll::Ready(End::ServerIo(error)),
-                }
-            }
+            let client_is = match self.read_client(client, connection, context) {
+                Ok(reading) => reading,
+                Err(end) => return Poll::Ready(end),
+            };
+            let server_is = match self.read_server(server, connection, context) {
+                Ok(reading) => reading,
+                Err(end) => return Poll::Ready(end),
+            };
             self.report(connection);
             let mut written = true;
-            match self.to_server.poll_write(server, &mut self.out.to_server, context) {
+            match self
+                .to_server
+                .poll_write(server, &mut self.out.to_server, &mut None, context)
+            {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(End::ServerIo(error)),
                 Poll::Pending => written = false,
             }
-            match self.to_client.poll_write(client, &mut self.out.to_client, context) {
+            match self
+                .to_client
+                .poll_write(client, &mut self.out.to_client, &mut self.out.cut, context)
+            {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(End::ClientIo(error)),
                 Poll::Pending => written = false,
@@ -259,10 +264,71 @@ impl Pump {
             if written && self.relay.is_finished() {
                 return Poll::Ready(End::Drained);
             }
-            if !progress {
+            // What was written made room: a side that was held has no waker, and is asked before the task sleeps. One that
+            // stays held waits for a queue whose write is pending, and that write wakes the task.
+            let forgotten = client_is == Reading::Held && self.out.has_room_for_client()
+                || server_is == Reading::Held && self.out.has_room_for_server();
+            if !forgotten {
+                debug_assert!(
+                    client_is == Reading::Armed || !written,
+                    "the client is held by a queue that is empty"
+                );
+                debug_assert!(
+                    server_is == Reading::Armed || !self.out.to_client.is_empty(),
+                    "the server is held by a queue that is empty"
+                );
                 return Poll::Pending;
             }
         }
+    }
+
+    fn read_client<C: AsyncRead + Unpin>(
+        &mut self,
+        client: &mut C,
+        connection: &Connection,
+        context: &mut Context<'_>,
+    ) -> Result<Reading, End> {
+        while self.out.has_room_for_client() {
+            if !self.unread.is_empty() {
+                let taken = self.relay.client_bytes(&self.unread, &mut self.out)?;
+                self.unread.drain(..taken);
+                if self.unread.is_empty() {
+                    self.unread = Vec::new();
+                }
+                continue;
+            }
+            let read = poll_read(client, context, |bytes| {
+                let taken = self.relay.client_bytes(bytes, &mut self.out)?;
+                self.unread.extend_from_slice(&bytes[taken..]);
+                Ok(())
+            });
+            match read {
+                Poll::Pending => return Ok(Reading::Armed),
+                Poll::Ready(read) => match read.map_err(End::ClientIo)?? {
+                    Read::Bytes(count) => connection.add_bytes(count, 0),
+                    Read::End => return Err(End::Client),
+                },
+            }
+        }
+        Ok(Reading::Held)
+    }
+
+    fn read_server<S: AsyncRead + Unpin>(
+        &mut self,
+        server: &mut S,
+        connection: &Connection,
+        context: &mut Context<'_>,
+    ) -> Result<Reading, End> {
+        while self.out.has_room_for_server() {
+            match poll_read(server, context, |bytes| self.relay.server_bytes(bytes, &mut self.out)) {
+                Poll::Pending => return Ok(Reading::Armed),
+                Poll::Ready(read) => match read.map_err(End::ServerIo)?? {
+                    Read::Bytes(count) => connection.add_bytes(0, count),
+                    Read::End => return Err(End::Server),
+                },
+            }
+        }
+        Ok(Reading::Held)
     }
 
     fn report(&mut self, connection: &Connection) {
@@ -285,3 +351,6 @@ impl Pump {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

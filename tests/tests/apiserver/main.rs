@@ -1,6 +1,7 @@
 //! The relay before a real kube-apiserver: the same answers as directly, for every kind of client.
 
 mod conformance;
+mod differential;
 mod identity;
 mod overload;
 mod world;

@@ -12,4 +12,5 @@ mod proxy_protocol;
 mod requests;
 mod takeover;
 mod trust;
+mod transfers;
 mod world;

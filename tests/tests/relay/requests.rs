@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, Peer, block, fields, frame, get, kind, request};
+use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, Peer, block, code, fields, frame, get, kind, request};
 
 use crate::world::{OK, RELAY, World};
 
@@ -49,8 +49,8 @@ fn forged_identities_are_removed_from_headers_and_trailers() {
     let mut forged = get("/");
     forged.extend(block(&[
         ("x-remote-user", "root"),
-        ("X-Remote-Group", "system:masters"),
-        ("x-REMOTE-extra-scopes", "all"),
+        ("x-remote-group", "system:masters"),
+        ("x-remote-extra-scopes", "all"),
         ("x-remote-uid", "0"),
         ("x-forwarded-for", "192.0.2.9"),
         ("accept", "application/json"),
@@ -67,6 +67,29 @@ fn forged_identities_are_removed_from_headers_and_trailers() {
     assert_eq!(values(&list, "x-forwarded-for"), ["192.0.2.9, 127.0.0.1"]);
     let list = fields(&server.expect(kind::HEADERS).payload);
     assert_eq!(list, [("checksum".to_owned(), "1".to_owned())]);
+}
+
+/// What Go's framer refuses without keeping the stream in mind never reaches the server, and the stream's number cannot be
+/// used a second time: there it would be a request, here trailers.
+#[test]
+fn a_request_cannot_be_dressed_as_trailers() {
+    let world = World::start(&[]);
+    let alice = world.pki.client("alice", "alice", &["dev"]).expect("a certificate");
+    for stream in [3, 0x7fff_ffff] {
+        for malformed in [&[("Bad-Name", "x")][..], &[("x-control", "\u{1}")], &[(":late", "x")]] {
+            let (mut client, mut server) = world.open(Some(&alice));
+            client.send(&request(1, "/honest"));
+            assert_eq!(server.expect(kind::HEADERS).stream, 1);
+            let bad = [get("/malformed"), block(malformed)].concat();
+            client.send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, stream, &bad));
+            let reset = client.expect(kind::RST_STREAM);
+            assert_eq!((reset.stream, reset.word(0)), (stream, code::PROTOCOL_ERROR));
+            client.send(&request(stream, "/smuggled"));
+            let last = client.expect(kind::GOAWAY);
+            assert_eq!((last.word(0), last.word(4)), (1, code::PROTOCOL_ERROR));
+            assert_eq!(server.rest(), [], "the server hears nothing of either");
+        }
+    }
 }
 
 #[test]

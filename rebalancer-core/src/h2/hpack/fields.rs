@@ -2,7 +2,7 @@
 //!
 //! Input and output: header fields. Must never hold more than its size allows.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 /// What an entry costs beyond its octets (RFC 7541, section 4.1).
 pub const OVERHEAD: usize = 32;
@@ -72,22 +72,31 @@ const STATIC: [(&str, &str); 61] = [
     ("www-authenticate", ""),
 ];
 
-/// A field of the dynamic table, in one allocation.
-#[derive(Debug)]
-struct Entry {
-    octets: Box<[u8]>,
+/// How many fields the static table has.
+pub const STATIC_FIELDS: usize = STATIC.len();
+
+/// A field of a dynamic table, in one allocation that two tables may share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    octets: Arc<[u8]>,
     name_end: usize,
 }
 
 impl Entry {
-    fn new(name: &[u8], value: &[u8]) -> Self {
+    /// One for that field.
+    pub fn new(name: &[u8], value: &[u8]) -> Self {
         Self {
-            octets: [name, value].concat().into_boxed_slice(),
+            octets: [name, value].concat().into(),
             name_end: name.len(),
         }
     }
 
-    fn cost(&self) -> usize {
+    fn field(&self) -> (&[u8], &[u8]) {
+        self.octets.split_at(self.name_end)
+    }
+
+    /// What it counts for (RFC 7541, section 4.1).
+    pub fn cost(&self) -> usize {
         self.octets.len() + OVERHEAD
     }
 }
@@ -110,26 +119,36 @@ impl Fields {
         }
     }
 
+    /// How much the dynamic table may hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// The field at an index from 1 on: static ones first, then dynamic ones, newest first (section 2.3.3).
     pub fn get(&self, index: usize) -> Option<(&[u8], &[u8])> {
         let index = index.checked_sub(1)?;
         if let Some((name, value)) = STATIC.get(index) {
             return Some((name.as_bytes(), value.as_bytes()));
         }
-        let entry = self.dynamic.get(index - STATIC.len())?;
-        Some(entry.octets.split_at(entry.name_end))
+        self.dynamic.get(index - STATIC.len()).map(Entry::field)
+    }
+
+    /// The index of a field of the dynamic table.
+    pub fn find(&self, name: &[u8], value: &[u8]) -> Option<usize> {
+        let at = self.dynamic.iter().position(|entry| entry.field() == (name, value))?;
+        Some(STATIC.len() + 1 + at)
     }
 
     /// Adds a field, evicting the oldest; one that is larger than the table empties it (section 4.4).
-    pub fn insert(&mut self, name: &[u8], value: &[u8]) {
-        let cost = name.len() + value.len() + OVERHEAD;
+    pub fn insert(&mut self, entry: Entry) {
+        let cost = entry.cost();
         if cost > self.capacity {
             self.dynamic.clear();
             self.size = 0;
             return;
         }
         self.size += cost;
-        self.dynamic.push_front(Entry::new(name, value));
+        self.dynamic.push_front(entry);
         self.evict();
     }
 
@@ -146,6 +165,11 @@ impl Fields {
             };
             self.size -= oldest.cost();
         }
+        debug_assert_eq!(
+            self.size,
+            self.dynamic.iter().map(Entry::cost).sum::<usize>(),
+            "the table's books are what it holds"
+        );
     }
 }
 
@@ -156,14 +180,14 @@ mod tests {
     #[test]
     fn the_newest_field_has_the_lowest_dynamic_index_and_the_oldest_is_evicted() {
         let mut fields = Fields::new(80);
-        fields.insert(b"a", b"1");
-        fields.insert(b"b", b"2");
+        fields.insert(Entry::new(b"a", b"1"));
+        fields.insert(Entry::new(b"b", b"2"));
         assert_eq!(fields.get(62), Some((&b"b"[..], &b"2"[..])));
         assert_eq!(fields.get(63), Some((&b"a"[..], &b"1"[..])));
-        fields.insert(b"c", b"3");
+        fields.insert(Entry::new(b"c", b"3"));
         assert_eq!(fields.get(63), Some((&b"b"[..], &b"2"[..])));
         assert_eq!(fields.get(64), None);
-        fields.insert(b"long", &[b'x'; 80]);
+        fields.insert(Entry::new(b"long", &[b'x'; 80]));
         assert_eq!(fields.get(62), None);
         assert_eq!(fields.get(0), None);
         assert_eq!(fields.get(2), Some((&b":method"[..], &b"GET"[..])));

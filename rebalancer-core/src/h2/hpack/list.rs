@@ -2,46 +2,111 @@
 
 use std::fmt;
 
-use super::OVERHEAD;
+use super::{Entry, OVERHEAD};
+
+/// How a field came, and so how it is to go on: whoever sends knows best what is worth a place in the table, and what must
+/// never have one (RFC 7541, section 7.1.3).
+#[derive(Clone, Debug)]
+pub enum Coding {
+    /// By an index of the sender's tables.
+    Indexed(usize),
+    /// As a literal, and into the table.
+    Added {
+        /// The index its name came by; zero when it came as a literal.
+        name: usize,
+        /// The place it has in the sender's table now.
+        entry: Entry,
+    },
+    /// As a literal that no table keeps.
+    Plain {
+        /// The index its name came by; zero when it came as a literal.
+        name: usize,
+        /// Whether nobody on the way may put it into a table.
+        never: bool,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Field {
+    name_end: usize,
+    end: usize,
+    coding: Coding,
+}
 
 /// The fields of one header block, in their order.
 ///
 /// HTTP/2 has names in lower case (RFC 9113, section 8.2.1), but whoever sends may not keep to it.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default)]
 pub struct FieldList {
     /// Every name and its value, one behind the other.
     octets: Vec<u8>,
-    /// For each field, where its name ends and where its value does.
-    ends: Vec<(usize, usize)>,
+    fields: Vec<Field>,
+    resized: bool,
 }
+
+impl PartialEq for FieldList {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for FieldList {}
 
 impl FieldList {
     /// Without fields, and with room for what a request or an answer usually has.
     pub(super) fn with_room() -> Self {
         Self {
             octets: Vec::with_capacity(512),
-            ends: Vec::with_capacity(16),
+            fields: Vec::with_capacity(16),
+            resized: false,
         }
     }
 
-    /// Adds the field whose octets `write` appends; it says where the name ends.
+    /// Adds the field whose octets `write` appends; it says where the name ends, and how it came.
     pub(super) fn push_with<E>(
         &mut self,
-        write: impl FnOnce(&mut Vec<u8>) -> Result<usize, E>,
-    ) -> Result<(&[u8], &[u8]), E> {
-        let begin = self.octets.len();
-        let name_end = write(&mut self.octets)?;
-        self.ends.push((name_end, self.octets.len()));
-        Ok((&self.octets[begin..name_end], &self.octets[name_end..]))
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(usize, Coding), E>,
+    ) -> Result<(), E> {
+        let (name_end, coding) = write(&mut self.octets)?;
+        self.fields.push(Field {
+            name_end,
+            end: self.octets.len(),
+            coding,
+        });
+        Ok(())
+    }
+
+    /// The block changed the size of its sender's table.
+    pub(super) fn set_resized(&mut self) {
+        self.resized = true;
+    }
+
+    /// Whether its block left its sender's table as it was: a receiver that never sees it reads the next one all the same.
+    pub fn leaves_no_trace(&self) -> bool {
+        !self.resized
+            && !self
+                .fields
+                .iter()
+                .any(|field| matches!(field.coding, Coding::Added { .. }))
+    }
+
+    /// Names, values, and how each came.
+    pub fn coded(&self) -> impl Iterator<Item = (&[u8], &[u8], &Coding)> {
+        self.iter()
+            .zip(&self.fields)
+            .map(|((name, value), field)| (name, value, &field.coding))
     }
 
     /// Names and values.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let mut begin = 0;
-        self.ends.iter().map(move |(name_end, end)| {
-            let field = (&self.octets[begin..*name_end], &self.octets[*name_end..*end]);
-            begin = *end;
-            field
+        self.fields.iter().map(move |field| {
+            let pair = (
+                &self.octets[begin..field.name_end],
+                &self.octets[field.name_end..field.end],
+            );
+            begin = field.end;
+            pair
         })
     }
 
@@ -52,12 +117,12 @@ impl FieldList {
 
     /// Whether there is no field.
     pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.fields.is_empty()
     }
 
     /// What the list counts for (RFC 9113, section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE).
     pub fn size(&self) -> usize {
-        self.octets.len() + self.ends.len() * OVERHEAD
+        self.octets.len() + self.fields.len() * OVERHEAD
     }
 }
 
@@ -77,7 +142,11 @@ impl<'a> FromIterator<(&'a [u8], &'a [u8])> for FieldList {
             list.octets.extend_from_slice(name);
             let name_end = list.octets.len();
             list.octets.extend_from_slice(value);
-            list.ends.push((name_end, list.octets.len()));
+            list.fields.push(Field {
+                name_end,
+                end: list.octets.len(),
+                coding: Coding::Plain { name: 0, never: false },
+            });
         }
         list
     }

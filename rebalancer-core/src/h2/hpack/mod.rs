@@ -1,15 +1,17 @@
-//! HPACK (RFC 7541): reading every header block of a connection, and writing literals that leave no trace.
+//! HPACK (RFC 7541): reading every header block of a connection, and writing blocks of its own.
 //!
-//! Job: follow a sender's compression state exactly, so that its blocks may pass verbatim.
-//! Output: fields, and literals that are never indexed and so leave the server's state as it was.
+//! Job: follow a sender's compression state exactly, and keep one towards a receiver.
+//! Output: fields, and blocks of them.
 //! Must never decode to more than the bound it is given.
 
+mod encoder;
 mod fields;
 mod huffman;
 mod list;
 
-use fields::{Fields, OVERHEAD};
-pub use list::FieldList;
+pub use encoder::Encoder;
+use fields::{Entry, Fields, OVERHEAD};
+pub use list::{Coding, FieldList};
 
 use super::error::ConnectionError;
 
@@ -59,21 +61,23 @@ impl Decoder {
                     ));
                 }
                 self.fields.resize(size);
+                list.set_resized();
                 continue;
             }
             let left = limit.saturating_sub(list.size() + OVERHEAD);
             if first & 0x80 != 0 {
-                let (name, value) = self.indexed(reader.integer(7)?)?;
+                let index = reader.integer(7)?;
+                let (name, value) = self.indexed(index)?;
                 list.push_with(|out| {
                     out.extend_from_slice(name);
                     let name_end = out.len();
                     out.extend_from_slice(value);
-                    Ok(name_end)
+                    Ok((name_end, Coding::Indexed(index)))
                 })?;
             } else {
-                let indexing = first & 0x40 != 0;
-                let index = reader.integer(if indexing { 6 } else { 4 })?;
-                let (name, value) = list.push_with(|out| {
+                let adding = first & 0x40 != 0;
+                let index = reader.integer(if adding { 6 } else { 4 })?;
+                list.push_with(|out| {
                     let begin = out.len();
                     if index == 0 {
                         reader.string(left, out)?;
@@ -82,17 +86,29 @@ impl Decoder {
                     }
                     let name_end = out.len();
                     reader.string(left.saturating_sub(name_end - begin), out)?;
-                    Ok(name_end)
+                    let coding = if adding {
+                        let entry = Entry::new(&out[begin..name_end], &out[name_end..]);
+                        self.fields.insert(entry.clone());
+                        Coding::Added { name: index, entry }
+                    } else {
+                        Coding::Plain {
+                            name: index,
+                            never: first & 0x10 != 0,
+                        }
+                    };
+                    Ok((name_end, coding))
                 })?;
-                if indexing {
-                    self.fields.insert(name, value);
-                }
             }
             if list.size() > limit {
                 return Err(ConnectionError::calm("a header list is larger than allowed"));
             }
         }
         Ok(list)
+    }
+
+    /// How much its sender's table may hold now.
+    pub fn capacity(&self) -> usize {
+        self.fields.capacity()
     }
 
     fn indexed(&self, index: usize) -> Result<(&[u8], &[u8]), ConnectionError> {
@@ -161,11 +177,6 @@ pub fn write_literal(name: &[u8], value: &[u8], out: &mut Vec<u8>) {
     out.push(0x10);
     write_string(name, out);
     write_string(value, out);
-}
-
-/// Appends a dynamic table size update (RFC 7541, section 6.3) to zero: the table is empty from here on.
-pub fn write_empty_table(out: &mut Vec<u8>) {
-    out.push(0x20);
 }
 
 fn write_string(text: &[u8], out: &mut Vec<u8>) {

@@ -1,23 +1,30 @@
 //! Both sides are scripted: a client that compresses as clients do, a server that decodes what arrives.
 
+use std::{net::IpAddr, sync::Arc};
+
 use proptest::prelude::*;
 
 use super::*;
-use crate::h2::hpack::FieldList;
+use crate::h2::{
+    frame::{MAX_STREAM_ID, PREFACE},
+    hpack::{self, Decoder},
+};
 
 const PING: [u8; 8] = *b"rebalnce";
 
-fn relay() -> Relay {
-    let mut identity = Vec::new();
-    hpack::write_literal(b"x-remote-user", b"alice", &mut identity);
-    Relay::new(Settings {
-        identity,
-        unless_authorized: Vec::new(),
-        forwarded_for: "192.0.2.7".into(),
+fn settings() -> Settings {
+    let policy = Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7]))
+        .with_identity([("x-remote-user".into(), "alice".to_owned())]);
+    Settings {
+        policy,
         max_header_bytes: 4096,
         ping: PING,
         watch_handover: false,
-    })
+    }
+}
+
+fn relay() -> Relay {
+    Relay::new(settings())
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -105,10 +112,10 @@ fn pairs(fields: &[(&str, &str)]) -> Vec<(String, String)> {
 fn requests_pass_with_identity_and_address_and_keep_the_tables_equal() {
     let (mut relay, mut out) = started();
     let mut server = Decoder::default();
-    let both = [request(1, &first_block("/a?watch=true")), request(3, &AGAIN)].concat();
+    let both = [request(1, &first_block("/api/v1/a?watch=true")), request(3, &AGAIN)].concat();
     relay.client_bytes(&both, &mut out).expect("requests");
     let expected = pairs(&[
-        (":path", "/a?watch=true"),
+        (":path", "/api/v1/a?watch=true"),
         ("accept", "json"),
         ("x-forwarded-for", "192.0.2.7"),
         ("x-remote-user", "alice"),
@@ -153,20 +160,21 @@ fn a_forged_identity_is_removed_and_later_references_still_mean_the_same() {
 }
 
 #[test]
-fn a_request_without_authorization_is_given_one_and_another_keeps_its_own() {
+fn a_request_without_a_token_is_given_one_and_another_keeps_its_own() {
     let mut out = Output::default();
-    let mut unless_authorized = Vec::new();
-    hpack::write_literal(b"authorization", b"none", &mut unless_authorized);
     let mut relay = Relay::new(Settings {
-        unless_authorized,
-        ..relay().settings
+        policy: Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7]))
+            .with_authorization_unless_token("Bearer none"),
+        ..settings()
     });
     relay.client_bytes(PREFACE, &mut out).expect("a preface");
     out.to_server.clear();
-    let mut own = vec![0x82, 0x84];
-    hpack::write_literal(b"authorization", b"own", &mut own);
-    let both = [request(1, &[0x82, 0x84]), request(3, &own)].concat();
-    relay.client_bytes(&both, &mut out).expect("requests");
+    let mut own = vec![0x82, 0x84, 0x87];
+    hpack::write_literal(b"authorization", b"Bearer own", &mut own);
+    let mut other = vec![0x82, 0x84, 0x87];
+    hpack::write_literal(b"authorization", b"x", &mut other);
+    let all = [request(1, &[0x82, 0x84, 0x87]), request(3, &own), request(5, &other)];
+    relay.client_bytes(&all.concat(), &mut out).expect("requests");
     let values: Vec<_> = decoded(&out.to_server, &mut Decoder::default())
         .into_iter()
         .map(|(_, fields)| {
@@ -174,7 +182,350 @@ fn a_request_without_authorization_is_given_one_and_another_keeps_its_own() {
             values.map(|(_, value)| value).collect::<Vec<_>>()
         })
         .collect();
-    assert_eq!(values, [["none"], ["own"]]);
+    assert_eq!(values, [["Bearer none"], ["Bearer own"], ["Bearer none"]]);
+}
+
+/// What the client is told on each stream: the kind of frame, and the code of a reset.
+fn told(out: &mut Output) -> Vec<(u8, u32, u32)> {
+    frames(&std::mem::take(&mut out.to_client))
+        .into_iter()
+        .map(|(header, payload)| {
+            let word = payload.first_chunk().map_or(0, |octets| u32::from_be_bytes(*octets));
+            (header.kind, header.stream, word)
+        })
+        .collect()
+}
+
+#[test]
+fn a_malformed_request_is_reset_here_and_its_stream_is_used_up() {
+    let (mut relay, mut out) = started();
+    let mut server = Decoder::default();
+    let mut malformed = first_block("/a");
+    malformed.extend_from_slice(&[0x40, 3]);
+    malformed.extend_from_slice(b"Bad");
+    malformed.extend_from_slice(&[1, b'x']);
+    let body = frame(kind::DATA, 0, 3, b"body");
+    let window = frame(kind::WINDOW_UPDATE, 0, 3, &[0, 0, 0, 1]);
+    let bad = frame(kind::HEADERS, flag::END_HEADERS, 3, &malformed);
+    relay
+        .client_bytes(&[&bad[..], &body, &window].concat(), &mut out)
+        .expect("a stream error");
+    assert!(
+        out.to_server.is_empty(),
+        "the server hears nothing that it could forget"
+    );
+    assert_eq!(
+        told(&mut out),
+        [
+            (kind::RST_STREAM, 3, ErrorCode::ProtocolError as u32),
+            (kind::WINDOW_UPDATE, 0, 4)
+        ]
+    );
+    assert_eq!((relay.requests(), relay.open_streams()), (0, 0));
+    // Later references still mean the same, although the server never saw the block they refer to.
+    relay
+        .client_bytes(&request(5, &[0x82, 0x87, 0xc0, 0xbf]), &mut out)
+        .expect("a request");
+    let expected = pairs(&[
+        (":path", "/a"),
+        ("accept", "json"),
+        ("x-forwarded-for", "192.0.2.7"),
+        ("x-remote-user", "alice"),
+    ]);
+    assert_eq!(
+        decoded(&std::mem::take(&mut out.to_server), &mut server),
+        [(5, expected)]
+    );
+    // The id again, as a request: for the server it would be a new one.
+    let error = relay.client_bytes(&request(3, &first_block("/smuggled")), &mut out);
+    assert_eq!(error.expect_err("a used stream").code, ErrorCode::ProtocolError);
+    assert!(out.to_server.is_empty());
+}
+
+#[test]
+fn the_highest_stream_used_up_leaves_no_request_that_could_pass_as_trailers() {
+    let (mut relay, mut out) = started();
+    let highest = frame(
+        kind::HEADERS,
+        flag::END_HEADERS,
+        MAX_STREAM_ID,
+        &[0x82, 0x40, 1, b'B', 1, b'x'],
+    );
+    relay.client_bytes(&highest, &mut out).expect("a stream error");
+    relay
+        .client_bytes(&request(1, &first_block("/unmarked")), &mut out)
+        .expect_err("a lower stream");
+    assert!(out.to_server.is_empty());
+    relay.fail(ConnectionError::protocol("x"), &mut out);
+    let last = told(&mut out).pop().expect("a GOAWAY");
+    assert_eq!((last.0, last.2), (kind::GOAWAY, 0), "the server has served none");
+}
+
+#[test]
+fn trailers_are_those_of_an_open_stream_that_end_it_and_nothing_else() {
+    let open = frame(kind::HEADERS, flag::END_HEADERS, 1, &first_block("/a"));
+    let trailers = |flags: u8, block: &[u8]| frame(kind::HEADERS, flag::END_HEADERS | flags, 1, block);
+    let mut good = Vec::new();
+    hpack::write_literal(b"grpc-status", b"0", &mut good);
+    hpack::write_literal(b"x-remote-user", b"root", &mut good);
+    hpack::write_literal(b"x-forwarded-for", b"10.9.9.9", &mut good);
+    let (mut relay, mut out) = started();
+    relay.client_bytes(&open, &mut out).expect("a request");
+    relay
+        .client_bytes(&trailers(flag::END_STREAM, &good), &mut out)
+        .expect("trailers");
+    let went = decoded(&out.to_server, &mut Decoder::default());
+    assert_eq!(went[1], (1, pairs(&[("grpc-status", "0")])));
+
+    // Another block on it: the client has ended it.
+    out = Output::default();
+    relay
+        .client_bytes(&trailers(flag::END_STREAM, &good), &mut out)
+        .expect("a stream error");
+    let closed = ErrorCode::StreamClosed as u32;
+    assert_eq!(told(&mut out), [(kind::RST_STREAM, 1, closed)]);
+    assert_eq!(out.to_server, frame(kind::RST_STREAM, 0, 1, &closed.to_be_bytes()));
+    // And another, after that: it crossed the reset.
+    out = Output::default();
+    relay
+        .client_bytes(&trailers(flag::END_STREAM, &good), &mut out)
+        .expect("late trailers");
+    assert!(out.to_client.is_empty() && out.to_server.is_empty());
+
+    let mut upper = Vec::new();
+    hpack::write_literal(b"Upper", b"x", &mut upper);
+    for (what, refused) in [
+        ("without END_STREAM", trailers(0, &good)),
+        ("a request again", trailers(flag::END_STREAM, &[0x82, 0x87, 0x84])),
+        ("malformed", trailers(flag::END_STREAM, &upper)),
+    ] {
+        let (mut relay, mut out) = started();
+        relay.client_bytes(&open, &mut out).expect("a request");
+        out = Output::default();
+        relay.client_bytes(&refused, &mut out).expect("a stream error");
+        let code = ErrorCode::ProtocolError as u32;
+        assert_eq!(told(&mut out), [(kind::RST_STREAM, 1, code)], "{what}");
+        assert_eq!(
+            out.to_server,
+            frame(kind::RST_STREAM, 0, 1, &code.to_be_bytes()),
+            "{what}"
+        );
+        assert_eq!(relay.open_streams(), 0, "{what}");
+    }
+}
+
+#[test]
+fn a_server_that_resets_a_stream_gets_neither_its_trailers_nor_a_request_in_their_place() {
+    let (mut relay, mut out) = started();
+    let mut server = Decoder::default();
+    relay
+        .client_bytes(
+            &frame(kind::HEADERS, flag::END_HEADERS, 1, &first_block("/a")),
+            &mut out,
+        )
+        .expect("a request");
+    decoded(&std::mem::take(&mut out.to_server), &mut server);
+    relay
+        .server_bytes(&frame(kind::RST_STREAM, 0, 1, &[0, 0, 0, 1]), &mut out)
+        .expect("a reset");
+    let mut late = vec![0x40, 1];
+    late.extend_from_slice(b"t\x01v");
+    relay.client_bytes(&request(1, &late), &mut out).expect("late trailers");
+    assert!(out.to_server.is_empty());
+    // `t: v` is in the client's table, and not in the server's.
+    relay
+        .client_bytes(&request(3, &[0x82, 0x87, 0xc0, 0xbe]), &mut out)
+        .expect("a request");
+    let went = decoded(&std::mem::take(&mut out.to_server), &mut server);
+    assert_eq!(went[0].1[..2], pairs(&[(":path", "/a"), ("t", "v")]));
+    relay
+        .client_bytes(&request(1, &[0x82, 0x87, 0x84]), &mut out)
+        .expect_err("a request on a used stream");
+    assert!(out.to_server.is_empty());
+}
+
+#[test]
+fn a_withdrawn_identity_is_over_with_the_next_block() {
+    let (mut relay, mut out) = started();
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    out = Output::default();
+    relay.withdraw();
+    relay.client_bytes(&request(3, &AGAIN), &mut out).expect("a request");
+    assert!(
+        out.to_server.is_empty(),
+        "nothing without identity goes where identity is expected"
+    );
+    let answer = frames(&out.to_client);
+    assert_eq!(answer.len(), 1);
+    assert_eq!(
+        (answer[0].0.kind, answer[0].0.stream, answer[0].0.flags),
+        (kind::HEADERS, 3, 5)
+    );
+    let list = Decoder::default()
+        .decode(&answer[0].1, 64)
+        .expect("the client reads it");
+    assert_eq!(list.get(b":status"), Some(&b"401"[..]));
+    assert_eq!(relay.open_streams(), 1, "what is under way stays");
+}
+
+#[test]
+fn the_servers_settings_bound_what_the_client_is_offered_and_what_is_sent() {
+    let mut relay = relay();
+    let mut out = Output::default();
+    let settings = |table: u32, list: u32| {
+        let (mut table, mut list) = (table.to_be_bytes().to_vec(), list.to_be_bytes().to_vec());
+        table.splice(..0, [0, 1]);
+        list.splice(..0, [0, 6]);
+        frame(
+            kind::SETTINGS,
+            0,
+            0,
+            &[&table[..], &[0, 5, 0, 0, 0x40, 0], &list].concat(),
+        )
+    };
+    relay.client_bytes(PREFACE, &mut out).expect("a preface");
+    relay
+        .server_bytes(&settings(65_536, 1 << 20), &mut out)
+        .expect("SETTINGS");
+    assert_eq!(out.to_client, settings(4096, 4096), "the relay's own bounds");
+    out = Output::default();
+    relay.server_bytes(&settings(0, 200), &mut out).expect("SETTINGS");
+    assert_eq!(out.to_client, settings(0, 200));
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    assert!(out.to_server.is_empty());
+    assert_eq!(
+        out.to_client[settings(0, 0).len()..],
+        frame(kind::HEADERS, 5, 1, b"\x08\x03431")
+    );
+    relay.server_bytes(&settings(0, 4096), &mut out).expect("SETTINGS");
+    relay.client_bytes(&request(3, &AGAIN), &mut out).expect("a request");
+    let block = &frames(&out.to_server)[0].1;
+    assert_eq!(block[0], 0x20, "the table is empty from here on");
+    let mut server = Decoder::default();
+    server.decode(block, 4096).expect("it stands without a table");
+    assert!(server.decode(&[0xbe], 4096).is_err(), "and leaves nothing in it");
+}
+
+#[test]
+fn few_octets_that_stand_for_many_are_taken_as_they_find_room_and_not_for_ever() {
+    let mut relay = Relay::new(Settings {
+        max_header_bytes: 1 << 16,
+        ..settings()
+    });
+    let mut out = Output::default();
+    let begin = frame(kind::SETTINGS, 0, 0, &[]);
+    relay
+        .client_bytes(&[&PREFACE[..], &begin].concat(), &mut out)
+        .expect("a preface");
+    relay.server_bytes(&begin, &mut out).expect("SETTINGS");
+    // A large field that the server never saw, named again and again.
+    let mut first = vec![0x82, 0x87, 0x84, 0x40, 15];
+    first.extend_from_slice(b"x-forwarded-for");
+    first.extend_from_slice(&[0x7f, 0xa1, 0x1e]);
+    first.extend_from_slice(&[b'1'; 4000]);
+    relay.client_bytes(&request(1, &first), &mut out).expect("a request");
+    let mut bomb = Vec::new();
+    for stream in 1..1000 {
+        bomb.extend(request(
+            stream * 2 + 1,
+            &[&[0x82, 0x87, 0x84][..], &[0xbe; 12]].concat(),
+        ));
+    }
+    let mut rest = &bomb[..];
+    let mut went = 0;
+    let error = loop {
+        out.to_server.clear();
+        match relay.client_bytes(rest, &mut out) {
+            Ok(taken) => rest = &rest[taken..],
+            Err(error) => break error,
+        }
+        assert!(
+            out.to_server.len() <= HIGH_WATER + (1 << 16) + 1024,
+            "{}",
+            out.to_server.len()
+        );
+        assert!(!rest.is_empty(), "it was taken whole");
+        went += out.to_server.len();
+    };
+    assert_eq!(error.code, ErrorCode::EnhanceYourCalm);
+    let came = bomb.len() - rest.len();
+    assert!(went <= came * 8 + 3 * 65_536, "{came} octets became {went}");
+}
+
+#[test]
+fn a_user_agent_is_told_once_and_cut() {
+    let (mut relay, mut out) = started();
+    relay
+        .client_bytes(&request(1, &first_block("/a")), &mut out)
+        .expect("a request");
+    assert_eq!(relay.take_user_agent(), None);
+    let with = |agent: &[u8]| {
+        let mut block = vec![0x82, 0x87, 0x84];
+        hpack::write_literal(b"user-agent", agent, &mut block);
+        block
+    };
+    relay
+        .client_bytes(&request(3, &with(&[b'a'; 1000])), &mut out)
+        .expect("a request");
+    assert_eq!(relay.take_user_agent(), Some("a".repeat(256)));
+    relay
+        .client_bytes(&request(5, &with(b"another")), &mut out)
+        .expect("a request");
+    assert_eq!(relay.take_user_agent(), None, "the first is kept");
+}
+
+#[test]
+fn a_goaway_of_the_servers_between_the_relays_two_is_not_raised() {
+    let goaway = |last: u32| frame(kind::GOAWAY, 0, 0, &[last.to_be_bytes(), [0; 4]].concat());
+    let (mut relay, mut out) = started();
+    let both = [request(1, &first_block("/a")), request(3, &AGAIN)].concat();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    relay.go_away(&mut out);
+    relay.server_bytes(&goaway(1), &mut out).expect("a GOAWAY");
+    out = Output::default();
+    relay
+        .client_bytes(&frame(kind::PING, flag::ACK, 0, &PING), &mut out)
+        .expect("a PONG");
+    assert_eq!(told(&mut out), [(kind::GOAWAY, 0, 1)]);
+    assert_eq!(relay.drain(), Drain::Final { last: 1 });
+    relay
+        .server_bytes(&frame(kind::DATA, flag::END_STREAM, 1, b""), &mut out)
+        .expect("an answer");
+    assert!(relay.is_finished(), "stream 3 was given up by everybody");
+
+    let (mut relay, mut out) = started();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    relay.server_bytes(&goaway(1), &mut out).expect("a GOAWAY");
+    out = Output::default();
+    relay.fail(ConnectionError::protocol("x"), &mut out);
+    assert_eq!(told(&mut out)[0].2, 1, "last words raise nothing either");
+}
+
+#[test]
+fn an_early_answer_and_its_reset_are_written_apart() {
+    let (mut relay, mut out) = started();
+    let open = |stream| frame(kind::HEADERS, flag::END_HEADERS, stream, &[0x83, 0x87, 0x84]);
+    let both = [open(1), open(3)].concat();
+    relay.client_bytes(&both, &mut out).expect("requests");
+    let reset = |stream| frame(kind::RST_STREAM, 0, stream, &[0; 4]);
+    relay
+        .server_bytes(&reset(1), &mut out)
+        .expect("a reset without an answer");
+    assert_eq!(out.cut, None);
+    let answer = frame(kind::HEADERS, flag::END_HEADERS | flag::END_STREAM, 3, &[0x88]);
+    relay
+        .server_bytes(&[&answer[..], &reset(3)].concat(), &mut out)
+        .expect("an early answer");
+    assert_eq!(out.cut, Some(reset(1).len() + answer.len()));
+}
+
+#[test]
+fn an_idle_connection_is_small() {
+    assert!(size_of::<Relay>() <= 900, "{}", size_of::<Relay>());
 }
 
 #[test]
@@ -233,16 +584,16 @@ fn goaway_has_two_phases_and_no_request_is_lost_between_them() {
 fn a_draining_connections_watches_end_between_events_and_windows_are_given_back() {
     let mut relay = Relay::new(Settings {
         watch_handover: true,
-        ..relay().settings
+        ..settings()
     });
     let mut out = Output::default();
-    let settings = frame(kind::SETTINGS, 0, 0, &[]);
+    let begin = frame(kind::SETTINGS, 0, 0, &[]);
     relay
-        .client_bytes(&[&PREFACE[..], &settings].concat(), &mut out)
+        .client_bytes(&[&PREFACE[..], &begin].concat(), &mut out)
         .expect("a preface");
-    relay.server_bytes(&settings, &mut out).expect("settings");
+    relay.server_bytes(&begin, &mut out).expect("settings");
     let both = [
-        request(1, &first_block("/a?watch=true")),
+        request(1, &first_block("/api/v1/pods?watch=true")),
         request(3, &first_block("/a")),
     ]
     .concat();
@@ -419,7 +770,7 @@ fn what_cannot_be_followed_ends_the_connection_with_the_right_code() {
 
 fn any_frames() -> impl Strategy<Value = Vec<u8>> {
     let block = prop_oneof![
-        Just(first_block("/a?watch=1")),
+        Just(first_block("/api/v1/a?watch=1")),
         Just(vec![0x82, 0x87, 0x84]),
         prop::collection::vec(any::<u8>(), 0..64)
     ];
@@ -450,6 +801,8 @@ proptest! {
                 relay.go_away(&mut out);
             }
             let fault = client.chunks(cut).find_map(|part| relay.client_bytes(part, &mut out).err());
+            // A few frames of 64 octets never fill it.
+            assert!(out.has_room_for_client());
             let server_fault = server.chunks(cut).find_map(|part| relay.server_bytes(part, &mut out).err());
             (fault, server_fault, out.to_client, out.to_server, relay.requests(), relay.open_streams())
         };

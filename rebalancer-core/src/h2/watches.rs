@@ -1,4 +1,4 @@
-//! Ending the watches of a connection that was told to go, each between two events.
+//! The watches of a connection on the server's side: ending them once it was told to go, each between two events.
 //!
 //! Job: follow the server's half of every watch, and say which may be ended where the stream of frames stands now.
 //! Input: the server's frame headers, the fields of its answers and its DATA, in order from the connection's first.
@@ -44,6 +44,10 @@ impl Events {
         };
         if status.starts_with(b"1") {
             return Self::Unanswered;
+        }
+        // The length of a watch is not known, and nothing follows its last event: what says otherwise is something else.
+        if list.get(b"content-length").is_some() || list.get(b"trailer").is_some() {
+            return Self::Opaque;
         }
         let plain = list
             .get(b"content-encoding")
@@ -144,7 +148,7 @@ impl Watch {
 
 /// The watches of one connection.
 #[derive(Debug, Default)]
-pub struct Handover {
+pub struct Watches {
     /// The answers cannot be read any more: nothing is ended.
     lost: bool,
     /// The watch whose DATA is coming.
@@ -159,7 +163,7 @@ pub struct Handover {
     ended: BTreeSet<u32>,
 }
 
-impl Handover {
+impl Watches {
     /// The client opened a watch, and sends no more on it; `initial` when it asks for initial events.
     pub fn open(&mut self, stream: u32, initial: bool) {
         if !self.lost {
@@ -182,9 +186,13 @@ impl Handover {
         self.allowance = self.allowance.max(total);
     }
 
-    /// A frame of the server begins; `true` when it is of a watch that was ended, and must not reach the client.
-    ///
-    /// A header block passes all the same, so that the client's compression state stays the server's.
+    /// Whether the client has seen the end of that watch, while the server may go on with it.
+    pub fn has_ended(&self, stream: u32) -> bool {
+        self.ended.contains(&stream)
+    }
+
+    /// A frame of the server begins; `true` when it is of a watch that was ended, and must not reach the client. A header
+    /// block is no such frame: the client's compression state may need it.
     pub fn begin(&mut self, header: FrameHeader) -> bool {
         self.reading = None;
         let last = header.has(flag::END_STREAM) && matches!(header.kind, kind::HEADERS | kind::DATA);
@@ -273,7 +281,7 @@ mod tests {
     #[derive(Default)]
     struct Server {
         answers: Answers,
-        handover: Handover,
+        watches: Watches,
     }
 
     impl Server {
@@ -285,26 +293,26 @@ mod tests {
                 flags,
                 stream,
             };
-            let swallowed = self.handover.begin(header);
-            self.handover.take(payload);
+            let swallowed = self.watches.begin(header);
+            self.watches.take(payload);
             match self.answers.begin(header).or_else(|| self.answers.take(payload)) {
-                Some(Answer::Fields { stream, list }) => self.handover.answered(stream, &list),
-                Some(Answer::Lost) => self.handover.lose(),
+                Some(Answer::Fields { stream, list }) => self.watches.answered(stream, &list),
+                Some(Answer::Lost) => self.watches.lose(),
                 None => {}
             }
             swallowed
         }
 
         fn open(&mut self, stream: u32, initial: bool) {
-            self.handover.open(stream, initial);
+            self.watches.open(stream, initial);
         }
 
         fn allow(&mut self, total: u32) {
-            self.handover.allow(total);
+            self.watches.allow(total);
         }
 
         fn due(&mut self) -> Option<u32> {
-            self.handover.due()
+            self.watches.due()
         }
     }
 

@@ -1,0 +1,131 @@
+//! Which requests are watches, as the apiserver's RequestInfo has it
+//! (k8s.io/apiserver/pkg/endpoints/request/requestinfo.go, v0.36.2).
+//!
+//! Input: a request's method and target. Output: facts. Must never look for words in a text: a namespace, a pod or a
+//! proxied path may be called `watch`.
+
+use std::borrow::Cow;
+
+/// What a request's target says of a watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// Whether it asks for what exists before what changes (KEP-3157).
+    pub initial_events: bool,
+}
+
+impl Watch {
+    /// Reads a request's `:method` and `:path`; `None` when it is no watch.
+    pub fn of(method: &[u8], target: &[u8]) -> Option<Self> {
+        let target = without_authority(target);
+        let (path, query) = match target.iter().position(|octet| *octet == b'?') {
+            Some(at) => (&target[..at], &target[at + 1..]),
+            None => (target, &[][..]),
+        };
+        if !is_watch(method, path, query) {
+            return None;
+        }
+        Some(Self {
+            initial_events: is_true(query, b"sendInitialEvents"),
+        })
+    }
+}
+
+/// A target in absolute form (RFC 9112, section 3.2.2) from its path on: Go takes one in HTTP/2 too.
+fn without_authority(target: &[u8]) -> &[u8] {
+    if target.first() == Some(&b'/') {
+        return target;
+    }
+    let is_scheme = |octet: &u8| octet.is_ascii_alphanumeric() || b"+-.".contains(octet);
+    let scheme = target.iter().take_while(|octet| is_scheme(octet)).count();
+    let Some(rest) = target[scheme..].strip_prefix(b"://") else {
+        return &[];
+    };
+    let authority = rest.iter().take_while(|octet| !matches!(octet, b'/' | b'?')).count();
+    &rest[authority..]
+}
+
+fn is_watch(method: &[u8], path: &[u8], query: &[u8]) -> bool {
+    let Some(path) = unescaped(path, false) else {
+        return false;
+    };
+    let path = trimmed(&path);
+    let mut parts = path.split(|octet| *octet == b'/');
+    let grouped = match parts.next() {
+        Some(b"api") => false,
+        Some(b"apis") => true,
+        _ => return false,
+    };
+    let rest: Vec<&[u8]> = parts.collect();
+    // The version and one part more; and the group before them.
+    let Some(mut rest) = rest.get(1 + usize::from(grouped)..).filter(|rest| !rest.is_empty()) else {
+        return false;
+    };
+    if matches!(rest[0], b"watch" | b"proxy") {
+        // The deprecated verb in the path, whatever the method.
+        return rest[0] == b"watch" && rest.len() > 1;
+    }
+    if !matches!(method, b"GET" | b"HEAD") {
+        return false;
+    }
+    // What follows a namespace is a resource of its own, unless it is the namespace's.
+    if rest[0] == b"namespaces" && rest.len() > 2 && !matches!(rest[2], b"status" | b"finalize") {
+        rest = &rest[2..];
+    }
+    let is_named = rest.get(1).is_some_and(|name| !name.is_empty());
+    !is_named && is_true(query, b"watch")
+}
+
+fn trimmed(mut path: &[u8]) -> &[u8] {
+    while let [b'/', rest @ ..] | [rest @ .., b'/'] = path {
+        path = rest;
+    }
+    path
+}
+
+/// Whether a parameter is there and says neither `false` nor `0`: its first value counts, and an empty one is yes
+/// (k8s.io/apimachinery/pkg/runtime/conversion.go, `Convert_Slice_string_To_bool`).
+fn is_true(query: &[u8], wanted: &[u8]) -> bool {
+    for pair in query.split(|octet| *octet == b'&') {
+        // Go's net/url leaves such a pair out.
+        if pair.is_empty() || pair.contains(&b';') {
+            continue;
+        }
+        let (key, value) = match pair.iter().position(|octet| *octet == b'=') {
+            Some(at) => (&pair[..at], &pair[at + 1..]),
+            None => (pair, &[][..]),
+        };
+        let (Some(key), Some(value)) = (unescaped(key, true), unescaped(value, true)) else {
+            continue;
+        };
+        if *key == *wanted {
+            return *value != *b"0" && !value.eq_ignore_ascii_case(b"false");
+        }
+    }
+    false
+}
+
+/// Takes the escapes out of a part of a URL, as Go's net/url does; `None` when one is malformed.
+fn unescaped(text: &[u8], in_query: bool) -> Option<Cow<'_, [u8]>> {
+    if !text.iter().any(|octet| matches!(octet, b'%' | b'+')) {
+        return Some(Cow::Borrowed(text));
+    }
+    let digit = |octet: u8| char::from(octet).to_digit(16).map(|digit| digit as u8);
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, after)) = rest.split_first() {
+        rest = after;
+        match first {
+            b'%' => {
+                let [high, low, after @ ..] = after else { return None };
+                out.push(digit(*high)? << 4 | digit(*low)?);
+                rest = after;
+            }
+            b'+' if in_query => out.push(b' '),
+            octet => out.push(*octet),
+        }
+    }
+    Some(Cow::Owned(out))
+}
+
+#[cfg(test)]
+mod tests;

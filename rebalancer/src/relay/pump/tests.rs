@@ -1,0 +1,241 @@
+//! Every order in which four half-streams become ready, played on a scripted executor: the pump is polled only when one
+//! of its wakers was called, and nothing may stay behind.
+
+use std::{
+    cell::RefCell,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    task::{Wake, Waker},
+};
+
+use rebalancer_core::h2::{
+    frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
+    policy::Policy,
+    relay::Settings,
+};
+
+use super::*;
+use crate::relay::registry::Registry;
+
+/// How much a side takes at a time: neither a whole queue nor a whole read.
+const ROOM: usize = 40_000;
+
+/// How often each side sends: more than both queues hold.
+const SENDS: usize = 5;
+
+/// How many events every order is played of; then each side does all it has not done yet, in turn.
+const DEPTH: u32 = 6;
+
+/// One connection of the pump's, as the test moves it.
+#[derive(Default)]
+struct Wire {
+    readable: Vec<u8>,
+    reader: Option<Waker>,
+    room: usize,
+    writer: Option<Waker>,
+    written: Vec<u8>,
+}
+
+impl Wire {
+    fn arrive(&mut self, octets: &[u8]) {
+        self.readable.extend_from_slice(octets);
+        self.reader.take().inspect(Waker::wake_by_ref);
+    }
+
+    fn make_room(&mut self) {
+        self.room = ROOM;
+        self.writer.take().inspect(Waker::wake_by_ref);
+    }
+}
+
+#[derive(Clone, Default)]
+struct Socket(Rc<RefCell<Wire>>);
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut wire = self.0.borrow_mut();
+        if wire.readable.is_empty() {
+            wire.reader = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        let count = wire.readable.len().min(buffer.remaining());
+        buffer.put_slice(&wire.readable[..count]);
+        wire.readable.drain(..count);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        let mut wire = self.0.borrow_mut();
+        if wire.room == 0 {
+            wire.writer = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        let count = wire.room.min(octets.len());
+        wire.room -= count;
+        wire.written.extend_from_slice(&octets[..count]);
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    FrameHeader {
+        length: payload.len() as u32,
+        kind,
+        flags,
+        stream,
+    }
+    .write(&mut out);
+    out.extend_from_slice(payload);
+    out
+}
+
+/// What each side sends at a time: three frames of DATA.
+fn data() -> Vec<u8> {
+    frame(kind::DATA, 0, 1, &[b'x'; 16_384]).repeat(3)
+}
+
+/// Octets of DATA that arrived, frames that are cut left out.
+fn received(mut octets: &[u8]) -> usize {
+    octets = octets.strip_prefix(&PREFACE[..]).unwrap_or(octets);
+    let mut sum = 0;
+    while let Some((head, rest)) = octets.split_first_chunk::<HEADER_LEN>() {
+        let header = FrameHeader::parse(head);
+        let Some(rest) = rest.get(header.length as usize..) else {
+            break;
+        };
+        octets = rest;
+        if header.kind == kind::DATA {
+            sum += header.length as usize;
+        }
+    }
+    sum
+}
+
+struct Play<'a> {
+    client: Socket,
+    server: Socket,
+    sends_left: [usize; 2],
+    pump: Pin<Box<dyn Future<Output = End> + 'a>>,
+    woken: Arc<Woken>,
+    waker: Waker,
+}
+
+impl Play<'_> {
+    /// One of four things happens, and the executor does what it was woken for.
+    fn event(&mut self, event: usize) {
+        match event {
+            0 | 1 if self.sends_left[event] > 0 => {
+                self.sends_left[event] -= 1;
+                [&self.client, &self.server][event].0.borrow_mut().arrive(&data());
+            }
+            2 => self.client.0.borrow_mut().make_room(),
+            3 => self.server.0.borrow_mut().make_room(),
+            _ => {}
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        while self.woken.0.swap(false, SeqCst) {
+            let polled = self.pump.as_mut().poll(&mut Context::from_waker(&self.waker));
+            assert!(polled.is_pending(), "nobody has ended: {polled:?}");
+        }
+        let (client, server) = (self.client.0.borrow(), self.server.0.borrow());
+        let waits = client.writer.is_some() || server.writer.is_some();
+        assert!(
+            client.readable.is_empty() || client.reader.is_some() || waits,
+            "the client can be read, and nothing will wake the task"
+        );
+        assert!(
+            server.readable.is_empty() || server.reader.is_some() || client.writer.is_some(),
+            "the server can be read, and nothing will wake the task"
+        );
+    }
+}
+
+fn play(order: &[usize]) {
+    let registry = Registry::new("test".to_owned());
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let connection = registry.open(1, nowhere, nowhere);
+    let mut pump = Pump::new(Relay::new(Settings {
+        policy: Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7])),
+        max_header_bytes: 4096,
+        ping: [7; 8],
+        watch_handover: false,
+    }));
+    let (client, server) = (Socket::default(), Socket::default());
+    let settings = frame(kind::SETTINGS, 0, 0, &[]);
+    let request = frame(kind::HEADERS, flag::END_HEADERS, 1, &[0x83, 0x87, 0x84]);
+    client
+        .0
+        .borrow_mut()
+        .arrive(&[&PREFACE[..], &settings, &request].concat());
+    server.0.borrow_mut().arrive(&settings);
+    let woken = Arc::new(Woken(AtomicBool::new(true)));
+    let mut ends = (client.clone(), server.clone());
+    let mut play = Play {
+        client,
+        server,
+        sends_left: [SENDS; 2],
+        pump: Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection).await }),
+        waker: Waker::from(Arc::clone(&woken)),
+        woken,
+    };
+    play.settle();
+    for event in order {
+        play.event(*event);
+    }
+    for _ in 0..SENDS + 2 * SENDS * data().len() / ROOM {
+        for event in 0..4 {
+            play.event(event);
+        }
+    }
+    let sent = SENDS * 3 * 16_384;
+    assert_eq!(
+        received(&play.client.0.borrow().written),
+        sent,
+        "to the client: {order:?}"
+    );
+    assert_eq!(
+        received(&play.server.0.borrow().written),
+        sent,
+        "to the server: {order:?}"
+    );
+}
+
+#[test]
+fn in_whatever_order_four_half_streams_become_ready_nothing_stays_behind() {
+    for number in 0..4_usize.pow(DEPTH) {
+        let order: Vec<usize> = (0..DEPTH).map(|at| number / 4_usize.pow(at) % 4).collect();
+        play(&order);
+    }
+}
+
+#[test]
+fn a_client_that_reads_nothing_is_still_heard() {
+    // Its own frames must reach the server although its queue is full: event 1 fills it, event 0 is the client's.
+    play(&[3, 1, 1, 1, 1, 0, 3, 0, 3]);
+}
