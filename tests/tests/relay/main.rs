@@ -11,6 +11,6 @@ mod intercept;
 mod proxy_protocol;
 mod requests;
 mod takeover;
-mod trust;
 mod transfers;
+mod trust;
 mod world;
