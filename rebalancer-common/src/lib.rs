@@ -122,5 +122,5 @@ mod user {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::steer::Victim {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::steer::RequestOffsets {}
+    unsafe impl aya::Pod for super::steer::Place {}
 }

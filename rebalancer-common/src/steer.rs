@@ -16,13 +16,40 @@ pub const ANSWER_NO_ADDRESS: u32 = 5;
 pub const ANSWER_EXPIRED: u32 = 6;
 /// Index into the map `ANSWERED`: the request is not one over HTTP/2, for which the apiserver does not ask; answered no.
 pub const ANSWER_NOT_H2: u32 = 7;
+/// Index into the map `ANSWERED`: another program at the same place had moved the instruction pointer before this one
+/// ran, so nothing was touched.
+pub const ANSWER_TAKEN: u32 = 8;
+/// Index into the map `ANSWERED`: another tool's probe on the function's return would write to the stack behind this one,
+/// so the function itself ran.
+pub const ANSWER_RETURN_PROBE: u32 = 9;
+/// Index into the map `ANSWERED`: there was no room to count the connection's requests.
+pub const ANSWER_UNCOUNTED: u32 = 10;
 /// How many counters the map `ANSWERED` has.
-pub const ANSWERS: u32 = 8;
+pub const ANSWERS: u32 = 11;
+
+/// The counters' names, as metrics have them.
+pub const ANSWER_NAMES: [&str; ANSWERS as usize] = [
+    "hits",
+    "yes",
+    "no",
+    "left",
+    "unreadable",
+    "no_address",
+    "expired",
+    "not_h2",
+    "taken",
+    "return_probe",
+    "uncounted",
+];
 
 /// How many victims there may be at once.
 pub const VICTIMS: u32 = 65_536;
-/// How many connections' requests are counted; beyond that the longest silent ones are forgotten.
-pub const COUNTED: u32 = 32_768;
+/// How many connections' requests are counted at once. Memory is taken for those that are there.
+pub const COUNTED: u32 = 262_144;
+
+/// How long a connection that was told is told again, in nanoseconds from its plan's expiry: an answer that is cancelled
+/// carries no GOAWAY. Nobody else who gets the address is told after that, whatever became of the agent.
+pub const AGAIN_NS: u64 = 30_000_000_000;
 
 /// Room for a client's address as text: `[`, 39 octets of IPv6, `%` and 15 of a zone, `]`, `:` and a port make 63.
 pub const TEXT_OCTETS: usize = 64;
@@ -60,18 +87,44 @@ pub struct Victim {
     pub told: u64,
 }
 
-/// Where members of `net/http.Request` lie.
+/// What the program knows of the process and of the running kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RequestOffsets {
-    /// `Proto`
+pub struct Place {
+    /// Where the function begins in the process's memory: the program answers there and nowhere else.
+    pub address: u64,
+    /// Where `Proto` lies in `net/http.Request`.
     pub proto: u32,
-    /// `RemoteAddr`
+    /// Where `RemoteAddr` lies in it.
     pub remote_address: u32,
+    /// Where the kernel keeps who else has a probe at the place.
+    pub consumers: Consumers,
+}
+
+/// Where members of the kernel's structures for uprobes lie (kernel/events/uprobes.c), in octets.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Consumers {
+    /// 1 when these are known and may be read; else the rest is zero.
+    pub known: u32,
+    /// `task_struct.utask`
+    pub task_utask: u32,
+    /// `uprobe_task.auprobe`, which points to the probe's `arch` while its handlers run.
+    pub utask_auprobe: u32,
+    /// `uprobe.arch`
+    pub uprobe_arch: u32,
+    /// `uprobe.consumers`, a list.
+    pub uprobe_consumers: u32,
+    /// `uprobe_consumer.cons_node`, what links it into the list.
+    pub consumer_node: u32,
+    /// `uprobe_consumer.ret_handler`; not null for who wants to hear of returns.
+    pub consumer_ret_handler: u32,
+    /// Nothing.
+    pub padding: u32,
 }
 
 const _: () = {
     assert!(size_of::<ClientKey>() == TEXT_OCTETS);
     assert!(size_of::<Victim>() == 24);
-    assert!(size_of::<RequestOffsets>() == 8);
+    assert!(size_of::<Place>() == 48);
 };

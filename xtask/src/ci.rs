@@ -1,14 +1,15 @@
-//! `ci`: formatting, lints, a short fuzz, and every test, on this kernel and on Debian's.
+//! `ci`: formatting, lints, a short fuzz, the other processor's build, and every test, on this kernel and on Debian's.
 
 use std::process::ExitCode;
 
 use crate::{
+    arch::Arch,
     fuzz,
     run::{self, cargo},
-    test,
+    test, vm,
 };
 
-/// Runs the four steps; the last one's exit code is this one's.
+/// Runs the five steps; the last one's exit code is this one's.
 pub fn run() -> anyhow::Result<ExitCode> {
     run::run(&mut cargo(["fmt", "--all", "--check"]))?;
     run::run(&mut cargo([
@@ -20,5 +21,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         "warnings",
     ]))?;
     fuzz::run_fuzz(&fuzz::Arguments::smoke())?;
+    // Its tests in a VM take as long as all the others: `cargo xtask test --arch arm64 --kernel 6.12 kernel`.
+    vm::check(Arch::Arm64)?;
     test::run_all()
 }

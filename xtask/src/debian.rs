@@ -10,12 +10,16 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::run::{run, target};
+use crate::{
+    arch::Arch,
+    run::{is_root, run, target},
+};
 
 /// A private package list of one suite.
 pub struct Suite {
     directory: PathBuf,
     name: String,
+    arch: Arch,
 }
 
 impl Suite {
@@ -24,19 +28,28 @@ impl Suite {
     /// # Errors
     ///
     /// This is no Debian, or the mirror cannot be reached.
-    pub fn open(name: &str) -> anyhow::Result<Self> {
-        let directory = target().join("debian").join(name);
+    pub fn open(name: &str, arch: Arch) -> anyhow::Result<Self> {
+        let directory = if arch.is_host() {
+            target().join("debian").join(name)
+        } else {
+            target().join("debian").join(format!("{name}-{}", arch.debian()))
+        };
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(directory.join(part))?;
         }
         let suite = Self {
             directory,
             name: name.to_owned(),
+            arch,
         };
-        let mirror = mirror()?;
+        let mut mirror = mirror()?;
+        // Security updates have an archive of their own, beside the other on every mirror that has both.
+        if name.ends_with("-security") {
+            mirror.push_str("-security");
+        }
         fs::write(
             suite.directory.join("sources.list"),
-            format!("deb {mirror} {name} main\n"),
+            format!("deb [arch={}] {mirror} {name} main\n", arch.debian()),
         )?;
         eprintln!("reading the package list of Debian {name}");
         let status = suite
@@ -61,6 +74,8 @@ impl Suite {
             // Packages are fetched as the caller, into the caller's own directory.
             "APT::Sandbox::User=root".to_owned(),
             "APT::Get::List-Cleanup=0".to_owned(),
+            format!("APT::Architecture={}", self.arch.debian()),
+            format!("APT::Architectures::={}", self.arch.debian()),
         ] {
             command.arg("-o").arg(option);
         }
@@ -84,6 +99,31 @@ impl Suite {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let name = |line: &str| line.split_whitespace().next().map(str::to_owned);
         Ok(text.lines().filter_map(name).collect())
+    }
+
+    /// A package and the libraries it needs, directly or not.
+    pub fn closure(&self, package: &str) -> anyhow::Result<Vec<String>> {
+        let output = self
+            .apt("apt-cache")
+            .args([
+                "depends",
+                "--recurse",
+                "--no-recommends",
+                "--no-suggests",
+                "--no-conflicts",
+                "--no-breaks",
+            ])
+            .args(["--no-replaces", "--no-enhances", package])
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let mut names: Vec<String> = text
+            .lines()
+            .filter(|name| *name == package || name.starts_with("lib") || name.starts_with("zlib"))
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
     }
 
     /// Fetches and unpacks a package, once; the directory it is in.
@@ -118,6 +158,41 @@ impl Suite {
         fs::write(tree.join(".complete"), "")?;
         Ok(tree)
     }
+}
+
+/// Installs a program's package on this system where the program is missing.
+///
+/// # Errors
+///
+/// It is still missing then.
+pub fn install(program: &str, package: &str) -> anyhow::Result<()> {
+    let there = || {
+        Command::new(program)
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success())
+    };
+    if there() {
+        return Ok(());
+    }
+    eprintln!("{program} is needed and missing: installing Debian's package {package}");
+    let apt = |arguments: &[&str]| {
+        let mut command = if is_root() {
+            Command::new("apt-get")
+        } else {
+            let mut command = Command::new("sudo");
+            command.arg("apt-get");
+            command
+        };
+        command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+        run(&mut command)
+    };
+    apt(&["update", "-qq"])?;
+    apt(&["install", "-qq", "--yes", "--no-install-recommends", package])?;
+    if !there() {
+        bail!("{program} is still missing; install it by hand");
+    }
+    Ok(())
 }
 
 /// The Debian mirror that apt is configured with.

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
+use crate::arch::Arch;
 use crate::ebpf;
 use crate::run::{cargo, is_root, run, shown, target};
 use crate::vm;
@@ -27,7 +28,7 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if let Some(version) = version {
         return in_vm(&version, &flags);
     }
-    if let Err(error) = ebpf::build() {
+    if let Err(error) = ebpf::build(Arch::host()) {
         eprintln!("the kernel programs cannot be built, so the agents count by the socket list: {error:#}");
     }
     run(&mut cargo([
@@ -52,7 +53,7 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         command
     };
     if flags.iter().any(|flag| flag.contains("steer"))
-        && let Some(server) = vm::extras::goaway_server()?
+        && let Some(server) = vm::extras::goaway_server(Arch::host())?
     {
         command.env("REBALANCER_GOAWAY_SERVER", std::path::absolute(server)?);
     }

@@ -4,7 +4,7 @@
 //! the default toolchain, or Debian's package of exactly this rustc's release where rustup cannot download.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 
 use crate::{
+    arch::Arch,
     debian,
     run::{root, run, target},
 };
@@ -30,26 +31,31 @@ struct Toolchain {
 /// place, which fewer kernels take, and the one that steers new connections.
 const OBJECTS: [&str; 3] = ["rebalancer-ebpf", "rebalancer-steer", "rebalancer-intercept"];
 
-/// The directory the objects are in.
-pub fn directory() -> PathBuf {
-    target().join("ebpf")
+/// The directory a processor's objects are in; this machine's is where the binary's build looks for them.
+pub fn directory(arch: Arch) -> PathBuf {
+    if arch.is_host() {
+        target().join("ebpf")
+    } else {
+        target().join(format!("ebpf-{}", arch.debian()))
+    }
 }
 
 /// Builds the objects when a source is newer than one of them, says what it does, and answers with their directory.
-pub fn build() -> anyhow::Result<PathBuf> {
-    let objects = OBJECTS.map(|name| directory().join(format!("{name}.o")));
+pub fn build(arch: Arch) -> anyhow::Result<PathBuf> {
+    let directory = directory(arch);
+    let objects = OBJECTS.map(|name| directory.join(format!("{name}.o")));
     let mut fresh = true;
     for object in &objects {
         fresh &= is_fresh(object)?;
     }
     if fresh {
-        eprintln!("the kernel programs are up to date: {}", directory().display());
-        return Ok(directory());
+        eprintln!("the kernel programs are up to date: {}", directory.display());
+        return Ok(directory);
     }
     let toolchain = toolchain()?;
     let linker = linker(&toolchain)?;
     let rustflags = [
-        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+        format!("--cfg=bpf_target_arch=\"{}\"", arch.rust()),
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
         format!("-Clinker={}", linker.display()),
@@ -64,7 +70,7 @@ pub fn build() -> anyhow::Result<PathBuf> {
         .env_remove("RUSTUP_TOOLCHAIN")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", rustflags.join(" "))
-        .env("CARGO_TARGET_DIR", target().join("ebpf/build"))
+        .env("CARGO_TARGET_DIR", directory.join("build"))
         .args([
             "build",
             "--release",
@@ -81,15 +87,11 @@ pub fn build() -> anyhow::Result<PathBuf> {
     }
     run(&mut command)?;
     for (name, object) in OBJECTS.iter().zip(&objects) {
-        let built = target()
-            .join("ebpf/build")
-            .join(bpf_target())
-            .join("release")
-            .join(name);
+        let built = directory.join("build").join(bpf_target()).join("release").join(name);
         fs::copy(&built, object).with_context(|| format!("cannot copy {} to {}", built.display(), object.display()))?;
         eprintln!("the kernel programs: {}", object.display());
     }
-    Ok(directory())
+    Ok(directory)
 }
 
 fn bpf_target() -> &'static str {
@@ -160,6 +162,14 @@ fn toolchain() -> anyhow::Result<Toolchain> {
     debian_library().map(|library| stable(Some(library)))
 }
 
+/// The standard library's source for this very toolchain; `None` when it has its own.
+pub fn standard_library() -> anyhow::Result<Option<PathBuf>> {
+    if has_source(None) {
+        return Ok(None);
+    }
+    debian_library().map(Some)
+}
+
 /// Debian's source of exactly this rustc's release.
 fn debian_library() -> anyhow::Result<PathBuf> {
     let version = rustc(None, &["-vV"]).context("rustc does not run")?;
@@ -168,7 +178,7 @@ fn debian_library() -> anyhow::Result<PathBuf> {
         .find_map(|line| line.strip_prefix("release: "))
         .context("rustc does not say its release")?;
     for name in ["trixie-backports", "sid"] {
-        let suite = debian::Suite::open(name)?;
+        let suite = debian::Suite::open(name, Arch::host())?;
         let found = suite.versions("rust-src")?;
         let Some(package) = found.iter().find(|version| version.starts_with(&format!("{release}+"))) else {
             continue;

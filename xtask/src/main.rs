@@ -1,5 +1,6 @@
 //! Everything a person does with the project.
 
+mod arch;
 mod bench;
 mod ci;
 mod debian;
@@ -30,7 +31,11 @@ enum Command {
     /// Measure: processor time, latency and memory, beside what else there is
     Bench(bench::Arguments),
     /// Compile the kernel programs, and install what that needs into the target directory
-    BuildEbpf,
+    BuildEbpf {
+        /// For this processor [default: this machine's]
+        #[arg(long, value_enum)]
+        arch: Option<arch::Arch>,
+    },
     /// Give the parsers and the relay's state machine inputs that nobody thought of
     Fuzz(fuzz::Arguments),
     /// Formatting, lints, a short fuzz, then the tests: what CI runs
@@ -42,7 +47,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Test(arguments) => test::run_tests(&arguments),
         Command::Bench(arguments) => bench::run_bench(&arguments),
-        Command::BuildEbpf => ebpf::build().map(|_| ExitCode::SUCCESS),
+        Command::BuildEbpf { arch } => ebpf::build(arch.unwrap_or_else(arch::Arch::host)).map(|_| ExitCode::SUCCESS),
         Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
         Command::Ci => ci::run(),
     };

@@ -5,14 +5,16 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    time::Instant,
 };
 
 use anyhow::Context as _;
 use clap::ValueEnum;
 
+use crate::arch::Arch;
 use crate::ebpf;
 use crate::run::{cargo, is_root, root, run, shown, target};
-use crate::vm;
+use crate::vm::{self, Machine, Mode};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -22,6 +24,15 @@ pub struct Arguments {
     /// Run the groups that need a kernel in a VM with this Debian kernel; may be given several times
     #[arg(long, value_name = "VERSION", value_parser = clap::builder::PossibleValuesParser::new(vm::versions()))]
     kernel: Vec<String>,
+    /// The processor of that VM [default: this machine's]
+    #[arg(long, value_enum, requires = "kernel")]
+    arch: Option<Arch>,
+    /// What that VM is besides; may be given several times, for one run each
+    #[arg(long, value_enum, requires = "kernel")]
+    mode: Vec<Mode>,
+    /// Only tests whose names contain this; may be given several times
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    only: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -93,22 +104,72 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             group.name()
         );
     }
-    let on = |version: &String| groups.iter().map(|group| (*group, version.clone())).collect::<Vec<_>>();
-    let machines: Vec<_> = arguments.kernel.iter().flat_map(on).collect();
-    run_selected(&[], &machines)
+    let arch = arguments.arch.unwrap_or_else(Arch::host);
+    let modes: Vec<Option<Mode>> = match &arguments.mode[..] {
+        [] => vec![None],
+        modes => modes.iter().copied().map(Some).collect(),
+    };
+    let mut runs = Vec::new();
+    for version in &arguments.kernel {
+        for group in &groups {
+            for mode in &modes {
+                let machine = Machine {
+                    version: version.clone(),
+                    arch,
+                    mode: *mode,
+                };
+                runs.push(Run {
+                    group: *group,
+                    machine,
+                    only: arguments.only.clone(),
+                });
+            }
+        }
+    }
+    run_selected(&[], &runs)
 }
 
-/// Everything there is; the kernel group on the oldest and the newest long-term kernels of Debian as well, and the steer
-/// group on the first that takes it.
+/// A group in a VM.
+struct Run {
+    group: Group,
+    machine: Machine,
+    /// Parts of the names of those tests that are run; all of them where there is none.
+    only: Vec<String>,
+}
+
+/// Everything there is; counting also on the oldest and the newest of Debian's kernels and on long-term ones between, on
+/// one of them in each mode, and steer on the first that takes it and the newest.
 pub fn run_all() -> anyhow::Result<ExitCode> {
     let groups: Vec<Group> = Group::ALL.into_iter().filter(|group| group.exists()).collect();
-    let machines = [(Group::Kernel, "6.1"), (Group::Kernel, "6.12"), (Group::Steer, "6.18")];
-    run_selected(&groups, &machines.map(|(group, version)| (group, version.to_owned())))
+    let plain = |group: Group, version: &str| Run {
+        group,
+        machine: Machine::plain(version),
+        only: Vec::new(),
+    };
+    let in_mode = |mode: &Mode| Run {
+        group: Group::Kernel,
+        machine: Machine {
+            mode: Some(*mode),
+            ..Machine::plain(MODES_ON)
+        },
+        only: vec![ONLY_IN_MODES.to_owned()],
+    };
+    let counting = ["5.10", "6.1", "6.12", "6.18", vm::NEWEST];
+    let mut runs: Vec<Run> = counting.map(|version| plain(Group::Kernel, version)).into();
+    runs.extend(Mode::value_variants().iter().map(in_mode));
+    runs.extend(["6.18", vm::NEWEST].map(|version| plain(Group::Steer, version)));
+    run_selected(&groups, &runs)
 }
 
+/// The kernel whose modes are tried.
+const MODES_ON: &str = "6.12";
+
+/// What each mode is tried with: whether the programs load, and what they see.
+const ONLY_IN_MODES: &str = "offers";
+
 /// Runs groups here, and others in VMs; the last line counts all of it.
-fn run_selected(groups: &[Group], machines: &[(Group, String)]) -> anyhow::Result<ExitCode> {
-    for group in groups.iter().chain(machines.iter().map(|(group, _)| group)) {
+fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
+    for group in groups.iter().chain(runs.iter().map(|run| &run.group)) {
         anyhow::ensure!(group.exists(), "there is no test group `{}` yet", group.name());
     }
 
@@ -117,8 +178,8 @@ fn run_selected(groups: &[Group], machines: &[(Group, String)]) -> anyhow::Resul
     fs::write(&skips, "").with_context(|| format!("cannot write {}", skips.display()))?;
     let beyond_core = groups.iter().any(|group| *group != Group::Core);
     // Kernel programs that were built once go into the binary: they must be those of these sources.
-    if beyond_core || ebpf::directory().is_dir() {
-        ebpf::build()?;
+    if beyond_core || ebpf::directory(Arch::host()).is_dir() {
+        ebpf::build(Arch::host())?;
     }
     if beyond_core {
         run(&mut cargo([
@@ -138,9 +199,21 @@ fn run_selected(groups: &[Group], machines: &[(Group, String)]) -> anyhow::Resul
         total.failed += counts.failed;
     }
 
-    for (group, version) in machines {
-        eprintln!("the group `{}` on Debian's kernel {version}, in a VM", group.name());
-        let counts = counted(&mut vm::command(version, &group.name())?, &skips)?;
+    for Run { group, machine, only } in runs {
+        eprintln!("the group `{}` on {}, in a VM", group.name(), machine.name());
+        let only: Vec<&str> = only.iter().map(String::as_str).collect();
+        let mut command = vm::command(machine, &group.name(), &only)?;
+        let (began, processor) = (Instant::now(), processor_seconds());
+        let counts = counted(&mut command, &skips)?;
+        println!(
+            "{} on {}: {} passed, {} failed, in {} s, {:.0} s of them on a processor",
+            group.name(),
+            machine.name(),
+            counts.passed,
+            counts.failed,
+            began.elapsed().as_secs(),
+            processor_seconds() - processor
+        );
         total.passed += counts.passed;
         total.failed += counts.failed;
     }
@@ -160,6 +233,20 @@ fn run_selected(groups: &[Group], machines: &[(Group, String)]) -> anyhow::Resul
     })
 }
 
+/// What the processes that were waited for have used so far: a busy machine does not change it much.
+fn processor_seconds() -> f64 {
+    // SAFETY: a rusage is integers only, so that zero is one; getrusage fills it in.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage);
+        usage
+    };
+    [usage.ru_utime, usage.ru_stime]
+        .iter()
+        .map(|time| time.tv_sec as f64 + time.tv_usec as f64 / 1e6)
+        .sum()
+}
+
 fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
     let mut command = cargo(["test", "--no-fail-fast"]);
     if group != Group::Core {
@@ -172,7 +259,7 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
         }
     }
     if group == Group::Steer
-        && let Some(server) = vm::extras::goaway_server()?
+        && let Some(server) = vm::extras::goaway_server(Arch::host())?
     {
         command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }
@@ -191,10 +278,14 @@ fn counted(command: &mut Command, skips: &Path) -> anyhow::Result<Counts> {
     let stdout = child.stdout.take().expect("the child's stdout is piped");
     let mut counts = Counts::default();
     let mut results = 0;
+    let mut clock = GuestClock::default();
     for read in BufReader::new(stdout).split(b'\n') {
         let read = read.with_context(|| format!("cannot read what `{line}` prints"))?;
         let text = String::from_utf8_lossy(&read);
         let text = text.trim_end_matches('\r');
+        if let Some(guest) = vm::clock(text) {
+            clock.told(guest, Instant::now());
+        }
         if let Some(reason) = text.strip_prefix("vm: skipped ") {
             let mut file = fs::OpenOptions::new().append(true).open(skips)?;
             writeln!(file, "in the VM: {reason}")?;
@@ -206,12 +297,49 @@ fn counted(command: &mut Command, skips: &Path) -> anyhow::Result<Counts> {
         }
         writeln!(std::io::stdout(), "{text}")?;
     }
+    if let Some(runaway) = clock.runaway() {
+        println!("{runaway}");
+        if counts.failed > 0 {
+            eprintln!("what failed may have failed for that: run it again on a machine that is less busy");
+        }
+    }
     let status = child.wait().with_context(|| format!("cannot wait for `{line}`"))?;
     if counts.failed == 0 && (!status.success() || results == 0) {
         eprintln!("`{line}` ended ({status}) without a failed test, or without any result: counted as one failure");
         counts.failed = 1;
     }
     Ok(counts)
+}
+
+/// A guest's clock beside this machine's.
+#[derive(Default)]
+struct GuestClock {
+    first: Option<(f64, Instant)>,
+    last: Option<(f64, Instant)>,
+}
+
+impl GuestClock {
+    /// An emulated clock that is so many times as fast as this one's has run away: waits of minutes are over in seconds.
+    const TIMES: f64 = 1.5;
+    /// What it may be ahead at most all the same, in seconds.
+    const AHEAD: f64 = 20.0;
+
+    /// The guest has said how many seconds it is old.
+    fn told(&mut self, guest: f64, here: Instant) {
+        self.first.get_or_insert((guest, here));
+        self.last = Some((guest, here));
+    }
+
+    /// What there is to say when it has run away.
+    fn runaway(&self) -> Option<String> {
+        let ((first, began), (last, ended)) = (self.first?, self.last?);
+        let (guest, here) = (last - first, ended.duration_since(began).as_secs_f64());
+        (guest > here * Self::TIMES + Self::AHEAD).then(|| {
+            format!(
+                "the guest's clock has run away: {guest:.0} s there were {here:.0} s here, so its waits were too short"
+            )
+        })
+    }
 }
 
 /// Reads `test result: ok. 17 passed; 0 failed; …`, the line libtest ends each binary's run with.
@@ -240,7 +368,26 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn a_clock_that_runs_away_is_called_that() {
+        let now = Instant::now();
+        let after = |guest: f64, seconds: u64| {
+            let mut clock = GuestClock::default();
+            clock.told(2.0, now);
+            clock.told(2.0 + guest, now + Duration::from_secs(seconds));
+            clock.runaway()
+        };
+        assert_eq!(after(60.0, 60), None);
+        assert_eq!(after(110.0, 60), None);
+        assert_eq!(after(10.0, 60), None);
+        let said = after(10_143.0, 366).expect("a clock that ran away");
+        assert!(said.contains("10143 s there were 366 s here"), "{said}");
+        assert_eq!(GuestClock::default().runaway(), None);
+    }
 
     #[test]
     fn libtest_result_lines_are_read_and_others_are_not() {

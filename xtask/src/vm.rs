@@ -7,6 +7,8 @@ mod archive;
 pub mod extras;
 mod guest;
 
+pub use guest::check;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -14,24 +16,92 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use clap::ValueEnum;
 
 use self::{
     extras::Extras,
     guest::{Guest, Payload},
 };
 use crate::{
+    arch::Arch,
     debian::{self, Suite},
-    run::{is_root, run, target},
+    run::target,
 };
 
-/// Which Debian suite has a kernel of that version.
-const SUITES: [(&str, &str); 5] = [
-    ("6.1", "bookworm"),
-    ("6.12", "trixie"),
-    ("6.17", "trixie-backports"),
-    ("6.18", "trixie-backports"),
-    ("7.2", "sid"),
+/// Which Debian suites have a kernel of that version, in the order they are looked into: backports come and go.
+const SUITES: [(&str, &[&str]); 7] = [
+    ("5.10", &["bullseye-security", "bullseye"]),
+    ("6.1", &["bookworm-security", "bookworm"]),
+    ("6.12", &["trixie", "trixie-security"]),
+    ("6.17", &["trixie-backports", "sid"]),
+    ("6.18", &["trixie-backports", "sid"]),
+    ("7.2", &["trixie-backports", "sid", "forky"]),
+    ("7.3", &["trixie-backports", "sid", "experimental"]),
 ];
+
+/// The newest of Debian's kernels.
+pub const NEWEST: &str = SUITES[SUITES.len() - 1].0;
+
+/// What a VM is besides a kernel: each is what some distribution or cluster has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// The kernel's memory and code are not to be changed, as with Secure Boot
+    LockdownIntegrity,
+    /// Nor is it to be read, as Talos' images for Secure Boot had it
+    LockdownConfidentiality,
+    /// No cgroup v2 is mounted, as on hosts with cgroup v1 only
+    NoCgroup2,
+    /// The tests are in a cgroup namespace of their own, as in a pod
+    CgroupNamespace,
+    /// Listeners are for MPTCP, as Go's are since Go 1.24
+    Mptcp,
+}
+
+impl Mode {
+    /// As it is typed.
+    pub fn name(self) -> String {
+        let value = self.to_possible_value().expect("no mode is hidden");
+        value.get_name().to_owned()
+    }
+
+    /// The kernel's arguments; those it does not know are variables of the first process (kernel-parameters.rst).
+    fn append(self) -> String {
+        let kernel = match self {
+            Self::LockdownIntegrity => "lockdown=integrity ",
+            Self::LockdownConfidentiality => "lockdown=confidentiality ",
+            Self::NoCgroup2 | Self::CgroupNamespace | Self::Mptcp => "",
+        };
+        format!("{kernel}REBALANCER_VM_MODE={}", self.name())
+    }
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// The kernel's version, one of [`versions`].
+    pub version: String,
+    /// Its processor.
+    pub arch: Arch,
+    /// What else it is.
+    pub mode: Option<Mode>,
+}
+
+impl Machine {
+    /// A plain one, of this machine's processor.
+    pub fn plain(version: &str) -> Self {
+        Self {
+            version: version.to_owned(),
+            arch: Arch::host(),
+            mode: None,
+        }
+    }
+
+    /// For people.
+    pub fn name(&self) -> String {
+        let mode = self.mode.map(|mode| format!(", {}", mode.name())).unwrap_or_default();
+        format!("Debian's kernel {} ({}{mode})", self.version, self.arch.debian())
+    }
+}
 
 /// Modules the tests need, in the order they are loaded: namespaces on a bridge, and sock_diag.
 const MODULES: [&str; 6] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag"];
@@ -44,19 +114,21 @@ pub fn versions() -> impl Iterator<Item = &'static str> {
     SUITES.iter().map(|(version, _)| *version)
 }
 
-/// A command that boots a VM with that kernel, which runs a test group and prints what it says.
+/// A command that boots a VM, which runs a test group, or those of it whose names contain one of `filters`, and prints what
+/// it says.
 ///
 /// # Errors
 ///
 /// The kernel, qemu or the tests cannot be had.
-pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
-    let extras = Extras::of(group)?;
+pub fn command(machine: &Machine, group: &str, filters: &[&str]) -> anyhow::Result<Command> {
+    let extras = Extras::of(group, machine.arch)?;
     // What a test has seen is worth reading when it passes too.
     let arguments = ["--test-threads=1", "--show-output"]
-        .map(str::to_owned)
         .into_iter()
+        .chain(filters.iter().copied())
+        .map(str::to_owned)
         .chain(extras.arguments.clone());
-    boot(version, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
+    boot(machine, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
 }
 
 /// A command that boots a VM with that kernel, which runs a program of the package `rebalancer-tests` and prints what it
@@ -66,27 +138,32 @@ pub fn command(version: &str, group: &str) -> anyhow::Result<Command> {
 ///
 /// The kernel, qemu or the program cannot be had.
 pub fn program(version: &str, name: &str, arguments: &[String], group: &str) -> anyhow::Result<Command> {
-    boot(version, Payload::Program(name), arguments, &Extras::of(group)?)
+    let machine = Machine::plain(version);
+    let extras = Extras::of(group, machine.arch)?;
+    boot(&machine, Payload::Program(name), arguments, &extras)
 }
 
-fn boot(version: &str, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {
-    let qemu = qemu()?;
-    let image = Image::fetch(version)?;
-    let guest = Guest::build(payload)?;
-    let initramfs = target().join(format!("vm/initramfs-{version}"));
+fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {
+    let Machine { version, arch, mode } = machine;
+    let (qemu, package) = arch.qemu();
+    debian::install(qemu, package)?;
+    let image = Image::fetch(version, *arch)?;
+    let guest = Guest::build(payload, *arch)?;
+    let initramfs = target().join(format!("vm/initramfs-{version}-{}", arch.debian()));
     guest.pack(&image, extras, &initramfs)?;
+    let (emulated, console) = arch.machine();
     // What follows `--` is the first process's: what it is to run.
     let append = format!(
-        "console=ttyS0 panic=-1 quiet -- /{} {}",
+        "{console} panic=-1 quiet {} -- /{} {}",
+        mode.map(Mode::append).unwrap_or_default(),
         guest.path,
         arguments.join(" ")
     );
     let mut command = Command::new("timeout");
     command
-        .args([SECONDS, &qemu])
-        .args([
-            "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "3000", "-machine", "q35",
-        ])
+        .args([SECONDS, qemu])
+        .args(emulated)
+        .args(["-accel", "tcg", "-smp", "1", "-m", "3000"])
         .args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
         .arg("-kernel")
         .arg(&image.kernel)
@@ -103,34 +180,9 @@ pub fn exit_code(line: &str) -> Option<u8> {
     line.strip_prefix("vm: exit ")?.parse().ok()
 }
 
-fn qemu() -> anyhow::Result<String> {
-    const QEMU: &str = "qemu-system-x86_64";
-    let there = || {
-        Command::new(QEMU)
-            .arg("--version")
-            .output()
-            .is_ok_and(|output| output.status.success())
-    };
-    if !there() {
-        eprintln!("{QEMU} is needed and missing: installing Debian's package qemu-system-x86");
-        let apt = |arguments: &[&str]| {
-            let mut command = if is_root() {
-                Command::new("apt-get")
-            } else {
-                let mut command = Command::new("sudo");
-                command.arg("apt-get");
-                command
-            };
-            command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
-            run(&mut command)
-        };
-        apt(&["update", "-qq"])?;
-        apt(&["install", "-qq", "--yes", "--no-install-recommends", "qemu-system-x86"])?;
-        if !there() {
-            bail!("{QEMU} is still missing; install it by hand");
-        }
-    }
-    Ok(QEMU.to_owned())
+/// The guest's own clock, in seconds since it booted, from a line the first process prints at the beginning and the end.
+pub fn clock(line: &str) -> Option<f64> {
+    line.strip_prefix("vm: clock ")?.parse().ok()
 }
 
 /// A kernel and its modules.
@@ -140,23 +192,41 @@ struct Image {
 }
 
 impl Image {
-    fn fetch(version: &str) -> anyhow::Result<Self> {
-        let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == version) else {
+    fn fetch(version: &str, arch: Arch) -> anyhow::Result<Self> {
+        let Some((_, suites)) = SUITES.iter().find(|(known, _)| *known == version) else {
             let known: Vec<_> = versions().collect();
             bail!("--kernel {version}: known are {}", known.join(", "));
         };
-        let suite = Suite::open(suite)?;
         let pattern = format!(
-            "^linux-(image|binary)-{}[.+-][^ ]*cloud-amd64$",
-            version.replace('.', "\\.")
+            "^linux-(image|binary)-{}[.+-][^ ]*cloud-{}$",
+            version.replace('.', "\\."),
+            arch.debian()
         );
-        let mut packages = suite.search(&pattern)?;
-        packages.retain(|package| !package.contains("-unsigned"));
-        // Of one version, the package with the kernel itself last: since 7.2 that is not the one named image.
-        packages.sort_by_key(|package| (numbers(package), package.contains("-binary-")));
-        let package = packages
-            .last()
-            .with_context(|| format!("there is no cloud kernel {version} in that Debian suite"))?;
+        let mut found = None;
+        for name in *suites {
+            let suite = match Suite::open(name, arch) {
+                Ok(suite) => suite,
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    continue;
+                }
+            };
+            let mut packages = suite.search(&pattern)?;
+            packages.retain(|package| !package.contains("-unsigned"));
+            // Of one version, the package with the kernel itself last: since 7.2 that is not the one named image.
+            packages.sort_by_key(|package| (numbers(package), package.contains("-binary-")));
+            if let Some(package) = packages.pop() {
+                found = Some((suite, package));
+                break;
+            }
+        }
+        let (suite, package) = &found.with_context(|| {
+            format!(
+                "no Debian suite has a cloud kernel {version} for {} any more (looked into: {}); backports come and go",
+                arch.debian(),
+                suites.join(", ")
+            )
+        })?;
         let tree = suite.unpacked(package, None)?;
         let kernel = kernel_of(&tree).with_context(|| format!("{package} has no vmlinuz"))?;
         // Since 7.2 the modules are in a package of their own.
@@ -166,7 +236,10 @@ impl Image {
         {
             tree
         } else {
-            suite.unpacked(&package.replace("linux-binary-", "linux-modules-"), None)?
+            // Only the kernel may be left of one that is gone from the suite.
+            suite
+                .unpacked(&package.replace("linux-binary-", "linux-modules-"), None)
+                .with_context(|| format!("the kernel {version} is there and its modules are not"))?
         };
         let mut modules = Vec::new();
         for name in MODULES {

@@ -46,6 +46,8 @@ pub struct BuildInfo {
     pub main: Option<String>,
     /// The version of k8s.io/apiserver it is built on, where the module list says so.
     pub apiserver: Option<String>,
+    /// The profile that guided the compiler (`-pgo`), where one did.
+    pub profile: Option<String>,
 }
 
 impl BuildInfo {
@@ -74,6 +76,7 @@ impl BuildInfo {
             version: GoVersion::new(&String::from_utf8_lossy(version)),
             main: main.map(str::to_owned),
             apiserver: module(&modules, "k8s.io/apiserver"),
+            profile: setting(&modules, "-pgo").filter(|profile| profile != "off"),
         })
     }
 }
@@ -88,6 +91,15 @@ fn module(list: &str, wanted: &str) -> Option<String> {
     let replacement = lines.next().and_then(|line| line.strip_prefix("=>\t"));
     let version = replacement.and_then(|line| line.split('\t').nth(1)).unwrap_or(own);
     (!version.is_empty()).then(|| version.to_owned())
+}
+
+/// A setting of the build (`build\tKEY=VALUE`, runtime/debug.BuildInfo.String); quoted where it has odd characters.
+fn setting(list: &str, key: &str) -> Option<String> {
+    list.lines().find_map(|line| {
+        let (own, value) = line.strip_prefix("build\t")?.split_once('=')?;
+        let is_it = own.trim_matches(['"', '`']) == key && !value.is_empty();
+        is_it.then(|| value.trim_matches(['"', '`']).to_owned())
+    })
 }
 
 /// A string with its length before it, and what follows it.
@@ -135,5 +147,14 @@ mod tests {
         assert_eq!(module(list, "k8s.io/apimachinery").as_deref(), Some("v0.36.1"));
         assert_eq!(module(list, "k8s.io/kubernetes").as_deref(), Some("v1.36.2"));
         assert_eq!(module(list, "k8s.io"), None);
+    }
+
+    #[test]
+    fn settings_of_the_build_are_read() {
+        let list = "path\tk8s.io/x\nbuild\t-buildmode=exe\nbuild\t-pgo=/a b/default.pgo\nbuild\tCGO_CFLAGS=\n";
+        assert_eq!(setting(list, "-pgo").as_deref(), Some("/a b/default.pgo"));
+        assert_eq!(setting(list, "CGO_CFLAGS"), None);
+        assert_eq!(setting(list, "-pg"), None);
+        assert_eq!(setting("dep\t-pgo=x\t1\n", "-pgo"), None);
     }
 }

@@ -17,6 +17,7 @@ use super::{Architecture, Refusal};
 pub struct Image<'a> {
     bytes: &'a [u8],
     architecture: Architecture,
+    entry: u64,
     segments: &'a [ProgramHeader64<Le>],
     sections: SectionTable<'a, FileHeader64<Le>>,
 }
@@ -59,6 +60,7 @@ impl<'a> Image<'a> {
         Ok(Self {
             bytes,
             architecture,
+            entry: header.e_entry(Le),
             segments,
             sections,
         })
@@ -67,6 +69,11 @@ impl<'a> Image<'a> {
     /// The processor it is for.
     pub fn architecture(&self) -> Architecture {
         self.architecture
+    }
+
+    /// Where execution begins, as linked.
+    pub fn entry(&self) -> u64 {
+        self.entry
     }
 
     /// The first section with one of these names that lies in the file.

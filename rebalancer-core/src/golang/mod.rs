@@ -65,9 +65,16 @@ pub struct AttachPoint {
     pub address: u64,
     /// Where it begins in the file: what a uprobe takes.
     pub file_offset: u64,
+    /// The function's first octets, as the process has them in memory where nobody put a breakpoint.
+    pub code: [u8; BEGIN],
+    /// Where execution of the whole program begins, as linked: what a process moved this by, it moved the function by.
+    pub entry: u64,
     /// How the request is laid out that the function is called with.
     pub layout: RequestLayout,
 }
+
+/// How many of the function's first octets are kept: more than a breakpoint or a jump takes.
+pub const BEGIN: usize = 16;
 
 /// Why there is no place to attach.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +102,15 @@ pub enum Refusal {
     UnknownGoVersion {
         /// What it says.
         version: String,
+    },
+    /// The compiler was guided by a profile.
+    #[error(
+        "it is built with a profile (-pgo={profile}): Go then puts the decider's code where it is called, and a probe on \
+         the function is passed by"
+    )]
+    ProfileGuided {
+        /// As the build names it.
+        profile: String,
     },
     /// No function table.
     #[error(
@@ -157,6 +173,9 @@ pub fn find(bytes: &[u8]) -> Result<AttachPoint, Refusal> {
             version: build.version.text,
         });
     }
+    if let Some(profile) = build.profile {
+        return Err(Refusal::ProfileGuided { profile });
+    }
     let table = FunctionTable::read(&image)?;
     let function = table.find(FUNCTION.as_bytes())?;
     let code = image
@@ -176,6 +195,10 @@ pub fn find(bytes: &[u8]) -> Result<AttachPoint, Refusal> {
         build,
         address: function.address,
         file_offset,
+        code: *code
+            .first_chunk()
+            .ok_or(Refusal::Malformed { what: "function table" })?,
+        entry: image.entry(),
         layout: LAYOUT,
     })
 }

@@ -17,6 +17,8 @@ struct Shape {
     version: &'static str,
     name: &'static str,
     copies: usize,
+    /// A line of the build's settings.
+    setting: &'static str,
 }
 
 const SHAPE: Shape = Shape {
@@ -27,11 +29,13 @@ const SHAPE: Shape = Shape {
     version: "go1.26.8",
     name: FUNCTION,
     copies: 1,
+    setting: "",
 };
 
 /// The segments' addresses differ from their places in the file, and the code begins behind its segment's beginning.
 const BASE: u64 = 0x40_0000;
 const TEXT: u64 = BASE + TEXT_AT as u64;
+const ENTRY: u64 = TEXT + 0x20;
 const TEXT_AT: usize = 0x1040;
 const FUNCTION_AT: usize = 0x80;
 const FUNCTION_LENGTH: usize = 0x60;
@@ -107,6 +111,7 @@ fn build(shape: Shape) -> Vec<u8> {
     file.put(0, b"\x7fELF\x02\x01\x01");
     file.half(16, machine << 16 | if shape.pie { 3 } else { 2 });
     file.half(20, 1);
+    file.word(24, ENTRY);
     file.word(32, 64);
     file.word(40, SECTIONS_AT as u64);
     file.put(52, &[64, 0, 56, 0, 2, 0, 64, 0, 7, 0, 6, 0]);
@@ -160,8 +165,8 @@ fn build(shape: Shape) -> Vec<u8> {
     file.put(INFO_AT + 32, &[shape.version.len() as u8]);
     file.put(INFO_AT + 33, shape.version.as_bytes());
     let modules = format!(
-        "{0}path\tk8s.io/x\ndep\tk8s.io/apiserver\tv0.36.2\th1:\n{0}",
-        "0123456789abcdef"
+        "{0}path\tk8s.io/x\ndep\tk8s.io/apiserver\tv0.36.2\th1:\n{1}{0}",
+        "0123456789abcdef", shape.setting
     );
     let at = INFO_AT + 33 + shape.version.len();
     file.put(at, &[modules.len() as u8]);
@@ -233,6 +238,8 @@ fn the_function_is_found_in_every_shape() {
         assert_eq!(point.architecture, shape.architecture);
         assert_eq!(point.build.apiserver.as_deref(), Some("v0.36.2"));
         assert_eq!((point.layout.proto, point.layout.remote_address), (24, 176));
+        assert_eq!(point.entry, ENTRY);
+        assert_eq!(point.code[..2], build(shape)[TEXT_AT + FUNCTION_AT..][..2]);
     }
     let vendored = "k8s.io/kubernetes/vendor/k8s.io/apiserver/pkg/server/filters.(*probabilisticGoawayDecider).Goaway";
     let found = find(&build(Shape {
@@ -283,6 +290,17 @@ fn what_is_not_recognised_is_refused_by_name() {
         refusal(Shape { version, ..SHAPE }),
         Refusal::UnknownGoVersion { .. }
     ));
+    for (setting, profile) in [
+        ("build\t-pgo=default.pgo\n", Some("default.pgo")),
+        ("build\t-pgo=off\n", None),
+        ("build\t-buildmode=exe\n", None),
+    ] {
+        let found = find(&build(Shape { setting, ..SHAPE }));
+        let refused = profile.map(|profile| Refusal::ProfileGuided {
+            profile: profile.to_owned(),
+        });
+        assert_eq!(found.err(), refused, "{setting}");
+    }
     assert_eq!(
         refusal(Shape {
             name: "main.other",

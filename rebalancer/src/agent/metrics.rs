@@ -22,6 +22,7 @@ use rebalancer_core::{
 };
 
 use super::wire::{mode_name, protocol_name, shim_name};
+use crate::steer::Answers;
 
 /// How old a look may be that a scrape is answered with.
 const FRESH: Duration = Duration::from_secs(1);
@@ -147,6 +148,17 @@ impl Metrics {
             gauge.clone(),
         );
         self.shim_up = Some(gauge);
+    }
+
+    /// One more counter, for an agent that answers in an apiserver's place.
+    pub fn steer_answers(&mut self) -> Answers {
+        let answers = Answers::default();
+        self.registry.register(
+            "steer_answers",
+            "How often the apiserver asked whether to say GOAWAY (hits), and what became of it",
+            answers.family(),
+        );
+        answers
     }
 
     /// All at zero.

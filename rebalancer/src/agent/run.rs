@@ -66,25 +66,34 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let (handle, requests) = AgentHandle::new(clock);
     let (inputs_sender, inputs) = mpsc::channel(256);
     let recorder = Recorder::open(config.decision_log.as_deref())?;
-    let (kind, port, kernel_log) = (config.source, config.apiserver_port, config.kernel_log);
-    let source = Source::open(kind, port, kernel_log)?;
-    let source_name = source.name();
-    let orders = start_shim(&config, &handle, &inputs_sender)?;
     let mut metrics = Metrics::new();
-    if config.shim != Shim::None {
-        metrics.with_shim();
-    }
-    if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
-        let intercept = Intercept::open(config.apiserver_port, metrics.intercepting()).context("--intercept")?;
-        tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
-    }
+    // What another agent on this host has as well, first: nothing is attached that would have to go again at once.
     let peers = match &config.peers {
         None => None,
         Some(peers) => {
             let tls = Arc::new(PeerTls::load(peers)?);
-            Some((peers, tls, metrics.certificate_expiry(), metrics.refused_handshakes()))
+            let hosts = peers.addresses.iter().map(|peer| peer.server_name.clone()).collect();
+            let refused = metrics.refused_handshakes();
+            let listener = TlsListener::bind(peers.listen, Arc::clone(&tls), hosts, refused).await?;
+            Some((peers, tls, metrics.certificate_expiry(), listener))
         }
     };
+    let metrics_listener = TcpListener::bind(config.metrics)
+        .await
+        .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
+    let socket = local::bind(&config.api.0).context("--api")?;
+
+    let (kind, port, kernel_log) = (config.source, config.apiserver_port, config.kernel_log);
+    let source = Source::open(kind, port, kernel_log)?;
+    let source_name = source.name();
+    if config.shim != Shim::None {
+        metrics.with_shim();
+    }
+    let orders = start_shim(&config, &handle, &inputs_sender, &mut metrics)?;
+    if let (true, Shim::Relay(socket)) = (config.intercept, &config.shim) {
+        let intercept = Intercept::open(config.apiserver_port, metrics.intercepting()).context("--intercept")?;
+        tokio::spawn(intercept.run(takeover::path_beside(&socket.0)));
+    }
     let metrics = Arc::new(Mutex::new(metrics));
     let heart = Heart::start().context("cannot start the watchdog's thread")?;
     let context = ApiContext {
@@ -94,9 +103,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         source: source_name,
     };
 
-    if let Some((peers, tls, expiry, refused)) = peers {
-        let hosts = peers.addresses.iter().map(|peer| peer.server_name.clone()).collect();
-        let listener = TlsListener::bind(peers.listen, Arc::clone(&tls), hosts, refused).await?;
+    if let Some((peers, tls, expiry, listener)) = peers {
         let routes = peers::router(handle.clone()).into_make_service_with_connect_info::<Asker>();
         tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
@@ -114,15 +121,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             ));
         }
     }
-    let metrics_listener = TcpListener::bind(config.metrics)
-        .await
-        .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
     serve(
         "the metrics' port",
         metrics_listener,
         api::metrics_router(context.clone()),
     );
-    let socket = local::bind(&config.api.0).context("--api")?;
     serve("the local API", socket.listener, api::router(context));
 
     tracing::info!(
@@ -169,6 +172,7 @@ fn start_shim(
     config: &Config,
     agent: &AgentHandle,
     inputs: &mpsc::Sender<Input>,
+    metrics: &mut Metrics,
 ) -> anyhow::Result<Option<mpsc::Sender<GoawayOrder>>> {
     match &config.shim {
         Shim::None => Ok(None),
@@ -179,7 +183,8 @@ fn start_shim(
         }
         Shim::Steer(path) => {
             let given = path.as_ref().map_or("auto".into(), |path| path.display().to_string());
-            let steer = Steer::start(config.apiserver_port, path.clone()).map_err(|error| {
+            let answers = metrics.steer_answers();
+            let steer = Steer::start(config.apiserver_port, path.clone(), answers).map_err(|error| {
                 anyhow::anyhow!(
                     "--shim steer:{given} cannot be used: {error}. The alternative that needs nothing of kernel and \
                      binary: run `rebalancer relay` before the apiserver, and the agent with --shim relay:unix:PATH"

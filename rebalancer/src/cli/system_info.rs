@@ -142,10 +142,10 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
 /// The process that would be probed: whether everything about it is as it must be.
 fn apiserver(port: u16) -> Result<String, steer::SteerError> {
     let process = steer::find_process(port, None)?;
-    let chance = process.check_goaway_chance()?;
+    let (chance, place) = process.check_goaway_chance()?;
     let point = steer::point_in(&process)?;
     Ok(format!(
-        "process {} on port {port}, --goaway-chance={chance}, {}: {}",
+        "process {} on port {port}, --goaway-chance={chance} {place}, {}: {}",
         process.pid,
         process.executable.display(),
         shown(&point)

@@ -25,6 +25,19 @@ pub fn forms(client: SocketAddr, zones: &[String]) -> Vec<ClientKey> {
         .collect()
 }
 
+/// The client whose address a key is, without its zone; `None` when it is not Go's form of one.
+pub fn client(key: &ClientKey) -> Option<SocketAddr> {
+    let length = key.text.iter().position(|octet| *octet == 0)?;
+    let text = str::from_utf8(&key.text[..length]).ok()?;
+    match text.split_once('%') {
+        None => text.parse().ok(),
+        Some((ip, rest)) => {
+            let (_, port) = rest.split_once(']')?;
+            format!("{ip}]{port}").parse().ok()
+        }
+    }
+}
+
 /// The names of this network namespace's interfaces; none where they cannot be read, and then no link-local client is
 /// ever told.
 pub fn zones() -> Vec<String> {
@@ -53,7 +66,23 @@ mod tests {
                 .iter()
                 .filter_map(|text| ClientKey::new(text.as_bytes()))
                 .collect();
-            assert_eq!(forms(client.parse().expect("an address"), &zones), expected, "{client}");
+            let client: SocketAddr = client.parse().expect("an address");
+            assert_eq!(forms(client, &zones), expected, "{client}");
+            let canonical = SocketAddr::new(client.ip().to_canonical(), client.port());
+            for key in expected {
+                assert_eq!(super::client(&key), Some(canonical));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_nobodys() {
+        for text in ["", "@", "192.0.2.7", "[fe80::1%eth0:443", "192.0.2.7:65536"] {
+            assert_eq!(
+                super::client(&ClientKey::new(text.as_bytes()).expect("room")),
+                None,
+                "{text}"
+            );
         }
     }
 

@@ -2,11 +2,12 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use rebalancer_common::steer::RequestOffsets;
-use rebalancer_core::golang::AttachPoint;
+use rebalancer_common::steer::Place;
+use rebalancer_core::golang::{Architecture, AttachPoint, BEGIN};
 
 use super::{
     SteerError, binary,
+    lock::{self, Lock},
     process::{self, Process},
     program::{Part, Program},
 };
@@ -19,9 +20,12 @@ pub struct Attachment {
     pub process: Process,
     /// What is known of the binary.
     pub point: AttachPoint,
+    /// Where the function is in its memory.
+    pub address: u64,
     port: u16,
     /// The sockets that listen on the port.
     sockets: BTreeSet<u64>,
+    _lock: Lock,
 }
 
 impl Attachment {
@@ -34,18 +38,28 @@ impl Attachment {
         let sockets = process::listeners(port)?;
         let (process, point) = located(port, path)?;
         process.check_goaway_chance()?;
-        let mut program = Program::load(Part::Steer, offsets(&point))?;
-        program.attach(process.pid, &process.binary(), point.file_offset)?;
+        process.check_shadow_stack()?;
+        let lock = lock::take(&process)?;
+        let address = untouched(&process, &point)?;
+        let mut program = Program::load(Part::Steer, place(&point, address))?;
+        program.attach(process.pid, &process.binary_path(), point.file_offset)?;
         // The number may have become another process's, or the process another program, between the looks.
         if !process.is_the_same() {
             return Err(SteerError::Changed { pid: process.pid });
+        }
+        let code: [u8; BEGIN] = memory(&process, address)?;
+        if !is_breakpoint(point.architecture, &code) {
+            let why = format!("there is no breakpoint at {address:#x} afterwards");
+            return Err(SteerError::Attach { pid: process.pid, why });
         }
         Ok(Self {
             program,
             process,
             point,
+            address,
             port,
             sockets,
+            _lock: lock,
         })
     }
 
@@ -55,22 +69,63 @@ impl Attachment {
     }
 }
 
-/// Puts one of the programs where the probe would go, for measuring; it goes when the returned value goes.
+/// Puts one of the programs where the probe would go, for measuring, without a look at who else is there; it goes when
+/// the returned value goes.
 ///
 /// # Errors
 ///
 /// As for [`Attachment::new`].
 pub fn cost_program(part: Part, port: u16) -> Result<Program, SteerError> {
     let (process, point) = located(port, None)?;
-    let mut program = Program::load(part, offsets(&point))?;
-    program.attach(process.pid, &process.binary(), point.file_offset)?;
+    let mut program = Program::load(part, place(&point, address(&process, &point)?))?;
+    program.attach(process.pid, &process.binary_path(), point.file_offset)?;
     Ok(program)
 }
 
-fn offsets(point: &AttachPoint) -> RequestOffsets {
-    RequestOffsets {
+fn place(point: &AttachPoint, address: u64) -> Place {
+    Place {
+        address,
         proto: point.layout.proto,
         remote_address: point.layout.remote_address,
+        ..Place::default()
+    }
+}
+
+/// Where the function is in the process: a position-independent binary is moved as a whole.
+fn address(process: &Process, point: &AttachPoint) -> Result<u64, SteerError> {
+    let entry = process
+        .entry()
+        .map_err(SteerError::io(format!("/proc/{}/auxv", process.pid)))?;
+    Ok(point.address.wrapping_add(entry.wrapping_sub(point.entry)))
+}
+
+fn memory(process: &Process, address: u64) -> Result<[u8; BEGIN], SteerError> {
+    process
+        .memory(address)
+        .map_err(SteerError::io(format!("/proc/{}/mem at {address:#x}", process.pid)))
+}
+
+/// The function's address, where its code is as in the file: nobody has put anything there.
+fn untouched(process: &Process, point: &AttachPoint) -> Result<u64, SteerError> {
+    let (pid, address) = (process.pid, address(process, point)?);
+    let code = memory(process, address)?;
+    if code == point.code {
+        Ok(address)
+    } else if is_breakpoint(point.architecture, &code) {
+        Err(SteerError::ForeignProbe { pid, address })
+    } else {
+        let octets: Vec<String> = code.iter().map(|octet| format!("{octet:02x}")).collect();
+        let octets = octets.join(" ");
+        Err(SteerError::ChangedCode { pid, address, octets })
+    }
+}
+
+/// Whether code begins with a breakpoint: INT3, or BRK with any number.
+fn is_breakpoint(architecture: Architecture, code: &[u8; BEGIN]) -> bool {
+    let [first, second, third, fourth, ..] = *code;
+    match architecture {
+        Architecture::X86_64 => first == 0xcc,
+        Architecture::Aarch64 => u32::from_le_bytes([first, second, third, fourth]) & 0xffe0_001f == 0xd420_0000,
     }
 }
 
@@ -86,7 +141,9 @@ fn located(port: u16, path: Option<&Path>) -> Result<(Process, AttachPoint), Ste
 ///
 /// The binary is refused, or is for another processor.
 pub fn point_in(process: &Process) -> Result<AttachPoint, SteerError> {
-    let point = binary::inspect(&process.binary())?.map_err(|source| SteerError::Binary {
+    let inspected =
+        binary::inspect_file(process.binary()).map_err(SteerError::io(process.executable.display().to_string()))?;
+    let point = inspected.map_err(|source| SteerError::Binary {
         pid: process.pid,
         path: process.executable.clone(),
         source,
@@ -99,5 +156,29 @@ pub fn point_in(process: &Process) -> Result<AttachPoint, SteerError> {
             binary: point.architecture,
             machine,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn breakpoints_of_both_processors_are_known() {
+        let code = |begin: &[u8]| {
+            let mut code = [0x90; BEGIN];
+            code[..begin.len()].copy_from_slice(begin);
+            code
+        };
+        for (architecture, begin, is) in [
+            (Architecture::X86_64, &[0xcc, 0x3b, 0x66, 0x10][..], true),
+            (Architecture::X86_64, &[0x49, 0x3b, 0x66, 0x10], false),
+            // The kernel's for uprobes (arch/arm64/include/asm/brk-imm.h), a debugger's, and Go's stack check.
+            (Architecture::Aarch64, &0xd420_00a0_u32.to_le_bytes(), true),
+            (Architecture::Aarch64, &0xd420_0000_u32.to_le_bytes(), true),
+            (Architecture::Aarch64, &0xf940_0b90_u32.to_le_bytes(), false),
+        ] {
+            assert_eq!(is_breakpoint(architecture, &code(begin)), is, "{begin:x?}");
+        }
     }
 }

@@ -5,8 +5,14 @@
 //! Must never attach to what is not recognised, nor fall back to anything else: each refusal names its reason.
 
 mod address;
+mod answers;
 mod attachment;
+mod batch;
 mod binary;
+mod comparison;
+mod consumers;
+mod flags;
+mod lock;
 mod process;
 mod program;
 mod shim;
@@ -15,10 +21,11 @@ use std::{io, path::PathBuf};
 
 use rebalancer_core::golang;
 
+pub use answers::Answers;
 pub use attachment::{Attachment, cost_program, point_in};
 pub use binary::inspect;
 pub use process::find as find_process;
-pub use program::{Part, trial_load};
+pub use program::{Part, Program, trial_load};
 pub use shim::Steer;
 
 /// Why the shim cannot be used.
@@ -46,7 +53,7 @@ pub enum SteerError {
     },
     /// Nobody listens on the port.
     #[error(
-        "no process listens on port {port} in this network namespace: start the apiserver first, or name its port by --apiserver-port"
+        "no process listens on port {port} in this network namespace: the apiserver is waited for; its port is named by --apiserver-port"
     )]
     NobodyListens {
         /// The port.
@@ -104,7 +111,7 @@ pub enum SteerError {
     },
     /// The apiserver never asks.
     #[error(
-        "process {pid} never decides on GOAWAY: --goaway-chance is {given} on its command line; start it with \
+        "process {pid} never decides on GOAWAY: --goaway-chance is {given} {place}; start it with \
          --goaway-chance=0.000001, which is answered for it as long as the agent runs"
     )]
     NoGoawayChance {
@@ -112,6 +119,81 @@ pub enum SteerError {
         pid: u32,
         /// What is said there.
         given: String,
+        /// Where.
+        place: String,
+    },
+    /// The flag's value is in a form that is not known.
+    #[error("process {pid} has --goaway-chance={given} {place}, which is not understood: write it as 0.000001")]
+    UnclearGoawayChance {
+        /// The process.
+        pid: u32,
+        /// What is said there.
+        given: String,
+        /// Where.
+        place: String,
+    },
+    /// A file with the apiserver's flags cannot be read.
+    #[error("process {pid} takes its flags from {path}, which cannot be read: {source}")]
+    Flags {
+        /// The process.
+        pid: u32,
+        /// The file, as the process names it.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The apiserver is a part of another program.
+    #[error(
+        "process {pid} is {name}, which runs the apiserver inside and does not show its flags: whether it decides on \
+         GOAWAY cannot be told"
+    )]
+    Embedded {
+        /// The process.
+        pid: u32,
+        /// The program.
+        name: String,
+    },
+    /// The processor compares returns with a second stack.
+    #[error(
+        "process {pid} has user shadow stacks (shstk): answering in a function's place would be taken for an attack; \
+         start it without GLIBC_TUNABLES=glibc.cpu.x86_shstk"
+    )]
+    ShadowStack {
+        /// The process.
+        pid: u32,
+    },
+    /// Another agent has this apiserver.
+    #[error(
+        "another agent has a probe on process {pid}: one agent answers for an apiserver; end that one, or run this one \
+         without --shim steer"
+    )]
+    AnotherAgent {
+        /// The process.
+        pid: u32,
+    },
+    /// Another tool has a probe at the place.
+    #[error(
+        "there is a breakpoint on the decider of process {pid} already, at {address:#x}: another tool's probe, a \
+         debugger's, or that of another agent; two programs that answer in one function's place end the process"
+    )]
+    ForeignProbe {
+        /// The process.
+        pid: u32,
+        /// The function's address in it.
+        address: u64,
+    },
+    /// The code in memory is not the file's.
+    #[error(
+        "the decider of process {pid} has other instructions in memory, at {address:#x}, than in its file: {octets}"
+    )]
+    ChangedCode {
+        /// The process.
+        pid: u32,
+        /// The function's address in it.
+        address: u64,
+        /// What is there, in hexadecimal.
+        octets: String,
     },
     /// The kernel refuses the probe itself.
     #[error("the probe cannot be put on process {pid}: {why}")]
@@ -142,6 +224,11 @@ impl SteerError {
     /// Whether waiting for the apiserver may help: it is (re)starting.
     fn is_passing(&self) -> bool {
         matches!(self, Self::NobodyListens { .. } | Self::Changed { .. })
+    }
+
+    /// Whether it may be what an agent has left that has just ended: the kernel takes a moment to clear up.
+    fn is_anothers(&self) -> bool {
+        matches!(self, Self::AnotherAgent { .. } | Self::ForeignProbe { .. })
     }
 
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {

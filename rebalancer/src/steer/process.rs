@@ -1,111 +1,209 @@
-//! The process that listens on the watched port, and what its command line says.
+//! The process that listens on the watched port, and what its flags say.
 //!
 //! Input: /proc of this network namespace and of the processes. Must never take a process for the apiserver that does
-//! not hold the listening socket itself.
+//! not hold the listening socket itself, nor take a path for a binary: files are replaced under running processes.
 
 use std::{
     collections::BTreeSet,
     fs::{self, File, Metadata},
-    io::{self, BufRead as _, BufReader},
-    os::unix::fs::MetadataExt as _,
+    io::{self, BufRead as _, BufReader, Read as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::SteerError;
+use super::{
+    SteerError,
+    flags::{self, Said},
+};
 
-/// The flag that makes an apiserver decide on GOAWAY at all.
-const FLAG: &str = "--goaway-chance";
+/// Programs that run an apiserver inside, with flags that are nowhere on the command line.
+const EMBEDDING: [&str; 4] = ["k3s", "k3s-server", "kubelite", "microshift"];
+
+/// No file of flags is larger.
+const FLAGS_OCTETS: u64 = 1 << 20;
 
 /// /proc/net/tcp: the state LISTEN.
 const LISTEN: &str = "0A";
 
 /// A process, told from any other that has had or will have its number.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Process {
     /// Its number.
     pub pid: u32,
-    /// Its binary, as it names it itself: a path in its own mount namespace.
+    /// Its binary, as it names it itself: a path in its own mount namespace, which may be another file by now.
     pub executable: PathBuf,
     /// When it started, in ticks since boot.
-    started: u64,
+    pub started: u64,
     /// Device and inode of its binary.
-    file: (u64, u64),
+    pub file: (u64, u64),
+    /// The binary itself: what is looked into is what a probe is put on, whatever the process runs by then.
+    binary: Arc<File>,
 }
 
 impl Process {
     fn read(pid: u32) -> io::Result<Self> {
-        let directory = PathBuf::from(format!("/proc/{pid}"));
-        let file = fs::metadata(directory.join("exe"))?;
-        Ok(Self {
+        let executable = fs::read_link(format!("/proc/{pid}/exe"))?;
+        let binary = File::open(format!("/proc/{pid}/exe"))?;
+        let process = Self {
             pid,
-            executable: fs::read_link(directory.join("exe"))?,
-            started: started(&fs::read_to_string(directory.join("stat"))?)
-                .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))?,
-            file: identity(&file),
-        })
+            executable,
+            started: started(pid)?,
+            file: identity(&binary.metadata()?),
+            binary: Arc::new(binary),
+        };
+        // It may have become another program between the looks.
+        if process.is_the_same() {
+            Ok(process)
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
     }
 
-    /// Its binary, whatever it is called and wherever it lies: also in a container, also when it was replaced.
-    pub fn binary(&self) -> PathBuf {
-        format!("/proc/{}/exe", self.pid).into()
+    /// Its binary.
+    pub fn binary(&self) -> &File {
+        &self.binary
+    }
+
+    /// A path that leads to its binary as long as this value lives, whatever it is called and wherever it lies: also in a
+    /// container, also when it was replaced.
+    pub fn binary_path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.binary.as_raw_fd()).into()
     }
 
     /// Whether it still runs, and runs the same binary.
     pub fn is_the_same(&self) -> bool {
-        Self::read(self.pid).is_ok_and(|now| now == *self)
+        let file = fs::metadata(format!("/proc/{}/exe", self.pid));
+        started(self.pid).is_ok_and(|started| started == self.started)
+            && file.is_ok_and(|file| identity(&file) == self.file)
     }
 
-    /// Refuses a process that never asks its goaway decider.
+    /// What is in its memory.
     ///
     /// # Errors
     ///
-    /// [`SteerError::NoGoawayChance`]; the command line cannot be read.
-    pub fn check_goaway_chance(&self) -> Result<f64, SteerError> {
-        let path = format!("/proc/{}/cmdline", self.pid);
+    /// It is gone, or must not be looked into.
+    pub fn memory<const N: usize>(&self, address: u64) -> io::Result<[u8; N]> {
+        let mut octets = [0; N];
+        File::open(format!("/proc/{}/mem", self.pid))?.read_exact_at(&mut octets, address)?;
+        Ok(octets)
+    }
+
+    /// Where its execution began: the kernel has told it in its auxiliary vector (proc(5), getauxval(3)).
+    ///
+    /// # Errors
+    ///
+    /// It is gone, must not be looked into, or was told nothing.
+    pub fn entry(&self) -> io::Result<u64> {
+        let vector = fs::read(format!("/proc/{}/auxv", self.pid))?;
+        entry(&vector).ok_or_else(|| io::Error::other("its auxiliary vector has no AT_ENTRY"))
+    }
+
+    /// Refuses a process whose returns the processor compares with a second stack (Documentation/arch/x86/shstk.rst):
+    /// answering in a function's place leaves that one's address there.
+    ///
+    /// # Errors
+    ///
+    /// [`SteerError::ShadowStack`]; its status cannot be read.
+    pub fn check_shadow_stack(&self) -> Result<(), SteerError> {
+        let path = format!("/proc/{}/status", self.pid);
+        let status = fs::read_to_string(&path).map_err(SteerError::io(path))?;
+        if has_shadow_stack(&status) {
+            return Err(SteerError::ShadowStack { pid: self.pid });
+        }
+        Ok(())
+    }
+
+    /// Refuses a process that never asks its goaway decider; the chance, and where it is said.
+    ///
+    /// # Errors
+    ///
+    /// [`SteerError::NoGoawayChance`] and what else can be said of it; its flags cannot be read.
+    pub fn check_goaway_chance(&self) -> Result<(f64, String), SteerError> {
+        let pid = self.pid;
+        let path = format!("/proc/{pid}/cmdline");
         let line = fs::read(&path).map_err(SteerError::io(path))?;
         let arguments: Vec<String> = line
             .split(|octet| *octet == 0)
             .map(|argument| String::from_utf8_lossy(argument).into_owned())
             .collect();
-        let refused = |given| SteerError::NoGoawayChance { pid: self.pid, given };
-        let given = goaway_chance(&arguments).ok_or_else(|| refused("absent".to_owned()))?;
-        let chance: f64 = given.parse().map_err(|_| refused(format!("`{given}`")))?;
-        if chance > 0.0 {
-            Ok(chance)
-        } else {
-            Err(refused(given.to_owned()))
+        let said = flags::goaway_chance(&arguments, |path| self.file_inside(path))
+            .map_err(|(path, source)| SteerError::Flags { pid, path, source })?;
+        let Said { value, place, certain } = said;
+        let name = self.executable.file_name().unwrap_or_default().to_string_lossy();
+        if !certain && EMBEDDING.contains(&name.trim_end_matches(DELETED)) {
+            let name = name.into_owned();
+            return Err(SteerError::Embedded { pid, name });
         }
+        let refused = |given: &str, place| SteerError::NoGoawayChance {
+            pid,
+            given: given.to_owned(),
+            place,
+        };
+        let Some(given) = value else {
+            return Err(refused("absent", place));
+        };
+        match given.parse::<f64>() {
+            Ok(chance) if chance > 0.0 => Ok((chance, place)),
+            Ok(_) => Err(refused(&given, place)),
+            Err(_) => Err(SteerError::UnclearGoawayChance { pid, given, place }),
+        }
+    }
+
+    /// A file as the process names it.
+    fn file_inside(&self, path: &str) -> io::Result<String> {
+        let directory = if path.starts_with('/') { "root" } else { "cwd" };
+        let inside = PathBuf::from(format!("/proc/{}/{directory}", self.pid)).join(path.trim_start_matches('/'));
+        let mut text = String::new();
+        File::open(inside)?.take(FLAGS_OCTETS).read_to_string(&mut text)?;
+        Ok(text)
     }
 
     fn runs(&self, path: &Path) -> bool {
         // As this process sees the path, or as the other one does, in a container.
         let inside = PathBuf::from(format!("/proc/{}/root", self.pid)).join(path.strip_prefix("/").unwrap_or(path));
         let is_it = |path: &Path| fs::metadata(path).is_ok_and(|file| identity(&file) == self.file);
-        self.executable == path || is_it(path) || is_it(&inside)
+        // The file may have been replaced since it started.
+        let replaced = self.executable.to_str().and_then(|own| own.strip_suffix(DELETED));
+        self.executable == path || replaced.is_some_and(|own| Path::new(own) == path) || is_it(path) || is_it(&inside)
     }
 }
+
+/// What the kernel says behind the path of a file that is gone (proc(5), /proc/PID/exe).
+const DELETED: &str = " (deleted)";
 
 fn identity(file: &Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
+/// When a process started.
+fn started(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    start_time(&stat).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+}
+
 /// Field 22 of /proc/PID/stat; the second, the name, may contain anything.
-fn started(stat: &str) -> Option<u64> {
+fn start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// What the last `--goaway-chance` says: that one counts.
-fn goaway_chance(arguments: &[String]) -> Option<&str> {
-    let mut found = None;
-    let mut rest = arguments.iter();
-    while let Some(argument) = rest.next() {
-        if argument == FLAG {
-            found = rest.next().map(String::as_str);
-        } else if let Some(value) = argument.strip_prefix(FLAG).and_then(|rest| rest.strip_prefix('=')) {
-            found = Some(value);
-        }
-    }
-    found
+/// AT_ENTRY of an auxiliary vector: pairs of words (include/uapi/linux/auxvec.h).
+fn entry(vector: &[u8]) -> Option<u64> {
+    const AT_ENTRY: u64 = 9;
+    let (words, _) = vector.as_chunks::<8>();
+    let (pairs, _) = words.as_chunks::<2>();
+    let found = pairs.iter().find(|[key, _]| u64::from_ne_bytes(*key) == AT_ENTRY);
+    found.map(|[_, value]| u64::from_ne_bytes(*value))
+}
+
+fn has_shadow_stack(status: &str) -> bool {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("x86_Thread_features:"));
+    line.is_some_and(|features| features.split_whitespace().any(|feature| feature == "shstk"))
 }
 
 /// The one process that listens on the port in this network namespace; with `path`, the one that runs that binary.
@@ -222,29 +320,32 @@ mod tests {
 
     use super::*;
 
-    fn arguments(line: &str) -> Vec<String> {
-        line.split(' ').map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn the_last_goaway_chance_counts() {
-        for (line, chance) in [
-            ("kube-apiserver --v=1", None),
-            ("kube-apiserver --goaway-chance=0.001", Some("0.001")),
-            ("kube-apiserver --goaway-chance 0.001 --v=1", Some("0.001")),
-            ("kube-apiserver --goaway-chance=0.001 --goaway-chance=0", Some("0")),
-            ("kube-apiserver --goaway-chances=0.001", None),
-            ("kube-apiserver --goaway-chance", None),
-        ] {
-            assert_eq!(goaway_chance(&arguments(line)), chance, "{line}");
-        }
-    }
-
     #[test]
     fn a_start_time_is_behind_any_name() {
         let rest: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
         let line = format!("7 (a) b (c)) {}", rest.join(" "));
-        assert_eq!(started(&line), Some(22));
+        assert_eq!(start_time(&line), Some(22));
+    }
+
+    #[test]
+    fn an_auxiliary_vector_names_the_entry() {
+        let vector: Vec<u8> = [3_u64, 0x40, 9, 0x47_1000, 0, 0]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        assert_eq!(entry(&vector), Some(0x47_1000));
+        assert_eq!(entry(&vector[..16]), None);
+    }
+
+    #[test]
+    fn a_shadow_stack_is_seen_in_a_processs_status() {
+        assert!(has_shadow_stack(
+            "Name:\tx\nx86_Thread_features:\tshstk wrss \nx86_Thread_features_locked:\t\n"
+        ));
+        assert!(!has_shadow_stack(
+            "Name:\tshstk\nx86_Thread_features:\t\nx86_Thread_features_locked:\tshstk wrss\n"
+        ));
+        assert!(!has_shadow_stack("Name:\tx\n"));
     }
 
     #[test]
@@ -262,7 +363,9 @@ mod tests {
         assert_eq!(process.pid, std::process::id());
         assert!(process.is_the_same());
         let own = std::env::current_exe().expect("a path");
-        assert_eq!(find(port, Some(&own)).expect("this process"), process);
+        assert_eq!(find(port, Some(&own)).expect("this process").file, process.file);
+        let code: [u8; 4] = process.memory(process.entry().expect("an entry")).expect("its code");
+        assert_ne!(code, [0; 4]);
         assert!(matches!(
             find(port, Some(Path::new("/bin/true"))),
             Err(SteerError::AnotherBinary { .. })

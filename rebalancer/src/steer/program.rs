@@ -2,7 +2,12 @@
 //!
 //! Job: load it, and speak with it through its maps. Must never hide why the kernel refused it.
 
-use std::{io, num::NonZeroU32, path::Path};
+use std::{
+    io,
+    num::NonZeroU32,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -12,9 +17,9 @@ use aya::{
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeScope},
     },
 };
-use rebalancer_common::steer::{ANSWERS, ClientKey, RequestOffsets, Victim};
+use rebalancer_common::steer::{ANSWERS, ClientKey, Consumers, Place, Victim};
 
-use super::SteerError;
+use super::{SteerError, batch, consumers};
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-steer.o"));
@@ -46,6 +51,8 @@ pub struct Program {
     part: Part,
     victims: HashMap<MapData, ClientKey, Victim>,
     requests: HashMap<MapData, ClientKey, u64>,
+    /// The map of requests once more, to be read in one piece.
+    all_requests: OwnedFd,
     answered: PerCpuArray<MapData, u64>,
 }
 
@@ -55,29 +62,52 @@ pub struct Program {
 ///
 /// Why not.
 pub fn trial_load() -> Result<(), SteerError> {
-    Program::load(Part::Steer, RequestOffsets::default()).map(|_| ())
+    Program::load(Part::Steer, Place::default()).map(|_| ())
 }
 
 impl Program {
-    /// Loads it, with the places of a request's members in it as constants.
+    /// Loads it, with what it is to know as constants: all but the kernel's own structures, which are looked up here.
     ///
     /// # Errors
     ///
     /// The kernel's reason.
-    pub fn load(part: Part, offsets: RequestOffsets) -> Result<Self, SteerError> {
+    pub fn load(part: Part, place: Place) -> Result<Self, SteerError> {
+        let why = match consumers::offsets() {
+            Ok(consumers) => match Self::load_as(part, Place { consumers, ..place }) {
+                // With lockdown=confidentiality no program reads the kernel's memory: what remains is worth having.
+                Err(SteerError::Kernel { why } | SteerError::NotPermitted { why, .. }) => why,
+                loaded => return loaded,
+            },
+            Err(why) => why,
+        };
+        let consumers = Consumers::default();
+        let program = Self::load_as(part, Place { consumers, ..place })?;
+        tracing::warn!(
+            "another tool's probe on the decider's return would not be noticed, and would end the apiserver: do not put \
+             one there ({why})"
+        );
+        Ok(program)
+    }
+
+    fn load_as(part: Part, place: Place) -> Result<Self, SteerError> {
         if OBJECT.is_empty() {
             return Err(SteerError::NotBuilt);
         }
         let mut ebpf = EbpfLoader::new()
-            .override_global("OFFSETS", &offsets, true)
+            .override_global("PLACE", &place, true)
             .load(OBJECT)
             .map_err(|error| refused(&error))?;
         let victims = map(&mut ebpf, "VICTIMS")?;
         let requests = map(&mut ebpf, "REQUESTS")?;
         let answered = map(&mut ebpf, "ANSWERED")?;
+        let all_requests = match &requests {
+            Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned(),
+            _ => Err(io::Error::other("it is no hash map")),
+        };
         let mut program = Self {
             victims: HashMap::try_from(victims).map_err(|error| refused(&error))?,
             requests: HashMap::try_from(requests).map_err(|error| refused(&error))?,
+            all_requests: all_requests.map_err(SteerError::io("the map of requests"))?,
             answered: PerCpuArray::try_from(answered).map_err(|error| refused(&error))?,
             ebpf,
             part,
@@ -157,13 +187,13 @@ impl Program {
         Ok(absent_is_fine(self.victims.get(client, 0))?.map(|victim| victim.told))
     }
 
-    /// The requests of a connection so far.
+    /// The requests of every connection so far.
     ///
     /// # Errors
     ///
     /// The map cannot be read.
-    pub fn requests(&self, client: &ClientKey) -> Result<u64, SteerError> {
-        Ok(absent_is_fine(self.requests.get(client, 0))?.unwrap_or_default())
+    pub fn requests(&self) -> Result<Vec<(ClientKey, u64)>, SteerError> {
+        batch::entries(self.all_requests.as_fd()).map_err(SteerError::io("the map of requests"))
     }
 
     /// Forgets a connection's requests: it is closed.

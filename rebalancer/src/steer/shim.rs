@@ -4,24 +4,29 @@
 //! Must never leave a mark behind for a connection that is gone: another one may get its address.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     path::PathBuf,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
-use rebalancer_common::steer::{ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_UNREADABLE, ANSWER_YES, ClientKey, Victim};
+use rebalancer_common::steer::{AGAIN_NS, ANSWER_HITS, ANSWER_RETURN_PROBE, ANSWER_TAKEN, ANSWERS, ClientKey, Victim};
 use rebalancer_core::{
-    agent::{Agent, Input},
-    ids::{ConnectionId, Protocol},
-    shim::{ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
+    agent::Input,
+    ids::ConnectionId,
+    shim::{ConnectionState, GoawayOrder, GoawayResult, ShimReport},
 };
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval},
 };
 
-use super::{Attachment, SteerError, address};
+use super::{
+    Attachment, SteerError, address,
+    answers::Answers,
+    comparison::{Candidate, Seen, candidates, compared},
+};
 use crate::{agent::handle::AgentHandle, random, sys};
 
 /// How often is looked for victims that were told and for connections that are gone.
@@ -33,21 +38,22 @@ const REPORT_EVERY: u32 = 5;
 /// How long after its expiry a victim is given up: the kernel program itself refuses it from the expiry on.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// One connection of the agent's table.
-#[derive(Clone, Debug)]
-struct Known {
-    client: SocketAddr,
-    local: SocketAddr,
-    protocol: Protocol,
-    counters: Counters,
-    state: ConnectionState,
-}
+/// How long a victim that was told is told again.
+const AGAIN: Duration = Duration::from_nanos(AGAIN_NS);
 
-type Table = BTreeMap<ConnectionId, Known>;
+/// How long what an agent has left that has just ended may take to go.
+const PREDECESSOR: Duration = Duration::from_secs(3);
+
+/// After so many reports without its connection an address is forgotten.
+const GONE: u32 = 5;
+
+/// Clients that sent so many octets beyond their handshakes have asked for something.
+const SURELY_ASKED: u64 = 64 * 1024;
 
 /// A victim that was marked.
 #[derive(Clone, Debug)]
 struct Marked {
+    client: SocketAddr,
     keys: Vec<ClientKey>,
     expires: Duration,
     told: bool,
@@ -63,43 +69,59 @@ pub struct Steer {
     instance: u64,
     generation: u64,
     marked: BTreeMap<ConnectionId, Marked>,
-    /// The connections of the last report, whose requests are to be forgotten when they are gone.
-    seen: BTreeMap<ConnectionId, SocketAddr>,
+    /// Connections that were told, as long as the table has them.
+    told: BTreeSet<ConnectionId>,
+    /// Addresses that were counted and belong to nobody the table knows, with the looks since: a connection may be younger
+    /// than the table.
+    strangers: HashMap<SocketAddr, u32>,
     /// This network namespace's interfaces, for link-local clients.
     zones: Vec<String>,
+    answers: Answers,
+    answered: [u64; ANSWERS as usize],
+    /// The octets of clients when there were fewest since the probe was put there.
+    octets_before: Option<u64>,
 }
 
 impl Steer {
-    /// Puts the probe on the apiserver that listens on the port; one that is not up yet, as when the node boots, is waited
-    /// for.
+    /// Puts the probe on the apiserver that listens on the port, or waits for one that does.
     ///
     /// # Errors
     ///
-    /// Whatever is not certain, and does not pass by itself.
-    pub fn start(port: u16, path: Option<PathBuf>) -> Result<Self, SteerError> {
+    /// Whatever is not certain, now, at the start: later it is waited for.
+    pub fn start(port: u16, path: Option<PathBuf>, answers: Answers) -> Result<Self, SteerError> {
         // First what no restart of the apiserver mends.
         super::trial_load()?;
-        let (attachment, fault) = match Attachment::new(port, path.as_deref()) {
-            Ok(attachment) => (Some(attachment), String::new()),
-            Err(error) if error.is_passing() => (None, error.to_string()),
-            Err(error) => return Err(error),
-        };
         let mut steer = Self {
             port,
             path,
             attached: None,
-            fault,
+            fault: String::new(),
             instance: random::u64(),
             generation: 0,
             marked: BTreeMap::new(),
-            seen: BTreeMap::new(),
+            told: BTreeSet::new(),
+            strangers: HashMap::new(),
             zones: address::zones(),
+            answers,
+            answered: [0; ANSWERS as usize],
+            octets_before: None,
         };
-        match attachment {
-            Some(attachment) => steer.attach(attachment),
-            None => tracing::info!("no probe for now: {}", steer.fault),
+        let patience = Instant::now() + PREDECESSOR;
+        loop {
+            match Attachment::new(port, steer.path.as_deref()) {
+                Ok(attachment) => steer.attach(attachment),
+                Err(error) if error.is_passing() => {
+                    tracing::info!("no probe for now: {error}");
+                    steer.fault = error.to_string();
+                }
+                Err(error) if error.is_anothers() && Instant::now() < patience => {
+                    thread::sleep(LOOK);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            return Ok(steer);
         }
-        Ok(steer)
     }
 
     /// Carries out orders until the agent ends.
@@ -111,7 +133,7 @@ impl Steer {
     ) {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut look = 0;
+        let mut look = 0_u32;
         loop {
             let order = tokio::select! {
                 _ = looks.tick() => None,
@@ -120,16 +142,14 @@ impl Steer {
                     order => order,
                 },
             };
-            let Ok(table) = agent.read(|agent, _| connections(agent)).await else {
-                return;
-            };
             let said = match order {
-                Some(order) => vec![self.carry_out(order, &table)],
+                Some(order) => self.order(order, &agent).await,
                 None => {
-                    look += 1;
-                    self.look(&table, look % REPORT_EVERY == 0)
+                    look = look.wrapping_add(1);
+                    self.look(&agent, look.is_multiple_of(REPORT_EVERY)).await
                 }
             };
+            let Some(said) = said else { return };
             for input in said {
                 if inputs.send(input).await.is_err() {
                     return;
@@ -146,13 +166,17 @@ impl Steer {
             go = %point.build.version.text,
             apiserver = point.build.apiserver.as_deref().unwrap_or("unknown"),
             offset = format_args!("{:#x}", point.file_offset),
+            address = format_args!("{:#x}", attachment.address),
             "the probe is on the apiserver"
         );
         self.attached = Some(attachment);
         self.zones = address::zones();
         self.fault.clear();
         self.instance += 1;
-        self.seen.clear();
+        self.told.clear();
+        self.strangers.clear();
+        self.answered = [0; ANSWERS as usize];
+        self.octets_before = None;
     }
 
     /// Whether the probe is still where it belongs; a new apiserver gets one of its own.
@@ -194,24 +218,35 @@ impl Steer {
         said
     }
 
-    fn look(&mut self, table: &Table, report: bool) -> Vec<Input> {
+    /// What there is to say now; `None` when the agent has ended.
+    async fn look(&mut self, agent: &AgentHandle, report: bool) -> Option<Vec<Input>> {
         let mut said = if report { self.keep_attached() } else { Vec::new() };
-        match self.follow(table) {
-            Ok(results) if results.is_empty() => {}
-            Ok(results) => said.push(Input::GoawayAnswered(results)),
-            Err(error) => said.push(Input::ShimFailed(error.to_string())),
+        if !self.marked.is_empty() {
+            let marked: Vec<ConnectionId> = self.marked.keys().copied().collect();
+            let live: BTreeSet<ConnectionId> = agent
+                .read(move |agent, _| {
+                    let is_there = |id: &ConnectionId| agent.table().connection(*id).is_some();
+                    marked.into_iter().filter(is_there).collect()
+                })
+                .await
+                .ok()?;
+            match self.follow(&live) {
+                Ok(results) if results.is_empty() => {}
+                Ok(results) => said.push(Input::GoawayAnswered(results)),
+                Err(error) => said.push(Input::ShimFailed(error.to_string())),
+            }
         }
         if report {
-            said.push(match self.report(table) {
+            said.push(match self.report(agent).await? {
                 Ok(report) => Input::Shim(report),
                 Err(why) => Input::ShimFailed(why),
             });
         }
-        said
+        Some(said)
     }
 
-    /// Who was told, who expired, who is gone.
-    fn follow(&mut self, table: &Table) -> Result<Vec<(ConnectionId, GoawayResult)>, SteerError> {
+    /// Who was told, who expired, who is gone: `live` are the marked connections that are not.
+    fn follow(&mut self, live: &BTreeSet<ConnectionId>) -> Result<Vec<(ConnectionId, GoawayResult)>, SteerError> {
         let mut results = Vec::new();
         let Some(Attachment { program, .. }) = &mut self.attached else {
             return Ok(results);
@@ -222,12 +257,14 @@ impl Steer {
             for key in &marked.keys {
                 if !marked.told && program.told(key)?.is_some_and(|told| told > 0) {
                     marked.told = true;
+                    self.told.insert(*id);
                     results.push((*id, GoawayResult::Sent));
                 }
             }
-            let result = if !table.contains_key(id) {
+            let until = marked.expires + if marked.told { AGAIN } else { GRACE };
+            let result = if !live.contains(id) {
                 GoawayResult::Unknown
-            } else if !marked.told && now > marked.expires + GRACE {
+            } else if now > until {
                 GoawayResult::Expired
             } else {
                 continue;
@@ -246,7 +283,13 @@ impl Steer {
         Ok(results)
     }
 
-    fn carry_out(&mut self, order: GoawayOrder, table: &Table) -> Input {
+    async fn order(&mut self, order: GoawayOrder, agent: &AgentHandle) -> Option<Vec<Input>> {
+        let ids = order.victims.clone();
+        let known = agent.read(move |agent, _| candidates(agent.table(), &ids)).await.ok()?;
+        Some(vec![self.carry_out(order, &known)])
+    }
+
+    fn carry_out(&mut self, order: GoawayOrder, known: &BTreeMap<ConnectionId, Candidate>) -> Input {
         let GoawayOrder {
             generation,
             expires_in,
@@ -260,19 +303,19 @@ impl Steer {
             return Input::GoawayFailed(victims, why);
         }
         self.generation = generation;
+        if let Some(fault) = self.fault_now() {
+            return Input::GoawayFailed(victims, fault);
+        }
         let Some(Attachment { program, .. }) = &mut self.attached else {
             return Input::GoawayFailed(victims, self.fault.clone());
         };
-        let ambiguous = ambiguous(table);
         let expires = sys::monotonic() + expires_in;
         let mut results = Vec::new();
         for id in &victims {
-            let result = match table.get(id) {
+            let result = match known.get(id) {
                 None => GoawayResult::Unknown,
                 // An apiserver's own client, and addresses that two connections have: never victims.
-                Some(known) if known.client.ip().is_loopback() || ambiguous.contains(&known.client) => {
-                    GoawayResult::Unknown
-                }
+                Some(known) if known.client.ip().is_loopback() || known.is_ambiguous => GoawayResult::Unknown,
                 Some(known) if known.state == ConnectionState::Draining => GoawayResult::AlreadyDraining,
                 Some(known) => {
                     let victim = Victim {
@@ -282,9 +325,14 @@ impl Steer {
                     };
                     let keys = address::forms(known.client, &self.zones);
                     let marking = keys.iter().try_for_each(|key| program.mark(key, victim));
-                    let told = false;
                     // What was marked is unmarked when it is over, whatever the answer.
-                    self.marked.insert(*id, Marked { keys, expires, told });
+                    let marked = Marked {
+                        client: known.client,
+                        keys,
+                        expires,
+                        told: false,
+                    };
+                    self.marked.insert(*id, marked);
                     match marking {
                         Ok(()) => GoawayResult::Pending,
                         Err(error) => {
@@ -299,124 +347,122 @@ impl Steer {
         Input::GoawayAnswered(results)
     }
 
-    /// What changed since the last report.
-    fn report(&mut self, table: &Table) -> Result<ShimReport, String> {
-        let Some(Attachment { program, process, .. }) = &mut self.attached else {
-            return Err(self.fault.clone());
+    /// What changed since the last report; `None` when the agent has ended.
+    async fn report(&mut self, agent: &AgentHandle) -> Option<Result<ShimReport, String>> {
+        let Some(Attachment { program, .. }) = &self.attached else {
+            return Some(Err(self.fault.clone()));
         };
-        let mut report = ShimReport {
-            instance: format!("steer-{:x}", self.instance),
-            generation: self.generation,
-            ..ShimReport::default()
-        };
-        for (id, known) in table {
-            let mut requests = 0;
-            for key in address::forms(known.client, &self.zones) {
-                requests += program.requests(&key).map_err(|error| error.to_string())?;
-            }
-            let told = self.marked.get(id).is_some_and(|marked| marked.told);
-            self.seen.insert(*id, known.client);
-            let counters = Counters {
-                requests,
-                ..known.counters
-            };
-            // What the table has is what was said: a table that was made anew is told anew.
-            let is_news = (requests > 0 && known.protocol != Protocol::H2Selected)
-                || (told && known.state != ConnectionState::Draining);
-            if is_news {
-                report.connections.push(ShimConnection {
-                    id: *id,
-                    client: known.client,
-                    local: known.local,
-                    // The apiserver asks for HTTP/2 only.
-                    protocol: if requests > 0 {
-                        Protocol::H2Selected
-                    } else {
-                        known.protocol
-                    },
-                    can_be_told: requests > 0 || known.protocol != Protocol::Http1,
-                    state: if told { ConnectionState::Draining } else { known.state },
-                    user: None,
-                    user_agent: None,
-                    counters,
-                });
-            } else if requests != known.counters.requests {
-                report.counters.push((*id, counters));
+        let mut counted = HashMap::new();
+        match program.requests() {
+            Err(error) => return Some(Err(error.to_string())),
+            Ok(requests) => {
+                for (key, requests) in requests {
+                    // A link-local client's may be counted in several zones.
+                    if let Some(client) = address::client(&key) {
+                        *counted.entry(client).or_default() += requests;
+                    }
+                }
             }
         }
-        let live: BTreeSet<SocketAddr> = table.values().map(|known| known.client).collect();
-        let gone: Vec<_> = self.seen.extract_if(.., |id, _| !table.contains_key(id)).collect();
-        for (id, client) in gone {
-            report.closed.push(id);
-            if live.contains(&client) {
+        let marked: HashMap<SocketAddr, ConnectionId> =
+            self.marked.iter().map(|(id, marked)| (marked.client, *id)).collect();
+        let told = self.told.clone();
+        let (seen, gone) = agent
+            .read(move |agent, _| {
+                let gone: Vec<ConnectionId> = told
+                    .iter()
+                    .filter(|id| agent.table().connection(**id).is_none())
+                    .copied()
+                    .collect();
+                (compared(agent.table(), &counted, &marked, &told), gone)
+            })
+            .await
+            .ok()?;
+        for id in gone {
+            self.told.remove(&id);
+        }
+        Some(
+            self.reported(seen)
+                .map_err(|error| error.to_string())
+                .and_then(|report| match self.fault_now() {
+                    None => Ok(report),
+                    Some(fault) => Err(fault),
+                }),
+        )
+    }
+
+    /// Takes out who is gone, and reads what was answered.
+    fn reported(&mut self, seen: Seen) -> Result<ShimReport, SteerError> {
+        let report = ShimReport {
+            instance: format!("steer-{:x}", self.instance),
+            generation: self.generation,
+            connections: seen.connections,
+            counters: seen.counters,
+            ..ShimReport::default()
+        };
+        let Some(Attachment { program, process, .. }) = &mut self.attached else {
+            return Ok(report);
+        };
+        for id in seen.shared {
+            if let Some(marked) = self.marked.get(&id) {
+                for key in &marked.keys {
+                    program.unmark(key)?;
+                }
+            }
+        }
+        let mut strangers = HashMap::new();
+        for client in seen.strangers {
+            let looks = self.strangers.get(&client).map_or(1, |looks| looks + 1);
+            if looks < GONE {
+                strangers.insert(client, looks);
                 continue;
             }
             for key in address::forms(client, &self.zones) {
-                program.forget(&key).map_err(|error| error.to_string())?;
+                program.forget(&key)?;
             }
         }
-        let answered = program.answered().map_err(|error| error.to_string())?;
-        tracing::debug!(
-            pid = process.pid,
-            hits = answered[ANSWER_HITS as usize],
-            yes = answered[ANSWER_YES as usize],
-            no = answered[ANSWER_NO as usize],
-            left = answered[ANSWER_LEFT as usize],
-            unreadable = answered[ANSWER_UNREADABLE as usize],
-            "the probe's answers so far"
-        );
+        self.strangers = strangers;
+        let answered = program.answered()?;
+        let before = std::mem::replace(&mut self.answered, answered);
+        let mut newly = [0; ANSWERS as usize];
+        for (newly, (now, before)) in newly.iter_mut().zip(answered.iter().zip(before)) {
+            *newly = now.saturating_sub(before);
+        }
+        self.answers.add(&newly);
+        let pid = process.pid;
+        let octets = seen
+            .octets
+            .saturating_sub(*self.octets_before.get_or_insert(seen.octets));
+        self.octets_before = self.octets_before.map(|before| before.min(seen.octets));
+        let fault = if newly[ANSWER_TAKEN as usize] > 0 {
+            format!(
+                "another program answers for process {pid} before the probe does ({} of {} requests): another agent, \
+                 which must end before this one tells anybody",
+                newly[ANSWER_TAKEN as usize], newly[ANSWER_HITS as usize]
+            )
+        } else if newly[ANSWER_RETURN_PROBE as usize] > 0 {
+            format!(
+                "another tool has a probe on the return of the decider of process {pid}: as long as it is there nothing is \
+                 answered, and the apiserver's own lottery runs"
+            )
+        } else if answered[ANSWER_HITS as usize] == 0 && octets >= SURELY_ASKED {
+            format!(
+                "the probe on process {pid} was never reached, although clients sent {} KiB since it is there: the \
+                 apiserver decides elsewhere (a build with a profile, another filter), or nobody speaks HTTP/2",
+                octets / 1024
+            )
+        } else {
+            String::new()
+        };
+        if !fault.is_empty() && self.fault.is_empty() {
+            tracing::error!("nothing is told to go: {fault}");
+        }
+        self.fault = fault;
         Ok(report)
     }
-}
 
-fn connections(agent: &Agent) -> Table {
-    let known = |connection: &rebalancer_core::table::Connection| Known {
-        client: connection.client(),
-        local: connection.local(),
-        protocol: connection.protocol,
-        counters: connection.counters,
-        state: connection.state,
-    };
-    agent
-        .table()
-        .iter()
-        .map(|(id, connection)| (id, known(connection)))
-        .collect()
-}
-
-/// Addresses that more than one connection has: a client may use one for two addresses of this node, or in two zones.
-fn ambiguous(table: &Table) -> BTreeSet<SocketAddr> {
-    let mut seen = BTreeSet::new();
-    table
-        .values()
-        .map(|known| known.client)
-        .filter(|client| !seen.insert(*client))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_of_two_connections_is_ambiguous() {
-        let known = |client: &str, local: &str| Known {
-            client: client.parse().expect("an address"),
-            local: local.parse().expect("an address"),
-            protocol: Protocol::H2Offered,
-            counters: Counters::default(),
-            state: ConnectionState::Active,
-        };
-        let table: Table = [
-            known("10.0.0.1:5000", "10.0.0.9:6443"),
-            known("10.0.0.1:5001", "10.0.0.9:6443"),
-            known("10.0.0.1:5000", "10.0.0.10:6443"),
-        ]
-        .into_iter()
-        .zip(1..)
-        .map(|(known, id)| (ConnectionId(id), known))
-        .collect();
-        let twice = "10.0.0.1:5000".parse().expect("an address");
-        assert_eq!(ambiguous(&table), BTreeSet::from([twice]));
+    /// Why nothing can be told although the probe is in place.
+    fn fault_now(&self) -> Option<String> {
+        (!self.fault.is_empty()).then(|| self.fault.clone())
     }
 }

@@ -1,13 +1,14 @@
 //! The first process of a test VM: mounts, modules, the tests, power off.
 //!
-//! Output: what the tests print, on the serial console, and `vm: exit CODE` at the end.
+//! Output: what the tests print, on the serial console; `vm: clock SECONDS` at the beginning and the end, by this kernel's
+//! clock, which the host compares with its own; `vm: exit CODE` at the end.
 
 use std::{
     env,
     ffi::CString,
     fs,
     io::{self, Write as _},
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -21,6 +22,7 @@ fn main() {
             1
         }
     };
+    clock();
     println!("vm: exit {code}");
     // The console may be gone: there is nobody else to tell.
     let _ = io::stdout().flush();
@@ -31,7 +33,21 @@ fn main() {
     }
 }
 
+/// How old this machine is by its own clock (proc(5), /proc/uptime).
+fn clock() {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    println!("vm: clock {}", uptime.split(' ').next().unwrap_or_default());
+}
+
+/// What this machine is besides a kernel: a parameter that the kernel does not know is a variable of this process.
+fn mode() -> String {
+    env::var(MODE).unwrap_or_default()
+}
+
+const MODE: &str = "REBALANCER_VM_MODE";
+
 fn prepare() -> io::Result<()> {
+    let mode = mode();
     for (kind, target) in [
         ("proc", "/proc"),
         ("sysfs", "/sys"),
@@ -40,7 +56,11 @@ fn prepare() -> io::Result<()> {
         ("tmpfs", "/run"),
         ("cgroup2", "/sys/fs/cgroup"),
         ("bpf", "/sys/fs/bpf"),
+        ("securityfs", "/sys/kernel/security"),
     ] {
+        if kind == "cgroup2" && mode == "no-cgroup2" {
+            continue;
+        }
         fs::create_dir_all(target)?;
         if let Err(error) = mount(kind, target) {
             println!("vm: {kind} on {target}: {error}");
@@ -49,6 +69,13 @@ fn prepare() -> io::Result<()> {
     println!(
         "vm: kernel {}",
         fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
+    );
+    clock();
+    println!(
+        "vm: mode {mode:?}, lockdown {}",
+        fs::read_to_string("/sys/kernel/security/lockdown")
+            .unwrap_or_default()
+            .trim()
     );
     let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|entry| entry.path()).collect();
     modules.sort();
@@ -84,12 +111,42 @@ fn load(module: &Path) -> io::Result<()> {
     }
 }
 
+/// What a container runtime does for a pod: a cgroup of its own, which a namespace makes the root of what it sees.
+fn enter_container() -> io::Result<()> {
+    const OWN: &str = "/sys/fs/cgroup/pod";
+    fs::create_dir_all(OWN)?;
+    fs::write(format!("{OWN}/cgroup.procs"), "0")?;
+    // SAFETY: unshare and mount take integers and strings that live through the calls; no data is passed.
+    let failed = unsafe {
+        libc::unshare(libc::CLONE_NEWCGROUP | libc::CLONE_NEWNS) != 0
+            || libc::mount(
+                c"none".as_ptr(),
+                c"/".as_ptr(),
+                std::ptr::null(),
+                libc::MS_REC | libc::MS_PRIVATE,
+                std::ptr::null(),
+            ) != 0
+            || libc::umount2(c"/sys/fs/cgroup".as_ptr(), 0) != 0
+    };
+    if failed {
+        return Err(io::Error::last_os_error());
+    }
+    mount("cgroup2", "/sys/fs/cgroup")
+}
+
 fn run() -> io::Result<i32> {
     let mut arguments = env::args_os().skip(1);
     let program = arguments
         .next()
         .ok_or_else(|| io::Error::other("the kernel's command line names no program behind `--`"))?;
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    if mode() == "cgroup-namespace" {
+        // SAFETY: the closure makes system calls and allocates, which is fine in a process with one thread.
+        unsafe {
+            command.pre_exec(enter_container);
+        }
+    }
+    let mut child = command
         .args(arguments)
         .env("PATH", "/bin")
         .env("HOME", "/tmp")

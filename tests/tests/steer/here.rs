@@ -125,6 +125,23 @@ fn the_place_is_found_where_cs_linker_laid_the_binary_out() {
 }
 
 #[test]
+fn a_binary_that_a_profile_guided_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    // An empty profile changes nothing and is said all the same; what a real one changes depends on it.
+    let profile = directory.path().join("default.pgo");
+    fs::write(&profile, "").expect("a file");
+    let path = directory.path().join("guided");
+    let mut build = go("local");
+    build.args(["build", "-trimpath", "-ldflags=-s -w"]);
+    build.arg(format!("-pgo={}", profile.display())).arg("-o").arg(&path);
+    if output("a build with a profile", &mut build).is_none() {
+        return;
+    }
+    let refusal = golang::find(&fs::read(&path).expect("a binary")).expect_err("a refusal");
+    assert!(refusal.to_string().contains("built with a profile (-pgo="), "{refusal}");
+}
+
+#[test]
 fn damage_to_a_real_binary_leads_nowhere_else() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("binary");

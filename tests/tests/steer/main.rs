@@ -6,4 +6,5 @@ mod machine;
 mod probe;
 mod real;
 mod refusals;
+mod together;
 mod world;

@@ -7,6 +7,7 @@ use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
     process::Command,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -23,6 +24,10 @@ use rebalancer_tests::{
 use serde_json::Value;
 
 pub const PORT: u16 = 6443;
+/// The agent's own API.
+const SOCKET: &str = "agent.sock";
+/// How many agents were refused: each has a log of its own.
+static REFUSED: AtomicUsize = AtomicUsize::new(0);
 /// An emulated machine is slow.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -35,6 +40,8 @@ pub struct World {
     pub server: Option<Process>,
     /// What is run as the server.
     pub program: PathBuf,
+    /// More flags of the server's.
+    pub server_flags: Vec<String>,
 }
 
 /// What `rebalancer system-info` says of a feature.
@@ -85,6 +92,7 @@ impl World {
             agent: None,
             server: None,
             program,
+            server_flags: Vec::new(),
         }
     }
 
@@ -110,7 +118,8 @@ impl World {
                 "--tls-private-key-file={}",
                 self.pki.file("apiserver.key").display()
             ))
-            .arg(format!("--goaway-chance={chance}"));
+            .arg(format!("--goaway-chance={chance}"))
+            .args(&self.server_flags);
         command
     }
 
@@ -142,7 +151,7 @@ impl World {
         self.server.as_ref().map(Process::log).unwrap_or_default()
     }
 
-    fn agent_command(&self, shim: &str, flags: &[&str]) -> Command {
+    fn agent_command(&self, shim: &str, socket: &str, flags: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command
             .args([
@@ -159,14 +168,14 @@ impl World {
             ])
             .arg(format!("--shim={shim}"))
             .arg(format!("--apiserver-port={PORT}"))
-            .arg(format!("--api=unix:{}", self.socket().display()))
+            .arg(format!("--api=unix:{}", self.directory.join(socket).display()))
             .args(flags);
         command
     }
 
     /// Starts the agent, and waits until its probe is in place.
     pub fn start_agent(&mut self, shim: &str, flags: &[&str]) {
-        let command = self.agent_command(shim, flags);
+        let command = self.agent_command(shim, SOCKET, flags);
         let agent = Process::start("agent", command, Some(self.node().fd()), &self.directory).expect("an agent");
         self.agent = Some(agent);
         self.wait("the agent answers", |world| world.ask("/v1/status"));
@@ -174,15 +183,27 @@ impl World {
 
     /// Runs an agent that is to refuse, and answers with its exit code and what it says.
     pub fn refused(&self, shim: &str) -> (Option<i32>, String) {
-        let command = self.agent_command(shim, &[]);
-        let mut agent = Process::start("refused", command, Some(self.node().fd()), &self.directory).expect("an agent");
+        self.refused_at(shim, SOCKET)
+    }
+
+    /// The same with a socket of that name.
+    pub fn refused_at(&self, shim: &str, socket: &str) -> (Option<i32>, String) {
+        let command = self.agent_command(shim, socket, &[]);
+        let refused = REFUSED.fetch_add(1, Relaxed);
+        let mut agent = Process::start(
+            &format!("refused-{refused}"),
+            command,
+            Some(self.node().fd()),
+            &self.directory,
+        )
+        .expect("an agent");
         let text = wait_for(PATIENCE, || agent.is_running().err().map(|_| agent.log()));
         let text = text.unwrap_or_else(|| panic!("the agent runs on:\n{}", agent.log()));
         (agent.terminate(Duration::ZERO).and_then(|status| status.code()), text)
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("agent.sock")
+        self.directory.join(SOCKET)
     }
 
     pub fn ask(&mut self, path: &str) -> Option<Value> {

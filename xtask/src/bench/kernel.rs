@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 
+use crate::arch::Arch;
 use crate::ebpf;
 
 #[derive(clap::Args)]
@@ -13,7 +14,7 @@ pub struct Arguments {
 
 /// Builds, measures, shows.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
-    ebpf::build().context("the kernel programs are what is measured")?;
+    ebpf::build(Arch::host()).context("the kernel programs are what is measured")?;
     super::build()?;
     let outcome = super::measure("kernel", true, |command| {
         command.arg("--rebalancer").arg(super::rebalancer());

@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 
 use crate::{
+    arch::Arch,
     debian,
     run::{root, run, target},
 };
@@ -88,7 +89,7 @@ fn debian_program(program: &str, package: &str, libraries: &Path) -> anyhow::Res
     }
     eprintln!("{program} is not on PATH: taking Debian's package {package}, unpacked and not installed");
     let unpack = || -> anyhow::Result<PathBuf> {
-        let suite = debian::Suite::open(SUITE)?;
+        let suite = debian::Suite::open(SUITE, Arch::host())?;
         for library in LIBRARIES {
             link_libraries(&suite.unpacked(library, None)?, libraries)?;
         }

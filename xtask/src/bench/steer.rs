@@ -11,6 +11,7 @@ use clap::builder::PossibleValuesParser;
 
 use super::Outcome;
 use crate::{
+    arch::Arch,
     ebpf,
     run::{is_root, shown},
     vm::{self, extras},
@@ -28,9 +29,9 @@ pub struct Arguments {
 
 /// Builds, measures, shows.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
-    ebpf::build().context("the kernel program is what is measured")?;
+    ebpf::build(Arch::host()).context("the kernel program is what is measured")?;
     super::build()?;
-    let server = extras::goaway_server()?.context("the benchmark needs a server built with Go")?;
+    let server = extras::goaway_server(Arch::host())?.context("the benchmark needs a server built with Go")?;
     let real = extras::control_plane();
     if real.is_none() {
         eprintln!(

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 
-/// The shared libraries a program needs, its loader included.
+/// The shared libraries a program of this system needs, its loader included.
 pub fn libraries(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let output = Command::new("ldd").arg(program).output().context("ldd")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -20,6 +20,39 @@ pub fn libraries(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
         .map(PathBuf::from)
         .collect())
+}
+
+/// The shared libraries a program for another processor needs, its loader included: those that `find` knows, by name.
+pub fn foreign_libraries(
+    program: &Path,
+    find: impl Fn(&str) -> Option<PathBuf>,
+) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut found: Vec<(String, PathBuf)> = Vec::new();
+    let mut left = vec![program.to_owned()];
+    while let Some(file) = left.pop() {
+        let output = Command::new("readelf")
+            .arg("-dlW")
+            .arg(&file)
+            .output()
+            .context("readelf")?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        for line in text.lines() {
+            let inside = |before: &str| line.split_once(before)?.1.split(']').next();
+            let name = match (inside("(NEEDED)"), inside("interpreter: ")) {
+                (Some(needed), _) => needed.rsplit('[').next().unwrap_or_default(),
+                (None, Some(loader)) => loader.trim_start_matches('/'),
+                (None, None) => continue,
+            };
+            if found.iter().any(|(known, _)| known == name) {
+                continue;
+            }
+            let base = name.rsplit('/').next().unwrap_or(name);
+            let path = find(base).with_context(|| format!("{} needs {name}, which no package has", file.display()))?;
+            found.push((name.to_owned(), path.clone()));
+            left.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// A cpio archive of the kind the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").

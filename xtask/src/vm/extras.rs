@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::Context as _;
 
-use crate::run::{root, run, target};
+use crate::{
+    arch::Arch,
+    run::{root, run, target},
+};
 
 /// Where the guest looks for the apiserver and etcd, and for the small server with the apiserver's filter.
 const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etcd", "ETCD")];
@@ -35,21 +38,22 @@ impl Extras {
     /// # Errors
     ///
     /// The disk cannot be made, or a program that should build does not.
-    pub fn of(group: &str) -> anyhow::Result<Self> {
+    pub fn of(group: &str, arch: Arch) -> anyhow::Result<Self> {
         if group != "steer" {
             return Ok(Self::default());
         }
         let mut files = Vec::new();
-        if let Some(server) = goaway_server()? {
+        if let Some(server) = goaway_server(arch)? {
             files.push(("bin/goaway-server".to_owned(), server));
         }
         for (name, variable) in PROGRAMS {
-            if let Some(found) = fixture(name, variable) {
+            if let Some(found) = fixture(name, variable, arch) {
                 files.push((format!("bin/{name}"), found));
             }
         }
         // Pages that are to be paged out need a place to go to.
         let disk = target().join("vm/swap");
+        fs::create_dir_all(target().join("vm"))?;
         let file = fs::File::create(&disk).with_context(|| format!("cannot make {}", disk.display()))?;
         file.set_len(SWAP_OCTETS)?;
         let drive = format!("file={},if=none,id=swap,format=raw,cache=unsafe", disk.display());
@@ -69,15 +73,20 @@ impl Extras {
 /// # Errors
 ///
 /// It does not build.
-pub fn goaway_server() -> anyhow::Result<Option<PathBuf>> {
+pub fn goaway_server(arch: Arch) -> anyhow::Result<Option<PathBuf>> {
     if on_path("go").is_none() {
         eprintln!("there is no `go` on PATH: the tests that need a server with the apiserver's filter are skipped");
         return Ok(None);
     }
-    let server = target().join("go/goaway-server");
+    let server = if arch.is_host() {
+        target().join("go/goaway-server")
+    } else {
+        target().join(format!("go/goaway-server-{}", arch.debian()))
+    };
     run(Command::new("go")
         .current_dir(root().join("tests/go"))
         .env("CGO_ENABLED", "0")
+        .env("GOARCH", arch.debian())
         .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
         .arg(&server)
         .arg("./cmd/goaway-server"))?;
@@ -86,20 +95,31 @@ pub fn goaway_server() -> anyhow::Result<Option<PathBuf>> {
 
 /// kube-apiserver and etcd, where both are at hand.
 pub fn control_plane() -> Option<[PathBuf; 2]> {
-    let [apiserver, etcd] = PROGRAMS.map(|(name, variable)| fixture(name, variable));
+    let [apiserver, etcd] = PROGRAMS.map(|(name, variable)| fixture(name, variable, Arch::host()));
     Some([apiserver?, etcd?])
 }
 
 /// A program of the real control plane: named, on PATH, or built before by the tests.
-fn fixture(name: &str, variable: &str) -> Option<PathBuf> {
-    let named = env::var_os(variable).map(PathBuf::from);
-    named.or_else(|| on_path(name)).or_else(|| {
+///
+/// Another processor's are those that were named or built for it: `KUBE_APISERVER_ARM64`, `apiserver-VERSION-arm64`.
+fn fixture(name: &str, variable: &str, arch: Arch) -> Option<PathBuf> {
+    let is_host = arch.is_host();
+    let suffix = format!("-{}", arch.debian());
+    let named = if is_host {
+        env::var_os(variable)
+    } else {
+        env::var_os(format!("{variable}_{}", arch.debian().to_uppercase()))
+    };
+    let named = named.map(PathBuf::from);
+    named.or_else(|| on_path(name).filter(|_| is_host)).or_else(|| {
         let cache = env::var_os("XDG_CACHE_HOME")
             .map(PathBuf::from)
             .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))?;
         let built = fs::read_dir(cache.join("rebalancer")).ok()?.flatten();
         built
-            .map(|entry| entry.path().join(name))
+            .map(|entry| entry.path())
+            .filter(|path| path.to_string_lossy().ends_with(&suffix) != is_host)
+            .map(|path| path.join(name))
             .filter(|path| path.is_file())
             .max()
     })

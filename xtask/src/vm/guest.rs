@@ -10,15 +10,18 @@ use anyhow::{Context as _, bail};
 
 use super::{
     Image,
-    archive::{Archive, libraries},
+    archive::{Archive, foreign_libraries, libraries},
     extras::Extras,
 };
 use crate::{
+    arch::Arch,
+    debian::{self, Suite},
     ebpf,
     run::{cargo, run, shown, target},
 };
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// Whose `ip` a guest of another processor gets.
+const SUITE: &str = "bookworm";
 
 /// What a VM is booted for.
 #[derive(Clone, Copy)]
@@ -34,15 +37,18 @@ pub struct Guest {
     init: PathBuf,
     rebalancer: PathBuf,
     program: PathBuf,
+    arch: Arch,
     /// Where the program is in the guest.
     pub path: String,
 }
 
 impl Guest {
     /// Builds everything without shared libraries.
-    pub fn build(payload: Payload<'_>) -> anyhow::Result<Self> {
-        let objects = ebpf::build()?;
+    pub fn build(payload: Payload<'_>, arch: Arch) -> anyhow::Result<Self> {
+        let objects = ebpf::build(arch)?;
         let directory = target().join("vm/build");
+        let triple = arch.triple();
+        let standard = Standard::of(arch)?;
         let profile: &[&str] = match payload {
             Payload::Tests(_) => &[],
             Payload::Program(_) => &["--release"],
@@ -51,17 +57,18 @@ impl Guest {
             let mut command = cargo(arguments);
             command
                 .args(profile)
-                .args(["--target", TRIPLE])
+                .args(["--target", &triple])
                 .env("CARGO_TARGET_DIR", &directory)
-                .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Cstrip=symbols")
+                .env("RUSTFLAGS", RUSTFLAGS)
                 // An emulated processor has no time for code that nobody optimised.
                 .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
                 .env("REBALANCER_EBPF_OBJECTS", &objects);
+            standard.prepare(&mut command, arch);
             command
         };
         let mut binaries = vec!["build", "--package", "rebalancer", "--package", "rebalancer-tests"];
         binaries.extend(["--bin", "rebalancer", "--bin", "vm-init"]);
-        let built = directory.join(TRIPLE).join(match payload {
+        let built = directory.join(&triple).join(match payload {
             Payload::Tests(_) => "debug",
             Payload::Program(_) => "release",
         });
@@ -81,17 +88,14 @@ impl Guest {
             init: built.join("vm-init"),
             rebalancer: built.join("rebalancer"),
             program,
+            arch,
             path,
         })
     }
 
     /// Writes the initramfs.
     pub fn pack(&self, image: &Image, extras: &Extras, to: &Path) -> anyhow::Result<()> {
-        let ip = Command::new("which").arg("ip").output().context("which")?;
-        let ip = PathBuf::from(String::from_utf8_lossy(&ip.stdout).trim());
-        if !ip.is_file() {
-            bail!("`ip` is missing: install iproute2");
-        }
+        let (ip, needed) = self.ip()?;
         let mut archive = Archive::create(to)?;
         for directory in ["bin", "modules", "proc", "sys", "dev", "tmp", "run"] {
             archive.directory(directory)?;
@@ -105,8 +109,7 @@ impl Guest {
             archive.file(name, &content)?;
         }
         let mut made = vec!["bin".to_owned()];
-        for library in libraries(&ip)? {
-            let name = library.to_string_lossy().trim_start_matches('/').to_owned();
+        for (name, library) in needed {
             archive.parents(&name, &mut made)?;
             archive.file(&name, &fs::read(&library)?)?;
         }
@@ -114,6 +117,115 @@ impl Guest {
             archive.file(&format!("modules/{index}-{name}.ko"), module)?;
         }
         archive.end()
+    }
+}
+
+/// Builds the kernel programs for a processor, and has the compiler check the binary for it, C libraries included.
+///
+/// # Errors
+///
+/// It does not compile, or what that needs cannot be had.
+pub fn check(arch: Arch) -> anyhow::Result<()> {
+    let objects = ebpf::build(arch)?;
+    let mut command = cargo(["check", "--package", "rebalancer", "--target", &arch.triple()]);
+    command
+        .env("CARGO_TARGET_DIR", target().join("vm/build"))
+        .env("RUSTFLAGS", RUSTFLAGS)
+        .env("REBALANCER_EBPF_OBJECTS", &objects);
+    Standard::of(arch)?.prepare(&mut command, arch);
+    run(&mut command)
+}
+
+/// No shared libraries, and nothing that nobody reads.
+const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static -Cstrip=symbols";
+
+impl Guest {
+    /// `ip`, and the names and files of the libraries it needs.
+    fn ip(&self) -> anyhow::Result<(PathBuf, Vec<(String, PathBuf)>)> {
+        if self.arch.is_host() {
+            let ip = Command::new("which").arg("ip").output().context("which")?;
+            let ip = PathBuf::from(String::from_utf8_lossy(&ip.stdout).trim());
+            if !ip.is_file() {
+                bail!("`ip` is missing: install iproute2");
+            }
+            let named = |library: PathBuf| (library.to_string_lossy().trim_start_matches('/').to_owned(), library);
+            let needed = libraries(&ip)?.into_iter().map(named).collect();
+            return Ok((ip, needed));
+        }
+        let suite = Suite::open(SUITE, self.arch)?;
+        let mut trees = Vec::new();
+        for package in suite.closure("iproute2")? {
+            trees.push(suite.unpacked(&package, None)?);
+        }
+        let find = |name: &str| {
+            trees
+                .iter()
+                .find_map(|tree| debian::find(tree, name))
+                .and_then(|path| path.canonicalize().ok())
+        };
+        let ip = find("bin/ip")
+            .or_else(|| find("sbin/ip"))
+            .context("the package iproute2 has no `ip`")?;
+        let needed = foreign_libraries(&ip, find)?;
+        // The loader looks for libraries here.
+        let place = |(name, file): (String, PathBuf)| {
+            let inside = if name.contains('/') {
+                name
+            } else {
+                format!("lib/{}-linux-gnu/{name}", self.arch.rust())
+            };
+            (inside, file)
+        };
+        Ok((ip, needed.into_iter().map(place).collect()))
+    }
+}
+
+/// Where the standard library for a processor comes from.
+enum Standard {
+    /// The toolchain has it.
+    There,
+    /// It is built from its source; the directory of that, where it is not the toolchain's own.
+    Built(Option<PathBuf>),
+}
+
+impl Standard {
+    fn of(arch: Arch) -> anyhow::Result<Self> {
+        let triple = arch.triple();
+        let is_there = || {
+            let printed = Command::new("rustc")
+                .args(["--print", "target-libdir", "--target", &triple])
+                .output();
+            printed.is_ok_and(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
+        };
+        if !arch.is_host() {
+            let (compiler, package) = arch.cross_compiler();
+            debian::install(&compiler, &package)?;
+        }
+        if is_there() {
+            return Ok(Self::There);
+        }
+        eprintln!("the standard library for {triple} is needed: `rustup target add {triple}`");
+        let added = Command::new("rustup").args(["target", "add", &triple]).status();
+        if added.is_ok_and(|status| status.success()) && is_there() {
+            return Ok(Self::There);
+        }
+        eprintln!("rustup cannot add it here: building it from its source instead");
+        ebpf::standard_library().map(Self::Built)
+    }
+
+    fn prepare(&self, command: &mut Command, arch: Arch) {
+        if !arch.is_host() {
+            let variable = arch.triple().to_uppercase().replace('-', "_");
+            command.env(format!("CARGO_TARGET_{variable}_LINKER"), arch.cross_compiler().0);
+        }
+        if let Self::Built(library) = self {
+            command
+                .arg("-Zbuild-std=std,panic_abort,test")
+                .env("RUSTC_BOOTSTRAP", "1");
+            if let Some(library) = library {
+                command.env("__CARGO_TESTS_ONLY_SRC_ROOT", library);
+            }
+        }
     }
 }
 

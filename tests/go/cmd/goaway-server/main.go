@@ -34,6 +34,7 @@ func main() {
 	origin := flag.Int64("origin-ms", 0, "milliseconds since 1970 of the first resourceVersion")
 	period := flag.Duration("period", time.Second, "time between two changes of the object")
 	chance := flag.Float64("goaway-chance", 0, "as kube-apiserver's flag")
+	ask := flag.Bool("ask", true, "ask the filter for each request; else it is there and never asked")
 	flag.Parse()
 
 	routes := http.NewServeMux()
@@ -47,7 +48,7 @@ func main() {
 	})
 	history{origin: time.UnixMilli(*origin), period: *period}.register(routes)
 	filtered := http.Handler(routes)
-	if *chance > 0 {
+	if *chance > 0 && *ask {
 		filtered = filters.WithProbabilisticGoaway(routes, *chance)
 	}
 	empty := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})

@@ -1,0 +1,210 @@
+//! What an apiserver's flags say of GOAWAY: on its command line, or in the files that stand in its place.
+//!
+//! Input: arguments, and a way to read the process's files. Must never take a flag for absent that was not looked for
+//! where this kind of process has it.
+
+use std::{collections::BTreeMap, io};
+
+use serde::Deserialize;
+
+/// The flag that makes an apiserver decide on GOAWAY at all.
+const FLAG: &str = "goaway-chance";
+
+/// OpenShift's apiserver takes its flags from this file (`KubeAPIServerConfig`).
+const OPENSHIFT: &str = "openshift-config";
+
+/// MicroK8s' kubelite takes the apiserver's from this one, a flag a line.
+const KUBELITE: &str = "apiserver-args-file";
+
+/// k3s passes one flag on by each of these.
+const K3S: &str = "kube-apiserver-arg";
+
+/// What is said, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// The value that counts; `None` when the flag is absent.
+    pub value: Option<String>,
+    /// Where it would be, in words that follow "is 0".
+    pub place: String,
+    /// Whether it was found where nothing can hide it: an apiserver that is inside another program shows no flags.
+    pub certain: bool,
+}
+
+/// What the last `--goaway-chance` says: that one counts.
+///
+/// # Errors
+///
+/// A file the command line names cannot be read, or is not what it should be; with the file's name.
+pub fn goaway_chance(
+    arguments: &[String],
+    read: impl Fn(&str) -> io::Result<String>,
+) -> Result<Said, (String, io::Error)> {
+    let flags = flags(arguments.iter().map(String::as_str));
+    let last = |name: &str| flags.iter().rfind(|(own, _)| own == name).and_then(|(_, value)| *value);
+    if let Some(file) = last(OPENSHIFT) {
+        let named = |error| (file.to_owned(), error);
+        let text = read(file).map_err(named)?;
+        let value = openshift(&text).map_err(|error| named(io::Error::other(error)))?;
+        let place = format!("in {file} (apiServerArguments)");
+        return Ok(Said {
+            value,
+            place,
+            certain: true,
+        });
+    }
+    if let Some(file) = last(KUBELITE) {
+        let text = read(file).map_err(|error| (file.to_owned(), error))?;
+        let lines: Vec<&str> = text.split_whitespace().collect();
+        let value = self::flags(lines.into_iter())
+            .into_iter()
+            .rfind(|(name, _)| name == FLAG);
+        let value = value.and_then(|(_, value)| value.map(str::to_owned));
+        let place = format!("in {file}");
+        return Ok(Said {
+            value,
+            place,
+            certain: true,
+        });
+    }
+    let passed_on = flags
+        .iter()
+        .rev()
+        .filter(|(name, _)| name == K3S)
+        .find_map(|(_, value)| {
+            let (name, value) = (*value)?.trim_start_matches('-').split_once('=')?;
+            (normal(name) == FLAG).then(|| value.to_owned())
+        });
+    if let Some(value) = passed_on {
+        let place = format!("on its command line (--{K3S})");
+        return Ok(Said {
+            value: Some(value),
+            place,
+            certain: true,
+        });
+    }
+    let value = last(FLAG).map(str::to_owned);
+    Ok(Said {
+        certain: value.is_some(),
+        value,
+        place: "on its command line".to_owned(),
+    })
+}
+
+/// Flags with their values, as spf13/pflag takes them; a flag may be the last argument.
+fn flags<'a>(arguments: impl Iterator<Item = &'a str>) -> Vec<(String, Option<&'a str>)> {
+    let mut found = Vec::new();
+    let mut rest = arguments.peekable();
+    while let Some(argument) = rest.next() {
+        // What follows is no flag any more.
+        if argument == "--" {
+            break;
+        }
+        let Some(flag) = argument.strip_prefix("--") else {
+            continue;
+        };
+        match flag.split_once('=') {
+            Some((name, value)) => found.push((normal(name), Some(value))),
+            None => found.push((normal(flag), rest.peek().copied())),
+        }
+    }
+    found
+}
+
+/// Underscores are taken for hyphens (k8s.io/component-base/cli/flag, WordSepNormalizeFunc).
+fn normal(name: &str) -> String {
+    name.replace('_', "-")
+}
+
+/// The flag in OpenShift's file, YAML or JSON: flags have lists of values, of which the last counts.
+fn openshift(text: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default, rename = "apiServerArguments")]
+        arguments: Option<BTreeMap<String, Vec<String>>>,
+    }
+    let File { arguments } = serde_yaml_ng::from_str(text)?;
+    let given = arguments
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|(name, _)| normal(name) == FLAG);
+    Ok(given.filter_map(|(_, mut values)| values.pop()).next_back())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(line: &str, file: &str) -> Said {
+        let arguments: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        let read = |path: &str| {
+            assert_eq!(path, "/etc/the/file", "no other file is named");
+            Ok(file.to_owned())
+        };
+        goaway_chance(&arguments, read).expect("a readable file")
+    }
+
+    #[test]
+    fn the_last_goaway_chance_counts_however_it_is_written() {
+        for (line, chance) in [
+            ("kube-apiserver --v=1", None),
+            ("kube-apiserver --goaway-chance=0.001", Some("0.001")),
+            ("kube-apiserver --goaway_chance=0.001", Some("0.001")),
+            ("kube-apiserver --goaway_chance 0.001", Some("0.001")),
+            ("kube-apiserver --goaway-chance 0.001 --v=1", Some("0.001")),
+            ("kube-apiserver --goaway-chance=0.001 --goaway_chance=0", Some("0")),
+            ("kube-apiserver --goaway-chances=0.001", None),
+            ("kube-apiserver --goaway-chance", None),
+            ("kube-apiserver -- --goaway-chance=0.001", None),
+            (
+                "k3s server --kube-apiserver-arg=v=2 --kube-apiserver-arg=goaway-chance=0.001",
+                Some("0.001"),
+            ),
+            ("k3s server --kube-apiserver-arg goaway-chance=0.001", Some("0.001")),
+            ("k3s server --kube-apiserver-arg --goaway-chance=0.001", Some("0.001")),
+        ] {
+            let said = said(line, "");
+            assert_eq!(said.value.as_deref(), chance, "{line}");
+            assert_eq!(said.certain, chance.is_some(), "{line}");
+        }
+    }
+
+    #[test]
+    fn files_stand_in_the_command_lines_place() {
+        let openshift = "hyperkube kube-apiserver --openshift-config=/etc/the/file --goaway-chance=0.02";
+        for (text, chance) in [
+            (
+                "apiServerArguments:\n  goaway-chance:\n  - \"0\"\n  - \"0.001\"\n  v: [\"2\"]\n",
+                Some("0.001"),
+            ),
+            (
+                r#"{"apiServerArguments": {"goaway-chance": ["0.001"]}, "kind": "KubeAPIServerConfig"}"#,
+                Some("0.001"),
+            ),
+            ("apiServerArguments: null\n", None),
+            ("kind: KubeAPIServerConfig\n", None),
+        ] {
+            let said = said(openshift, text);
+            assert_eq!((said.value.as_deref(), said.certain), (chance, true), "{text}");
+            assert_eq!(said.place, "in /etc/the/file (apiServerArguments)");
+        }
+        let kubelite =
+            "kubelite --scheduler-args-file=/x --apiserver-args-file=/etc/the/file --start-control-plane=true";
+        for (text, chance) in [
+            ("--v=1\n--goaway-chance=0.001\n", Some("0.001")),
+            ("--goaway_chance 0.001", Some("0.001")),
+            ("--v=1\n", None),
+        ] {
+            let said = said(kubelite, text);
+            assert_eq!(
+                (said.value.as_deref(), said.place.as_str()),
+                (chance, "in /etc/the/file"),
+                "{text}"
+            );
+        }
+        let arguments = ["--openshift-config=/x".to_owned()];
+        let lost = goaway_chance(&arguments, |_| Err(io::ErrorKind::NotFound.into()));
+        assert_eq!(lost.map_err(|(file, _)| file), Err("/x".to_owned()));
+        let odd = goaway_chance(&arguments, |_| Ok("apiServerArguments: 7".to_owned()));
+        assert!(odd.is_err(), "what is not the file it should be says so");
+    }
+}
