@@ -261,12 +261,20 @@ impl World {
 
     /// Has the agent tell a client to go, and waits until the shim has it: the victim is pending.
     pub fn order(&mut self, client: SocketAddr) {
-        const PENDING: &str = "result=\"pending\"";
+        // The newest decision of which somebody is pending.
+        let newest = |world: &mut Self| -> Option<u64> {
+            let decisions = world.ask("/v1/decisions?limit=1000")?;
+            let pending = decisions["decisions"]
+                .as_array()?
+                .iter()
+                .filter(|decision| decision["outcomes"]["pending"].as_u64() > Some(0));
+            pending.filter_map(|decision| decision["id"].as_u64()).max()
+        };
         self.wait_until_ready();
-        let before = self.metric("rebalancer_goaways_total", PENDING).expect("metrics");
+        let before = newest(self);
         let body = format!(r#"{{"client": "{client}"}}"#);
         self.wait("the victim is pending", |world| {
-            if world.metric("rebalancer_goaways_total", PENDING)? > before {
+            if newest(world) > before {
                 return Some(());
             }
             match world.post("/v1/goaway", &body) {
