@@ -25,4 +25,5 @@ pub mod rho;
 pub mod shim;
 pub mod table;
 pub mod view;
+pub mod weight;
 pub mod x509;

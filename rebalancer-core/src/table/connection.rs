@@ -6,6 +6,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use crate::{
@@ -31,6 +32,8 @@ pub struct Connection {
     pub state: ConnectionState,
     /// Whether `opened_at` is when the agent started to look, so that the connection is older than that.
     pub seeded: bool,
+    /// Whether a shim listed it.
+    pub(super) is_with_shim: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -76,8 +79,8 @@ pub struct Rates {
 /// Names a client across its connections.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClientKey {
-    /// User and user agent, told by the shim.
-    User(Arc<Identity>),
+    /// The user, told by the shim. Not the user agent: one client may have many over one transport, a controller each.
+    User(Arc<str>),
     /// Without a user: the address with its port, that is this one connection.
     ///
     /// The address alone would not do: behind a proxying load balancer it is the balancer's, and everyone's.
@@ -115,21 +118,30 @@ impl Connection {
         self.state == ConnectionState::Active && self.protocol != Protocol::Http1
     }
 
+    /// A shim says how old it is: it may be older than the agent, and than the agent's clock.
+    pub(super) fn is_known_to_be(&mut self, age: Duration, now: Timestamp) {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let opened_at = Timestamp::from_millis(now.as_millis().saturating_sub(age_ms));
+        if self.seeded {
+            self.opened_at = self.opened_at.min(opened_at);
+        }
+    }
+
+    /// Whether it is older than the agent's clock can say.
+    pub fn is_older_than_the_clock(&self) -> bool {
+        self.seeded && self.opened_at == Timestamp::default()
+    }
+
     /// What it weighs.
     pub fn load(&self, weight: Weight) -> f64 {
-        match weight {
-            Weight::Connections => 1.0,
-            Weight::Requests => self.rates.requests,
-            Weight::Bytes => self.rates.bytes,
-            Weight::Streams => f64::from(self.counters.open_streams),
-        }
+        weight.of(self)
     }
 
     /// Who the client is, as far as is known.
     pub fn client_key(&self) -> ClientKey {
-        match &self.identity {
-            Some(identity) if identity.user.is_some() => ClientKey::User(Arc::clone(identity)),
-            _ => ClientKey::Address(self.client()),
+        match self.identity.as_ref().and_then(|identity| identity.user.as_ref()) {
+            Some(user) => ClientKey::User(Arc::clone(user)),
+            None => ClientKey::Address(self.client()),
         }
     }
 }

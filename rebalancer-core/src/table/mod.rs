@@ -17,6 +17,7 @@ use crate::{
     observation::{Observation, Socket},
     policy::Weight,
     shim::{ConnectionState, Counters, ShimConnection, ShimReport},
+    weight::SMOOTHING,
 };
 
 mod connection;
@@ -30,8 +31,8 @@ pub use connection::{ClientKey, Connection, Identity, Rates};
 use slab::Slab;
 use totals::{Identities, Totals};
 
-/// How fast smoothed rates follow: the time in which an old rate loses 63 % of its weight.
-pub const SMOOTHING_SECONDS: f64 = 30.0;
+/// How fast smoothed rates follow.
+const SMOOTHING_SECONDS: f64 = SMOOTHING.as_secs() as f64;
 
 /// So many of the heaviest connections are noted.
 const HEAVIEST: usize = 5;
@@ -97,18 +98,38 @@ impl ConnectionTable {
 
     /// Folds in what the shim says. A connection that the source has not shown yet is not counted, for the kernel is the
     /// truth; what the shim said of it is kept until the source shows it, for the shim says it once.
-    pub fn report(&mut self, report: &ShimReport) {
+    ///
+    /// A full report is the whole truth of that shim: what an earlier one listed and it does not list is with a process
+    /// that took its leave, and drains.
+    pub fn report(&mut self, report: &ShimReport, now: Timestamp) {
         if report.full {
             self.early.clear();
+            self.leave(report);
         }
         for id in &report.closed {
             self.early.remove(id);
         }
         for known in &report.connections {
             self.refine(known);
+            if let Some(age) = known.age {
+                self.change(known.id, |connection| connection.is_known_to_be(age, now));
+            }
         }
         for (id, counters) in &report.counters {
             self.change(*id, |connection| connection.counters = *counters);
+        }
+    }
+
+    /// Connections that a shim showed and the next one does not hold are draining.
+    fn leave(&mut self, report: &ShimReport) {
+        let held: BTreeSet<ConnectionId> = report.connections.iter().map(|known| known.id).collect();
+        let shown = self.connections.scan().filter(|connection| connection.is_with_shim);
+        let left: Vec<ConnectionId> = shown
+            .map(|connection| connection.id)
+            .filter(|id| !held.contains(id))
+            .collect();
+        for id in left {
+            self.mark_draining(id);
         }
     }
 
@@ -215,11 +236,7 @@ impl ConnectionTable {
     /// How many active connections a client has.
     pub fn active_of(&self, key: &ClientKey) -> usize {
         match key {
-            ClientKey::User(identity) => self
-                .identities
-                .known
-                .get(identity)
-                .map_or(0, |uses| uses.active as usize),
+            ClientKey::User(user) => self.identities.active_of(user),
             ClientKey::Address(_) => 1,
         }
     }
@@ -300,6 +317,7 @@ impl ConnectionTable {
                 state: ConnectionState::Active,
                 opened_at: now,
                 seeded,
+                is_with_shim: false,
                 identity: None,
                 counters,
                 rates: Rates::default(),
@@ -384,6 +402,7 @@ impl ConnectionTable {
         }
         self.change(known.id, |connection| {
             connection.identity = identity;
+            connection.is_with_shim = true;
             connection.state = connection.state.max(known.state);
             connection.counters = known.counters;
             // With a load balancer that passes addresses on, the shim knows the true one.

@@ -72,10 +72,11 @@ fn requests_add_up_over_connections_that_close() {
             };
             (ConnectionId(*id), counters)
         });
-        table.report(&ShimReport {
+        let report = ShimReport {
             counters: counters.collect(),
             ..ShimReport::default()
-        });
+        };
+        table.report(&report, at(1));
         let closed = Observation::Closed {
             id: ConnectionId(closed),
             bytes_in: 0,
@@ -102,6 +103,7 @@ fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
                 local: socket(*id).local,
                 protocol: Protocol::H2Selected,
                 can_be_told: true,
+                age: None,
                 state: ConnectionState::Active,
                 user: Some("a".to_owned()),
                 user_agent: None,
@@ -112,9 +114,9 @@ fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
         ..ShimReport::default()
     };
     let mut table = seeded(&[]);
-    table.report(&said(&[1, 2], &[]));
+    table.report(&said(&[1, 2], &[]), at(1));
     assert_eq!(table.active(), 0, "the kernel has not shown them");
-    table.report(&said(&[], &[2]));
+    table.report(&said(&[], &[2]), at(2));
     table.observe(Observation::Opened(socket(1)), at(1));
     table.observe(Observation::Opened(socket(2)), at(1));
     let protocol = |id| table.connection(ConnectionId(id)).map(|connection| connection.protocol);
@@ -180,13 +182,14 @@ proptest! {
                         local: socket(id.0).local,
                         protocol: if detail == 3 { Protocol::Http1 } else { Protocol::H2Selected },
                         can_be_told: detail != 3,
+                        age: None,
                         state: ConnectionState::Active,
                         user: (detail > 0).then(|| format!("user-{detail}")),
                         user_agent: Some("agent".to_owned()),
                         counters: Counters { requests: step as u64 * detail, open_streams: detail as u32, ..Counters::default() },
                     }],
                     ..ShimReport::default()
-                }),
+                }, now),
             }
         }
         let (kept, counted) = (table.totals, recounted(&table));

@@ -83,6 +83,19 @@ impl Identities {
         }
     }
 
+    /// How many active connections a user has, whatever its user agents.
+    pub fn active_of(&self, user: &Arc<str>) -> usize {
+        let first = Identity {
+            user: Some(Arc::clone(user)),
+            user_agent: None,
+        };
+        let theirs = self
+            .known
+            .range(first..)
+            .take_while(|(identity, _)| identity.user.as_ref() == Some(user));
+        theirs.map(|(_, uses)| uses.active as usize).sum()
+    }
+
     pub fn enter(&mut self, identity: Option<&Arc<Identity>>, active: bool) {
         if let Some(identity) = identity {
             let uses = self.known.entry(Arc::clone(identity)).or_default();

@@ -19,7 +19,7 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::Channel;
 use rebalancer_core::{
-    agent::{Agent, Command},
+    agent::{Agent, Answer, Command},
     ids::{ConnectionId, Timestamp},
     table::Connection,
 };
@@ -71,6 +71,7 @@ pub fn router(context: Context) -> Router {
         .route("/v1/decisions/stream", get(stream))
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/goaway", post(goaway))
+        .route("/v1/approve/{proposal}", post(approve))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/openapi.json", get(openapi))
@@ -155,7 +156,9 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "skew_threshold": policy.skew_threshold,
             "skew_target": policy.skew_target,
             "interval_s": policy.interval.as_secs_f64(),
-            "goaway_rate": policy.goaway_rate,
+            "goaway_rate": agent.goaway_rate(),
+            "capacity": policy.capacity,
+            "proposal": agent.proposal(),
             "goaway_share": policy.goaway_share,
             "settle_s": policy.settle.as_secs_f64(),
             "min_connection_age_s": policy.min_connection_age.as_secs_f64(),
@@ -333,6 +336,9 @@ struct GoawayBody {
     connection: Option<crate::shim::wire::Id>,
     client: Option<String>,
     count: Option<usize>,
+    /// Whether the exclusions do not count this time.
+    #[serde(default)]
+    force: bool,
 }
 
 async fn goaway(
@@ -385,18 +391,63 @@ async fn goaway(
             format!("no active connection with {who}; /v1/connections lists them"),
         ));
     }
-    context.agent.command(Command::Goaway(chosen)).await?;
-    let look = move |agent: &Agent, _| {
-        agent
-            .history()
-            .next_back()
-            .map(|decision| wire::decision(decision, &clock))
+    let command = Command::Goaway {
+        connections: chosen,
+        force: body.force,
     };
-    Ok(Json(json!({"decision": context.agent.read(look).await?})))
+    match context.agent.command(command).await? {
+        Answer::Ordered { decision, left_out } => {
+            let look = move |agent: &Agent, _| {
+                let mut decisions = agent.history().rev();
+                decisions
+                    .find(|one| one.id == decision)
+                    .map(|one| wire::decision(one, &clock))
+            };
+            let decision = context.agent.read(look).await?;
+            Ok(Json(
+                json!({"decision": decision, "left_out": wire::left_out(&left_out)}),
+            ))
+        }
+        Answer::Nobody(left_out) => Err(Problem::new(
+            StatusCode::CONFLICT,
+            format!("nobody of those can be told: {}", wire::left_out_in_words(&left_out)),
+        )),
+        Answer::Busy { decision } => Err(Problem::new(
+            StatusCode::CONFLICT,
+            format!("the plan of decision {decision} is in flight: try again when it has settled"),
+        )),
+        Answer::Held(hold) => Err(Problem::new(
+            StatusCode::CONFLICT,
+            format!("nobody can be told: {hold}"),
+        )),
+        Answer::Done | Answer::NoSuchProposal { .. } => Ok(Json(json!({}))),
+    }
+}
+
+async fn approve(State(context): State<Context>, Path(proposal): Path<u64>) -> Result<Json<Value>, Problem> {
+    match context.agent.command(Command::Approve(proposal)).await? {
+        Answer::NoSuchProposal { waiting } => {
+            let waits = waiting.map_or("nothing waits for approval".to_owned(), |id| {
+                format!("{id} waits for it")
+            });
+            Err(Problem::new(
+                StatusCode::NOT_FOUND,
+                format!("there is no proposal {proposal}: {waits}"),
+            ))
+        }
+        _ => {
+            tracing::warn!(proposal, "approved by an operator");
+            Ok(Json(json!({"approved": proposal})))
+        }
+    }
 }
 
 async fn pause(State(context): State<Context>) -> Result<Json<Value>, Problem> {
-    context.agent.command(Command::Pause).await?;
+    let command = Command::Pause {
+        reason: String::new(),
+        length: None,
+    };
+    context.agent.command(command).await?;
     tracing::warn!("paused by an operator");
     Ok(Json(json!({"paused": true})))
 }

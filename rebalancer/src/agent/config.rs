@@ -17,7 +17,7 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use rebalancer_core::{
     ids::{ApiserverName, ShimKind},
-    policy::{Exclusions, Mode, Policy, Weight},
+    policy::{Exclusions, GoawayRate, Mode, Policy, Weight},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
@@ -92,9 +92,9 @@ pub struct Raw {
     /// Time between two decisions [default: 5s]
     #[arg(long, env = "REBALANCER_INTERVAL", value_name = "DURATION")]
     interval: Option<Span>,
-    /// GOAWAYs a second on this apiserver [default: 10]
-    #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "RATE")]
-    goaway_rate: Option<f64>,
+    /// GOAWAYs a second on this apiserver; `auto` tells as many as it takes for all of them in half a minute, 10 to 2000 [default: auto]
+    #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "auto|RATE")]
+    goaway_rate: Option<Rate>,
     /// Share of this apiserver's connections in one plan [default: 0.25]
     #[arg(long, env = "REBALANCER_GOAWAY_SHARE", value_name = "SHARE")]
     goaway_share: Option<f64>,
@@ -122,7 +122,13 @@ pub struct Raw {
         value_name = "PREFIX"
     )]
     exclude_user_agent: Vec<String>,
-    /// Decide and record the same, send nothing
+    /// The size of this apiserver relative to the others': it gets clients in proportion [default: 1]
+    #[arg(long, env = "REBALANCER_CAPACITY", value_name = "SIZE")]
+    capacity: Option<f64>,
+    /// Whether plans are carried out, or wait for `rebalancer approve` [default: active]
+    #[arg(long, env = "REBALANCER_MODE", value_enum, conflicts_with = "dry_run")]
+    mode: Option<ModeName>,
+    /// Decide and record the same, send nothing: --mode dry-run
     #[arg(long, env = "REBALANCER_DRY_RUN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     dry_run: Option<bool>,
     /// Local API [default: unix:/run/rebalancer/agent.sock]
@@ -202,6 +208,51 @@ pub enum Discovery {
     Static,
     /// By Leases of the cluster.
     Kubernetes,
+}
+
+/// `--goaway-rate`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate(GoawayRate);
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "auto" {
+            return Ok(Self(GoawayRate::Auto));
+        }
+        let rate = text
+            .parse()
+            .map_err(|_| format!("{text} is neither auto nor a number"))?;
+        Ok(Self(GoawayRate::PerSecond(rate)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Text {
+            Number(f64),
+            Word(String),
+        }
+        match Text::deserialize(deserializer)? {
+            Text::Number(rate) => Ok(Self(GoawayRate::PerSecond(rate))),
+            Text::Word(word) => word.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModeName {
+    /// Plans are carried out.
+    Active,
+    /// Everything is decided and recorded, nothing is sent.
+    DryRun,
+    /// Each rebalancing waits until an operator approves it.
+    Propose,
 }
 
 /// `--weight`.
@@ -369,6 +420,8 @@ impl Raw {
             exclude_cidr: list(self.exclude_cidr, file.exclude_cidr),
             exclude_user: list(self.exclude_user, file.exclude_user),
             exclude_user_agent: list(self.exclude_user_agent, file.exclude_user_agent),
+            capacity: self.capacity.or(file.capacity),
+            mode: self.mode.or(file.mode),
             dry_run: self.dry_run.or(file.dry_run),
             api: self.api.or(file.api),
             metrics: self.metrics.or(file.metrics),
@@ -438,7 +491,8 @@ impl Raw {
             skew_threshold: self.skew_threshold.unwrap_or(defaults.skew_threshold),
             skew_target: self.skew_target.unwrap_or(defaults.skew_target),
             interval: or(self.interval, defaults.interval),
-            goaway_rate: self.goaway_rate.unwrap_or(defaults.goaway_rate),
+            goaway_rate: self.goaway_rate.map_or(defaults.goaway_rate, |rate| rate.0),
+            capacity: self.capacity.unwrap_or(defaults.capacity),
             goaway_share: self.goaway_share.unwrap_or(defaults.goaway_share),
             settle: or(self.settle, defaults.settle),
             min_connection_age: or(self.min_connection_age, defaults.min_connection_age),
@@ -453,10 +507,11 @@ impl Raw {
                 Shim::Steer(_) => ShimKind::Steer,
                 Shim::None => ShimKind::None,
             },
-            mode: if self.dry_run.unwrap_or(false) {
-                Mode::DryRun
-            } else {
-                Mode::Active
+            mode: match self.mode {
+                _ if self.dry_run.unwrap_or(false) => Mode::DryRun,
+                Some(ModeName::DryRun) => Mode::DryRun,
+                Some(ModeName::Propose) => Mode::Propose,
+                Some(ModeName::Active) | None => Mode::Active,
             },
             ..defaults
         };
@@ -508,7 +563,7 @@ mod tests {
         assert_eq!(config.policy.skew_threshold, 0.3);
         assert_eq!(config.policy.skew_target, 0.15);
         assert_eq!(config.policy.interval, Duration::from_secs(2));
-        assert_eq!(config.policy.goaway_rate, 10.0);
+        assert_eq!(config.policy.goaway_rate, GoawayRate::Auto);
         assert_eq!(config.shim, Shim::Relay(SocketPath("/r".into())));
     }
 

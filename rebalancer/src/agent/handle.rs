@@ -9,7 +9,7 @@ use std::{
 };
 
 use rebalancer_core::{
-    agent::{Agent, Command},
+    agent::{Agent, Answer, Command},
     decision::Decision,
     ids::Timestamp,
 };
@@ -59,7 +59,7 @@ pub enum Request {
     /// Look at the core.
     Read(Box<Look>),
     /// Tell the core something, and hear when it is done.
-    Command(Command, oneshot::Sender<()>),
+    Command(Command, oneshot::Sender<Answer>),
 }
 
 /// The loop has ended.
@@ -109,12 +109,12 @@ impl AgentHandle {
         answered.await.map_err(|_| Gone)
     }
 
-    /// Tells the core something, and waits until its turn is over.
+    /// Tells the core something, and waits for its answer.
     ///
     /// # Errors
     ///
     /// [`Gone`] when the loop has ended.
-    pub async fn command(&self, command: Command) -> Result<(), Gone> {
+    pub async fn command(&self, command: Command) -> Result<Answer, Gone> {
         let (done, is_done) = oneshot::channel();
         self.requests
             .send(Request::Command(command, done))

@@ -561,7 +561,10 @@ mod tests {
     fn a_pause_and_the_decision_log_show() {
         let mut world = World::new();
         assert_eq!(world.value("rebalancer_paused"), 0.0);
-        world.tell(Input::Command(rebalancer_core::agent::Command::Pause));
+        world.tell(Input::Command(rebalancer_core::agent::Command::Pause {
+            reason: String::new(),
+            length: None,
+        }));
         world.metrics.logged((5, 0));
         world.metrics.logged((7, 3));
         assert_eq!(world.value("rebalancer_paused"), 1.0);

@@ -257,9 +257,10 @@ impl Loop {
                 Some(request) = requests.recv() => match request {
                     Request::Read(look) => look(&self.agent, self.clock.now()),
                     Request::Command(command, done) => {
-                        self.turn(Input::Command(command), &mut source);
+                        let (answer, effects) = self.agent.command(self.clock.now(), command);
+                        self.carry_out(effects, &mut source);
                         // The asker may have gone away.
-                        let _ = done.send(());
+                        let _ = done.send(answer);
                     }
                 },
                 () = sleep_until(shim_silent_at), if self.orders.is_some() => {
@@ -328,6 +329,10 @@ impl Loop {
         let began = Instant::now();
         let effects = self.agent.handle(self.clock.now(), input);
         self.metrics().turned(began.elapsed());
+        self.carry_out(effects, source);
+    }
+
+    fn carry_out<S: Observe>(&mut self, effects: Vec<Effect>, source: &mut Watch<S>) {
         for effect in effects {
             match effect {
                 Effect::SendGoaway(order) => self.send(order, source),
