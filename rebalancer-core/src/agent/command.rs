@@ -32,6 +32,8 @@ pub enum Command {
         connections: Vec<ConnectionId>,
         /// Whether the exclusions of the configuration do not count this time.
         force: bool,
+        /// The time they are spread over; as fast as the budget allows without.
+        over: Option<Duration>,
     },
     /// The rebalancing of that proposal may begin.
     Approve(u64),
@@ -98,7 +100,11 @@ impl Agent {
                 self.memory_changes += 1;
                 Answer::Done
             }
-            Command::Goaway { connections, force } => self.order(now, &connections, force, effects),
+            Command::Goaway {
+                connections,
+                force,
+                over,
+            } => self.order(now, &connections, force, over, effects),
             Command::Approve(proposal) => match self.proposed {
                 Some(proposed) if proposed.id == proposal && self.policy.mode == Mode::Propose => {
                     self.approved = Some(proposed.course);
@@ -126,7 +132,14 @@ impl Agent {
         })
     }
 
-    fn order(&mut self, now: Timestamp, ids: &[ConnectionId], force: bool, effects: &mut Vec<Effect>) -> Answer {
+    fn order(
+        &mut self,
+        now: Timestamp,
+        ids: &[ConnectionId],
+        force: bool,
+        over: Option<Duration>,
+        effects: &mut Vec<Effect>,
+    ) -> Answer {
         if let Some(plan) = &self.plan {
             return Answer::Busy {
                 decision: plan.decision,
@@ -174,6 +187,9 @@ impl Agent {
         self.start(now, &mut decision);
         if let Some(plan) = &mut self.plan {
             plan.is_ordered = true;
+            if let Some(over) = over {
+                plan.spread_over(over, self.abilities.order_expiry, now);
+            }
         }
         let id = decision.id;
         self.remember(decision.clone());

@@ -225,7 +225,10 @@ impl Agent {
                     let cost = self.table.connection(*id).map_or(1.0, planner::cost_of);
                     // Many a second are told a few at a time: each wake-up is a look at everything.
                     let few = (self.bucket.rate() / 10.0).min(plan.unsent.len() as f64);
-                    self.bucket.affords_at(cost.max(few), now)
+                    match plan.spread {
+                        Some(_) => self.bucket.affords_at(cost, now).max(plan.due_at()),
+                        None => self.bucket.affords_at(cost.max(few), now),
+                    }
                 }
                 // The shim's answer is an input of its own.
                 None if plan.is_awaited() => plan.given_up,

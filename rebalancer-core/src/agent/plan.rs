@@ -25,6 +25,8 @@ pub(super) struct Plan {
     pub last_goaway: Timestamp,
     /// Whether an operator asked for it, whatever the skew.
     pub is_ordered: bool,
+    /// When an order began that is spread over a time, over which, and how many it names.
+    pub spread: Option<(Timestamp, Duration, usize)>,
     /// Its decision.
     pub decision: u64,
     /// From then on nobody waits for the shim any more: what it has not answered is lost.
@@ -43,6 +45,24 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Spreads what is unsent over a time; it is not given up before.
+    pub fn spread_over(&mut self, over: Duration, order_expiry: Duration, now: Timestamp) {
+        self.spread = Some((now, over, self.unsent.len()));
+        self.expires = self.expires.max(now + over + order_expiry);
+        self.given_up = self.expires + order_expiry;
+    }
+
+    /// When the next one may be told, the budget aside.
+    pub fn due_at(&self) -> Timestamp {
+        match self.spread {
+            Some((began, over, of)) if of > 0 => {
+                let done = of.saturating_sub(self.unsent.len());
+                began + over.mul_f64(done as f64 / of as f64)
+            }
+            _ => Timestamp::default(),
+        }
+    }
+
     /// Whether the shim has still to say what became of an order.
     pub fn is_awaited(&self) -> bool {
         !self.asked.is_empty()
@@ -121,6 +141,7 @@ impl Agent {
             outcomes: decision.outcomes,
             last_goaway: now,
             is_ordered: false,
+            spread: None,
             is_probe: self.ramp.is_probe(),
             fates: BTreeMap::new(),
             expires,
@@ -149,7 +170,7 @@ impl Agent {
         let mut victims: Vec<ConnectionId> = Vec::new();
         while let Some(id) = plan.unsent.front().copied() {
             let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
-            if !self.bucket.pay(cost, now) {
+            if now < plan.due_at() || !self.bucket.pay(cost, now) {
                 break;
             }
             plan.unsent.pop_front();

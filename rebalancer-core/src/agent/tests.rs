@@ -336,6 +336,7 @@ fn with_a_pending_victim(at: Timestamp) -> Agent {
         Input::Command(Command::Goaway {
             connections: vec![ConnectionId(1)],
             force: true,
+            over: None,
         }),
     );
     let ordered = effects.iter().find_map(|effect| match effect {
@@ -348,6 +349,28 @@ fn with_a_pending_victim(at: Timestamp) -> Agent {
         Input::GoawayAnswered(vec![(ConnectionId(1), GoawayResult::Pending)]),
     );
     agent
+}
+
+#[test]
+fn an_order_that_is_spread_over_a_time_is_told_evenly() {
+    let mut world = World::new(&[100, 100], Balancer::RoundRobin, |_| {});
+    world.run(60);
+    let connections: Vec<_> = world.sockets[0].keys().take(20).map(|id| ConnectionId(*id)).collect();
+    let before = world.goaways;
+    let order = Command::Goaway {
+        connections,
+        force: false,
+        over: Some(Duration::from_secs(100)),
+    };
+    world.input(0, Input::Command(order));
+    for tenth in 1..=10 {
+        world.run(10);
+        let told = world.goaways - before;
+        assert!(
+            (2 * tenth..=2 * tenth + 1).contains(&told),
+            "{told} after {tenth} tenths"
+        );
+    }
 }
 
 #[test]

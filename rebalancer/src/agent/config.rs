@@ -135,6 +135,9 @@ pub struct Raw {
     #[arg(long, env = "REBALANCER_API", value_name = "unix:PATH")]
     #[serde(deserialize_with = "parsed")]
     api: Option<SocketPath>,
+    /// File in which pause, cool-downs and what was tried outlive the agent [default: beside --api, as agent.state]
+    #[arg(long, env = "REBALANCER_STATE", value_name = "FILE")]
+    state: Option<PathBuf>,
     /// Address and port of the metrics [default: 127.0.0.1:9470]
     #[arg(long, env = "REBALANCER_METRICS", value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
@@ -356,6 +359,8 @@ pub struct Config {
     pub peers: Option<PeerConfig>,
     /// The local API.
     pub api: SocketPath,
+    /// The state file.
+    pub state: PathBuf,
     /// The metrics.
     pub metrics: SocketAddr,
     /// The decision log.
@@ -424,6 +429,7 @@ impl Raw {
             mode: self.mode.or(file.mode),
             dry_run: self.dry_run.or(file.dry_run),
             api: self.api.or(file.api),
+            state: self.state.or(file.state),
             metrics: self.metrics.or(file.metrics),
             decision_log: self.decision_log.or(file.decision_log),
         }
@@ -515,7 +521,9 @@ impl Raw {
             },
             ..defaults
         };
+        let api = self.api.unwrap_or_else(default_api);
         Ok(Config {
+            state: self.state.unwrap_or_else(|| api.0.with_extension("state")),
             policy: policy.checked()?,
             apiserver_port,
             source: self.source.unwrap_or_default(),
@@ -523,7 +531,7 @@ impl Raw {
             shim,
             intercept,
             peers,
-            api: self.api.unwrap_or_else(default_api),
+            api,
             metrics: self.metrics.unwrap_or(SocketAddr::new([127, 0, 0, 1].into(), 9470)),
             decision_log: self.decision_log,
         })

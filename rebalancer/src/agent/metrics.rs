@@ -191,6 +191,8 @@ impl Metrics {
             looked_at: None,
             registry: Registry::default(),
         };
+        // Nothing is known before the first decision.
+        metrics.skew.set(f64::NAN);
         registry.register(
             "connections",
             "Connections to the local apiserver",

@@ -4,7 +4,7 @@
 //! Output: the core's effects, carried out. Must never decide anything itself, nor wait for a peer, shim or disk.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,6 +30,7 @@ use super::{
     metrics::Metrics,
     peers::{self, Asker, TlsListener, tls::PeerTls},
     record::Recorder,
+    state::{self, StateFile},
     watch::{Observe, Watch},
 };
 use crate::{
@@ -39,6 +40,7 @@ use crate::{
     random,
     relay::takeover,
     shim::link,
+    span::Short,
     steer::Steer,
 };
 
@@ -96,11 +98,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     let metrics = Arc::new(Mutex::new(metrics));
     let heart = Heart::start().context("cannot start the watchdog's thread")?;
+    let remembered = state::read(&config.state, config.policy.node.as_str());
+    let state = Arc::new(Mutex::new(StateFile::start(config.state.clone())?));
     let context = ApiContext {
         heart: Arc::clone(&heart),
         agent: handle.clone(),
         metrics: Arc::clone(&metrics),
         source: source_name,
+        state: Arc::clone(&state),
     };
 
     if let Some((peers, tls, expiry, listener)) = peers {
@@ -138,7 +143,21 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         api = %config.api.0.display(),
         "watching"
     );
-    let agent = Agent::new(config.policy.clone(), random::u64(), clock.now());
+    let (policy, instance, now) = (config.policy.clone(), random::u64(), clock.now());
+    let agent = match remembered {
+        None => Agent::new(policy, instance, now),
+        Some((memory, ago)) => {
+            tracing::info!(
+                path = %config.state.display(),
+                written = %format_args!("{} ago", Short(ago)),
+                cooldowns = memory.cooldowns.len(),
+                paused = memory.pause.is_some(),
+                "going on where the agent before this one ended"
+            );
+            Agent::with_memory(policy, instance, now, &memory, ago)
+        }
+    };
+    let saved = agent.memory_version();
     Ok(Running {
         agent: Loop {
             agent,
@@ -148,6 +167,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             metrics,
             orders,
             heart,
+            state,
+            saved,
         },
         source: Watch::new(source, move || Source::open(kind, port, kernel_log)),
         inputs,
@@ -217,6 +238,9 @@ struct Loop {
     metrics: Arc<Mutex<Metrics>>,
     orders: Option<mpsc::Sender<GoawayOrder>>,
     heart: Arc<Heart>,
+    state: Arc<Mutex<StateFile>>,
+    /// The version of the memory that was given to the state file.
+    saved: u64,
 }
 
 impl Loop {
@@ -240,7 +264,10 @@ impl Loop {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hang_up.recv() => self.recorder.reopen(),
-                _ = beats.tick() => self.metrics().logged(self.recorder.counts()),
+                _ = beats.tick() => {
+                    self.metrics().logged(self.recorder.counts());
+                    self.remember();
+                }
                 seen = source.next() => match seen {
                     Ok(observations) => self.observed(observations, &mut source),
                     Err(error) => {
@@ -259,6 +286,8 @@ impl Loop {
                     Request::Command(command, done) => {
                         let (answer, effects) = self.agent.command(self.clock.now(), command);
                         self.carry_out(effects, &mut source);
+                        // Written before it is answered, or an operator would rely on what a restart forgets.
+                        self.remember();
                         // The asker may have gone away.
                         let _ = done.send(answer);
                     }
@@ -272,6 +301,7 @@ impl Loop {
                 () = sleep_until(wake) => self.turn(Input::Tick, &mut source),
             }
         }
+        self.save();
         tracing::info!("ending: nothing more is sent; clients that were told are on their way");
         Ok(())
     }
@@ -292,6 +322,20 @@ impl Loop {
             _ => {}
         }
         self.turn(input, source);
+    }
+
+    /// Has written what a restart must not forget, when it has changed.
+    fn remember(&mut self) {
+        let version = self.agent.memory_version();
+        if std::mem::replace(&mut self.saved, version) != version {
+            self.save();
+        }
+    }
+
+    fn save(&self) {
+        let memory = self.agent.memory(self.clock.now());
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.write(self.agent.policy().node.as_str(), &memory);
     }
 
     fn metrics(&self) -> std::sync::MutexGuard<'_, Metrics> {
@@ -342,7 +386,7 @@ impl Loop {
                         self.metrics().goaway(&self.agent, "not_sent", decision.victims.len());
                     }
                     self.recorder.record(&decision, &self.clock);
-                    self.handle.publish(&decision);
+                    self.handle.decided(&decision);
                 }
                 Effect::Settled(decision) => {
                     self.recorder.settled(&decision, &self.clock);

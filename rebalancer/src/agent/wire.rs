@@ -15,7 +15,7 @@ use rebalancer_core::{
     ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
     planner::LeftOut,
     policy::{Mode, Policy, Weight},
-    table::Connection,
+    table::{Connection, ConnectionTable},
     view::{Part, PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
@@ -440,8 +440,16 @@ pub fn left_out_name(why: LeftOut) -> &'static str {
 }
 
 /// Those who are not told, and why.
-pub fn left_out(left_out: &[(ConnectionId, LeftOut)]) -> Value {
-    let one = |(id, why): &(ConnectionId, LeftOut)| json!({"connection": id.to_string(), "why": left_out_name(*why)});
+pub fn left_out(left_out: &[(ConnectionId, LeftOut)], table: &ConnectionTable) -> Value {
+    let one = |(id, why): &(ConnectionId, LeftOut)| {
+        let connection = table.connection(*id);
+        json!({
+            "connection": id.to_string(),
+            "client": connection.map(|connection| connection.client().to_string()),
+            "user": connection.and_then(Connection::user),
+            "why": left_out_name(*why),
+        })
+    };
     left_out.iter().map(one).collect()
 }
 
