@@ -5,19 +5,18 @@
 //!
 //! Agents hear each other once a second while a plan is under way and once an interval otherwise: nothing changes between.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::collections::BTreeSet;
 
 use rebalancer_core::{
-    agent::{Agent, Command, Effect, Input, Memory},
+    agent::{Agent, Effect, Input},
     ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
-    policy::{Mode, Policy, Weight},
+    policy::{Policy, Weight},
     shim::GoawayResult,
     view::{PeerFault, Snapshot},
 };
 
 use crate::{
     node::{Life, index_of},
-    setup::Role,
     world::{Event, World},
 };
 
@@ -31,21 +30,8 @@ const POLL: u64 = 1_000;
 const EXPLANATIONS: usize = 8;
 
 impl World<'_> {
-    /// An agent ends and is started again at once, with what it wrote down.
-    pub(crate) fn restart_agent(&mut self, server: usize) {
-        let now = Timestamp::from_millis(self.now);
-        if let Some(agent) = &self.nodes[server].agent {
-            let memory = agent.memory(now);
-            self.start_agent_with(server, &memory);
-        }
-    }
-
-    /// Starts an agent that knows nothing and hears the complete list.
+    /// Starts an agent, or starts it anew: it knows nothing and hears the complete list.
     pub(crate) fn start_agent(&mut self, server: usize) {
-        self.start_agent_with(server, &Memory::default());
-    }
-
-    fn start_agent_with(&mut self, server: usize, memory: &Memory) {
         if !self.nodes[server].member {
             self.nodes[server].agent = None;
             return;
@@ -57,35 +43,17 @@ impl World<'_> {
             .filter(|(index, node)| *index != server && node.member)
             .map(|(_, node)| node.name.clone())
             .collect();
-        let role = self.setup.roles.get(server).copied().unwrap_or(Role::Active);
         let policy = Policy {
             node: self.nodes[server].name.clone(),
             peers,
-            shim: if role == Role::Shimless {
-                ShimKind::None
-            } else {
-                ShimKind::Relay
-            },
-            mode: if role == Role::DryRun {
-                Mode::DryRun
-            } else {
-                self.setup.policy.mode
-            },
+            shim: ShimKind::Relay,
             ..self.setup.policy.clone()
         };
         self.instances += 1;
         // Agents are not in step.
         let phase = self.random.below(self.setup.policy.interval.as_millis() as usize) as u64;
         let now = Timestamp::from_millis(self.now);
-        let start = Timestamp::from_millis(self.now - phase);
-        let mut agent = Agent::with_memory(policy, self.instances, start, memory, Duration::ZERO);
-        if role == Role::Paused {
-            let pause = Command::Pause {
-                reason: "a test".to_owned(),
-                length: None,
-            };
-            agent.handle(start, Input::Command(pause));
-        }
+        let agent = Agent::new(policy, self.instances, Timestamp::from_millis(self.now - phase));
         self.nodes[server].agent = Some(agent);
         self.nodes[server].resync(&self.connections);
         self.flush(server);
@@ -109,7 +77,7 @@ impl World<'_> {
             return;
         }
         let identities = self.setup.identities.then_some(self.identities.as_slice());
-        for input in self.nodes[server].news(&self.connections, identities, self.now) {
+        for input in self.nodes[server].news(&self.connections, identities) {
             self.tell(server, input);
         }
     }
@@ -228,7 +196,8 @@ impl World<'_> {
                         self.poll_in(peer, wait);
                     }
                 }
-                Effect::Settled(_) => {}
+                // The simulation tells every event.
+                Effect::Settled(_) | Effect::Confirm => {}
                 Effect::Resync => {
                     self.nodes[server].resync(&self.connections);
                     self.news(server);
