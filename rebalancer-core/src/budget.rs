@@ -25,6 +25,21 @@ impl TokenBucket {
         }
     }
 
+    /// Another rate from now on: an apiserver with more connections tells faster.
+    pub fn set_rate(&mut self, rate: f64, now: Timestamp) {
+        if rate != self.rate {
+            self.refill(now);
+            self.rate = rate;
+            self.capacity = rate.max(1.0);
+            self.tokens = self.tokens.min(self.capacity);
+        }
+    }
+
+    /// Tokens a second.
+    pub fn rate(&self) -> f64 {
+        self.rate
+    }
+
     /// Pays `cost` if the bucket holds it, or is full: what costs more than a full bucket is paid for afterwards, and until
     /// then nobody gets anything.
     pub fn pay(&mut self, cost: f64, now: Timestamp) -> bool {

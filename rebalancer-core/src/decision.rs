@@ -28,6 +28,46 @@ pub struct Victim {
     pub age: Duration,
     /// Why this one.
     pub why: String,
+    /// What became of it, once the plan has settled.
+    pub fate: Fate,
+}
+
+/// What became of one victim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is not known yet.
+    Pending,
+    /// It was told, and has not been seen here since.
+    Told,
+    /// It was told, and came back here.
+    Returned,
+    /// It was gone, or had heard a GOAWAY already, when the shim was to tell it.
+    Gone,
+    /// It was not told: a doubt came up, there was no room any more, the order expired, or it is a dry run.
+    NotTold,
+}
+
+/// What a decision's numbers follow from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Derivation {
+    /// The apiservers above the target whose agents act.
+    pub donors: Vec<ApiserverName>,
+    /// How much they are above it together.
+    pub surplus: f64,
+    /// The highest credible share of movers that land on no donor.
+    pub rho: f64,
+    /// What this apiserver must tell until it is level, those included who come back.
+    pub needed: f64,
+    /// Clients on their way.
+    pub in_transit: u64,
+    /// Skew of this apiserver when they have landed.
+    pub expected_skew: f64,
+    /// GOAWAYs that the rebalancing may still cost, all apiservers together.
+    pub allowance: Option<f64>,
+    /// Connections that a plan may have now; `None` while it is waited after a plan in vain.
+    pub limit: Option<usize>,
+    /// GOAWAYs a second.
+    pub goaway_rate: f64,
 }
 
 /// One of the heaviest connections, whether it moves or not.
@@ -69,13 +109,13 @@ impl Heavy {
 pub struct Outcomes {
     /// Not told yet.
     pub pending: u64,
-    /// Told, old streams still open, and not yet settled.
+    /// Told, and not seen again anywhere yet.
     pub draining: u64,
-    /// Went to another apiserver.
+    /// Was seen on another apiserver.
     pub moved: u64,
     /// Came back here.
     pub returned: u64,
-    /// Was gone before it could be told.
+    /// Was not told: it was gone, or a doubt came up.
     pub lost: u64,
 }
 
@@ -97,9 +137,9 @@ pub struct Decision {
     pub weight: Weight,
     /// What it rests on.
     pub view: View,
-    /// Mean load of the apiservers that take connections.
+    /// This apiserver's load when all are level, clients in transit counted.
     pub mean: f64,
-    /// Skew of this apiserver.
+    /// Skew of this apiserver: its load in the view against the mean of those in it.
     pub skew: f64,
     /// Skew that starts a plan.
     pub threshold: f64,
@@ -109,6 +149,8 @@ pub struct Decision {
     pub rho: f64,
     /// GOAWAYs that this apiserver should send.
     pub quota: u64,
+    /// What that follows from.
+    pub derivation: Derivation,
     /// Who is told.
     pub victims: Vec<Victim>,
     /// Why nobody is; `None` exactly when there are victims.

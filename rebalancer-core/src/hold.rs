@@ -7,6 +7,16 @@ use std::{fmt, time::Duration};
 
 use crate::ids::ApiserverName;
 
+/// A time as people say it, to two digits or so.
+fn spoken(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..=99 => format!("{seconds} s"),
+        100..=5_999 => format!("{} min", (seconds + 30) / 60),
+        _ => format!("{:.1} h", time.as_secs_f64() / 3_600.0),
+    }
+}
+
 /// Why nothing is done. Closed, and each with its numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Hold {
@@ -72,12 +82,38 @@ pub enum Hold {
         /// GOAWAYs this apiserver may still send in this rebalancing.
         allowance: f64,
     },
-    /// Moved clients come back: moving them does not help behind this load balancer.
+    /// Nobody who was told a moment ago landed elsewhere: the load balancer may not send anybody there yet.
+    Probing {
+        /// Clients told in vain since somebody last landed elsewhere.
+        told: u64,
+        /// Until the next few are told.
+        left: Duration,
+    },
+    /// Moved clients come back, again and again: moving them does not help behind this load balancer.
     Futile {
-        /// Highest credible rho.
-        rho: f64,
-        /// Landings it rests on.
-        landings: f64,
+        /// Clients told in vain since somebody last landed elsewhere.
+        told: u64,
+        /// Until the next few are told.
+        left: Duration,
+    },
+    /// Level, once those who were told have landed.
+    ClientsInTransit {
+        /// How many have not.
+        clients: u64,
+    },
+    /// A rebalancing waits for an operator's approval.
+    AwaitsApproval {
+        /// What is to be approved.
+        proposal: u64,
+        /// GOAWAYs that this apiserver would send.
+        goaways: u64,
+    },
+    /// A dry run has said what it would do, and nobody does it.
+    DryRun {
+        /// The decision that says so.
+        decision: u64,
+        /// GOAWAYs that it would take here.
+        goaways: u64,
     },
     /// Clients that could be moved are heavier than what there is to move.
     Unmovable {
@@ -123,17 +159,13 @@ pub enum Hold {
         /// How many were lost since the start.
         total: u64,
     },
-    /// More of the load than the band is wide is of connections whose protocol is not known.
-    UnknownProtocols {
-        /// How many.
-        unknown: usize,
-        /// Of how many.
-        active: usize,
-        /// The share that is allowed.
-        limit: f64,
-    },
     /// An operator paused the agent.
-    Paused,
+    Paused {
+        /// What for; may be empty.
+        reason: String,
+        /// Until it ends by itself.
+        left: Option<Duration>,
+    },
     /// The shim does not answer: nothing could be sent.
     ShimUnavailable {
         /// What it said.
@@ -158,15 +190,18 @@ impl Hold {
             Self::Unconfirmed { .. } => "unconfirmed",
             Self::CoolingDown { .. } => "cooling_down",
             Self::BudgetSpent { .. } => "budget_spent",
+            Self::Probing { .. } => "probing",
             Self::Futile { .. } => "futile",
+            Self::ClientsInTransit { .. } => "clients_in_transit",
+            Self::AwaitsApproval { .. } => "awaits_approval",
+            Self::DryRun { .. } => "dry_run",
             Self::Unmovable { .. } => "unmovable",
             Self::RecipientsStressed { .. } => "recipients_stressed",
             Self::PeerPlanInFlight { .. } => "peer_plan_in_flight",
             Self::PlanInFlight { .. } => "plan_in_flight",
             Self::ApiserverStarting { .. } => "apiserver_starting",
             Self::LostEvents { .. } => "lost_events",
-            Self::UnknownProtocols { .. } => "unknown_protocols",
-            Self::Paused => "paused",
+            Self::Paused { .. } => "paused",
             Self::ShimUnavailable { .. } => "shim_unavailable",
         }
     }
@@ -189,16 +224,11 @@ impl fmt::Display for Hold {
                 limit.as_secs_f64()
             ),
             Self::BelowThreshold { skew, threshold } => {
-                write!(
-                    f,
-                    "skew {:+.1} % does not pass {:.1} %",
-                    skew * 100.0,
-                    threshold * 100.0
-                )
+                write!(f, "skew {:+.1} % is within {:.1} %", skew * 100.0, threshold * 100.0)
             }
             Self::Noise { skew, noise_floor } => write!(
                 f,
-                "skew {:+.1} % is within what chance alone makes, {:.1} %",
+                "skew {:+.1} % is within what chance makes behind this load balancer, {:.1} %",
                 skew * 100.0,
                 noise_floor * 100.0
             ),
@@ -220,11 +250,26 @@ impl fmt::Display for Hold {
                 f,
                 "the budget is spent: {tokens:.1} tokens, {allowance:.1} GOAWAYs left in this rebalancing"
             ),
-            Self::Futile { rho, landings } => write!(
+            Self::Probing { told, left } => write!(
                 f,
-                "moved clients come back: of {landings:.0} landings at most {:.0} % went to another apiserver",
-                rho * 100.0
+                "none of {told} told landed elsewhere; does the load balancer send clients there yet? next try in {}",
+                spoken(*left)
             ),
+            Self::Futile { told, left } => write!(
+                f,
+                "moved clients come back: {told} told in vain; next try in {}",
+                spoken(*left)
+            ),
+            Self::ClientsInTransit { clients } => {
+                write!(f, "level when {clients} clients on their way have landed")
+            }
+            Self::AwaitsApproval { proposal, goaways } => write!(
+                f,
+                "{goaways} would be told here: waits for `rebalancer approve {proposal}`"
+            ),
+            Self::DryRun { decision, goaways } => {
+                write!(f, "dry run: {goaways} would be told here, see decision {decision}")
+            }
             Self::Unmovable { client, load, room } => write!(
                 f,
                 "whoever could be moved is heavier than the {room:.1} there is to move; the heaviest, {client}, weighs {load:.1}"
@@ -235,7 +280,7 @@ impl fmt::Display for Hold {
                 limit,
             } => write!(
                 f,
-                "apiserver {apiserver} refused {refused} requests for overload a short while ago, {limit} are taken for normal: it gets no more clients now"
+                "apiserver {apiserver} refuses more for overload than its share ({refused} just now, {limit} would be): it gets no more clients"
             ),
             Self::PeerPlanInFlight { apiserver } => write!(
                 f,
@@ -264,12 +309,16 @@ impl fmt::Display for Hold {
                 )
             }
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
-            Self::UnknownProtocols { unknown, active, limit } => write!(
-                f,
-                "of {active} connections {unknown} are not known to speak HTTP/2 or not: {:.1} % is allowed",
-                limit * 100.0
-            ),
-            Self::Paused => f.write_str("paused by an operator"),
+            Self::Paused { reason, left } => {
+                f.write_str("paused by an operator")?;
+                if let Some(left) = left {
+                    write!(f, " for {} more", spoken(*left))?;
+                }
+                if !reason.is_empty() {
+                    write!(f, ": {reason}")?;
+                }
+                Ok(())
+            }
             Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
         }
     }

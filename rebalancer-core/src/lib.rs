@@ -8,14 +8,12 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod assemblies;
 pub mod btf;
 pub mod budget;
 pub mod decision;
 pub mod golang;
 pub mod h2;
 pub mod hello;
-pub mod hellos;
 pub mod hold;
 pub mod ids;
 pub mod observation;
@@ -27,4 +25,5 @@ pub mod rho;
 pub mod shim;
 pub mod table;
 pub mod view;
+pub mod weight;
 pub mod x509;

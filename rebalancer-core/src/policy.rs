@@ -8,22 +8,10 @@ use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 use ipnet::IpNet;
 
 use crate::ids::{ApiserverName, ShimKind};
+pub use crate::weight::Weight;
 
 /// Milliseconds in an hour.
 const HOUR_MS: u128 = 3_600_000;
-
-/// What a connection weighs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weight {
-    /// Each connection weighs 1.
-    Connections,
-    /// Requests a second.
-    Requests,
-    /// Bytes a second, both directions.
-    Bytes,
-    /// Open streams.
-    Streams,
-}
 
 /// Whether plans are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +20,35 @@ pub enum Mode {
     Active,
     /// Everything is decided and recorded, nothing is sent.
     DryRun,
+    /// Each rebalancing waits until an operator approves it.
+    Propose,
+}
+
+/// How many GOAWAYs a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum GoawayRate {
+    /// As many as tell all of an apiserver's connections in [`GoawayRate::WHOLE`], so that a rebalancing takes about a
+    /// minute whatever the size of the cluster; at least [`GoawayRate::LEAST`], at most [`GoawayRate::MOST`].
+    Auto,
+    /// So many.
+    PerSecond(f64),
+}
+
+impl GoawayRate {
+    /// Telling all connections of one apiserver takes that long.
+    pub const WHOLE: Duration = Duration::from_secs(30);
+    /// A second at least: what a small apiserver bears without effort.
+    pub const LEAST: f64 = 10.0;
+    /// A second at most: each is a TLS handshake where the client lands, about half a millisecond of a processor.
+    pub const MOST: f64 = 2_000.0;
+
+    /// How many a second for an apiserver with so many active connections.
+    pub fn per_second(self, active: usize) -> f64 {
+        match self {
+            Self::Auto => (active as f64 / Self::WHOLE.as_secs_f64()).clamp(Self::LEAST, Self::MOST),
+            Self::PerSecond(rate) => rate,
+        }
+    }
 }
 
 /// Who is never a victim, by configuration.
@@ -70,7 +87,7 @@ pub struct Policy {
     /// Time between two decisions; the one after a plan that has settled comes earlier.
     pub interval: Duration,
     /// GOAWAYs a second on this apiserver.
-    pub goaway_rate: f64,
+    pub goaway_rate: GoawayRate,
     /// Share of the apiserver's connections in one plan, above 0, at most 1.
     pub goaway_share: f64,
     /// Time after a plan's last GOAWAY before the next plan.
@@ -83,25 +100,10 @@ pub struct Policy {
     pub exclusions: Exclusions,
     /// What sends the GOAWAY.
     pub shim: ShimKind,
+    /// The size of this apiserver relative to the others': its share of the clients is in proportion.
+    pub capacity: f64,
     /// Whether plans are carried out.
     pub mode: Mode,
-    /// What clients on this node are.
-    pub node_local: NodeLocal,
-}
-
-/// The age from which on a connection counts, in intervals.
-const STAYS_AFTER: f64 = 0.6;
-
-/// What connections from the node itself are: from one of its own addresses, loopback included.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NodeLocal {
-    /// Counted apart: they would come straight back, and are neither load nor landings.
-    #[default]
-    Exclude,
-    /// Load like others, but never told to go.
-    Count,
-    /// Clients like others: what is on this node is a load balancer.
-    Move,
 }
 
 /// A number outside its range.
@@ -145,25 +147,16 @@ impl Policy {
             skew_threshold: 0.10,
             skew_target: 0.03,
             interval: Duration::from_secs(5),
-            goaway_rate: 10.0,
+            goaway_rate: GoawayRate::Auto,
             goaway_share: 0.25,
             settle: Duration::from_secs(10),
             min_connection_age: Duration::from_secs(30),
             client_cooldown: Duration::from_secs(600),
             exclusions: Exclusions::default(),
             shim: ShimKind::None,
+            capacity: 1.0,
             mode: Mode::Active,
-            node_local: NodeLocal::default(),
         }
-    }
-
-    /// A connection counts, as load and as a landing, from that age on: health checks and short calls are over by then.
-    ///
-    /// One age for both, or a client that has landed would be load and still on its way; by age and not by sample, so that
-    /// all agents begin to count what came at once at once; and no longer than clients may take to land, or the plan would
-    /// be over before its landings are seen.
-    pub fn stays_after(&self) -> Duration {
-        self.interval.mul_f64(STAYS_AFTER)
     }
 
     /// Checks every value against its range.
@@ -192,6 +185,7 @@ impl Policy {
             min_connection_age,
             client_cooldown,
             exclusions,
+            capacity,
             ..
         } = &self;
         within(
@@ -206,11 +200,19 @@ impl Policy {
             *skew_target >= 0.0 && *skew_target <= 10.0,
             "0 to 10, below --skew-threshold",
         )?;
+        if let GoawayRate::PerSecond(rate) = *goaway_rate {
+            within(
+                "--goaway-rate",
+                rate,
+                (0.01..=10_000.0).contains(&rate),
+                "auto, or 0.01 to 10000 per second",
+            )?;
+        }
         within(
-            "--goaway-rate",
-            *goaway_rate,
-            (0.01..=10_000.0).contains(goaway_rate),
-            "0.01 to 10000 per second",
+            "--capacity",
+            *capacity,
+            (0.01..=1_000.0).contains(capacity),
+            "0.01 to 1000, the size of this apiserver relative to the others'",
         )?;
         within(
             "--goaway-share",
@@ -315,7 +317,14 @@ mod tests {
             (
                 "--goaway-rate",
                 Policy {
-                    goaway_rate: 0.0,
+                    goaway_rate: GoawayRate::PerSecond(0.0),
+                    ..policy()
+                },
+            ),
+            (
+                "--capacity",
+                Policy {
+                    capacity: 0.0,
                     ..policy()
                 },
             ),
@@ -343,7 +352,7 @@ mod tests {
             (
                 "--goaway-rate",
                 Policy {
-                    goaway_rate: 1e-20,
+                    goaway_rate: GoawayRate::PerSecond(1e-20),
                     ..policy()
                 },
             ),

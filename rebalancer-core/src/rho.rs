@@ -16,6 +16,8 @@ use crate::ids::ApiserverName;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rho {
     seen: BTreeMap<ApiserverName, Seen>,
+    /// The newest landings everywhere while there were donors: where those land who do not land on donors.
+    lately: BTreeMap<ApiserverName, f64>,
 }
 
 /// Landings while one apiserver was a donor.
@@ -28,17 +30,14 @@ struct Seen {
 /// Landings that are remembered of each: older ones fade, because a load balancer may change.
 const MEMORY: f64 = 400.0;
 
+/// The newest landings fade faster: a balancer that seeks the emptiest sends them elsewhere once that is full.
+const LATELY: f64 = 100.0;
+
 /// What the prior, an even choice among the apiservers, is worth in landings.
 const PRIOR: f64 = 2.0;
 
 /// With fewer landings nothing is known yet.
 const FEW: f64 = 10.0;
-
-/// Landings from which rho near 0 is believed.
-const ENOUGH: f64 = 100.0;
-
-/// Below this upper bound moving is futile.
-const FUTILE: f64 = 0.05;
 
 impl Rho {
     /// Learns from landings since the last call; no more of them count than clients were `expected` to land, for the others
@@ -49,6 +48,13 @@ impl Rho {
             return;
         }
         let part = (expected / all).min(1.0);
+        if !donors.is_empty() {
+            for (name, count) in landings {
+                *self.lately.entry(name.clone()).or_default() += *count as f64 * part;
+            }
+            let keep = (LATELY / self.lately.values().sum::<f64>()).min(1.0);
+            self.lately.values_mut().for_each(|count| *count *= keep);
+        }
         for donor in donors {
             let here: u64 = landings
                 .iter()
@@ -92,9 +98,31 @@ impl Rho {
         (a / n + 2.0 * deviation).min(1.0)
     }
 
-    /// Whether moving clients off these donors has been seen to be pointless.
-    pub fn is_futile(&self, donors: &[ApiserverName]) -> bool {
-        self.landings(donors) >= ENOUGH && self.upper(donors) < FUTILE
+    /// Which share of those who move lands on each of `names`, when `rho` of them do not land on donors: what the donors
+    /// get is split among them by what each was seen to get, and so is the rest among the others.
+    pub fn shares(&self, names: &[&ApiserverName], donors: &[ApiserverName], rho: f64) -> Vec<f64> {
+        let even = PRIOR / names.len().max(1) as f64;
+        let is_donor = |name: &ApiserverName| donors.contains(name);
+        let weight = |name: &ApiserverName| {
+            if is_donor(name) {
+                self.share(name, names.len())
+            } else {
+                self.lately.get(name).copied().unwrap_or_default() + even
+            }
+        };
+        let sum = |donor: bool| -> f64 {
+            let of = names.iter().filter(|name| is_donor(name) == donor);
+            of.map(|name| weight(name)).sum::<f64>().max(f64::EPSILON)
+        };
+        let (on_donors, on_others) = (sum(true), sum(false));
+        let share = |name: &&ApiserverName| {
+            if is_donor(name) {
+                (1.0 - rho) * weight(name) / on_donors
+            } else {
+                rho * weight(name) / on_others
+            }
+        };
+        names.iter().map(share).collect()
     }
 
     /// Landings that it rests on, for these donors: those of the one that is known least.
@@ -148,7 +176,6 @@ mod tests {
                 (expected..expected + 0.12).contains(&rho.upper(&donors)),
                 "{donors:?}: {rho:?}"
             );
-            assert!(!rho.is_futile(&donors));
         }
         assert_eq!(
             rho.upper(&[c]),
@@ -158,24 +185,28 @@ mod tests {
     }
 
     #[test]
-    fn where_everyone_went_is_no_futile_donor_later() {
-        let mut rho = Rho::default();
-        let [a, b, c] = names();
-        land(&mut rho, [0, 0, 300], &[a, b]);
-        assert!(!rho.is_futile(&[c]));
-    }
-
-    #[test]
-    fn all_back_is_futile_and_is_forgotten_when_it_changes() {
+    fn what_was_learned_fades_when_the_balancer_changes() {
         let mut rho = Rho::default();
         let donors = &names()[..1];
         land(&mut rho, [200, 0, 0], donors);
-        assert!(rho.is_futile(donors));
+        assert!(rho.upper(donors) < 0.05);
         for _ in 0..40 {
             land(&mut rho, [0, 0, 20], donors);
         }
-        assert!(!rho.is_futile(donors));
         assert!(rho.mean(donors, 3) > 0.7, "{rho:?}");
+    }
+
+    #[test]
+    fn shares_add_up_and_follow_what_was_seen() {
+        let mut rho = Rho::default();
+        let [a, b, c] = names();
+        let all = [&a, &b, &c];
+        let shares = rho.shares(&all, std::slice::from_ref(&a), 1.0);
+        assert_eq!(shares, [0.0, 0.5, 0.5], "nothing is known: the others alike");
+        land(&mut rho, [30, 0, 60], std::slice::from_ref(&a));
+        let shares = rho.shares(&all, std::slice::from_ref(&a), 2.0 / 3.0);
+        assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+        assert!(shares[1] < 0.02 && shares[2] > 0.64, "{shares:?}");
     }
 
     #[test]

@@ -30,6 +30,34 @@ pub struct Counters {
     pub bytes_out: u64,
 }
 
+/// What a shim can do: the core asks this, never which shim it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Whether a victim hears its GOAWAY at its next request and not at once: those that ask nothing come last.
+    pub tells_at_request: bool,
+    /// How long an order may take to be carried out.
+    pub order_expiry: Duration,
+}
+
+impl Default for Abilities {
+    /// Those of a shim that holds the connection itself, such as the relay.
+    fn default() -> Self {
+        Self {
+            tells_at_request: false,
+            order_expiry: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Abilities {
+    /// Those of a probe on the apiserver's own decision: a victim is told at its next request, and most make one within
+    /// half a minute.
+    pub const AT_REQUEST: Self = Self {
+        tells_at_request: true,
+        order_expiry: Duration::from_secs(30),
+    };
+}
+
 /// One connection, as the shim knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShimConnection {
@@ -46,6 +74,8 @@ pub struct ShimConnection {
     pub can_be_told: bool,
     /// How far it is.
     pub state: ConnectionState,
+    /// How old it is, where the shim knows: a connection may be older than the agent.
+    pub age: Option<Duration>,
     /// The user, where the shim sees it.
     pub user: Option<String>,
     /// The user agent of its last request.
@@ -61,6 +91,8 @@ pub struct ShimReport {
     pub instance: String,
     /// The highest generation it has carried out: a restarted agent goes on above it.
     pub generation: u64,
+    /// What it can do.
+    pub abilities: Abilities,
     /// Whether `connections` is the whole list.
     pub full: bool,
     /// Connections that changed.

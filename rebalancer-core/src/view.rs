@@ -3,7 +3,10 @@
 //! Job: hold the newest snapshot of each, and say which are missing or stale.
 //! Input: snapshots with the instant they came. Output: a [`View`], or the hold that forbids one.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use crate::{
     hold::Hold,
@@ -23,6 +26,17 @@ pub enum ServerState {
     Unknown,
 }
 
+/// What an apiserver's agent does about skew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// It tells clients to go when its apiserver is above the target.
+    Acts,
+    /// It decides and sends nothing: a dry run.
+    DryRun,
+    /// It does nothing now: no shim, paused, not approved, or in doubt.
+    Watches,
+}
+
 /// One apiserver's load at one instant.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
@@ -36,8 +50,6 @@ pub struct Snapshot {
     pub load: f64,
     /// The part of it that belongs to clients which are heavier than the target: moving them helps nobody.
     pub unmovable: f64,
-    /// Clients on that node: counted apart, unless they are to count.
-    pub node_local: u64,
     /// Connections that heard their GOAWAY and still hold old streams.
     pub draining: u64,
     /// Streams open on those.
@@ -48,8 +60,14 @@ pub struct Snapshot {
     pub told_load_total: f64,
     /// Requests it refused for overload a short while ago, as far as its shim sees that.
     pub refused: u64,
-    /// Landings since its agent started (see [`crate::table::ConnectionTable::accepted_total`]).
+    /// HTTP/2 connections accepted since its agent started.
     pub accepted_total: u64,
+    /// Clients that its agent takes to be in transit, those of all apiservers.
+    pub in_transit: u64,
+    /// The size of the apiserver relative to the others'.
+    pub capacity: f64,
+    /// What its agent does about skew.
+    pub part: Part,
     /// Whether a plan of its agent is in flight or settling.
     pub plan_in_flight: bool,
     /// Whether its agent takes part in a rebalancing that has not reached the target.
@@ -74,6 +92,7 @@ pub enum PeerFault {
 /// The newest that is known of each peer.
 #[derive(Clone, Debug, Default)]
 pub struct Peers {
+    own: Option<ApiserverName>,
     known: BTreeMap<ApiserverName, Peer>,
 }
 
@@ -105,16 +124,17 @@ pub struct View {
 }
 
 impl Peers {
-    /// Expects these peers and no others.
-    pub fn new(names: impl IntoIterator<Item = ApiserverName>) -> Self {
+    /// Expects these peers of `own` and no others.
+    pub fn new(own: ApiserverName, names: impl IntoIterator<Item = ApiserverName>) -> Self {
         Self {
+            own: Some(own),
             known: names.into_iter().map(|name| (name, Peer::default())).collect(),
         }
     }
 
     /// Takes what one peer answered, or why it did not.
     pub fn hear(&mut self, name: &ApiserverName, answer: Result<Snapshot, PeerFault>, now: Timestamp) {
-        let expected: Vec<ApiserverName> = self.known.keys().cloned().collect();
+        let expected: BTreeSet<ApiserverName> = self.known.keys().chain(&self.own).cloned().collect();
         let Some(peer) = self.known.get_mut(name) else {
             return;
         };
@@ -123,14 +143,16 @@ impl Peers {
                 let said = format!("it calls itself {}", snapshot.apiserver);
                 peer.fault = Some(PeerFault::Disagrees(said));
             }
-            Ok(snapshot) if !expected.iter().all(|name| snapshot.names.contains(name)) => {
+            Ok(snapshot) if snapshot.names.iter().cloned().collect::<BTreeSet<_>>() != expected => {
                 let theirs = snapshot
                     .names
                     .iter()
                     .map(ApiserverName::as_str)
                     .collect::<Vec<_>>()
                     .join(", ");
-                peer.fault = Some(PeerFault::Disagrees(format!("it knows the apiservers {theirs}")));
+                peer.fault = Some(PeerFault::Disagrees(format!(
+                    "it knows the apiservers {theirs}: name the same ones on every node"
+                )));
             }
             Ok(snapshot) => {
                 let is_down = |snapshot: &Snapshot| snapshot.state == ServerState::Down;

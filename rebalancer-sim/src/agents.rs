@@ -5,18 +5,19 @@
 //!
 //! Agents hear each other once a second while a plan is under way and once an interval otherwise: nothing changes between.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use rebalancer_core::{
-    agent::{Agent, Effect, Input},
+    agent::{Agent, Command, Effect, Input, Memory},
     ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
-    policy::{Policy, Weight},
+    policy::{Mode, Policy, Weight},
     shim::GoawayResult,
     view::{PeerFault, Snapshot},
 };
 
 use crate::{
     node::{Life, index_of},
+    setup::Role,
     world::{Event, World},
 };
 
@@ -30,8 +31,21 @@ const POLL: u64 = 1_000;
 const EXPLANATIONS: usize = 8;
 
 impl World<'_> {
-    /// Starts an agent, or starts it anew: it knows nothing and hears the complete list.
+    /// An agent ends and is started again at once, with what it wrote down.
+    pub(crate) fn restart_agent(&mut self, server: usize) {
+        let now = Timestamp::from_millis(self.now);
+        if let Some(agent) = &self.nodes[server].agent {
+            let memory = agent.memory(now);
+            self.start_agent_with(server, &memory);
+        }
+    }
+
+    /// Starts an agent that knows nothing and hears the complete list.
     pub(crate) fn start_agent(&mut self, server: usize) {
+        self.start_agent_with(server, &Memory::default());
+    }
+
+    fn start_agent_with(&mut self, server: usize, memory: &Memory) {
         if !self.nodes[server].member {
             self.nodes[server].agent = None;
             return;
@@ -43,17 +57,35 @@ impl World<'_> {
             .filter(|(index, node)| *index != server && node.member)
             .map(|(_, node)| node.name.clone())
             .collect();
+        let role = self.setup.roles.get(server).copied().unwrap_or(Role::Active);
         let policy = Policy {
             node: self.nodes[server].name.clone(),
             peers,
-            shim: ShimKind::Relay,
+            shim: if role == Role::Shimless {
+                ShimKind::None
+            } else {
+                ShimKind::Relay
+            },
+            mode: if role == Role::DryRun {
+                Mode::DryRun
+            } else {
+                self.setup.policy.mode
+            },
             ..self.setup.policy.clone()
         };
         self.instances += 1;
         // Agents are not in step.
         let phase = self.random.below(self.setup.policy.interval.as_millis() as usize) as u64;
         let now = Timestamp::from_millis(self.now);
-        let agent = Agent::new(policy, self.instances, Timestamp::from_millis(self.now - phase));
+        let start = Timestamp::from_millis(self.now - phase);
+        let mut agent = Agent::with_memory(policy, self.instances, start, memory, Duration::ZERO);
+        if role == Role::Paused {
+            let pause = Command::Pause {
+                reason: "a test".to_owned(),
+                length: None,
+            };
+            agent.handle(start, Input::Command(pause));
+        }
         self.nodes[server].agent = Some(agent);
         self.nodes[server].resync(&self.connections);
         self.flush(server);
@@ -77,7 +109,7 @@ impl World<'_> {
             return;
         }
         let identities = self.setup.identities.then_some(self.identities.as_slice());
-        for input in self.nodes[server].news(&self.connections, identities) {
+        for input in self.nodes[server].news(&self.connections, identities, self.now) {
             self.tell(server, input);
         }
     }
@@ -196,8 +228,7 @@ impl World<'_> {
                         self.poll_in(peer, wait);
                     }
                 }
-                // The simulation tells every event.
-                Effect::Settled(_) | Effect::Confirm => {}
+                Effect::Settled(_) => {}
                 Effect::Resync => {
                     self.nodes[server].resync(&self.connections);
                     self.news(server);

@@ -37,6 +37,19 @@ pub struct Backend {
     pub active: usize,
     /// Sockets.
     pub sockets: usize,
+    /// Its weight while it starts slowly, from above 0 to 1.
+    pub weight: f64,
+}
+
+impl Backend {
+    /// What a balancer that counts takes its connections for: each weighs more while it starts slowly.
+    fn weighed(&self, count: usize) -> f64 {
+        if self.weight < 1.0 {
+            (count as f64 + 1.0) / self.weight.max(1e-3)
+        } else {
+            count as f64
+        }
+    }
 }
 
 /// A balancer with its memory.
@@ -74,9 +87,24 @@ impl Balancer {
 
     /// Where the next connection of `client` lands, who was at `last` before; `None` when no apiserver is up.
     pub fn pick(&mut self, client: usize, last: Option<usize>, port: u64, backends: &[Backend]) -> Option<usize> {
-        let up: Vec<usize> = (0..backends.len()).filter(|index| backends[*index].up).collect();
+        let mut up: Vec<usize> = (0..backends.len()).filter(|index| backends[*index].up).collect();
         if up.is_empty() {
             return None;
+        }
+        // One that starts slowly is passed over by those that do not count, in proportion.
+        let is_counting = matches!(
+            self.kind,
+            LoadBalancer::Leastconn | LoadBalancer::LeastconnSockets | LoadBalancer::LeastconnInstances(_)
+        );
+        if !is_counting && self.kind != LoadBalancer::Affinity && up.iter().any(|index| backends[*index].weight < 1.0) {
+            let full: Vec<usize> = up
+                .iter()
+                .copied()
+                .filter(|index| backends[*index].weight >= 1.0 || self.random.chance(backends[*index].weight))
+                .collect();
+            if !full.is_empty() {
+                up = full;
+            }
         }
         let any = |random: &mut Random| up[random.below(up.len())];
         Some(match self.kind {
@@ -85,12 +113,12 @@ impl Balancer {
                 self.turn += 1;
                 up[self.turn % up.len()]
             }
-            LoadBalancer::Leastconn => self.least(&up, |index| backends[index].active),
-            LoadBalancer::LeastconnSockets => self.least(&up, |index| backends[index].sockets),
+            LoadBalancer::Leastconn => self.least(&up, |index| backends[index].weighed(backends[index].active)),
+            LoadBalancer::LeastconnSockets => self.least(&up, |index| backends[index].weighed(backends[index].sockets)),
             LoadBalancer::LeastconnInstances(instances) => {
                 let instance = self.instance(client, instances, backends.len());
                 let own = std::mem::take(&mut self.own);
-                let chosen = self.least(&up, |index| own[instance][index]);
+                let chosen = self.least(&up, |index| backends[index].weighed(own[instance][index]));
                 self.own = own;
                 chosen
             }
@@ -110,7 +138,7 @@ impl Balancer {
                 at
             }
             LoadBalancer::Maglev => {
-                let of: Vec<bool> = backends.iter().map(|backend| backend.up).collect();
+                let of: Vec<bool> = (0..backends.len()).map(|index| up.contains(&index)).collect();
                 if self.maglev_of != of {
                     self.maglev = maglev_table(&of);
                     self.maglev_of = of;
@@ -130,8 +158,8 @@ impl Balancer {
     }
 
     /// The fewest; among equals any.
-    fn least(&mut self, up: &[usize], count: impl Fn(usize) -> usize) -> usize {
-        let fewest = up.iter().map(|index| count(*index)).min().unwrap_or(0);
+    fn least(&mut self, up: &[usize], count: impl Fn(usize) -> f64) -> usize {
+        let fewest = up.iter().map(|index| count(*index)).fold(f64::INFINITY, f64::min);
         let equals: Vec<usize> = up.iter().copied().filter(|index| count(*index) == fewest).collect();
         equals[self.random.below(equals.len())]
     }
@@ -219,6 +247,7 @@ mod tests {
             up: true,
             active: *active,
             sockets: *active,
+            weight: 1.0,
         };
         active.iter().map(backend).collect()
     }

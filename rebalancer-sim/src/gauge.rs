@@ -7,7 +7,7 @@ use rebalancer_core::planner::noise;
 
 use crate::{
     figures::Sample,
-    node::{Life, Node},
+    node::{Life, Node, STRANGER},
     world::{Event, START, World, millis},
 };
 
@@ -89,8 +89,7 @@ impl World<'_> {
     /// Balanced is: the fullest is within the target, with clients on their way counted where they were told to go; nobody
     /// is still looking for an apiserver; and no agent means to go on.
     pub(crate) fn check_balance(&mut self) {
-        // The skew is a quotient: what is at the target exactly is not above it.
-        if self.balanced_at.is_some() || self.uncounted > 0 || self.skew > self.setup.policy.skew_target + 1e-9 {
+        if self.balanced_at.is_some() || self.uncounted > 0 || self.skew > self.reachable() {
             return;
         }
         if self.nodes.iter().any(|node| node.member && !node.up) || !self.agents_are_done() {
@@ -98,6 +97,20 @@ impl World<'_> {
         }
         self.balanced_at = Some(self.now);
         self.run.goaways = self.run.goaways_total - self.goaways_before;
+    }
+
+    /// The skew that counts as reached: the target and one client where each weighs the same, for nobody is told by halves and
+    /// the last to land may push one over.
+    fn reachable(&self) -> f64 {
+        let up = self.nodes.iter().filter(|node| node.up && node.member).count().max(1);
+        let mean = self.loads.iter().sum::<f64>() / up as f64;
+        let one = if self.setup.policy.weight.is_counted() {
+            1.0 / mean.max(1.0)
+        } else {
+            0.0
+        };
+        // The skew is a quotient: what is at the target exactly is not above it.
+        self.setup.policy.skew_target + one + 1e-9
     }
 
     pub(crate) fn sample(&mut self) {
@@ -118,7 +131,7 @@ impl World<'_> {
         for position in 0..self.nodes[server].open.len() {
             let index = self.nodes[server].open[position];
             let connection = &mut self.connections[index];
-            if connection.life == Life::Active {
+            if connection.life == Life::Active && connection.client != STRANGER {
                 let seconds = (self.now - connection.counted_at) as f64 / 1000.0;
                 let mean = self.clients[connection.client].requests * seconds;
                 connection.requests += self.random.poisson(mean) as f64;

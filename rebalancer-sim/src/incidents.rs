@@ -3,7 +3,7 @@
 //! Input: an incident. Output: broken connections, new clients, agents that start anew.
 //! Must never touch an agent's decisions: an incident reaches it as it would in a real cluster.
 
-use crate::{setup::Incident, world::World};
+use crate::{node::Life, setup::Incident, world::World};
 
 impl World<'_> {
     pub(crate) fn incident(&mut self, incident: &Incident) {
@@ -12,6 +12,7 @@ impl World<'_> {
             Incident::Start(server) => {
                 self.nodes[*server].up = true;
                 self.nodes[*server].listener += 1;
+                self.nodes[*server].up_at = self.now;
                 self.nodes[*server].resync(&self.connections);
                 self.news(*server);
                 self.measure();
@@ -25,6 +26,7 @@ impl World<'_> {
                     }
                     if !was && member {
                         self.nodes[server].up = true;
+                        self.nodes[server].up_at = self.now;
                     }
                 }
                 if self.contender == crate::setup::Contender::Rebalancer {
@@ -50,10 +52,25 @@ impl World<'_> {
             Incident::SnapshotLoss(share) => self.loss = *share,
             Incident::SnapshotDelay(delay) => self.delay = delay.as_millis() as u64,
             Incident::Partition(side) => self.partition.clone_from(side),
+            Incident::RestartAgent(server) => self.restart_agent(*server),
+            Incident::ReplaceRelay(server) => self.replace_relay(*server),
             Incident::Freeze(server, length) => {
                 self.nodes[*server].frozen_until = self.now + length.as_millis() as u64;
             }
         }
+    }
+
+    /// The old relay tells everybody to go and keeps what drains; the new one has what comes from now on.
+    fn replace_relay(&mut self, server: usize) {
+        let from = self.connections.len();
+        for index in self.nodes[server].open.clone() {
+            if self.connections[index].life == Life::Active {
+                self.take_leave(index);
+            }
+        }
+        self.nodes[server].new_relay(from);
+        self.news(server);
+        self.measure();
     }
 
     /// All connections of an apiserver break at once.

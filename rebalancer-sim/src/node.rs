@@ -3,7 +3,10 @@
 //! Input: connections that open, change and close. Output: the agent's inputs, as a source and a relay would give them.
 //! Must never decide anything: the agent is the core's own.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use rebalancer_core::{
     agent::{Agent, Input},
@@ -15,8 +18,10 @@ use rebalancer_core::{
 /// One client connection.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    /// Whose.
+    /// Whose; [`STRANGER`] for one that is no client.
     pub client: usize,
+    /// Whether it comes from the apiserver's own node.
+    pub node_local: bool,
     /// At which apiserver.
     pub server: usize,
     /// Milliseconds.
@@ -32,6 +37,9 @@ pub struct Connection {
     /// Its index in its apiserver's list.
     pub position: usize,
 }
+
+/// A connection that is no client's.
+pub const STRANGER: usize = usize::MAX;
 
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +76,8 @@ pub struct Node {
     pub active: usize,
     /// Its agent, when the rebalancer runs.
     pub agent: Option<Agent>,
+    /// Since when it is up, in milliseconds; 0 for since before the start.
+    pub up_at: u64,
     /// Names the listening socket.
     pub listener: u64,
     /// Until when the agent stands still.
@@ -90,6 +100,8 @@ pub struct Node {
     closed: Vec<ConnectionId>,
     /// Whether the shim was heard since the agent started.
     greeted: bool,
+    /// How many relays there were before this one, and the first connection that is this one's.
+    relay: (u32, usize),
 }
 
 /// The cookie of a connection.
@@ -112,6 +124,7 @@ impl Node {
             open: Vec::new(),
             active: 0,
             agent: None,
+            up_at: 0,
             listener: 1,
             frozen_until: 0,
             wake: (0, u64::MAX),
@@ -125,6 +138,7 @@ impl Node {
             changed: Vec::new(),
             closed: Vec::new(),
             greeted: false,
+            relay: (0, 0),
         }
     }
 
@@ -188,8 +202,19 @@ impl Node {
         self.seen.extend(classified);
     }
 
+    /// Another relay took over: connections before `from` are the old one's.
+    pub fn new_relay(&mut self, from: usize) {
+        self.relay = (self.relay.0 + 1, from);
+        self.changed = self.open.iter().copied().filter(|index| *index >= from).collect();
+        self.greeted = false;
+    }
+
+    fn relay(&self) -> String {
+        format!("relay-{}", self.relay.0)
+    }
+
     /// What the agent has not heard yet, in the order in which it hears it.
-    pub fn news(&mut self, connections: &[Connection], identities: Option<&[Identity]>) -> Vec<Input> {
+    pub fn news(&mut self, connections: &[Connection], identities: Option<&[Identity]>, now: u64) -> Vec<Input> {
         let mut news = Vec::new();
         if !self.seen.is_empty() {
             news.push(Input::Observations(std::mem::take(&mut self.seen)));
@@ -199,17 +224,21 @@ impl Node {
         if self.greeted && identities.is_none() && self.refused == self.refused_told {
             return news;
         }
-        let shown = |identities: &[Identity]| {
-            changed
-                .iter()
-                .filter(|index| connections[**index].life != Life::Closed)
-                .map(|index| shown(*index, &connections[*index], identities))
-                .collect()
+        // How old they are and who drains is said in any case: an agent that starts anew learns it from nobody else.
+        let is_first = !self.greeted;
+        let is_told = |connection: &Connection| match connection.life {
+            Life::Closed => false,
+            Life::Draining => true,
+            Life::Active => is_first || identities.is_some(),
         };
+        let told = changed
+            .iter()
+            .filter(|index| **index >= self.relay.1 && is_told(&connections[**index]))
+            .map(|index| shown(*index, &connections[*index], identities, now));
         news.push(Input::Shim(ShimReport {
-            instance: "relay".to_owned(),
+            instance: self.relay(),
             full: !self.greeted,
-            connections: identities.map(shown).unwrap_or_default(),
+            connections: told.collect(),
             closed,
             upstream_ready: Some(self.up),
             refused_total: Some(self.refused),
@@ -227,7 +256,7 @@ impl Node {
             .iter()
             .map(|index| (id_of(*index), counters(&connections[*index])));
         Input::Shim(ShimReport {
-            instance: "relay".to_owned(),
+            instance: self.relay(),
             counters: counted.collect(),
             upstream_ready: Some(self.up),
             ..ShimReport::default()
@@ -251,7 +280,7 @@ fn socket(index: usize, connection: &Connection) -> Socket {
     Socket {
         id: id_of(index),
         local: local(connection.server),
-        remote: address(connection.client, index),
+        remote: remote(index, connection),
         bytes_in: 0,
         bytes_out: 0,
     }
@@ -268,11 +297,19 @@ fn counters(connection: &Connection) -> Counters {
     }
 }
 
-fn shown(index: usize, connection: &Connection, identities: &[Identity]) -> ShimConnection {
-    let identity = &identities[connection.client];
+fn remote(index: usize, connection: &Connection) -> SocketAddr {
+    if connection.node_local {
+        return SocketAddr::new(local(connection.server).ip(), (1_024 + index % 60_000) as u16);
+    }
+    // A stranger's address is nobody else's.
+    address(connection.client.min(0x3f_ffff), index)
+}
+
+fn shown(index: usize, connection: &Connection, identities: Option<&[Identity]>, now: u64) -> ShimConnection {
+    let identity = identities.and_then(|identities| identities.get(connection.client));
     ShimConnection {
         id: id_of(index),
-        client: address(connection.client, index),
+        client: remote(index, connection),
         local: local(connection.server),
         protocol: Protocol::H2Selected,
         can_be_told: true,
@@ -280,8 +317,9 @@ fn shown(index: usize, connection: &Connection, identities: &[Identity]) -> Shim
             Life::Active => ConnectionState::Active,
             Life::Draining | Life::Closed => ConnectionState::Draining,
         },
-        user: Some(identity.user.clone()),
-        user_agent: Some(identity.user_agent.clone()),
+        age: Some(Duration::from_millis(now - connection.opened_at)),
+        user: identity.map(|identity| identity.user.clone()),
+        user_agent: identity.map(|identity| identity.user_agent.clone()),
         counters: counters(connection),
     }
 }

@@ -11,7 +11,7 @@ use rebalancer_core::{
 
 use crate::{
     balancer::LoadBalancer,
-    setup::{Group, Horizon, Incident, Placement, Setup, Spread},
+    setup::{Admission, Group, Horizon, Incident, Placement, Setup, Spread, Strangers},
 };
 
 /// One of the built-in scenarios.
@@ -121,6 +121,9 @@ fn cluster(groups: Vec<Group>, balancer: LoadBalancer, length: Duration) -> Setu
         placement: Placement::Balanced,
         balancer,
         incidents: Vec::new(),
+        admission: Admission::default(),
+        strangers: Strangers::default(),
+        roles: Vec::new(),
         horizon: Horizon::Fixed(length),
         policy: default_policy(),
         churn_per_hour: 0.0,

@@ -103,8 +103,43 @@ pub enum Incident {
     SnapshotDelay(Duration),
     /// The agents of these apiservers and those of the others do not hear each other; empty heals it.
     Partition(Vec<usize>),
+    /// The agent of one apiserver ends and is started again, with what it wrote down.
+    RestartAgent(usize),
+    /// The relay of one apiserver hands over to a new one: its connections drain, and the new one does not list them.
+    ReplaceRelay(usize),
     /// The agent of one apiserver stands still (a suspended machine, a clock that jumps): it sees the time pass at once.
     Freeze(usize, Duration),
+}
+
+/// How a load balancer takes an apiserver that came back.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Admission {
+    /// So long after it is up nobody is sent there: health checks must pass first.
+    pub lag: Duration,
+    /// From then on its weight grows to the full one in that time.
+    pub slow_start: Duration,
+}
+
+/// Connections that are no clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Strangers {
+    /// Calls a second through the load balancer that end within three seconds: kubectl, health checks, CI.
+    pub calls: f64,
+    /// Probes a second on each apiserver from its own node: the kubelet.
+    pub probes: f64,
+}
+
+/// What an agent does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It tells clients to go.
+    Active,
+    /// `--dry-run`.
+    DryRun,
+    /// Paused by an operator.
+    Paused,
+    /// `--shim none`.
+    Shimless,
 }
 
 /// How long a run goes on.
@@ -162,6 +197,12 @@ pub struct Setup {
     pub incidents: Vec<(Duration, Incident)>,
     /// How long.
     pub horizon: Horizon,
+    /// How the balancer takes one that came back, or that has nobody at the start.
+    pub admission: Admission,
+    /// Connections that are no clients.
+    pub strangers: Strangers,
+    /// What each agent does; those that are not named are active.
+    pub roles: Vec<Role>,
     /// What the agents are told; node and peers are filled in.
     pub policy: Policy,
     /// Clients that restart an hour, as a share of all: churn.
@@ -182,6 +223,9 @@ impl Setup {
             placement: Placement::Counts(loads.to_vec()),
             balancer,
             incidents: Vec::new(),
+            admission: Admission::default(),
+            strangers: Strangers::default(),
+            roles: Vec::new(),
             horizon: Horizon::Balanced {
                 limit: Duration::from_secs(7_200),
                 after: Duration::from_secs(3_600),

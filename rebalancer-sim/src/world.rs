@@ -19,9 +19,9 @@ use rebalancer_core::{
 use crate::{
     balancer::{Backend, Balancer},
     figures::{Mark, Run},
-    node::{Connection, Identity, Life, Node},
+    node::{Connection, Identity, Life, Node, STRANGER},
     random::Random,
-    setup::{Contender, Group, Horizon, Placement, Setup},
+    setup::{Admission, Contender, Group, Horizon, Placement, Setup},
 };
 
 /// The start on the run's clock, in milliseconds: connections may be older than the run.
@@ -56,6 +56,8 @@ pub(crate) enum Event {
     Relist(usize),
     /// Some client restarts.
     Restart,
+    /// A stranger calls: one on that apiserver's own node, or one through the load balancer.
+    Call(Option<usize>),
     /// An incident of the setup.
     Incident(usize),
     /// A point of the picture.
@@ -188,6 +190,9 @@ impl<'a> World<'a> {
                     for client in order.by_ref().take(*count) {
                         self.land(client, server);
                     }
+                    if *count == 0 && self.setup.admission != Admission::default() {
+                        self.nodes[server].up_at = START;
+                    }
                 }
             }
             Placement::Balanced => {
@@ -214,10 +219,82 @@ impl<'a> World<'a> {
         if self.setup.churn_per_hour > 0.0 {
             self.plan_restart();
         }
+        for server in 0..self.nodes.len() {
+            self.plan_call(Some(server), self.setup.strangers.probes);
+        }
+        self.plan_call(None, self.setup.strangers.calls);
         if self.setup.sample.is_some() {
             self.at(START, Event::Sample);
         }
         self.measure();
+    }
+
+    fn plan_call(&mut self, server: Option<usize>, rate: f64) {
+        if rate > 0.0 {
+            let wait = self.random.wait(rate);
+            self.at(self.now + millis(wait), Event::Call(server));
+        }
+    }
+
+    /// A connection that is no client's, and soon gone.
+    fn call(&mut self, server: Option<usize>) {
+        let (rate, life) = match server {
+            Some(_) => (self.setup.strangers.probes, self.random.uniform(0.005, 0.05)),
+            None => (self.setup.strangers.calls, self.random.uniform(0.05, 3.0)),
+        };
+        self.plan_call(server, rate);
+        let backends = self.backends();
+        let chosen = match server {
+            Some(server) => backends[server].up.then_some(server),
+            None => self
+                .balancer
+                .pick(STRANGER, None, self.connections.len() as u64, &backends),
+        };
+        let Some(at) = chosen else { return };
+        let index = self.connections.len();
+        self.open(Connection {
+            client: STRANGER,
+            node_local: server.is_some(),
+            server: at,
+            opened_at: self.now,
+            life: Life::Active,
+            watches: 0,
+            requests: 0.0,
+            counted_at: self.now,
+            position: self.nodes[at].open.len(),
+        });
+        self.at(self.now + millis(life), Event::Close(index));
+        self.news(at);
+    }
+
+    fn open(&mut self, connection: Connection) {
+        let (index, server) = (self.connections.len(), connection.server);
+        self.nodes[server].open.push(index);
+        self.nodes[server].active += 1;
+        self.nodes[server].opened(index, &connection);
+        self.balancer.note(connection.client, server, self.nodes.len(), true);
+        self.connections.push(connection);
+    }
+
+    /// What the load balancer sees of the apiservers.
+    fn backends(&self) -> Vec<Backend> {
+        let lag = self.setup.admission.lag.as_millis() as u64;
+        let slow = self.setup.admission.slow_start.as_millis() as u64;
+        let backend = |node: &Node| {
+            let admitted_at = if node.up_at == 0 { 0 } else { node.up_at + lag };
+            let weight = if node.up_at == 0 || self.now >= admitted_at + slow {
+                1.0
+            } else {
+                (self.now.saturating_sub(admitted_at)) as f64 / slow as f64
+            };
+            Backend {
+                up: node.up && node.member && self.now >= admitted_at,
+                active: node.active,
+                sockets: node.open.len(),
+                weight: weight.max(0.01),
+            }
+        };
+        self.nodes.iter().map(backend).collect()
     }
 
     fn finish(mut self) -> Run {
@@ -281,6 +358,7 @@ impl<'a> World<'a> {
                     self.goaway(connection);
                 }
             }
+            Event::Call(server) => self.call(server),
             Event::Relist(client) => self.list(client),
             Event::Restart => {
                 let client = self.random.below(self.clients.len());
@@ -334,15 +412,7 @@ impl<'a> World<'a> {
     }
 
     pub(crate) fn connect(&mut self, client: usize) {
-        let backends: Vec<Backend> = self
-            .nodes
-            .iter()
-            .map(|node| Backend {
-                up: node.up && node.member,
-                active: node.active,
-                sockets: node.open.len(),
-            })
-            .collect();
+        let backends = self.backends();
         match self.balancer.pick(
             client,
             self.clients[client].last,
@@ -372,6 +442,7 @@ impl<'a> World<'a> {
         let group = &self.groups[known.group];
         let connection = Connection {
             client,
+            node_local: false,
             server,
             opened_at: self.now,
             life: Life::Active,
@@ -391,11 +462,7 @@ impl<'a> World<'a> {
         }
         self.loads[server] += weight;
         self.work(server, f64::from(connection.watches) * WATCH_START);
-        self.nodes[server].open.push(index);
-        self.nodes[server].active += 1;
-        self.nodes[server].opened(index, &connection);
-        self.connections.push(connection);
-        self.balancer.note(client, server, self.nodes.len(), true);
+        self.open(connection);
         self.run.reconnects += 1;
         if relist {
             self.list(client);
@@ -420,19 +487,17 @@ impl<'a> World<'a> {
         self.measure();
     }
 
-    /// One connection hears a GOAWAY.
+    /// One connection is told to go.
     pub(crate) fn goaway(&mut self, index: usize) {
-        let (client, server, opened_at) = {
-            let connection = &mut self.connections[index];
-            connection.life = Life::Draining;
-            (connection.client, connection.server, connection.opened_at)
-        };
+        let (client, server) = (self.connections[index].client, self.connections[index].server);
+        self.take_leave(index);
         self.run.goaways_total += 1;
         if self.setup.sample.is_some() || self.contender == Contender::Rebalancer {
             let up = self.nodes.iter().filter(|node| node.up && node.member).count().max(1);
             let here = self.nodes[server].open.iter().map(|index| &self.connections[*index]);
             let active = here.filter(|connection| connection.life == Life::Active);
-            let load: f64 = active.map(|connection| self.weight_of(connection.client)).sum();
+            let clients = active.filter(|connection| connection.client != STRANGER);
+            let load: f64 = clients.map(|connection| self.weight_of(connection.client)).sum();
             self.run.marks.push(Mark {
                 at: (self.now - START) as f64 / 1000.0,
                 server,
@@ -440,8 +505,20 @@ impl<'a> World<'a> {
                 above_mean: load - self.loads.iter().sum::<f64>() / up as f64,
             });
         }
+    }
+
+    /// One connection hears a GOAWAY: its client opens the next one with its next request.
+    pub(crate) fn take_leave(&mut self, index: usize) {
+        let (client, server, opened_at) = {
+            let connection = &mut self.connections[index];
+            connection.life = Life::Draining;
+            (connection.client, connection.server, connection.opened_at)
+        };
         self.nodes[server].active -= 1;
         self.nodes[server].touched(index);
+        if client == STRANGER {
+            return;
+        }
         self.clients[client].home = None;
         let watches = self.connections[index].watches;
         self.clients[client].elsewhere += watches;
@@ -514,8 +591,10 @@ impl<'a> World<'a> {
         }
         if life == Life::Active {
             node.active -= 1;
-            self.clients[client].home = None;
-        } else {
+            if client != STRANGER {
+                self.clients[client].home = None;
+            }
+        } else if client != STRANGER {
             self.clients[client].elsewhere -= self.connections[index].watches;
         }
         node.ended(index);
@@ -527,7 +606,7 @@ impl<'a> World<'a> {
     pub(crate) fn break_connection(&mut self, index: usize) {
         let Connection { client, life, .. } = self.connections[index];
         self.close(index);
-        if life == Life::Active {
+        if life == Life::Active && client != STRANGER {
             self.forget(client);
             self.clients[client].relist = true;
             let wait = self.random.uniform(0.0, 1.0);

@@ -3,11 +3,13 @@
 //! Output: running processes and what their sockets say. Must never start one without the kernel's word to end it.
 
 use std::{
+    ffi::OsString,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::unix::net::UnixStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::Duration,
 };
 
@@ -36,6 +38,10 @@ pub struct Node {
     pub apiserver: Option<Process>,
     relay: Option<Process>,
     agent: Process,
+    /// How the agent is started.
+    agent_flags: Vec<OsString>,
+    rebalancer: PathBuf,
+    namespace: Arc<OwnedFd>,
     directory: PathBuf,
 }
 
@@ -128,6 +134,7 @@ impl Node {
                 agent.arg(format!("--peer={peer}=https://{at}:{PEER_PORT}"));
             }
         }
+        let agent_flags = agent.get_args().map(OsString::from).collect();
         let agent = Process::start("agent", agent, Some(namespace.fd()), &directory)?;
         Ok(Self {
             name: name.clone(),
@@ -135,8 +142,33 @@ impl Node {
             apiserver: Some(apiserver),
             relay,
             agent,
+            agent_flags,
+            rebalancer: shared.rebalancer.to_owned(),
+            namespace: Arc::clone(namespace.fd()),
             directory,
         })
+    }
+
+    /// Kills the agent the hard way.
+    pub fn kill_agent(&mut self) {
+        self.agent.kill();
+    }
+
+    /// Starts the agent again, as it was started, with more flags.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn start_agent(&mut self, more: &[&str]) -> anyhow::Result<()> {
+        let mut agent = Command::new(&self.rebalancer);
+        agent.args(&self.agent_flags).args(more);
+        self.agent = Process::start("agent", agent, Some(&self.namespace), &self.directory)?;
+        Ok(())
+    }
+
+    /// The agent's log, of all its processes.
+    pub fn agent_log(&self) -> String {
+        self.agent.log()
     }
 
     /// Whether everything that should run does.
@@ -163,9 +195,7 @@ impl Node {
     pub fn active(&self) -> anyhow::Result<u64> {
         let active = |connection: &&Value| {
             let protocol = &connection["protocol"];
-            (protocol == "h2" || protocol == "offered")
-                && connection["state"] == "active"
-                && connection["node_local"] != true
+            (protocol == "h2" || protocol == "offered") && connection["state"] == "active"
         };
         Ok(self.connections()?.iter().filter(active).count() as u64)
     }
@@ -188,6 +218,18 @@ impl Node {
             (id.unwrap_or_default().to_owned(), work)
         };
         Ok(self.connections()?.iter().map(of).collect())
+    }
+
+    /// GOAWAYs that its relay has sent on an agent's order, since it started.
+    ///
+    /// # Errors
+    ///
+    /// The relay does not answer, or there is none.
+    pub fn told(&self) -> anyhow::Result<u64> {
+        let answer = ask(&self.directory.join("relay.sock"), "/v1/outcomes?since=0")?;
+        let outcomes = answer["outcomes"].as_array().context("outcomes")?;
+        let is_told = |entry: &&Value| entry["outcome"] == "draining" && entry["generation"].as_u64() > Some(0);
+        Ok(outcomes.iter().filter(is_told).count() as u64)
     }
 
     /// Whether its shim sees watches.

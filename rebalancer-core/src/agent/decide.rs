@@ -1,44 +1,58 @@
-//! One decision: from the view to victims or a hold, in words.
+//! One decision: from a look to victims or a hold, in words.
 //!
-//! Job: ask every question in turn, the gravest doubt first. Input: the agent's state and a view. Output: a [`Decision`].
+//! Job: ask every question in turn, the gravest doubt first. Input: the agent's state and a look. Output: a [`Decision`].
 //! Must never change anything: a preview is the same as the decision.
 
 use std::time::Duration;
 
-use super::{Agent, Effect, futility::PROBE, rebalancing::Rebalancing};
+use super::{Agent, look::Look, rebalancing::Rebalancing};
 use crate::{
-    decision::{Decision, Outcomes, Victim},
+    decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
-    ids::{ApiserverName, ConnectionId, Timestamp},
+    ids::{ApiserverName, Timestamp},
     planner::{self, Balance, Request},
-    policy::Weight,
-    view::{Entry, ServerState, View},
+    policy::Mode,
+    view::{Entry, ServerState, Snapshot, View},
 };
 
 /// A plan rests on one view: it is no longer than what the budget allows in that time.
 const PLAN_HORIZON: Duration = Duration::from_secs(60);
 
-/// Looks in a row that confirm a skew of measured loads.
-const MEASURED_LOOKS: u32 = 3;
-
 /// So many refused requests within the age of a snapshot are no sign of overload.
 const NORMAL_REFUSALS: u64 = 10;
 
+/// A recipient may refuse so many times as many, connection by connection, as the donors do.
+const RELATIVE_REFUSALS: f64 = 1.5;
+
+/// A probe is so large that with an even choice one of it lands elsewhere with this probability, or a little more.
+const PROBE_CERTAINTY: f64 = 0.86;
+
 impl Agent {
     /// What would be decided, and what the rebalancing is then.
-    pub(super) fn decide(&self, now: Timestamp, view: View) -> (Decision, Rebalancing) {
-        let balance = self.balance(&view);
-        let (rebalancing, chosen, heaviest) = match self.guard(now) {
+    pub(super) fn decide(&self, now: Timestamp, look: Look) -> (Decision, Rebalancing) {
+        let balance = &look.balance;
+        let (rebalancing, chosen, heaviest) = match &look.doubt {
             // It says nothing about the rebalancing, which waits, nor about who is heavy.
-            Some(doubt) => (self.rebalancing.clone(), Err(doubt), Vec::new()),
+            Some(doubt) => (self.rebalancing.clone(), Err(doubt.clone()), Vec::new()),
             None => {
-                let (landing, looks) = (self.motion.landing(), self.looks_needed());
-                let rebalancing = self.rebalancing.after(&balance, &view, landing, &self.rho, looks);
-                let chosen = self.victims(now, &view, &balance, &rebalancing);
+                let looks = self.policy.weight.looks();
+                let rebalancing = self.rebalancing.after(balance, look.signs, &self.rho, looks, now);
+                let chosen = self.victims(now, &look, &rebalancing);
                 // Who carries the load is worth knowing whether or not anybody moves.
                 let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
                 (rebalancing, chosen, self.table.heaviest().map(named).collect())
             }
+        };
+        let derivation = Derivation {
+            donors: balance.donors.clone(),
+            surplus: balance.surplus,
+            rho: balance.rho,
+            needed: balance.needed,
+            in_transit: self.motion.in_transit(),
+            expected_skew: balance.expected_skew,
+            allowance: rebalancing.course().map(|course| course.left(&self.rho)),
+            limit: self.ramp.limit(self.probe_of(balance), now).ok(),
+            goaway_rate: self.bucket.rate(),
         };
         let (victims, hold) = match chosen {
             Ok(victims) => (victims, None),
@@ -46,7 +60,7 @@ impl Agent {
         };
         let explanation = match &hold {
             Some(hold) => format!("nothing is done: {hold}"),
-            None => self.explain(&balance, &victims),
+            None => self.explain(balance, &victims),
         };
         let decision = Decision {
             id: 0,
@@ -55,13 +69,13 @@ impl Agent {
             mode: self.policy.mode,
             node: self.policy.node.clone(),
             weight: self.policy.weight,
-            view,
             mean: balance.mean,
             skew: balance.skew,
             threshold: balance.trigger,
             noise_floor: balance.noise_floor,
-            rho: self.rho.mean(&balance.donors, balance.apiservers),
+            rho: self.rho.mean(&balance.donors, balance.servers.len()),
             quota: (balance.quota + 0.5).floor() as u64,
+            derivation,
             outcomes: Outcomes {
                 pending: victims.len() as u64,
                 ..Outcomes::default()
@@ -70,59 +84,48 @@ impl Agent {
             heaviest,
             hold,
             explanation,
+            view: look.view,
         };
         (decision, rebalancing)
     }
 
-    /// Why these, why so many, and what is expected.
+    /// One line of what and why; the figures it follows from are the decision's fields.
     fn explain(&self, balance: &Balance, victims: &[Victim]) -> String {
+        let weight = self.policy.weight;
         let load: f64 = victims.iter().map(|victim| victim.load).sum();
-        let unit = match self.policy.weight {
-            Weight::Connections => "connections",
-            Weight::Requests => "requests a second",
-            Weight::Bytes => "bytes a second",
-            Weight::Streams => "open streams",
+        let what = if self.ramp.is_probe() {
+            "probing with"
+        } else {
+            "telling"
         };
-        let expected = balance.skew - load * balance.rho / balance.mean;
-        let why = match self.policy.weight {
-            Weight::Connections => "those with the fewest open watches, then the oldest",
-            Weight::Requests | Weight::Bytes | Weight::Streams => "the heaviest that fit",
+        let of = if weight.is_counted() {
+            format!(
+                "{} of {:.0}",
+                victims.len(),
+                balance.mean * (1.0 + balance.expected_skew)
+            )
+        } else {
+            format!("{} ({load:.1} {})", victims.len(), weight.unit())
         };
         let rest = balance.needed - load;
         let then = if rest >= 1.0 {
-            format!("; the other {rest:.0} when it is known where these land")
+            format!("; {rest:.0} more to go")
         } else {
             String::new()
         };
         format!(
-            "{:.0} {unit} are {:.1} % above the mean of {:.1}; {} above the target of {:.1} %, together by {:.1}; since {:.0} % of those who move are taken to go elsewhere, {:.1} are to be told here: {} connections now ({why}), at {} a second, and the skew is expected to fall to {:+.1} %{then}",
-            balance.mean * (1.0 + balance.skew),
-            balance.skew * 100.0,
+            "{what} {of}: {:.0} % above the mean of {:.0}, target {:.0} %{then}",
+            balance.expected_skew * 100.0,
             balance.mean,
-            match balance.donors.len() {
-                1 => "it alone is".to_owned(),
-                donors => format!("{donors} apiservers are"),
-            },
             self.policy.skew_target * 100.0,
-            balance.surplus,
-            balance.rho * 100.0,
-            balance.needed,
-            victims.len(),
-            self.policy.goaway_rate,
-            expected * 100.0,
         )
     }
 
-    fn victims(
-        &self,
-        now: Timestamp,
-        view: &View,
-        balance: &Balance,
-        rebalancing: &Rebalancing,
-    ) -> Result<Vec<Victim>, Hold> {
-        if balance.apiservers < 2 {
+    fn victims(&self, now: Timestamp, look: &Look, rebalancing: &Rebalancing) -> Result<Vec<Victim>, Hold> {
+        let balance = &look.balance;
+        if balance.servers.len() < 2 {
             return Err(Hold::FewerThanTwoApiservers {
-                apiservers: balance.apiservers,
+                apiservers: balance.servers.len(),
             });
         }
         if let Some(plan) = &self.plan {
@@ -132,98 +135,127 @@ impl Agent {
                 in_transit: self.motion.in_transit(),
             });
         }
-        let skew = balance.skew;
         let Some(course) = rebalancing.course() else {
-            return Err(if let Rebalancing::Off(looks @ 1..) = rebalancing {
-                Hold::Unconfirmed {
-                    skew: balance.largest_skew,
-                    looks: *looks,
-                    needed: self.looks_needed(),
-                }
-            } else if skew > self.policy.skew_threshold {
-                Hold::Noise {
-                    skew,
-                    noise_floor: balance.noise_floor,
-                }
-            } else {
-                Hold::BelowThreshold {
-                    skew,
-                    threshold: balance.trigger,
-                }
-            });
+            return Err(self.at_rest(balance, rebalancing));
         };
-        let reached = Hold::BelowThreshold {
-            skew,
-            threshold: self.policy.skew_target,
-        };
-        if balance.quota <= 0.0 || skew <= self.policy.skew_target {
-            return Err(reached);
+        if balance.quota <= 0.0 || balance.expected_skew <= self.policy.skew_target {
+            return Err(self.within(balance, self.policy.skew_target));
         }
-        if let Some(hold) = self.unknown_protocols() {
+        if let Some(hold) = self
+            .stressed(&look.view, balance)
+            .or_else(|| self.peer_plan(&look.view))
+        {
             return Err(hold);
         }
-        if self.futility.holds() {
-            return Err(Hold::Futile {
-                rho: self.rho.upper(&balance.donors),
-                landings: self.rho.landings(&balance.donors),
+        if self.policy.mode == Mode::Propose && self.approved != Some(course.began) {
+            return Err(Hold::AwaitsApproval {
+                proposal: self.proposal_of(course.began),
+                goaways: balance.needed.ceil() as u64,
             });
         }
-        if let Some(hold) = self.stressed(view, balance).or_else(|| self.peer_plan(view)) {
-            return Err(hold);
+        if let Some(rehearsed) = self.rehearsed.filter(|rehearsed| rehearsed.course == course.began) {
+            return Err(Hold::DryRun {
+                decision: rehearsed.decision,
+                goaways: rehearsed.goaways,
+            });
         }
-        // This apiserver's part of what the rebalancing may still cost: as its quota is of all donors' together.
-        let part = balance.needed * balance.rho / balance.surplus;
-        let allowance = course.left(&self.rho) * part;
-        if self.bucket.tokens(now) < 1.0 || allowance < 0.5 {
+        let step = match self.ramp.limit(self.probe_of(balance), now) {
+            Ok(step) => step,
+            Err(left) => {
+                let (_, told) = self.ramp.tried();
+                return Err(if self.ramp.is_futile() {
+                    Hold::Futile { told, left }
+                } else {
+                    Hold::Probing { told, left }
+                });
+            }
+        };
+        // This apiserver's part of what the rebalancing may still cost: as its need is of all donors' together.
+        let allowance = course.left(&self.rho) * balance.needed_part;
+        // What is a moment away is a matter of pace; a client with a thousand watches is paid for a while.
+        let is_in_debt = self.bucket.affords_at(1.0, now).since(now) >= self.policy.interval;
+        if is_in_debt || allowance < 0.5 {
             return Err(Hold::BudgetSpent {
                 tokens: self.bucket.tokens(now),
                 allowance,
             });
         }
         let share = (self.policy.goaway_share * self.table.active() as f64).floor();
-        let horizon = self.policy.goaway_rate * PLAN_HORIZON.as_secs_f64();
+        let horizon = self.bucket.rate() * PLAN_HORIZON.as_secs_f64();
         let limit = share.min(horizon).min((allowance + 0.5).floor()).max(1.0) as usize;
-        let limit = if self.futility.is_probe() {
-            limit.min(PROBE)
-        } else {
-            limit
-        };
         let request = Request {
             quota: balance.quota,
-            limit,
-            ceiling: if self.policy.weight == Weight::Connections {
+            limit: limit.min(step),
+            ceiling: if self.policy.weight.is_counted() {
                 f64::INFINITY
             } else {
                 balance.ceiling
             },
         };
-        planner::choose(&self.table, &self.policy, &self.cooldowns, request, now)
+        let victims = planner::choose(&self.table, &self.policy, self.abilities, &self.cooldowns, request, now)?;
+        debug_assert!(!victims.is_empty() && victims.len() <= request.limit, "{request:?}");
+        Ok(victims)
     }
 
-    /// Whether what is not known is more than what would be done about.
-    fn unknown_protocols(&self) -> Option<Hold> {
-        let (unknown, active) = (self.table.unknown(), self.table.active());
-        let limit = self.policy.skew_threshold;
-        (unknown as f64 > limit * active as f64).then_some(Hold::UnknownProtocols { unknown, active, limit })
-    }
-
-    /// How many looks in a row must pass the trigger: rates that are measured take a while to be right.
-    fn looks_needed(&self) -> u32 {
-        match self.policy.weight {
-            Weight::Connections => 1,
-            Weight::Requests | Weight::Bytes | Weight::Streams => MEASURED_LOOKS,
+    /// Why there is no rebalancing.
+    fn at_rest(&self, balance: &Balance, rebalancing: &Rebalancing) -> Hold {
+        let skew = balance.expected_skew;
+        match rebalancing {
+            Rebalancing::Off(looks @ 1..) => Hold::Unconfirmed {
+                skew: balance.largest_skew,
+                looks: *looks,
+                needed: self.policy.weight.looks(),
+            },
+            Rebalancing::Spent(_) if skew > self.policy.skew_target => Hold::BudgetSpent {
+                tokens: self.bucket.rate(),
+                allowance: 0.0,
+            },
+            _ if skew > self.policy.skew_threshold => Hold::Noise {
+                skew,
+                noise_floor: balance.noise_floor,
+            },
+            _ => self.within(balance, balance.trigger),
         }
     }
 
-    /// Whether somebody who would take clients is overloaded.
+    /// It is level; or it will be, when those who are on their way have landed.
+    fn within(&self, balance: &Balance, threshold: f64) -> Hold {
+        if balance.skew > threshold && self.motion.in_transit() > 0 {
+            return Hold::ClientsInTransit {
+                clients: self.motion.in_transit(),
+            };
+        }
+        Hold::BelowThreshold {
+            skew: balance.skew,
+            threshold,
+        }
+    }
+
+    /// How many connections of this apiserver a plan has that only finds out where they land: its part of what it takes for
+    /// one of them to land elsewhere, if the balancer chose evenly.
+    pub(super) fn probe_of(&self, balance: &Balance) -> usize {
+        let share = balance.donors.len() as f64 / balance.servers.len().max(1) as f64;
+        let all = ((1.0 - PROBE_CERTAINTY).ln() / share.clamp(0.01, 0.99).ln()).ceil();
+        (all * balance.surplus_part).ceil().max(1.0) as usize
+    }
+
+    /// Whether somebody who would take clients is overloaded, and more so than those who would give them.
     pub(super) fn stressed(&self, view: &View, balance: &Balance) -> Option<Hold> {
-        view.entries.iter().find_map(|(name, entry)| {
-            let refused = entry.snapshot.refused;
-            let takes = entry.snapshot.state == ServerState::Ready && !balance.donors.contains(name);
-            (takes && refused > NORMAL_REFUSALS).then(|| Hold::RecipientsStressed {
-                apiserver: name.clone(),
-                refused,
-                limit: NORMAL_REFUSALS,
+        let is_donor = |snapshot: &Snapshot| balance.donors.contains(&snapshot.apiserver);
+        let ready = || {
+            let snapshots = view.entries.values().map(|entry| &entry.snapshot);
+            snapshots.filter(|snapshot| snapshot.state == ServerState::Ready)
+        };
+        let refused: u64 = ready().filter(|one| is_donor(one)).map(|one| one.refused).sum();
+        let connections: u64 = ready().filter(|one| is_donor(one)).map(|one| one.connections).sum();
+        let usual = refused as f64 / connections.max(1) as f64;
+        ready().filter(|one| !is_donor(one)).find_map(|one| {
+            let share = (RELATIVE_REFUSALS * usual * one.connections as f64) as u64;
+            let limit = NORMAL_REFUSALS.max(share);
+            (one.refused > limit).then(|| Hold::RecipientsStressed {
+                apiserver: one.apiserver.clone(),
+                refused: one.refused,
+                limit,
             })
         })
     }
@@ -231,7 +263,7 @@ impl Agent {
     /// With weights that must be measured first, one apiserver at a time: until what its clients weigh is known where they
     /// landed, the others would take it for gone.
     fn peer_plan(&self, view: &View) -> Option<Hold> {
-        if self.policy.weight == Weight::Connections {
+        if self.policy.weight.is_counted() {
             return None;
         }
         let busy = |(name, entry): (&ApiserverName, &Entry)| {
@@ -239,48 +271,5 @@ impl Agent {
         };
         let apiserver = view.entries.iter().find_map(busy)?;
         Some(Hold::PeerPlanInFlight { apiserver })
-    }
-
-    pub(super) fn balance(&self, view: &View) -> Balance {
-        planner::balance(view, &self.policy, &self.rho, self.motion.transit(self.policy.weight))
-    }
-
-    pub(super) fn asked_by_operator(&mut self, now: Timestamp, ids: &[ConnectionId], effects: &mut Vec<Effect>) {
-        if self.plan.is_some() {
-            return;
-        }
-        let view = self.peers.view(self.snapshot(now), now);
-        let (mut decision, _) = self.decide(now, view);
-        decision.id = self.next_id;
-        self.next_id += 1;
-        decision.victims = ids
-            .iter()
-            .filter_map(|id| {
-                let connection = self.table.connection(*id).filter(|connection| connection.can_hear())?;
-                Some(Victim {
-                    connection: *id,
-                    client: connection.client(),
-                    user: connection.user().map(str::to_owned),
-                    user_agent: connection.user_agent().map(str::to_owned),
-                    load: connection.load(self.policy.weight),
-                    age: now.since(connection.opened_at),
-                    why: "an operator asked for it".to_owned(),
-                })
-            })
-            .collect();
-        decision.explanation = format!("an operator asked to tell {} connections", decision.victims.len());
-        decision.outcomes = Outcomes {
-            pending: decision.victims.len() as u64,
-            ..Outcomes::default()
-        };
-        if !decision.victims.is_empty() {
-            decision.hold = None;
-            self.start(now, &mut decision);
-            if let Some(plan) = &mut self.plan {
-                plan.is_ordered = true;
-            }
-        }
-        self.remember(decision.clone());
-        effects.push(Effect::Record(decision));
     }
 }

@@ -5,10 +5,13 @@
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
+mod command;
 mod decide;
-mod futility;
+mod look;
+mod memory;
 mod motion;
 mod plan;
+mod ramp;
 mod rebalancing;
 mod stress;
 #[cfg(test)]
@@ -16,9 +19,12 @@ mod tests;
 
 use std::{collections::VecDeque, time::Duration};
 
-use futility::Futility;
+pub use command::{Answer, Command, Pause};
+use look::Look;
+pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
 use motion::Motion;
 use plan::Plan;
+use ramp::Ramp;
 use rebalancing::Rebalancing;
 use stress::Stress;
 
@@ -28,22 +34,19 @@ use crate::{
     hold::Hold,
     ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
     observation::Observation,
-    planner::{self, Cooldowns},
-    policy::{Policy, Weight},
+    planner::{self, Cooldowns, Spread, Unmovable},
+    policy::{Mode, Policy},
     rho::Rho,
-    shim::{GoawayOrder, GoawayResult, ShimReport},
+    shim::{Abilities, GoawayOrder, GoawayResult, ShimReport},
     table::ConnectionTable,
-    view::{Entry, PeerFault, Peers, ServerState, Snapshot},
+    view::{Part, PeerFault, Peers, ServerState, Snapshot},
 };
 
 /// Decisions that are kept to be read.
 const HISTORY: usize = 1_000;
 
-/// Loads that must be measured are known after that time: that of the smoothing.
-const MEASURED: Duration = Duration::from_secs(30);
-
-/// So often at most the agent looks whether connections are old enough to count.
-const AGEING: Duration = Duration::from_millis(250);
+/// While clients are in transit anywhere, it is looked so often where they land.
+const CLOSE_LOOK: Duration = Duration::from_secs(1);
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -62,19 +65,8 @@ pub enum Input {
     GoawayAnswered(Vec<(ConnectionId, GoawayResult)>),
     /// The shim did not carry out an order, or nobody knows.
     GoawayFailed(Vec<ConnectionId>, String),
-    /// An operator spoke.
+    /// An operator spoke, and does not wait for an answer (see [`Agent::command`]).
     Command(Command),
-}
-
-/// What an operator may ask.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    /// Decide nothing until resumed.
-    Pause,
-    /// Decide again.
-    Resume,
-    /// Tell these connections, whatever the skew; the budget's rate holds.
-    Goaway(Vec<ConnectionId>),
 }
 
 /// What to do.
@@ -88,8 +80,6 @@ pub enum Effect {
     Settled(Decision),
     /// Ask the source for its complete list.
     Resync,
-    /// Ask the source for one more list soon: the last one differs from the table.
-    Confirm,
 }
 
 /// The state machine. See the module's documentation.
@@ -97,32 +87,65 @@ pub enum Effect {
 pub struct Agent {
     policy: Policy,
     instance: u64,
+    started: Timestamp,
+
+    // What is there: connections, peers, the shim.
     table: ConnectionTable,
     peers: Peers,
-    bucket: TokenBucket,
-    cooldowns: Cooldowns,
-    rho: Rho,
-    generation: u64,
-    next_id: u64,
-    paused: bool,
-    rebalancing: Rebalancing,
+    abilities: Abilities,
     shim_fault: Option<String>,
     upstream_ready: Option<bool>,
     up_since: Option<Timestamp>,
-    started: Timestamp,
+    stress: Stress,
+
+    // What was learned.
+    motion: Motion,
+    rho: Rho,
+    spread: Spread,
+    ramp: Ramp,
+    unmovable: Unmovable,
+    /// The apiservers that took connections at the last look.
+    ready: Vec<ApiserverName>,
+    sampled: Option<Timestamp>,
+
+    // What is being done.
+    rebalancing: Rebalancing,
+    plan: Option<Plan>,
+    bucket: TokenBucket,
+    cooldowns: Cooldowns,
+    generation: u64,
+    next_decision: Timestamp,
+    /// The last dry plan: it is not made again in the same rebalancing.
+    rehearsed: Option<Rehearsed>,
+
+    // What operators said.
+    pause: Option<Pause>,
+    proposed: Option<Proposed>,
+    /// The rebalancing that was approved, by when it began.
+    approved: Option<Timestamp>,
+
+    // What is told of it.
+    next_id: u64,
+    history: VecDeque<Decision>,
     goaways_total: u64,
     told_load_total: f64,
-    /// Load of those who are heavier than the target, as of the last decision.
-    unmovable: f64,
-    stress: Stress,
-    futility: Futility,
-    /// The apiservers that took connections at the last decision.
-    ready: Vec<ApiserverName>,
-    plan: Option<Plan>,
-    motion: Motion,
-    history: VecDeque<Decision>,
-    next_decision: Timestamp,
     outcomes_total: Outcomes,
+    memory_changes: u64,
+}
+
+/// A plan that nobody carried out.
+#[derive(Clone, Copy, Debug)]
+struct Rehearsed {
+    course: Timestamp,
+    decision: u64,
+    goaways: u64,
+}
+
+/// A rebalancing that waits for approval.
+#[derive(Clone, Copy, Debug)]
+struct Proposed {
+    course: Timestamp,
+    id: u64,
 }
 
 impl Agent {
@@ -130,30 +153,37 @@ impl Agent {
     pub fn new(policy: Policy, instance: u64, now: Timestamp) -> Self {
         Self {
             instance,
-            table: ConnectionTable::new(policy.node_local, policy.stays_after()),
-            peers: Peers::new(policy.peers.iter().cloned()),
-            bucket: TokenBucket::new(policy.goaway_rate, now),
-            cooldowns: Cooldowns::default(),
-            rho: Rho::default(),
-            generation: 0,
-            next_id: 1,
-            paused: false,
-            rebalancing: Rebalancing::Off(0),
+            started: now,
+            table: ConnectionTable::default(),
+            peers: Peers::new(policy.node.clone(), policy.peers.iter().cloned()),
+            abilities: Abilities::default(),
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
             upstream_ready: None,
             up_since: None,
-            started: now,
+            stress: Stress::default(),
+            motion: Motion::default(),
+            rho: Rho::default(),
+            spread: Spread::default(),
+            ramp: Ramp::new(now),
+            unmovable: Unmovable::default(),
+            ready: Vec::new(),
+            sampled: None,
+            rebalancing: Rebalancing::Off(0),
+            plan: None,
+            bucket: TokenBucket::new(policy.goaway_rate.per_second(0), now),
+            cooldowns: Cooldowns::default(),
+            generation: 0,
+            next_decision: now + policy.interval,
+            rehearsed: None,
+            pause: None,
+            proposed: None,
+            approved: None,
+            next_id: 1,
+            history: VecDeque::new(),
             goaways_total: 0,
             told_load_total: 0.0,
-            unmovable: 0.0,
-            stress: Stress::default(),
-            futility: Futility::default(),
-            ready: Vec::new(),
-            plan: None,
-            motion: Motion::default(),
-            history: VecDeque::new(),
-            next_decision: now + policy.interval,
             outcomes_total: Outcomes::default(),
+            memory_changes: 0,
             policy,
         }
     }
@@ -170,17 +200,13 @@ impl Agent {
             Input::GoawayAnswered(results) => self.goaway_answered(now, &results),
             Input::GoawayFailed(victims, why) => {
                 self.shim_fault = Some(why);
-                self.goaway_answered(
-                    now,
-                    &victims
-                        .into_iter()
-                        .map(|id| (id, GoawayResult::Unknown))
-                        .collect::<Vec<_>>(),
-                );
+                let unknown = victims.into_iter().map(|id| (id, GoawayResult::Unknown));
+                self.goaway_answered(now, &unknown.collect::<Vec<_>>());
             }
-            Input::Command(Command::Pause) => self.paused = true,
-            Input::Command(Command::Resume) => self.paused = false,
-            Input::Command(Command::Goaway(ids)) => self.asked_by_operator(now, &ids, &mut effects),
+            Input::Command(command) => {
+                // Who wants the answer asks with `command`.
+                let _ = self.commanded(now, command, &mut effects);
+            }
         }
         self.turn(now, &mut effects);
         effects
@@ -188,21 +214,30 @@ impl Agent {
 
     /// When to call again with [`Input::Tick`] at the latest.
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
+        let soon = now + Duration::from_millis(1);
         let mut at = self.next_decision;
-        if let Some(stays) = self.table.next_stays() {
-            at = at.min(stays.max(now + AGEING));
+        if let Some(until) = self.ramp.ends().filter(|_| self.rebalancing.course().is_some()) {
+            at = at.min(until.max(soon));
         }
         if let Some(plan) = &self.plan {
             let next = match plan.unsent.front() {
                 Some(id) => {
                     let cost = self.table.connection(*id).map_or(1.0, planner::cost_of);
-                    self.bucket.affords_at(cost, now)
+                    // Many a second are told a few at a time: each wake-up is a look at everything.
+                    let few = (self.bucket.rate() / 10.0).min(plan.unsent.len() as f64);
+                    match plan.spread {
+                        Some(_) => self.bucket.affords_at(cost, now).max(plan.due_at()),
+                        None => self.bucket.affords_at(cost.max(few), now),
+                    }
                 }
                 // The shim's answer is an input of its own.
-                None if plan.is_awaited() => at,
+                None if plan.is_awaited() => plan.given_up,
                 None => plan.last_goaway + self.policy.settle,
             };
-            at = at.min(next.max(now + Duration::from_millis(1)));
+            at = at.min(next.max(soon));
+        }
+        if self.is_close() {
+            at = at.min(self.sampled.map_or(soon, |sampled| (sampled + CLOSE_LOOK).max(soon)));
         }
         at
     }
@@ -210,21 +245,27 @@ impl Agent {
     /// This apiserver's snapshot, as the peers get it.
     pub fn snapshot(&self, now: Timestamp) -> Snapshot {
         let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
+        let part = self.part(now);
+        let acts = part == Part::Acts;
+        let is_ordered = self.plan.as_ref().is_some_and(|plan| plan.is_ordered);
         Snapshot {
             apiserver: self.policy.node.clone(),
             state: self.state(now),
             connections: self.table.active() as u64,
             load: self.table.load(self.policy.weight),
-            unmovable: self.unmovable,
+            unmovable: self.unmovable.load(),
             draining: self.table.draining() as u64,
             draining_streams: self.table.draining_streams(),
             goaways_total: self.goaways_total,
             told_load_total: self.told_load_total,
             refused: self.stress.refused(self.policy.stale_after(), now),
-            node_local: self.table.node_local() as u64,
             accepted_total: self.table.accepted_total(),
-            plan_in_flight: self.plan.is_some(),
-            rebalancing: self.rebalancing.course().is_some(),
+            in_transit: self.motion.in_transit(),
+            capacity: self.policy.capacity,
+            part,
+            // Nobody waits for what is not done.
+            plan_in_flight: self.plan.is_some() && (acts || is_ordered),
+            rebalancing: self.rebalancing.course().is_some() && acts,
             instance: self.instance,
             names,
         }
@@ -232,8 +273,7 @@ impl Agent {
 
     /// What would be decided now, without doing it.
     pub fn preview(&self, now: Timestamp) -> Decision {
-        let view = self.peers.view(self.snapshot(now), now);
-        self.decide(now, view).0
+        self.decide(now, self.still(now)).0
     }
 
     /// The connections of this apiserver.
@@ -258,7 +298,24 @@ impl Agent {
 
     /// Whether an operator paused it.
     pub fn is_paused(&self) -> bool {
-        self.paused
+        self.pause.is_some()
+    }
+
+    /// The pause that is on.
+    pub fn pause(&self) -> Option<&Pause> {
+        self.pause.as_ref()
+    }
+
+    /// What waits for an operator's approval.
+    pub fn proposal(&self) -> Option<u64> {
+        let course = self.rebalancing.course()?.began;
+        let waits = |proposed: &Proposed| proposed.course == course && self.approved != Some(course);
+        self.proposed.filter(waits).map(|proposed| proposed.id)
+    }
+
+    /// GOAWAYs a second that the budget allows now.
+    pub fn goaway_rate(&self) -> f64 {
+        self.bucket.rate()
     }
 
     /// Why the shim cannot be used, when it cannot; there is no fault without a shim.
@@ -299,22 +356,52 @@ impl Agent {
         }
     }
 
+    /// What this agent does about skew.
+    fn part(&self, now: Timestamp) -> Part {
+        if self.policy.shim == ShimKind::None || self.guard(now).is_some() {
+            return Part::Watches;
+        }
+        match self.policy.mode {
+            Mode::Active => Part::Acts,
+            Mode::DryRun => Part::DryRun,
+            Mode::Propose => {
+                let course = self.rebalancing.course().map(|course| course.began);
+                if course.is_some() && course == self.approved {
+                    Part::Acts
+                } else {
+                    Part::Watches
+                }
+            }
+        }
+    }
+
+    /// Whether decisions are only written down.
+    fn rehearses(&self) -> bool {
+        self.policy.mode == Mode::DryRun || self.policy.shim == ShimKind::None
+    }
+
     /// For how long loads are measured, while that is not long enough to say anything.
     fn unmeasured(&self, now: Timestamp) -> Option<Duration> {
-        if matches!(self.policy.weight, Weight::Connections | Weight::Streams) {
-            return None;
-        }
+        let needed = self.policy.weight.measured_after();
         let measured = self
             .table
             .sampled_since()
             .map_or(Duration::ZERO, |since| now.since(since));
-        (measured < MEASURED).then_some(measured)
+        (measured < needed).then_some(measured)
+    }
+
+    /// Whether clients are on their way anywhere: where they land is to be seen soon.
+    fn is_close(&self) -> bool {
+        self.motion.in_transit() > 0
+            || self.plan.is_some()
+            || self.peers.iter().any(|(_, peer)| {
+                let moving = |snapshot: &Snapshot| snapshot.plan_in_flight || snapshot.in_transit > 0;
+                peer.snapshot.as_ref().is_some_and(|(_, snapshot)| moving(snapshot))
+            })
     }
 
     fn observe(&mut self, now: Timestamp, observations: Vec<Observation>, effects: &mut Vec<Effect>) {
-        let mut listed = false;
         for observation in observations {
-            listed |= matches!(observation, Observation::Listed { .. });
             let changes = self.table.observe(observation, now);
             if changes.listener_changed {
                 self.up_since = Some(now);
@@ -323,13 +410,11 @@ impl Agent {
                 effects.push(Effect::Resync);
             }
         }
-        if listed && self.table.is_in_doubt() {
-            effects.push(Effect::Confirm);
-        }
     }
 
     fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
         self.shim_fault = None;
+        self.abilities = report.abilities;
         if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
             // The port was open a while before the server behind it was ready: clients come from now on.
             self.up_since = Some(now);
@@ -338,105 +423,103 @@ impl Agent {
         self.stress.hear(&report.instance, report.refused_total, now);
         // A restarted agent goes on above what the shim has seen, or it would be refused.
         self.generation = self.generation.max(report.generation);
-        self.table.report(report);
+        self.table.report(report, now);
     }
 
-    /// One turn: follow the plan, decide when it is time, send what the budget allows.
+    /// One turn: look, follow the plan, decide when it is time, send what the budget allows.
     fn turn(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         self.cooldowns.expire(now);
-        self.table.age(now);
-        let mut due = now >= self.next_decision;
-        if due || self.plan.is_some() {
-            // What a settled plan left over is not put off to the next interval.
-            due |= self.follow(now, effects);
-        }
-        if due {
-            self.next_decision = now + self.policy.interval;
+        self.end_pause(now);
+        let decides = now >= self.next_decision;
+        let is_close = self.is_close();
+        if decides || is_close && self.sampled.is_none_or(|at| now.since(at) >= CLOSE_LOOK) {
+            self.sampled = Some(now);
             self.table.sample(now, self.policy.weight);
-            let full_ceiling =
-                planner::full_ceiling(&self.peers.view(self.snapshot(now), now), self.policy.skew_target);
-            self.look_at_rho(now);
-            self.unmovable = planner::unmovable(&self.table, self.policy.weight, full_ceiling);
-            let view = self.peers.view(self.snapshot(now), now);
-            let (mut decision, rebalancing) = self.decide(now, view);
-            self.rebalancing = rebalancing;
-            decision.id = self.next_id;
-            self.next_id += 1;
-            match &decision.hold {
-                None => self.start(now, &mut decision),
-                // A preview tells it; a log of every interval need not.
-                Some(hold) if hold.is_level() => decision.heaviest.clear(),
-                Some(_) => {}
+        }
+        let waited = self.ramp.look(now) && self.rebalancing.course().is_some();
+        if decides || is_close || waited {
+            if decides && !self.policy.weight.is_counted() {
+                let ceiling = planner::full_ceiling(&self.peers.view(self.snapshot(now), now), &self.policy);
+                self.unmovable.look(&self.table, self.policy.weight, ceiling);
             }
-            self.remember(decision.clone());
-            effects.push(Effect::Record(decision));
+            self.bucket
+                .set_rate(self.policy.goaway_rate.per_second(self.table.active()), now);
+            let mut look = self.look(now);
+            // What a settled plan left over is not put off to the next interval.
+            let is_settled = self.follow(now, &look, effects);
+            if is_settled {
+                look = self.look(now);
+            }
+            if decides || is_settled || waited {
+                self.decided(now, look, effects);
+            }
         }
         self.send(now, effects);
     }
 
-    /// Forgets where clients landed when the apiservers are others now, and follows whether moving helps.
-    fn look_at_rho(&mut self, now: Timestamp) {
-        let view = self.peers.view(self.snapshot(now), now);
-        let is_ready = |(_, entry): &(&ApiserverName, &Entry)| entry.snapshot.state == ServerState::Ready;
-        let ready: Vec<ApiserverName> = view
-            .entries
-            .iter()
-            .filter(is_ready)
-            .map(|(name, _)| name.clone())
-            .collect();
-        if ready != self.ready {
-            self.ready = ready;
-            self.rho = Rho::default();
-            self.futility = Futility::default();
+    /// Decides on a look, and begins what was decided.
+    fn decided(&mut self, now: Timestamp, look: Look, effects: &mut Vec<Effect>) {
+        self.next_decision = now + self.policy.interval;
+        let (mut decision, rebalancing) = self.decide(now, look);
+        self.rebalancing = rebalancing;
+        decision.id = self.next_id();
+        match &decision.hold {
+            None => self.start(now, &mut decision),
+            Some(Hold::AwaitsApproval { proposal, .. }) => {
+                let course = self.rebalancing.course().map(|course| course.began);
+                self.proposed = course.map(|course| Proposed { course, id: *proposal });
+            }
+            // A preview tells it; a log of every interval need not.
+            Some(hold) if hold.is_level() => decision.heaviest.clear(),
+            Some(_) => {}
         }
-        // Without donors every landing is elsewhere: that says nothing.
-        let donors = self.balance(&view).donors;
-        if !donors.is_empty() {
-            self.futility.look(&mut self.rho, &donors, now);
-        }
+        debug_assert_eq!(decision.hold.is_none(), !decision.victims.is_empty());
+        self.remember(decision.clone());
+        effects.push(Effect::Record(decision));
     }
 
-    /// Learns where clients landed, counts those on their way, and closes a plan that has settled: whether what it left
-    /// over is to be decided at once.
-    fn follow(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
-        let view = self.peers.view(self.snapshot(now), now);
-        let underway = view.entries.values().any(|entry| entry.snapshot.plan_in_flight) || self.motion.in_transit() > 0;
-        let expected = self.motion.in_transit();
-        let moves = self
-            .motion
-            .look(&view, self.policy.settle + self.policy.stays_after(), now);
-        let expected = expected + moves.iter().map(|moved| moved.goaways).sum::<u64>();
-        if underway {
-            let landings: Vec<_> = moves
-                .iter()
-                .map(|moved| (moved.apiserver.clone(), moved.landings))
-                .collect();
-            let donors = self.balance(&view).donors;
-            self.rho.learn(&landings, &donors, expected as f64);
-        }
-        self.rebalancing.told(moves.iter().map(|moved| moved.goaways).sum());
-        let balance = self.balance(&view);
-        let is_ordered = self.plan.as_ref().is_some_and(|plan| plan.is_ordered);
-        let doubt = match self.guard(now) {
-            // There is nowhere else to go to, but an operator asked for it: what is left to doubt is the shim.
-            Some(Hold::FewerThanTwoApiservers { .. }) if is_ordered => {
-                self.shim_fault.clone().map(|why| Hold::ShimUnavailable { why })
-            }
-            doubt => doubt.or_else(|| self.stressed(&view, &balance)),
+    /// Follows the plan in flight, and closes it when it has settled: whether what it left over is to be decided at once.
+    fn follow(&mut self, now: Timestamp, look: &Look, effects: &mut Vec<Effect>) -> bool {
+        let Some(plan) = &self.plan else {
+            return false;
+        };
+        let is_ordered = plan.is_ordered;
+        let doubt = if is_ordered {
+            self.order_doubt()
+        } else {
+            let stressed = || self.stressed(&look.view, &look.balance);
+            look.doubt.clone().or_else(stressed)
         };
         if doubt.is_some() {
             // It came up while a plan was on its way: who has not been told is not told.
             self.drop_unsent();
-        } else if self.plan.is_some() && !is_ordered {
-            self.trim(balance.room);
+        } else if !is_ordered {
+            self.trim(look.balance.room);
         }
-        self.settle(now, effects)
+        self.settle(now, look, effects)
+    }
+
+    /// Ends a pause whose time is over.
+    fn end_pause(&mut self, now: Timestamp) {
+        let is_over = |pause: &Pause| pause.until.is_some_and(|until| now >= until);
+        if self.pause.as_ref().is_some_and(is_over) {
+            self.pause = None;
+            self.memory_changes += 1;
+        }
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id - 1
     }
 
     /// The first doubt, if there is one.
     fn guard(&self, now: Timestamp) -> Option<Hold> {
-        if self.paused {
-            return Some(Hold::Paused);
+        if let Some(pause) = &self.pause {
+            return Some(Hold::Paused {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+            });
         }
         if !self.table.is_trusted() {
             return Some(Hold::LostEvents {
@@ -449,7 +532,7 @@ impl Agent {
                 why: format!(
                     "what its own clients weigh is measured for {} s only, {} s are needed",
                     measured.as_secs(),
-                    MEASURED.as_secs()
+                    self.policy.weight.measured_after().as_secs()
                 ),
             });
         }

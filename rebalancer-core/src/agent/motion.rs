@@ -1,8 +1,9 @@
-//! Who is on the way: clients that were told to go and have not landed anywhere yet.
+//! Who is in transit: clients that were told to go and have not landed anywhere yet.
 //!
-//! Job: follow every apiserver's totals from one look to the next, and count GOAWAYs against landings.
+//! Job: follow every apiserver's totals from one look to the next, and set GOAWAYs off against landings.
 //! Input: views. Output: what happened since the last look, and how many clients are in transit.
-//! Must never take a restarted agent's totals for movements: they begin anew.
+//! Must never take a restarted agent's totals for movements, nor clients that come for reasons of their own for those who
+//! were told: before anybody is told it learns how many come anyway.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -25,21 +26,43 @@ struct Totals {
     load: f64,
 }
 
-/// What happened on one apiserver since the last look.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What happened since the last look.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Moves {
-    /// Which.
-    pub apiserver: ApiserverName,
-    /// GOAWAYs sent there.
-    pub goaways: u64,
-    /// Connections accepted there.
-    pub landings: u64,
+    /// Connections that landed, by apiserver.
+    pub landings: Vec<(ApiserverName, u64)>,
+    /// GOAWAYs sent by all.
+    pub told: u64,
+    /// Landings of those who were told; the others came for reasons of their own.
+    pub landed: u64,
+}
+
+impl Moves {
+    /// Landings on all apiservers.
+    pub fn all(&self) -> u64 {
+        self.landings.iter().map(|(_, count)| count).sum()
+    }
+
+    /// How many of those who were told landed on none of these.
+    pub fn elsewhere(&self, donors: &[ApiserverName]) -> u64 {
+        let all = self.all();
+        let elsewhere: u64 = self
+            .landings
+            .iter()
+            .filter(|(name, _)| !donors.contains(name))
+            .map(|(_, count)| count)
+            .sum();
+        // Who of them was told is not known: as many as of all, rounded down.
+        (elsewhere * self.landed).checked_div(all).unwrap_or(0)
+    }
 }
 
 /// Clients in transit, all apiservers together.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Motion {
     last: BTreeMap<ApiserverName, Totals>,
+    looked: Option<Timestamp>,
+    has_begun: bool,
     told: u64,
     landed: u64,
     draining: u64,
@@ -48,16 +71,38 @@ pub(super) struct Motion {
     told_load: f64,
     /// GOAWAYs of the last settle time.
     recent: VecDeque<(Timestamp, u64)>,
+    strangers: Strangers,
 }
 
 impl Motion {
-    /// Looks at a view.
+    /// Those whom an earlier process left in transit.
+    pub fn resumed(told: u64, landed: u64, told_load: f64) -> Self {
+        Self {
+            has_begun: true,
+            told,
+            landed: landed.min(told),
+            told_load,
+            ..Self::default()
+        }
+    }
+
+    /// What another process needs to go on: who was told, who landed, what they weighed.
+    pub fn figures(&self) -> (u64, u64, f64) {
+        (self.told, self.landed.min(self.told), self.told_load)
+    }
+
+    /// Looks at a view; `apiservers` is how many there are when it is complete.
     ///
     /// Landings count from the first GOAWAY on, until all who were told have landed. Whoever was told and has not landed
     /// still holds the old connection, or was told within the settle time: a client without streams closes its connection
     /// at once and opens the next with its next request.
-    pub fn look(&mut self, view: &View, settle: Duration, now: Timestamp) -> Vec<Moves> {
-        let mut moves = Vec::new();
+    pub fn look(&mut self, view: &View, apiservers: usize, settle: Duration, now: Timestamp) -> Moves {
+        self.draining = view.entries.values().map(|entry| entry.snapshot.draining).sum();
+        self.draining_streams = view.entries.values().map(|entry| entry.snapshot.draining_streams).sum();
+        if !self.has_begun && view.entries.len() == apiservers {
+            self.begin(view);
+        }
+        let mut moves = Moves::default();
         for (name, entry) in &view.entries {
             let Snapshot {
                 instance,
@@ -78,29 +123,49 @@ impl Motion {
                 .filter(|old| old.instance == instance);
             let old = old.unwrap_or(new);
             self.told_load += (new.load - old.load).max(0.0);
-            moves.push(Moves {
-                apiserver: name.clone(),
-                goaways: new.goaways.saturating_sub(old.goaways),
-                landings: new.accepted.saturating_sub(old.accepted),
-            });
+            moves.told += new.goaways.saturating_sub(old.goaways);
+            moves
+                .landings
+                .push((name.clone(), new.accepted.saturating_sub(old.accepted)));
         }
-        self.draining = view.entries.values().map(|entry| entry.snapshot.draining).sum();
-        self.draining_streams = view.entries.values().map(|entry| entry.snapshot.draining_streams).sum();
-        let told = moves.iter().map(|moved| moved.goaways).sum::<u64>();
-        self.told += told;
-        if told > 0 {
-            self.recent.push_back((now, told));
+        self.told += moves.told;
+        if moves.told > 0 {
+            self.recent.push_back((now, moves.told));
         }
         while self.recent.front().is_some_and(|(at, _)| now.since(*at) >= settle) {
             self.recent.pop_front();
         }
-        if self.told > 0 {
-            self.landed += moves.iter().map(|moved| moved.landings).sum::<u64>();
+        let is_busy = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+        let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
+        self.looked = Some(now);
+        if self.told > 0 || is_busy {
+            // A landing may be seen before its GOAWAY is: the snapshots of two apiservers are of two instants.
+            moves.landed = self.strangers.taken_off(moves.all(), passed);
+            self.landed += moves.landed;
+        } else {
+            self.strangers.learn(moves.all(), passed);
         }
-        if self.in_transit() == 0 && !view.entries.values().any(|entry| entry.snapshot.plan_in_flight) {
+        if self.in_transit() == 0 && !is_busy {
             (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
         moves
+    }
+
+    /// The first complete view: the peers that were there before know who is in transit; when none was, everybody who
+    /// drains may be.
+    fn begin(&mut self, view: &View) {
+        self.has_begun = true;
+        let snapshots = || view.entries.values().map(|entry| &entry.snapshot);
+        let were_there = snapshots().any(|snapshot| snapshot.goaways_total + snapshot.accepted_total > 0);
+        let known = snapshots().map(|snapshot| snapshot.in_transit).max().unwrap_or(0);
+        self.told = if were_there {
+            known.min(self.draining)
+        } else {
+            self.draining
+        };
+        let connections: u64 = snapshots().map(|snapshot| snapshot.connections).sum();
+        let load: f64 = snapshots().map(|snapshot| snapshot.load).sum();
+        self.told_load = self.told as f64 * load / connections.max(1) as f64;
     }
 
     /// Clients that were told and have not landed.
@@ -128,5 +193,159 @@ impl Motion {
             Weight::Streams => self.draining_streams as f64,
         };
         Transit { clients, load }
+    }
+}
+
+/// A window in which those who come anyway are counted.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Windows that are remembered. Their median counts: the rush after a crash is shorter than half of them.
+const WINDOWS: usize = 7;
+
+/// No more than the strangers of this time are set off at once: the rest of a long look is not theirs.
+const OWED: Duration = Duration::from_secs(30);
+
+/// Clients that come for reasons of their own, as many a second as came while nobody was told.
+#[derive(Clone, Debug, Default)]
+struct Strangers {
+    windows: VecDeque<f64>,
+    counted: u64,
+    passed: Duration,
+    owed: f64,
+}
+
+impl Strangers {
+    /// Nobody was told: so many came in this time.
+    fn learn(&mut self, landings: u64, passed: Duration) {
+        self.counted += landings;
+        self.passed += passed;
+        if self.passed >= WINDOW {
+            self.windows.push_back(self.counted as f64 / self.passed.as_secs_f64());
+            if self.windows.len() > WINDOWS {
+                self.windows.pop_front();
+            }
+            (self.counted, self.passed) = (0, Duration::ZERO);
+        }
+    }
+
+    /// How many of so many landings are left when those who come anyway are taken off.
+    fn taken_off(&mut self, landings: u64, passed: Duration) -> u64 {
+        (self.counted, self.passed) = (0, Duration::ZERO);
+        let mut rates: Vec<f64> = self.windows.iter().copied().collect();
+        rates.sort_by(f64::total_cmp);
+        let rate = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
+        self.owed = (self.owed + rate * passed.as_secs_f64()).min(rate * OWED.as_secs_f64());
+        let theirs = (self.owed.floor() as u64).min(landings);
+        self.owed -= theirs as f64;
+        landings - theirs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::{Entry, Part, ServerState};
+
+    const SETTLE: Duration = Duration::from_secs(10);
+
+    /// One apiserver: name, instance, GOAWAYs, accepted, draining, in transit as its agent takes it.
+    type Row = (&'static str, u64, u64, u64, u64, u64);
+
+    fn view(rows: &[Row]) -> View {
+        let entries = rows
+            .iter()
+            .map(|(name, instance, goaways, accepted, draining, in_transit)| {
+                let snapshot = Snapshot {
+                    apiserver: ApiserverName::new(*name),
+                    state: ServerState::Ready,
+                    connections: 100,
+                    load: 100.0,
+                    unmovable: 0.0,
+                    draining: *draining,
+                    draining_streams: 0,
+                    goaways_total: *goaways,
+                    told_load_total: *goaways as f64,
+                    refused: 0,
+                    accepted_total: *accepted,
+                    in_transit: *in_transit,
+                    capacity: 1.0,
+                    part: Part::Acts,
+                    plan_in_flight: false,
+                    rebalancing: false,
+                    instance: *instance,
+                    names: vec![],
+                };
+                (
+                    snapshot.apiserver.clone(),
+                    Entry {
+                        snapshot,
+                        age: Duration::ZERO,
+                    },
+                )
+            });
+        View {
+            entries: entries.collect(),
+        }
+    }
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_millis(seconds * 1_000)
+    }
+
+    #[test]
+    fn who_was_told_is_in_transit_until_somebody_landed() {
+        let mut motion = Motion::default();
+        motion.look(&view(&[("a", 1, 0, 0, 0, 0), ("b", 1, 0, 0, 0, 0)]), 2, SETTLE, at(0));
+        let moves = motion.look(&view(&[("a", 1, 10, 0, 10, 0), ("b", 1, 0, 0, 0, 0)]), 2, SETTLE, at(1));
+        assert_eq!((moves.told, motion.in_transit(), motion.landing()), (10, 10, 10));
+        let moves = motion.look(&view(&[("a", 1, 10, 2, 8, 0), ("b", 1, 0, 4, 0, 0)]), 2, SETTLE, at(2));
+        assert_eq!((moves.landed, moves.elsewhere(&[ApiserverName::new("a")])), (6, 4));
+        assert_eq!(motion.in_transit(), 4);
+        motion.look(&view(&[("a", 1, 10, 2, 3, 0), ("b", 1, 0, 4, 0, 0)]), 2, SETTLE, at(20));
+        assert_eq!(
+            (motion.in_transit(), motion.landing()),
+            (3, 0),
+            "who closed long ago is not coming"
+        );
+        let restarted = view(&[("a", 2, 0, 0, 3, 0), ("b", 1, 0, 9, 0, 0)]);
+        assert_eq!(
+            motion.look(&restarted, 2, SETTLE, at(21)).told,
+            0,
+            "another instance begins anew"
+        );
+    }
+
+    #[test]
+    fn those_who_come_anyway_pay_for_nobody() {
+        let mut motion = Motion::default();
+        let mut accepted = 0;
+        for second in 0..80 {
+            accepted += 2;
+            motion.look(&view(&[("a", 1, 0, accepted, 0, 0)]), 1, SETTLE, at(second));
+        }
+        let mut landed = 0;
+        for second in 80..90 {
+            accepted += 2;
+            let now = motion.look(&view(&[("a", 1, 30, accepted, 30, 0)]), 1, SETTLE, at(second));
+            landed += now.landed;
+        }
+        assert!(
+            landed <= 1 && motion.in_transit() >= 29,
+            "{landed} landed of 30 who drain"
+        );
+    }
+
+    #[test]
+    fn a_restarted_agent_asks_those_who_were_there() {
+        for (rows, expected) in [
+            (&[("a", 1, 0, 0, 40, 0), ("b", 1, 50, 70, 20, 12)][..], 12),
+            (&[("a", 1, 0, 0, 40, 0), ("b", 1, 0, 0, 20, 0)], 60),
+        ] {
+            let mut motion = Motion::default();
+            motion.look(&view(rows), 3, SETTLE, at(0));
+            assert_eq!(motion.in_transit(), 0, "the view is not complete");
+            motion.look(&view(rows), 2, SETTLE, at(1));
+            assert_eq!(motion.in_transit(), expected, "{rows:?}");
+        }
     }
 }

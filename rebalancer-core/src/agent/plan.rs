@@ -8,24 +8,14 @@ use std::{
     time::Duration,
 };
 
-use super::{Agent, Effect};
+use super::{Agent, Effect, Rehearsed, look::Look, motion::Moves, ramp::Seen};
 use crate::{
-    decision::{Decision, Outcomes},
-    ids::{ConnectionId, ShimKind, Timestamp},
+    decision::{Decision, Fate, Outcomes},
+    ids::{ApiserverName, ConnectionId, Timestamp},
     planner,
-    policy::{Mode, Weight},
     shim::{GoawayOrder, GoawayResult},
-    table::{ClientKey, Connection},
+    table::ClientKey,
 };
-
-/// How long a shim may take to carry out one order.
-fn order_expiry(shim: ShimKind) -> Duration {
-    match shim {
-        ShimKind::Relay | ShimKind::None => Duration::from_secs(10),
-        // It tells a victim at its next request: leases and health checks make one within ten seconds, most clients.
-        ShimKind::Steer => Duration::from_secs(30),
-    }
-}
 
 /// A plan that is being carried out.
 #[derive(Clone, Debug)]
@@ -35,27 +25,77 @@ pub(super) struct Plan {
     pub last_goaway: Timestamp,
     /// Whether an operator asked for it, whatever the skew.
     pub is_ordered: bool,
-    decision: u64,
+    /// When an order began that is spread over a time, over which, and how many it names.
+    pub spread: Option<(Timestamp, Duration, usize)>,
+    /// Its decision.
+    pub decision: u64,
+    /// From then on nobody waits for the shim any more: what it has not answered is lost.
+    pub given_up: Timestamp,
+    /// Whether it only finds out where clients land.
+    is_probe: bool,
     asked: BTreeSet<ConnectionId>,
-    told: Vec<(ClientKey, Timestamp)>,
+    told: Vec<(ConnectionId, ClientKey, Timestamp)>,
     keys: BTreeMap<ConnectionId, ClientKey>,
+    fates: BTreeMap<ConnectionId, Fate>,
     outcomes: Outcomes,
     expires: Timestamp,
-    accepted_before: u64,
+    seen: Seen,
+    /// Of those who were told anywhere, so many landed here.
+    landed_here: u64,
 }
 
 impl Plan {
+    /// Spreads what is unsent over a time; it is not given up before.
+    pub fn spread_over(&mut self, over: Duration, order_expiry: Duration, now: Timestamp) {
+        self.spread = Some((now, over, self.unsent.len()));
+        self.expires = self.expires.max(now + over + order_expiry);
+        self.given_up = self.expires + order_expiry;
+    }
+
+    /// When the next one may be told, the budget aside.
+    pub fn due_at(&self) -> Timestamp {
+        match self.spread {
+            Some((began, over, of)) if of > 0 => {
+                let done = of.saturating_sub(self.unsent.len());
+                began + over.mul_f64(done as f64 / of as f64)
+            }
+            _ => Timestamp::default(),
+        }
+    }
+
     /// Whether the shim has still to say what became of an order.
     pub fn is_awaited(&self) -> bool {
         !self.asked.is_empty()
     }
 
-    /// Whether everyone was told, and nearly everyone landed or had the time to: the few that are left stay counted as
-    /// in transit. What must be measured takes that time always.
-    fn is_settled(&self, in_transit: u64, is_measured: bool, settle: Duration, now: Timestamp) -> bool {
+    /// What happened while it goes on.
+    pub fn saw(&mut self, moves: &Moves, donors: &[ApiserverName], own: &ApiserverName) {
+        self.seen.told += moves.told;
+        self.seen.landed += moves.landed;
+        self.seen.elsewhere += moves.elsewhere(donors);
+        let others: Vec<_> = moves
+            .landings
+            .iter()
+            .map(|(name, _)| name)
+            .filter(|name| *name != own)
+            .cloned()
+            .collect();
+        self.landed_here += moves.elsewhere(&others);
+    }
+
+    /// Whether everyone was told, and enough of them landed to know where they go, or had the time to: those that are left
+    /// stay counted as in transit. A probe waits for the first who landed elsewhere, or for nearly all; what must be measured
+    /// waits always.
+    fn is_settled(&self, landing: u64, is_counted: bool, settle: Duration, now: Timestamp) -> bool {
         let sent = self.unsent.is_empty() && self.asked.is_empty();
-        let nearly_all = !is_measured && in_transit * 10 <= self.told.len() as u64;
-        sent && (self.told.is_empty() || nearly_all || now.since(self.last_goaway) >= settle)
+        let told = self.seen.told.max(self.told.len() as u64);
+        let is_known = if self.is_probe {
+            self.seen.elsewhere > 0 || landing * 10 <= told
+        } else {
+            landing * 2 <= told
+        };
+        let is_known = is_counted && is_known;
+        sent && (self.told.is_empty() || is_known || now.since(self.last_goaway) >= settle)
     }
 }
 
@@ -78,7 +118,19 @@ impl Agent {
             let connection = self.table.connection(victim.connection);
             connection.map_or(1.0, planner::cost_of)
         });
-        let paced = Duration::from_secs_f64(costs.sum::<f64>() / self.policy.goaway_rate);
+        let paced = Duration::from_secs_f64(costs.sum::<f64>() / self.bucket.rate());
+        let expires = now + paced * 2 + self.abilities.order_expiry;
+        if self.rehearses()
+            && let Some(course) = self.rebalancing.course()
+        {
+            let goaways = decision.derivation.needed.ceil() as u64;
+            self.rehearsed = Some(Rehearsed {
+                course: course.began,
+                decision: decision.id,
+                goaways,
+            });
+        }
+        self.memory_changes += 1;
         self.plan = Some(Plan {
             generation: self.generation,
             decision: decision.id,
@@ -89,19 +141,26 @@ impl Agent {
             outcomes: decision.outcomes,
             last_goaway: now,
             is_ordered: false,
-            expires: now + paced * 2 + order_expiry(self.policy.shim),
-            accepted_before: self.table.accepted_total(),
+            spread: None,
+            is_probe: self.ramp.is_probe(),
+            fates: BTreeMap::new(),
+            expires,
+            given_up: expires + self.abilities.order_expiry,
+            seen: Seen::default(),
+            landed_here: 0,
         });
     }
 
     /// Sends what the budget allows.
     pub(super) fn send(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
+        self.give_up(now);
+        let rehearses = self.rehearses();
         let Some(plan) = &mut self.plan else {
             return;
         };
         let expired = now > plan.expires;
         let table = &self.table;
-        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_hear);
+        let is_active = |id: ConnectionId| table.connection(id).is_some_and(|connection| connection.is_active());
         let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
         plan.unsent = unsent.into();
         self.drop_victims(&gone);
@@ -111,7 +170,7 @@ impl Agent {
         let mut victims: Vec<ConnectionId> = Vec::new();
         while let Some(id) = plan.unsent.front().copied() {
             let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
-            if !self.bucket.pay(cost, now) {
+            if now < plan.due_at() || !self.bucket.pay(cost, now) {
                 break;
             }
             plan.unsent.pop_front();
@@ -121,22 +180,26 @@ impl Agent {
             return;
         }
         plan.last_goaway = now;
-        match self.policy.mode {
-            Mode::Active if self.policy.shim != ShimKind::None => {
-                plan.asked.extend(&victims);
-                let generation = plan.generation;
-                effects.push(Effect::SendGoaway(GoawayOrder {
-                    generation,
-                    expires_in: order_expiry(self.policy.shim),
-                    victims,
-                }));
-            }
+        if rehearses {
             // Decided identically, carried out by nobody.
-            Mode::Active | Mode::DryRun => {
-                plan.outcomes.pending -= victims.len() as u64;
-                plan.outcomes.lost += victims.len() as u64;
-            }
+            self.drop_victims(&victims);
+            return;
         }
+        plan.asked.extend(&victims);
+        effects.push(Effect::SendGoaway(GoawayOrder {
+            generation: plan.generation,
+            expires_in: self.abilities.order_expiry,
+            victims,
+        }));
+    }
+
+    /// Gives up what the shim has not answered long after every order has expired: nobody waits for an answer for ever.
+    fn give_up(&mut self, now: Timestamp) {
+        let Some(plan) = self.plan.as_mut().filter(|plan| now >= plan.given_up) else {
+            return;
+        };
+        let silent: Vec<ConnectionId> = std::mem::take(&mut plan.asked).into_iter().collect();
+        self.drop_victims(&silent);
     }
 
     /// Takes in what the shim made of an order.
@@ -169,11 +232,16 @@ impl Agent {
             if told {
                 plan.outcomes.draining += 1;
                 self.cooldowns.told(&key, now + self.policy.client_cooldown);
-                plan.told.push((key, now));
+                plan.told.push((*id, key, now));
             } else {
                 plan.outcomes.lost += 1;
+                plan.fates.insert(*id, Fate::Gone);
                 self.cooldowns.forget(&key);
             }
+            debug_assert!(
+                plan.asked.len() <= plan.outcomes.pending as usize,
+                "who is asked is pending"
+            );
         }
     }
 
@@ -205,40 +273,24 @@ impl Agent {
     /// Closes the plan when it has settled: whether there is to be a decision on what it left over at once. Not when it
     /// told nobody, as in a dry run, which would go through all clients; nor with weights that are measured, whose looks
     /// are an interval apart, and where the others are to have their turn.
-    pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Vec<Effect>) -> bool {
-        let in_transit = self.motion.in_transit();
-        let is_measured = self.policy.weight != Weight::Connections;
-        let settled = |plan: &mut Plan| plan.is_settled(in_transit, is_measured, self.policy.settle, now);
+    pub(super) fn settle(&mut self, now: Timestamp, look: &Look, effects: &mut Vec<Effect>) -> bool {
+        let landing = self.motion.landing();
+        let is_counted = self.policy.weight.is_counted();
+        let settled = |plan: &mut Plan| plan.is_settled(landing, is_counted, self.policy.settle, now);
         let Some(mut plan) = self.plan.take_if(settled) else {
             return false;
         };
-        // Where users are known they tell who came back; where not, the accepted counter does.
-        let mut accepted = self.table.accepted_total().saturating_sub(plan.accepted_before);
-        let began = plan.told.iter().map(|(_, at)| *at).min().unwrap_or(now);
-        let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
-        for connection in self.table.scan().filter(|connection| connection.opened_at >= began) {
-            let newest = opened.entry(connection.client_key()).or_default();
-            *newest = connection.opened_at.max(*newest);
+        self.follow_up(&mut plan);
+        let Outcomes {
+            moved, returned, lost, ..
+        } = plan.outcomes;
+        self.outcomes_total.moved += moved;
+        self.outcomes_total.returned += returned;
+        self.outcomes_total.lost += lost;
+        if !plan.is_ordered && self.ramp.settled(plan.told.len(), plan.seen, now) {
+            self.rebalancing.in_vain(plan.seen.told);
+            self.memory_changes += 1;
         }
-        for (key, at) in &plan.told {
-            let back = match key {
-                ClientKey::User(_) => opened.get(key).is_some_and(|opened| opened >= at),
-                ClientKey::Address(_) => {
-                    let back = accepted > 0;
-                    accepted = accepted.saturating_sub(1);
-                    back
-                }
-            };
-            plan.outcomes.draining -= 1;
-            if back {
-                plan.outcomes.returned += 1;
-            } else {
-                plan.outcomes.moved += 1;
-            }
-        }
-        self.outcomes_total.moved += plan.outcomes.moved;
-        self.outcomes_total.returned += plan.outcomes.returned;
-        self.outcomes_total.lost += plan.outcomes.lost;
         let decided = self
             .history
             .iter_mut()
@@ -246,10 +298,46 @@ impl Agent {
             .find(|decision| decision.id == plan.decision);
         if let Some(decision) = decided {
             decision.outcomes = plan.outcomes;
-            decision.explanation += &afterwards(plan.outcomes, self.policy.settle);
+            decision.explanation += &afterwards(plan.outcomes, look.balance.skew);
+            for victim in &mut decision.victims {
+                victim.fate = plan.fates.get(&victim.connection).copied().unwrap_or(victim.fate);
+            }
             effects.push(Effect::Settled(decision.clone()));
         }
-        !plan.told.is_empty() && !is_measured
+        !plan.told.is_empty() && is_counted
+    }
+
+    /// What became of those who were told. Who came back is known by name, where a shim tells users; the others by number:
+    /// of those who landed, this plan's part. Who has not been seen anywhere yet did not move, and counts as draining.
+    fn follow_up(&self, plan: &mut Plan) {
+        let began = plan.told.iter().map(|(.., at)| *at).min().unwrap_or_default();
+        let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
+        for connection in self.table.scan().filter(|connection| connection.opened_at >= began) {
+            let newest = opened.entry(connection.client_key()).or_default();
+            *newest = connection.opened_at.max(*newest);
+        }
+        let part = |landed: u64| {
+            let all = plan.seen.told.max(plan.told.len() as u64).max(1);
+            (landed * plan.told.len() as u64 + all / 2) / all
+        };
+        let (mut here, elsewhere) = (part(plan.landed_here), part(plan.seen.landed - plan.landed_here));
+        for (id, key, at) in &plan.told {
+            let is_back = match key {
+                ClientKey::User(_) => opened.get(key).is_some_and(|opened| opened >= at),
+                ClientKey::Address(_) => {
+                    let is_back = here > 0;
+                    here = here.saturating_sub(1);
+                    is_back
+                }
+            };
+            plan.outcomes.returned += u64::from(is_back);
+            plan.fates
+                .insert(*id, if is_back { Fate::Returned } else { Fate::Told });
+        }
+        let told = plan.told.len() as u64;
+        plan.outcomes.moved = elsewhere.min(told - plan.outcomes.returned);
+        plan.outcomes.draining = told - plan.outcomes.returned - plan.outcomes.moved;
+        debug_assert_eq!(plan.outcomes.pending, 0, "everybody was told or given up");
     }
 
     fn drop_victims(&mut self, dropped: &[ConnectionId]) {
@@ -260,6 +348,7 @@ impl Agent {
             if let Some(key) = plan.keys.remove(id) {
                 self.cooldowns.forget(&key);
             }
+            plan.fates.insert(*id, Fate::NotTold);
             plan.outcomes.pending -= 1;
             plan.outcomes.lost += 1;
         }
@@ -267,19 +356,19 @@ impl Agent {
 }
 
 /// What became of a plan, in words.
-fn afterwards(outcomes: Outcomes, settle: Duration) -> String {
+fn afterwards(outcomes: Outcomes, skew: f64) -> String {
     let Outcomes {
-        moved, returned, lost, ..
+        draining,
+        moved,
+        returned,
+        lost,
+        ..
     } = outcomes;
-    let mut words = format!("; afterwards: {moved} went elsewhere, {returned} came back");
-    if lost > 0 {
-        words += &format!(", {lost} were not told: they were gone, or a doubt came up");
+    let mut words = format!("; then {moved} went elsewhere, {returned} came back");
+    for (count, what) in [(draining, "not seen again yet"), (lost, "not told")] {
+        if count > 0 {
+            words += &format!(", {count} {what}");
+        }
     }
-    if returned > moved {
-        words += &format!(
-            " (within {:.0} s; a load balancer that sends clients back makes moving cost more)",
-            settle.as_secs_f64()
-        );
-    }
-    words
+    words + &format!("; skew {:+.1} %", skew * 100.0)
 }

@@ -4,7 +4,14 @@
 //! Input: the balance and the moves of each look. Output: yes or no, and the allowance.
 //! Must never go on for ever: it ends at the target, or when it has cost what it needed at its start and a quarter more.
 
-use crate::{ids::ApiserverName, planner::Balance, rho::Rho, view::View};
+use std::time::Duration;
+
+use crate::{
+    ids::{ApiserverName, Timestamp},
+    planner::{self, Balance, Server},
+    rho::Rho,
+    view::View,
+};
 
 /// A rebalancing may cost this many times what it needed at its start: behind a load balancer that chooses by chance
 /// the last moves correct the first ones, and without a bound they would chase chance for ever.
@@ -13,27 +20,60 @@ const ALLOWANCE: f64 = 1.25;
 /// Less than half a GOAWAY is none.
 const NOTHING: f64 = 0.5;
 
+/// A rebalancing that cost what it may is left alone for so long.
+const REST: Duration = Duration::from_secs(60);
+
 /// One rebalancing of the cluster, as one agent follows it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Course {
-    /// How many apiservers took connections when it began: one more or less and it begins anew.
-    apiservers: usize,
+    /// Where the loads stood when it began: one apiserver more or less and it begins anew.
+    start: Vec<Server>,
     donors: Vec<ApiserverName>,
-    /// In connections of mean weight.
-    surplus: f64,
-    /// GOAWAYs of all apiservers since it began.
+    per_connection: f64,
+    /// GOAWAYs of all apiservers since it began, without those of plans in vain.
     told: u64,
+    /// Names it for an operator's approval: when it began.
+    pub began: Timestamp,
 }
 
 /// Whether a rebalancing is on.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Rebalancing {
     /// Nothing is to be done; so many looks in a row passed the trigger.
     Off(u32),
     /// It is on its course.
     On(Course),
-    /// It cost what it may and did not reach the target: what is left is left, whatever the peers still do.
-    Spent,
+    /// It cost what it may and did not reach the target: what is left is left until then, whatever the peers still do.
+    Spent(Timestamp),
+}
+
+/// What a look says about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Signs {
+    /// An apiserver whose agent acts is above the trigger.
+    pub starts: bool,
+    /// Somebody has something to tell, or tells.
+    pub is_unfinished: bool,
+    /// Somebody's plan is in flight.
+    pub is_moving: bool,
+    /// An agent takes part in one.
+    pub others: bool,
+    /// Clients are about to land.
+    pub is_landing: bool,
+}
+
+impl Signs {
+    /// Of a balance, which rests on this view.
+    pub fn of(balance: &Balance, view: &View, landing: u64) -> Self {
+        let is_moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+        Self {
+            starts: balance.largest_skew > balance.trigger,
+            is_unfinished: is_moving || balance.largest_quota >= NOTHING,
+            is_moving,
+            others: view.entries.values().any(|entry| entry.snapshot.rebalancing),
+            is_landing: landing > 0,
+        }
+    }
 }
 
 impl Rebalancing {
@@ -44,36 +84,39 @@ impl Rebalancing {
         }
     }
 
-    /// What it is after a look at this balance, which rests on this view.
+    /// Those GOAWAYs were in vain: they found something out, and count for nothing.
+    pub fn in_vain(&mut self, goaways: u64) {
+        if let Self::On(course) = self {
+            course.told = course.told.saturating_sub(goaways);
+        }
+    }
+
+    /// What it is after a look at this balance.
     ///
     /// It is the cluster's, not one apiserver's: a donor that has reached the target may be pushed above it again by
     /// those who still move. So it goes on, and an agent joins the others', until all are within the target.
     ///
     /// It takes `looks` above the trigger in a row to begin one, and none ends while clients are about to land: they may
     /// push anybody above the target.
-    pub fn after(&self, balance: &Balance, view: &View, landing: u64, rho: &Rho, looks: u32) -> Self {
-        let moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
-        let others = view.entries.values().any(|entry| entry.snapshot.rebalancing);
-        let starts = balance.largest_skew > balance.trigger;
-        let unfinished = moving || balance.largest_quota >= NOTHING;
+    pub fn after(&self, balance: &Balance, signs: Signs, rho: &Rho, looks: u32, now: Timestamp) -> Self {
+        let begin = || Self::On(Course::begin(balance, now));
         match self {
-            Self::On(course) if landing > 0 && course.apiservers == balance.apiservers => self.clone(),
-            Self::On(course) if unfinished && course.apiservers == balance.apiservers => {
-                if moving || course.left(rho) >= NOTHING {
-                    self.clone()
-                } else if starts {
-                    Self::On(Course::begin(balance))
+            Self::On(course) if !course.is_of(balance) && signs.is_unfinished => begin(),
+            Self::On(course) if course.is_of(balance) && signs.is_landing => Self::On(course.joined(balance)),
+            Self::On(course) if signs.is_unfinished => {
+                let course = course.joined(balance);
+                if signs.is_moving || course.left(rho) >= NOTHING {
+                    Self::On(course)
                 } else {
-                    Self::Spent
+                    Self::Spent(now + REST)
                 }
             }
-            Self::On(_) if unfinished => Self::On(Course::begin(balance)),
-            Self::Off(before) if starts && before + 1 < looks => Self::Off(before + 1),
-            Self::Spent if starts && looks > 1 => Self::Off(1),
-            Self::Off(_) | Self::Spent if starts => Self::On(Course::begin(balance)),
-            Self::Off(_) if others && unfinished => Self::On(Course::begin(balance)),
-            Self::Spent if others && unfinished => Self::Spent,
-            Self::Off(_) | Self::On(_) | Self::Spent => Self::Off(0),
+            Self::Spent(until) if now < *until && (signs.starts || signs.others && signs.is_unfinished) => self.clone(),
+            Self::Off(before) if signs.starts && before + 1 < looks => Self::Off(before + 1),
+            Self::Spent(_) if signs.starts && looks > 1 => Self::Off(1),
+            Self::Off(_) | Self::Spent(_) if signs.starts => begin(),
+            Self::Off(_) if signs.others && signs.is_unfinished => begin(),
+            Self::Off(_) | Self::On(_) | Self::Spent(_) => Self::Off(0),
         }
     }
 
@@ -81,24 +124,55 @@ impl Rebalancing {
     pub fn course(&self) -> Option<&Course> {
         match self {
             Self::On(course) => Some(course),
-            Self::Off(_) | Self::Spent => None,
+            Self::Off(_) | Self::Spent(_) => None,
         }
     }
 }
 
 impl Course {
-    fn begin(balance: &Balance) -> Self {
+    fn begin(balance: &Balance, now: Timestamp) -> Self {
         Self {
-            apiservers: balance.apiservers,
+            start: balance.servers.clone(),
             donors: balance.donors.clone(),
-            surplus: balance.surplus_connections,
+            per_connection: balance.per_connection,
             told: 0,
+            began: now,
+        }
+    }
+
+    /// The same with those whose agents act by now: what they are above the target belongs to its need.
+    fn joined(&self, balance: &Balance) -> Self {
+        let mut course = self.clone();
+        for server in &mut course.start {
+            server.acts |= balance.servers.iter().any(|now| now.name == server.name && now.acts);
+            if server.acts && server.expected > server.target && !course.donors.contains(&server.name) {
+                course.donors.push(server.name.clone());
+            }
+        }
+        course
+    }
+
+    /// Whether the apiservers are still the same.
+    fn is_of(&self, balance: &Balance) -> bool {
+        let names = |servers: &[Server]| servers.iter().map(|server| server.name.clone()).collect::<Vec<_>>();
+        names(&self.start) == names(&balance.servers)
+    }
+
+    /// GOAWAYs that it needed at its start, by what is known now of where clients land; those who become donors on the way
+    /// included.
+    pub fn needed(&self, rho: &Rho) -> f64 {
+        let names: Vec<&ApiserverName> = self.start.iter().map(|server| &server.name).collect();
+        let mean = rho.mean(&self.donors, names.len());
+        let need = planner::need(&self.start, &rho.shares(&names, &self.donors, mean)).all;
+        if self.per_connection > 0.0 {
+            need / self.per_connection
+        } else {
+            0.0
         }
     }
 
     /// GOAWAYs that it may still cost, all apiservers together.
     pub fn left(&self, rho: &Rho) -> f64 {
-        let rho = rho.mean(&self.donors, self.apiservers).max(f64::EPSILON);
-        (ALLOWANCE * self.surplus / rho - self.told as f64).max(0.0)
+        (ALLOWANCE * self.needed(rho) - self.told as f64).max(0.0)
     }
 }

@@ -7,11 +7,11 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use super::cooldown::Cooldowns;
 use crate::{
-    decision::{Heavy, Victim},
+    decision::{Fate, Heavy, Victim},
     hold::Hold,
-    ids::{ConnectionId, Protocol, ShimKind, Timestamp},
-    policy::{NodeLocal, Policy, Weight},
-    shim::ConnectionState,
+    ids::{ConnectionId, Protocol, Timestamp},
+    policy::{Policy, Weight},
+    shim::{Abilities, ConnectionState},
     table::{ClientKey, Connection, ConnectionTable},
 };
 
@@ -51,6 +51,7 @@ enum Refusal {
 pub fn choose(
     table: &ConnectionTable,
     policy: &Policy,
+    abilities: Abilities,
     cooldowns: &Cooldowns,
     request: Request,
     now: Timestamp,
@@ -63,7 +64,7 @@ pub fn choose(
     let mut after: Option<Rank> = None;
     'rounds: loop {
         let fits = |load: f64| load > 0.0 && load <= room.min(request.ceiling);
-        let best = best(table, policy, cooldowns, fits, after, round, now);
+        let best = best(table, policy, abilities, cooldowns, (fits, after, round), now);
         let is_last = best.len() < round;
         for (rank, connection) in best {
             after = Some(rank);
@@ -97,10 +98,9 @@ pub fn choose(
 fn best<'a>(
     table: &'a ConnectionTable,
     policy: &Policy,
+    abilities: Abilities,
     cooldowns: &Cooldowns,
-    fits: impl Fn(f64) -> bool,
-    after: Option<Rank>,
-    count: usize,
+    (fits, after, count): (impl Fn(f64) -> bool, Option<Rank>, usize),
     now: Timestamp,
 ) -> Vec<(Rank, &'a Connection)> {
     let mut worst_first: BinaryHeap<Candidate<'a>> = BinaryHeap::with_capacity(count + 1);
@@ -109,7 +109,7 @@ fn best<'a>(
         if !fits(load) {
             continue;
         }
-        let rank = rank(connection, load, policy);
+        let rank = rank(connection, load, policy, abilities);
         if after.is_some_and(|after| rank <= after)
             || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
             || refusal(connection, policy, cooldowns, now).is_some()
@@ -131,9 +131,9 @@ fn best<'a>(
 /// Requests a second below which a connection is silent: it asks less than once in half a minute.
 const SILENT: f64 = 1.0 / 30.0;
 
-fn rank(connection: &Connection, load: f64, policy: &Policy) -> Rank {
+fn rank(connection: &Connection, load: f64, policy: &Policy, abilities: Abilities) -> Rank {
     // A probe tells a victim at its next request, and its order does not wait long for one.
-    let is_deaf = policy.shim == ShimKind::Steer && connection.load(Weight::Requests) < SILENT;
+    let is_deaf = abilities.tells_at_request && connection.load(Weight::Requests) < SILENT;
     match policy.weight {
         Weight::Connections => (
             u64::from(is_deaf) << 32 | u64::from(connection.counters.open_watches),
@@ -153,10 +153,10 @@ fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now:
     if connection.protocol == Protocol::Unknown {
         return Some(Refusal::Unknown);
     }
-    if now.since(connection.opened_at) < policy.min_connection_age && !connection.seeded {
+    if now.since(connection.opened_at) < policy.min_connection_age && !connection.is_older_than_the_clock() {
         return Some(Refusal::Young);
     }
-    let excluded = connection.is_node_local() && policy.node_local != NodeLocal::Move
+    let excluded = connection.is_node_local()
         || policy
             .exclusions
             .matches(connection.client().ip(), connection.user(), connection.user_agent());
@@ -164,6 +164,52 @@ fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now:
         return Some(Refusal::Excluded);
     }
     (!cooldowns.is_empty() && cooldowns.left(&connection.client_key()) == 0).then_some(Refusal::Cooling)
+}
+
+/// Why a connection that an operator named is not told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeftOut {
+    /// There is none of that name, or it has ended.
+    Gone,
+    /// It has heard a GOAWAY already.
+    Draining,
+    /// It cannot hear one.
+    Deaf,
+    /// It is not known whether it speaks HTTP/2.
+    UnknownProtocol,
+    /// The configuration excludes it.
+    Excluded,
+    /// Its client is on this node: it would come straight back.
+    NodeLocal,
+}
+
+/// Whether an operator's order may tell a connection; `force` lets it pass the exclusions.
+///
+/// # Errors
+///
+/// Why it is not told.
+pub fn left_out<'a>(
+    connection: Option<&'a Connection>,
+    policy: &Policy,
+    force: bool,
+) -> Result<&'a Connection, LeftOut> {
+    let connection = connection.ok_or(LeftOut::Gone)?;
+    if connection.state == ConnectionState::Draining {
+        return Err(LeftOut::Draining);
+    }
+    match connection.protocol {
+        Protocol::Http1 => return Err(LeftOut::Deaf),
+        Protocol::Unknown if !force => return Err(LeftOut::UnknownProtocol),
+        Protocol::Unknown | Protocol::H2Offered | Protocol::H2Selected => {}
+    }
+    let (client, user, agent) = (connection.client().ip(), connection.user(), connection.user_agent());
+    if !force && policy.exclusions.matches(client, user, agent) {
+        return Err(LeftOut::Excluded);
+    }
+    if !force && connection.is_node_local() {
+        return Err(LeftOut::NodeLocal);
+    }
+    Ok(connection)
 }
 
 /// Why nobody is a victim: the whole table once more, now that it does not matter how long it takes.
@@ -208,6 +254,7 @@ fn victim(connection: &Connection, load: f64, weight: Weight, now: Timestamp) ->
             Weight::Connections => format!("{} open watches, cheap to move", connection.counters.open_watches),
             Weight::Requests | Weight::Bytes | Weight::Streams => "the heaviest that still fits".to_owned(),
         },
+        fate: Fate::Pending,
     }
 }
 
@@ -291,6 +338,7 @@ mod tests {
                 protocol: Protocol::H2Selected,
                 can_be_told: true,
                 state: ConnectionState::Active,
+                age: None,
                 user: None,
                 user_agent: None,
                 counters: Counters {
@@ -298,18 +346,25 @@ mod tests {
                     ..Counters::default()
                 },
             });
-            table.report(&ShimReport {
+            let report = ShimReport {
                 connections: connections.collect(),
                 ..ShimReport::default()
-            });
+            };
+            table.report(&report, at(second));
             table.sample(at(second), Weight::Connections);
         }
-        let mut policy = Policy::new(ApiserverName::new("n"), std::collections::BTreeSet::new());
-        for (shim, first) in [(ShimKind::Relay, 1), (ShimKind::Steer, 2)] {
-            policy.shim = shim;
-            let best = best(&table, &policy, &Cooldowns::default(), |_| true, None, 1, at(700));
+        let policy = Policy::new(ApiserverName::new("n"), std::collections::BTreeSet::new());
+        for (abilities, first) in [(Abilities::default(), 1), (Abilities::AT_REQUEST, 2)] {
+            let best = best(
+                &table,
+                &policy,
+                abilities,
+                &Cooldowns::default(),
+                (|_| true, None, 1),
+                at(700),
+            );
             let ids: Vec<u64> = best.iter().map(|(_, connection)| connection.id.0).collect();
-            assert_eq!(ids, [first], "{shim:?}");
+            assert_eq!(ids, [first], "{abilities:?}");
         }
     }
 }

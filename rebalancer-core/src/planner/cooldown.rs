@@ -3,7 +3,7 @@
 //! Input: clients that are told. Output: how often each may still be told.
 //! Must never let a client be told twice in its cool-down for one and the same connection.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{ids::Timestamp, table::ClientKey};
 
@@ -11,6 +11,21 @@ use crate::{ids::Timestamp, table::ClientKey};
 #[derive(Clone, Debug, Default)]
 pub struct Cooldowns {
     told: BTreeMap<ClientKey, Cooldown>,
+    /// Nobody's ends earlier: until then there is nothing to look for.
+    first: Timestamp,
+}
+
+/// One client in its cool-down, with times that mean something to another process.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resting {
+    /// Who.
+    pub client: ClientKey,
+    /// For how long yet.
+    pub left: Duration,
+    /// How many of its connections were told.
+    pub told: usize,
+    /// How many may be.
+    pub allowed: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -31,6 +46,7 @@ impl Cooldowns {
         });
         entry.told += 1;
         entry.until = until;
+        self.first = self.first.min(until);
     }
 
     /// A client that was noted has been told: its cool-down counts from then.
@@ -42,7 +58,36 @@ impl Cooldowns {
 
     /// Forgets who may be told again.
     pub fn expire(&mut self, now: Timestamp) {
+        if now < self.first {
+            return;
+        }
         self.told.retain(|_, cooldown| cooldown.until > now);
+        let left = self.told.values().map(|cooldown| cooldown.until);
+        self.first = left.min().unwrap_or(Timestamp::from_millis(u64::MAX));
+    }
+
+    /// Everybody in a cool-down.
+    pub fn resting(&self, now: Timestamp) -> impl Iterator<Item = Resting> {
+        self.told.iter().map(move |(client, cooldown)| Resting {
+            client: client.clone(),
+            left: cooldown.until.since(now),
+            told: cooldown.told,
+            allowed: cooldown.allowed,
+        })
+    }
+
+    /// Somebody whom an earlier process told.
+    pub fn resume(&mut self, resting: &Resting, now: Timestamp) {
+        let until = now + resting.left;
+        self.first = self.first.min(until);
+        self.told.insert(
+            resting.client.clone(),
+            Cooldown {
+                until,
+                told: resting.told,
+                allowed: resting.allowed,
+            },
+        );
     }
 
     /// Takes back a note: the client was not told after all.

@@ -6,11 +6,11 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
-    observation::Socket,
     policy::Weight,
     shim::{ConnectionState, Counters},
 };
@@ -32,14 +32,8 @@ pub struct Connection {
     pub state: ConnectionState,
     /// Whether `opened_at` is when the agent started to look, so that the connection is older than that.
     pub seeded: bool,
-    /// Whether the client is on this node: it would come straight back.
-    pub(super) node_local: bool,
-    /// Whether it is counted apart, because it is on this node.
-    pub(super) apart: bool,
-    /// Whether it is open for long enough to be a client that stays.
-    pub(super) stays: bool,
-    /// Whether it was counted as a landing.
-    landed: bool,
+    /// Whether a shim listed it.
+    pub(super) is_with_shim: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -85,8 +79,8 @@ pub struct Rates {
 /// Names a client across its connections.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClientKey {
-    /// User and user agent, told by the shim.
-    User(Arc<Identity>),
+    /// The user, told by the shim. Not the user agent: one client may have many over one transport, a controller each.
+    User(Arc<str>),
     /// Without a user: the address with its port, that is this one connection.
     ///
     /// The address alone would not do: behind a proxying load balancer it is the balancer's, and everyone's.
@@ -94,37 +88,6 @@ pub enum ClientKey {
 }
 
 impl Connection {
-    /// One that was just shown.
-    pub(super) fn new(socket: &Socket, local: Arc<SocketAddr>, now: Timestamp, seeded: bool) -> Self {
-        Self {
-            id: socket.id,
-            client: socket.remote.into(),
-            local,
-            protocol: Protocol::Unknown,
-            state: ConnectionState::Active,
-            opened_at: now,
-            seeded,
-            node_local: false,
-            apart: false,
-            // Who was there before the agent has stayed.
-            stays: seeded,
-            landed: false,
-            identity: None,
-            counters: Counters {
-                bytes_in: socket.bytes_in,
-                bytes_out: socket.bytes_out,
-                ..Counters::default()
-            },
-            rates: Rates::default(),
-            sampled: Sampled {
-                is_set: !seeded,
-                share: 0.0,
-                requests: 0,
-                bytes: socket.bytes_in + socket.bytes_out,
-            },
-        }
-    }
-
     /// The client, or a proxying load balancer in front of it.
     pub fn client(&self) -> SocketAddr {
         self.client.into()
@@ -145,50 +108,40 @@ impl Connection {
         self.identity.as_ref()?.user_agent.as_deref()
     }
 
-    /// Whether the client is on this node.
+    /// Whether the client is on this node: it would come straight back.
     pub fn is_node_local(&self) -> bool {
-        self.node_local
+        self.client.ip == Address::from(*self.local).ip
     }
 
-    /// Whether it could hear a GOAWAY: not HTTP/1.1, and not draining, which has heard it.
-    pub fn can_hear(&self) -> bool {
+    /// Whether it counts as load: not HTTP/1.1, which cannot be moved, and not draining, which has moved.
+    pub fn is_active(&self) -> bool {
         self.state == ConnectionState::Active && self.protocol != Protocol::Http1
     }
 
-    /// Whether it is a client that stays: it can hear a GOAWAY, and was there before the agent or is open for a while
-    /// (see [`super::ConnectionTable::new`]). A health check is not.
-    pub fn is_settled(&self) -> bool {
-        self.can_hear() && self.stays
+    /// A shim says how old it is: it may be older than the agent, and than the agent's clock.
+    pub(super) fn is_known_to_be(&mut self, age: Duration, now: Timestamp) {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let opened_at = Timestamp::from_millis(now.as_millis().saturating_sub(age_ms));
+        if self.seeded {
+            self.opened_at = self.opened_at.min(opened_at);
+        }
     }
 
-    /// Whether it counts as load: a client that stays, and is not counted apart because it is on this node.
-    pub fn is_active(&self) -> bool {
-        self.is_settled() && !self.apart
-    }
-
-    /// Whether it is a landing from now on, once: it counts as load, is known to speak HTTP/2 and came after the agent.
-    pub(super) fn lands(&mut self) -> bool {
-        let speaks_h2 = matches!(self.protocol, Protocol::H2Offered | Protocol::H2Selected);
-        let lands = !self.landed && !self.seeded && speaks_h2 && self.is_active();
-        self.landed |= lands;
-        lands
+    /// Whether it is older than the agent's clock can say.
+    pub fn is_older_than_the_clock(&self) -> bool {
+        self.seeded && self.opened_at == Timestamp::default()
     }
 
     /// What it weighs.
     pub fn load(&self, weight: Weight) -> f64 {
-        match weight {
-            Weight::Connections => 1.0,
-            Weight::Requests => self.rates.requests,
-            Weight::Bytes => self.rates.bytes,
-            Weight::Streams => f64::from(self.counters.open_streams),
-        }
+        weight.of(self)
     }
 
     /// Who the client is, as far as is known.
     pub fn client_key(&self) -> ClientKey {
-        match &self.identity {
-            Some(identity) if identity.user.is_some() => ClientKey::User(Arc::clone(identity)),
-            _ => ClientKey::Address(self.client()),
+        match self.identity.as_ref().and_then(|identity| identity.user.as_ref()) {
+            Some(user) => ClientKey::User(Arc::clone(user)),
+            None => ClientKey::Address(self.client()),
         }
     }
 }

@@ -8,14 +8,12 @@ use std::{
 };
 
 use super::connection::{Connection, Identity};
-use crate::{ids::Protocol, shim::ConnectionState};
+use crate::shim::ConnectionState;
 
 /// Sums over all connections, kept while they change: a snapshot is asked for far more often than a connection changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Totals {
     pub active: usize,
-    pub unknown: usize,
-    pub node_local: usize,
     pub draining: usize,
     pub draining_streams: u64,
     pub requests: f64,
@@ -26,8 +24,6 @@ pub(super) struct Totals {
 impl Totals {
     pub fn count(&mut self, connection: &Connection) {
         self.active += usize::from(connection.is_active());
-        self.unknown += usize::from(is_unknown(connection));
-        self.node_local += usize::from(is_local_client(connection));
         if connection.state == ConnectionState::Draining {
             self.draining += 1;
             self.draining_streams += u64::from(connection.counters.open_streams);
@@ -41,8 +37,6 @@ impl Totals {
 
     pub fn uncount(&mut self, connection: &Connection) {
         self.active -= usize::from(connection.is_active());
-        self.unknown -= usize::from(is_unknown(connection));
-        self.node_local -= usize::from(is_local_client(connection));
         if connection.state == ConnectionState::Draining {
             self.draining -= 1;
             self.draining_streams -= u64::from(connection.counters.open_streams);
@@ -54,14 +48,6 @@ impl Totals {
             self.streams -= u64::from(connection.counters.open_streams);
         }
     }
-}
-
-fn is_unknown(connection: &Connection) -> bool {
-    connection.is_active() && connection.protocol == Protocol::Unknown
-}
-
-fn is_local_client(connection: &Connection) -> bool {
-    connection.is_settled() && connection.is_node_local()
 }
 
 /// Who is known, each once, with the number of its active connections.
@@ -95,6 +81,19 @@ impl Identities {
             Some((known, _)) => Arc::clone(known),
             None => Arc::new(wanted),
         }
+    }
+
+    /// How many active connections a user has, whatever its user agents.
+    pub fn active_of(&self, user: &Arc<str>) -> usize {
+        let first = Identity {
+            user: Some(Arc::clone(user)),
+            user_agent: None,
+        };
+        let theirs = self
+            .known
+            .range(first..)
+            .take_while(|(identity, _)| identity.user.as_ref() == Some(user));
+        theirs.map(|(_, uses)| uses.active as usize).sum()
     }
 
     pub fn enter(&mut self, identity: Option<&Arc<Identity>>, active: bool) {

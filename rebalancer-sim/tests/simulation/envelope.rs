@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use proptest::prelude::*;
-use rebalancer_core::policy::Weight;
+use rebalancer_core::policy::{GoawayRate, Weight};
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
@@ -66,7 +66,7 @@ fn setups() -> impl Strategy<Value = Setup> {
         .prop_map(|((loads, balancer, weight, rate, churn, watches), incidents)| {
             let mut policy = default_policy();
             policy.weight = weight;
-            policy.goaway_rate = rate;
+            policy.goaway_rate = GoawayRate::PerSecond(rate);
             let requests = if weight == Weight::Requests {
                 Spread::Lognormal {
                     median: 1.0,
@@ -94,7 +94,7 @@ fn setups() -> impl Strategy<Value = Setup> {
 
 /// In any window no more than the rate allows, and one full bucket.
 fn within_budget(run: &Run, setup: &Setup) -> Result<(), TestCaseError> {
-    let rate = setup.policy.goaway_rate;
+    let rate = setup.policy.goaway_rate.per_second(0);
     for server in 0..setup.apiservers {
         let times: Vec<f64> = run
             .marks
@@ -149,7 +149,7 @@ proptest! {
         let setup = Setup { incidents: Vec::new(), churn_per_hour: 0.0, ..setup };
         let run = simulate(&setup, Contender::Rebalancer, seed);
         // In two seconds the others tell so many, whose load is the mean of all.
-        let others = setup.policy.goaway_rate.max(1.0) * 2.0 * setup.apiservers as f64;
+        let others = setup.policy.goaway_rate.per_second(0).max(1.0) * 2.0 * setup.apiservers as f64;
         if setup.policy.weight == Weight::Connections {
             for mark in &run.marks {
                 prop_assert!(mark.above_mean >= -others / setup.apiservers as f64 - 1.0, "{mark:?}");

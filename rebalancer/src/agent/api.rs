@@ -19,10 +19,9 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::Channel;
 use rebalancer_core::{
-    agent::{Agent, Command},
-    ids::{ConnectionId, Timestamp},
-    policy::NodeLocal,
-    table::{Connection, ConnectionTable},
+    agent::{Agent, Answer, Command},
+    ids::Timestamp,
+    table::Connection,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -32,6 +31,8 @@ use super::{
     handle::{AgentHandle, Gone},
     heart::Heart,
     metrics::Metrics,
+    select::Selection,
+    state::StateFile,
     wire,
 };
 use crate::local::Problem;
@@ -47,8 +48,8 @@ pub struct Context {
     pub source: &'static str,
     /// Whether the loop turns.
     pub heart: Arc<Heart>,
-    /// Whether connections are steered to a relay on this node.
-    pub intercepts: bool,
+    /// What a restart must not forget.
+    pub state: Arc<Mutex<StateFile>>,
 }
 
 /// How long a scrape waits for the loop.
@@ -74,6 +75,7 @@ pub fn router(context: Context) -> Router {
         .route("/v1/decisions/stream", get(stream))
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/goaway", post(goaway))
+        .route("/v1/approve/{id}", post(approve))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/openapi.json", get(openapi))
@@ -142,23 +144,33 @@ async fn metrics(State(context): State<Context>) -> Response {
 
 async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> {
     let clock = context.agent.clock;
-    let (source, intercepts) = (context.source, context.intercepts);
+    let source = context.source;
+    let handle = context.agent.clone();
     let look = move |agent: &Agent, now: Timestamp| {
-        let (policy, table) = (agent.policy(), agent.table());
-        let decision = wire::decision(&agent.preview(now), &clock);
+        let policy = agent.policy();
+        let preview = agent.preview(now);
+        let reason = preview.hold.as_ref().map(|hold| hold.reason());
+        let held_since = reason.and_then(|reason| handle.held_since(reason));
+        let decision = wire::decision(&preview, &clock);
         json!({
             "node": policy.node.as_str(),
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_s": now.since(agent.started()).as_secs(),
             "mode": wire::mode_name(policy.mode),
             "paused": agent.is_paused(),
+            "pause": agent.pause().map(|pause| json!({
+                "reason": pause.reason,
+                "left_s": pause.until.map(|until| until.since(now).as_secs()),
+            })),
             "source": source,
             "shim": wire::shim_name(policy.shim),
             "weight": wire::weight_name(policy.weight),
             "skew_threshold": policy.skew_threshold,
             "skew_target": policy.skew_target,
             "interval_s": policy.interval.as_secs_f64(),
-            "goaway_rate": policy.goaway_rate,
+            "goaway_rate": agent.goaway_rate(),
+            "capacity": policy.capacity,
+            "proposal": agent.proposal(),
             "goaway_share": policy.goaway_share,
             "settle_s": policy.settle.as_secs_f64(),
             "min_connection_age_s": policy.min_connection_age.as_secs_f64(),
@@ -170,31 +182,15 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "noise_floor": decision["noise_floor"],
             "rho": decision["rho"],
             "hold": decision["hold"],
+            "hold_since_s": held_since.map(|since| now.since(since).as_secs()),
+            "peers": wire::peers(agent, now)["peers"],
             "goaways_total": agent.goaways_total(),
             "budget_tokens": agent.budget_tokens(now),
             "outcomes": wire::outcomes(agent.outcomes_total()),
-            "lost_events_total": table.lost_events_total(),
-            "landings_total": table.accepted_total(),
-            "unknown": table.unknown(),
-            "node_local": table.node_local(),
-            "table_repairs": {
-                "opened": table.repairs().opened,
-                "closed": table.repairs().closed,
-                "listener": table.repairs().listener,
-            },
-            "warnings": warnings(table, intercepts),
+            "lost_events_total": agent.table().lost_events_total(),
         })
     };
     Ok(Json(context.agent.read(look).await?))
-}
-
-/// What an operator should know of the count.
-fn warnings(table: &ConnectionTable, intercepts: bool) -> Vec<String> {
-    let blind = table
-        .blind()
-        .map(|why| format!("which connections speak HTTP/2 is not seen: {why}"));
-    let node_local = (table.is_mostly_node_local() && !intercepts).then(|| wire::node_local_warning(table));
-    blind.into_iter().chain(node_local).collect()
 }
 
 #[derive(Deserialize)]
@@ -347,85 +343,139 @@ async fn stream(State(context): State<Context>) -> Response {
     response
 }
 
-/// Which connections an operator means.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GoawayBody {
-    connection: Option<crate::shim::wire::Id>,
-    client: Option<String>,
-    count: Option<usize>,
+fn wrong(what: String) -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, what)
 }
 
 async fn goaway(
     State(context): State<Context>,
-    body: Result<Json<GoawayBody>, JsonRejection>,
+    body: Result<Json<Selection>, JsonRejection>,
 ) -> Result<Json<Value>, Problem> {
-    let Json(body) = body.map_err(|rejection| Problem::new(rejection.status(), rejection.body_text()))?;
-    let wrong = |what: String| Problem::new(StatusCode::BAD_REQUEST, what);
-    if usize::from(body.connection.is_some()) + usize::from(body.client.is_some()) + usize::from(body.count.is_some())
-        != 1
-    {
-        return Err(wrong("give exactly one of connection, client and count".into()));
-    }
-    let clock = context.agent.clock;
-    let asked = body.client.clone();
-    let choose = move |agent: &Agent, _| {
-        if !agent.is_idle() {
-            return Err("a plan is in flight: try again when it has settled".to_owned());
-        }
-        let mut chosen: Vec<(ConnectionId, Timestamp)> = agent
-            .table()
-            .iter()
-            .filter(|(id, connection)| {
-                connection.can_hear()
-                    && match (&body.connection, &body.client) {
-                        (Some(wanted), _) => wanted.0 == id.0,
-                        (_, Some(client)) => {
-                            *client == connection.client().to_string()
-                                || *client == connection.client().ip().to_string()
-                        }
-                        _ => !connection.is_node_local() || agent.policy().node_local == NodeLocal::Move,
-                    }
-            })
-            .map(|(id, connection)| (id, connection.opened_at))
-            .collect();
-        // The oldest first.
-        chosen.sort_by_key(|(id, opened)| (*opened, *id));
-        chosen.truncate(body.count.unwrap_or(usize::MAX));
-        Ok(chosen.into_iter().map(|(id, _)| id).collect::<Vec<_>>())
-    };
-    let chosen = context
-        .agent
-        .read(choose)
-        .await?
-        .map_err(|busy| Problem::new(StatusCode::CONFLICT, busy))?;
-    if chosen.is_empty() {
-        let who = asked.map_or_else(|| "that id".to_owned(), |client| format!("client {client}"));
+    let Json(selection) = body.map_err(|rejection| Problem::new(rejection.status(), rejection.body_text()))?;
+    let over = selection.over().map_err(wrong)?;
+    let force = selection.force;
+    let choose = move |agent: &Agent, _| selection.choose(agent);
+    let connections = context.agent.read(choose).await?.map_err(wrong)?;
+    if connections.is_empty() {
         return Err(Problem::new(
             StatusCode::NOT_FOUND,
-            format!("no active connection with {who}; /v1/connections lists them"),
+            "no active connection is like that; /v1/connections lists them",
         ));
     }
-    context.agent.command(Command::Goaway(chosen)).await?;
-    let look = move |agent: &Agent, _| {
-        agent
-            .history()
-            .next_back()
-            .map(|decision| wire::decision(decision, &clock))
+    let named = connections.len();
+    let command = Command::Goaway {
+        connections,
+        force,
+        over,
     };
-    Ok(Json(json!({"decision": context.agent.read(look).await?})))
+    let conflict = |why: String| Err(Problem::new(StatusCode::CONFLICT, why));
+    match context.agent.command(command).await? {
+        Answer::Ordered { decision, left_out } => {
+            tracing::warn!(decision, named, left_out = left_out.len(), force, "an operator's order");
+            let clock = context.agent.clock;
+            let look = move |agent: &Agent, _| {
+                let mut decisions = agent.history().rev();
+                let decision = decisions.find(|one| one.id == decision);
+                json!({
+                    "decision": decision.map(|decision| wire::decision(decision, &clock)),
+                    "left_out": wire::left_out(&left_out, agent.table()),
+                })
+            };
+            Ok(Json(context.agent.read(look).await?))
+        }
+        Answer::Nobody(left_out) => conflict(format!(
+            "nobody of the {named} can be told: {}",
+            wire::left_out_in_words(&left_out)
+        )),
+        Answer::Busy { decision } => conflict(format!(
+            "the plan of decision {decision} is in flight: try again when it has settled"
+        )),
+        Answer::Held(hold) => conflict(format!("nobody can be told: {hold}")),
+        Answer::Done | Answer::NoSuchProposal { .. } => Err(out_of_place()),
+    }
 }
 
-async fn pause(State(context): State<Context>) -> Result<Json<Value>, Problem> {
-    context.agent.command(Command::Pause).await?;
-    tracing::warn!("paused by an operator");
-    Ok(Json(json!({"paused": true})))
+/// The core answers what it was asked; this is for the compiler.
+fn out_of_place() -> Problem {
+    Problem::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "the agent's answer is to another question",
+    )
+}
+
+async fn approve(State(context): State<Context>, Path(proposal): Path<u64>) -> Result<Json<Value>, Problem> {
+    match context.agent.command(Command::Approve(proposal)).await? {
+        Answer::Done => {
+            tracing::warn!(proposal, "approved by an operator");
+            Ok(Json(json!({"approved": proposal})))
+        }
+        Answer::NoSuchProposal { waiting } => {
+            let waits = waiting.map_or_else(
+                || "nothing waits for approval".to_owned(),
+                |id| format!("{id} waits for it"),
+            );
+            Err(Problem::new(
+                StatusCode::NOT_FOUND,
+                format!("there is no proposal {proposal}: {waits}"),
+            ))
+        }
+        _ => Err(out_of_place()),
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct PauseBody {
+    reason: String,
+    for_s: Option<f64>,
+}
+
+/// The longest pause that ends by itself, in seconds: a year.
+const LONGEST_PAUSE: f64 = 31_536_000.0;
+
+/// The longest reason, in octets.
+const LONGEST_REASON: usize = 1_024;
+
+async fn pause(State(context): State<Context>, body: Bytes) -> Result<Json<Value>, Problem> {
+    let PauseBody { reason, for_s } = if body.is_empty() {
+        PauseBody::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?
+    };
+    if reason.len() > LONGEST_REASON {
+        return Err(wrong(format!(
+            "reason has {} octets: {LONGEST_REASON} are taken at most",
+            reason.len()
+        )));
+    }
+    if let Some(seconds) = for_s
+        && !(seconds > 0.0 && seconds <= LONGEST_PAUSE)
+    {
+        return Err(wrong(format!(
+            "for_s is {seconds}: allowed is above 0, at most {LONGEST_PAUSE}"
+        )));
+    }
+    let length = for_s.map(Duration::from_secs_f64);
+    tracing::warn!(reason, length = ?length, "paused by an operator");
+    let command = Command::Pause { reason, length };
+    context.agent.command(command).await?;
+    let kept = kept(&context).await;
+    Ok(Json(
+        json!({"paused": true, "left_s": length.map(|length| length.as_secs()), "kept": kept}),
+    ))
 }
 
 async fn resume(State(context): State<Context>) -> Result<Json<Value>, Problem> {
     context.agent.command(Command::Resume).await?;
     tracing::warn!("resumed by an operator");
-    Ok(Json(json!({"paused": false})))
+    let kept = kept(&context).await;
+    Ok(Json(json!({"paused": false, "kept": kept})))
+}
+
+/// Whether the state file has what the loop gave it last.
+async fn kept(context: &Context) -> bool {
+    let ticket = context.state.lock().unwrap_or_else(PoisonError::into_inner).ticket();
+    ticket.is_written().await
 }
 
 async fn openapi() -> Response {

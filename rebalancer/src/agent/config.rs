@@ -17,13 +17,13 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use rebalancer_core::{
     ids::{ApiserverName, ShimKind},
-    policy::{Exclusions, Mode, NodeLocal, Policy, Weight},
+    policy::{Exclusions, GoawayRate, Mode, Policy, Weight},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
 use crate::{
-    kernel::{Classify, KernelLog, Options, SourceKind},
+    kernel::{KernelLog, SourceKind},
     local::SocketPath,
     span::Span,
 };
@@ -53,16 +53,6 @@ pub struct Raw {
     /// What the kernel programs say of themselves in the log [default: off]
     #[arg(long, env = "REBALANCER_KERNEL_LOG", value_enum)]
     kernel_log: Option<KernelLog>,
-    /// Whether what clients offer is read from their first packets [default: auto, which is unless a relay says it]
-    #[arg(long, env = "REBALANCER_CLASSIFY", value_enum)]
-    classify: Option<Classify>,
-    /// Where the host's cgroup2 hierarchy is mounted [default: found]
-    #[arg(long, env = "REBALANCER_CGROUP_ROOT", value_name = "PATH")]
-    cgroup_root: Option<PathBuf>,
-    /// What connections from this node are: exclude (counted apart), count (load, but never told to go), or move (clients
-    /// like others: a load balancer is on this node) [default: exclude]
-    #[arg(long, env = "REBALANCER_NODE_LOCAL", value_enum)]
-    node_local: Option<NodeLocalName>,
     /// What sends the GOAWAY: relay:unix:PATH, steer:auto, steer:PATH or none [default: none]
     #[arg(long, env = "REBALANCER_SHIM", value_name = "SHIM")]
     #[serde(deserialize_with = "parsed")]
@@ -102,9 +92,9 @@ pub struct Raw {
     /// Time between two decisions [default: 5s]
     #[arg(long, env = "REBALANCER_INTERVAL", value_name = "DURATION")]
     interval: Option<Span>,
-    /// GOAWAYs a second on this apiserver [default: 10]
-    #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "RATE")]
-    goaway_rate: Option<f64>,
+    /// GOAWAYs a second on this apiserver; `auto` tells as many as it takes for all of them in half a minute, 10 to 2000 [default: auto]
+    #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "auto|RATE")]
+    goaway_rate: Option<Rate>,
     /// Share of this apiserver's connections in one plan [default: 0.25]
     #[arg(long, env = "REBALANCER_GOAWAY_SHARE", value_name = "SHARE")]
     goaway_share: Option<f64>,
@@ -132,13 +122,22 @@ pub struct Raw {
         value_name = "PREFIX"
     )]
     exclude_user_agent: Vec<String>,
-    /// Decide and record the same, send nothing
+    /// The size of this apiserver relative to the others': it gets clients in proportion [default: 1]
+    #[arg(long, env = "REBALANCER_CAPACITY", value_name = "SIZE")]
+    capacity: Option<f64>,
+    /// Whether plans are carried out, or wait for `rebalancer approve` [default: active]
+    #[arg(long, env = "REBALANCER_MODE", value_enum, conflicts_with = "dry_run")]
+    mode: Option<ModeName>,
+    /// Decide and record the same, send nothing: --mode dry-run
     #[arg(long, env = "REBALANCER_DRY_RUN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     dry_run: Option<bool>,
     /// Local API [default: unix:/run/rebalancer/agent.sock]
     #[arg(long, env = "REBALANCER_API", value_name = "unix:PATH")]
     #[serde(deserialize_with = "parsed")]
     api: Option<SocketPath>,
+    /// File in which pause, cool-downs and what was tried outlive the agent [default: beside --api, as agent.state]
+    #[arg(long, env = "REBALANCER_STATE", value_name = "FILE")]
+    state: Option<PathBuf>,
     /// Address and port of the metrics [default: 127.0.0.1:9470]
     #[arg(long, env = "REBALANCER_METRICS", value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
@@ -214,6 +213,51 @@ pub enum Discovery {
     Kubernetes,
 }
 
+/// `--goaway-rate`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate(GoawayRate);
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "auto" {
+            return Ok(Self(GoawayRate::Auto));
+        }
+        let rate = text
+            .parse()
+            .map_err(|_| format!("{text} is neither auto nor a number"))?;
+        Ok(Self(GoawayRate::PerSecond(rate)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Text {
+            Number(f64),
+            Word(String),
+        }
+        match Text::deserialize(deserializer)? {
+            Text::Number(rate) => Ok(Self(GoawayRate::PerSecond(rate))),
+            Text::Word(word) => word.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModeName {
+    /// Plans are carried out.
+    Active,
+    /// Everything is decided and recorded, nothing is sent.
+    DryRun,
+    /// Each rebalancing waits until an operator approves it.
+    Propose,
+}
+
 /// `--weight`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -235,28 +279,6 @@ impl From<WeightName> for Weight {
             WeightName::Requests => Self::Requests,
             WeightName::Bytes => Self::Bytes,
             WeightName::Streams => Self::Streams,
-        }
-    }
-}
-
-/// `--node-local`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum NodeLocalName {
-    /// Counted apart: neither load nor landings, and never told to go.
-    Exclude,
-    /// Load, but never told to go.
-    Count,
-    /// Clients like others.
-    Move,
-}
-
-impl From<NodeLocalName> for NodeLocal {
-    fn from(name: NodeLocalName) -> Self {
-        match name {
-            NodeLocalName::Exclude => Self::Exclude,
-            NodeLocalName::Count => Self::Count,
-            NodeLocalName::Move => Self::Move,
         }
     }
 }
@@ -325,8 +347,10 @@ pub struct Config {
     pub policy: Policy,
     /// The watched port.
     pub apiserver_port: u16,
-    /// Where connections are counted, and how.
-    pub watch: Options,
+    /// Where connections are counted.
+    pub source: SourceKind,
+    /// What the kernel programs log.
+    pub kernel_log: KernelLog,
     /// What sends the GOAWAY.
     pub shim: Shim,
     /// Whether new connections are steered to the relay.
@@ -335,6 +359,8 @@ pub struct Config {
     pub peers: Option<PeerConfig>,
     /// The local API.
     pub api: SocketPath,
+    /// The state file.
+    pub state: PathBuf,
     /// The metrics.
     pub metrics: SocketAddr,
     /// The decision log.
@@ -379,9 +405,6 @@ impl Raw {
             apiserver_port: self.apiserver_port.or(file.apiserver_port),
             source: self.source.or(file.source),
             kernel_log: self.kernel_log.or(file.kernel_log),
-            classify: self.classify.or(file.classify),
-            cgroup_root: self.cgroup_root.or(file.cgroup_root),
-            node_local: self.node_local.or(file.node_local),
             shim: self.shim.or(file.shim),
             intercept: self.intercept.or(file.intercept),
             peer: list(self.peer, file.peer),
@@ -402,8 +425,11 @@ impl Raw {
             exclude_cidr: list(self.exclude_cidr, file.exclude_cidr),
             exclude_user: list(self.exclude_user, file.exclude_user),
             exclude_user_agent: list(self.exclude_user_agent, file.exclude_user_agent),
+            capacity: self.capacity.or(file.capacity),
+            mode: self.mode.or(file.mode),
             dry_run: self.dry_run.or(file.dry_run),
             api: self.api.or(file.api),
+            state: self.state.or(file.state),
             metrics: self.metrics.or(file.metrics),
             decision_log: self.decision_log.or(file.decision_log),
         }
@@ -471,7 +497,8 @@ impl Raw {
             skew_threshold: self.skew_threshold.unwrap_or(defaults.skew_threshold),
             skew_target: self.skew_target.unwrap_or(defaults.skew_target),
             interval: or(self.interval, defaults.interval),
-            goaway_rate: self.goaway_rate.unwrap_or(defaults.goaway_rate),
+            goaway_rate: self.goaway_rate.map_or(defaults.goaway_rate, |rate| rate.0),
+            capacity: self.capacity.unwrap_or(defaults.capacity),
             goaway_share: self.goaway_share.unwrap_or(defaults.goaway_share),
             settle: or(self.settle, defaults.settle),
             min_connection_age: or(self.min_connection_age, defaults.min_connection_age),
@@ -486,29 +513,25 @@ impl Raw {
                 Shim::Steer(_) => ShimKind::Steer,
                 Shim::None => ShimKind::None,
             },
-            mode: if self.dry_run.unwrap_or(false) {
-                Mode::DryRun
-            } else {
-                Mode::Active
+            mode: match self.mode {
+                _ if self.dry_run.unwrap_or(false) => Mode::DryRun,
+                Some(ModeName::DryRun) => Mode::DryRun,
+                Some(ModeName::Propose) => Mode::Propose,
+                Some(ModeName::Active) | None => Mode::Active,
             },
-            node_local: self.node_local.map_or(NodeLocal::default(), NodeLocal::from),
             ..defaults
         };
+        let api = self.api.unwrap_or_else(default_api);
         Ok(Config {
+            state: self.state.unwrap_or_else(|| api.0.with_extension("state")),
             policy: policy.checked()?,
             apiserver_port,
-            watch: Options {
-                source: self.source.unwrap_or_default(),
-                port: apiserver_port,
-                kernel_log: self.kernel_log.unwrap_or_default(),
-                // A relay names the protocol of each connection; the probe hears of HTTP/2 only.
-                classify: self.classify.unwrap_or_default() == Classify::Auto && !matches!(shim, Shim::Relay(_)),
-                cgroup_root: self.cgroup_root,
-            },
+            source: self.source.unwrap_or_default(),
+            kernel_log: self.kernel_log.unwrap_or_default(),
             shim,
             intercept,
             peers,
-            api: self.api.unwrap_or_else(default_api),
+            api,
             metrics: self.metrics.unwrap_or(SocketAddr::new([127, 0, 0, 1].into(), 9470)),
             decision_log: self.decision_log,
         })
@@ -548,7 +571,7 @@ mod tests {
         assert_eq!(config.policy.skew_threshold, 0.3);
         assert_eq!(config.policy.skew_target, 0.15);
         assert_eq!(config.policy.interval, Duration::from_secs(2));
-        assert_eq!(config.policy.goaway_rate, 10.0);
+        assert_eq!(config.policy.goaway_rate, GoawayRate::Auto);
         assert_eq!(config.shim, Shim::Relay(SocketPath("/r".into())));
     }
 

@@ -4,12 +4,12 @@
 //! Must never hold a lock on the core: the loop answers between two turns.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use rebalancer_core::{
-    agent::{Agent, Command},
+    agent::{Agent, Answer, Command},
     decision::Decision,
     ids::Timestamp,
 };
@@ -59,7 +59,7 @@ pub enum Request {
     /// Look at the core.
     Read(Box<Look>),
     /// Tell the core something, and hear when it is done.
-    Command(Command, oneshot::Sender<()>),
+    Command(Command, oneshot::Sender<Answer>),
 }
 
 /// The loop has ended.
@@ -72,6 +72,8 @@ pub struct Gone;
 pub struct AgentHandle {
     requests: mpsc::Sender<Request>,
     decisions: broadcast::Sender<Arc<Decision>>,
+    /// The reason of the holds since the last decision that had another, or none.
+    standing: Arc<Mutex<Option<(&'static str, Timestamp)>>>,
     /// The agent's clock.
     pub clock: Clock,
 }
@@ -85,6 +87,7 @@ impl AgentHandle {
             Self {
                 requests,
                 decisions,
+                standing: Arc::default(),
                 clock,
             },
             receiver,
@@ -109,12 +112,12 @@ impl AgentHandle {
         answered.await.map_err(|_| Gone)
     }
 
-    /// Tells the core something, and waits until its turn is over.
+    /// Tells the core something, and waits for its answer.
     ///
     /// # Errors
     ///
     /// [`Gone`] when the loop has ended.
-    pub async fn command(&self, command: Command) -> Result<(), Gone> {
+    pub async fn command(&self, command: Command) -> Result<Answer, Gone> {
         let (done, is_done) = oneshot::channel();
         self.requests
             .send(Request::Command(command, done))
@@ -126,6 +129,23 @@ impl AgentHandle {
     /// Decisions from now on; a reader that is too slow loses the oldest.
     pub fn decisions(&self) -> broadcast::Receiver<Arc<Decision>> {
         self.decisions.subscribe()
+    }
+
+    /// Notes a new decision, and tells every reader of it.
+    pub fn decided(&self, decision: &Decision) {
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        *standing = decision.hold.as_ref().map(|hold| match *standing {
+            Some((reason, since)) if reason == hold.reason() => (reason, since),
+            _ => (hold.reason(), decision.at),
+        });
+        drop(standing);
+        self.publish(decision);
+    }
+
+    /// Since when decisions have been holds for that reason, without a break.
+    pub fn held_since(&self, reason: &str) -> Option<Timestamp> {
+        let standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        standing.filter(|(held, _)| *held == reason).map(|(_, since)| since)
     }
 
     /// Tells every reader of a decision.

@@ -13,5 +13,7 @@ pub mod metrics;
 pub mod peers;
 pub mod record;
 pub mod run;
+mod select;
+pub mod state;
 pub mod watch;
 pub mod wire;

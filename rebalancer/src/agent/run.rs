@@ -4,7 +4,7 @@
 //! Output: the core's effects, carried out. Must never decide anything itself, nor wait for a peer, shim or disk.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,6 +30,7 @@ use super::{
     metrics::Metrics,
     peers::{self, Asker, TlsListener, tls::PeerTls},
     record::Recorder,
+    state::{self, StateFile},
     watch::{Observe, Watch},
 };
 use crate::{
@@ -39,6 +40,7 @@ use crate::{
     random,
     relay::takeover,
     shim::link,
+    span::Short,
     steer::Steer,
 };
 
@@ -83,8 +85,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
     let socket = local::bind(&config.api.0).context("--api")?;
 
-    let watch = config.watch.clone();
-    let source = Source::open(&watch)?;
+    let (kind, port, kernel_log) = (config.source, config.apiserver_port, config.kernel_log);
+    let source = Source::open(kind, port, kernel_log)?;
     let source_name = source.name();
     if config.shim != Shim::None {
         metrics.with_shim();
@@ -96,12 +98,14 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     }
     let metrics = Arc::new(Mutex::new(metrics));
     let heart = Heart::start().context("cannot start the watchdog's thread")?;
+    let remembered = state::read(&config.state, config.policy.node.as_str());
+    let state = Arc::new(Mutex::new(StateFile::start(config.state.clone())?));
     let context = ApiContext {
         heart: Arc::clone(&heart),
         agent: handle.clone(),
         metrics: Arc::clone(&metrics),
         source: source_name,
-        intercepts: config.intercept,
+        state: Arc::clone(&state),
     };
 
     if let Some((peers, tls, expiry, listener)) = peers {
@@ -139,7 +143,21 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         api = %config.api.0.display(),
         "watching"
     );
-    let agent = Agent::new(config.policy.clone(), random::u64(), clock.now());
+    let (policy, instance, now) = (config.policy.clone(), random::u64(), clock.now());
+    let agent = match remembered {
+        None => Agent::new(policy, instance, now),
+        Some((memory, ago)) => {
+            tracing::info!(
+                path = %config.state.display(),
+                written = %format_args!("{} ago", Short(ago)),
+                cooldowns = memory.cooldowns.len(),
+                paused = memory.pause.is_some(),
+                "going on where the agent before this one ended"
+            );
+            Agent::with_memory(policy, instance, now, &memory, ago)
+        }
+    };
+    let saved = agent.memory_version();
     Ok(Running {
         agent: Loop {
             agent,
@@ -149,10 +167,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             metrics,
             orders,
             heart,
-            intercepts: config.intercept,
-            said_node_local: false,
+            state,
+            saved,
         },
-        source: Watch::new(source, move || Source::open(&watch)),
+        source: Watch::new(source, move || Source::open(kind, port, kernel_log)),
         inputs,
         requests,
         _file: socket.guard,
@@ -220,9 +238,9 @@ struct Loop {
     metrics: Arc<Mutex<Metrics>>,
     orders: Option<mpsc::Sender<GoawayOrder>>,
     heart: Arc<Heart>,
-    /// Whether connections are steered to a relay, which then reaches the apiserver from this node for each of them.
-    intercepts: bool,
-    said_node_local: bool,
+    state: Arc<Mutex<StateFile>>,
+    /// The version of the memory that was given to the state file.
+    saved: u64,
 }
 
 impl Loop {
@@ -246,7 +264,10 @@ impl Loop {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hang_up.recv() => self.recorder.reopen(),
-                _ = beats.tick() => self.metrics().logged(self.recorder.counts()),
+                _ = beats.tick() => {
+                    self.metrics().logged(self.recorder.counts());
+                    self.remember();
+                }
                 seen = source.next() => match seen {
                     Ok(observations) => self.observed(observations, &mut source),
                     Err(error) => {
@@ -263,9 +284,12 @@ impl Loop {
                 Some(request) = requests.recv() => match request {
                     Request::Read(look) => look(&self.agent, self.clock.now()),
                     Request::Command(command, done) => {
-                        self.turn(Input::Command(command), &mut source);
+                        let (answer, effects) = self.agent.command(self.clock.now(), command);
+                        self.carry_out(effects, &mut source);
+                        // Written before it is answered, or an operator would rely on what a restart forgets.
+                        self.remember();
                         // The asker may have gone away.
-                        let _ = done.send(());
+                        let _ = done.send(answer);
                     }
                 },
                 () = sleep_until(shim_silent_at), if self.orders.is_some() => {
@@ -277,6 +301,7 @@ impl Loop {
                 () = sleep_until(wake) => self.turn(Input::Tick, &mut source),
             }
         }
+        self.save();
         tracing::info!("ending: nothing more is sent; clients that were told are on their way");
         Ok(())
     }
@@ -299,6 +324,20 @@ impl Loop {
         self.turn(input, source);
     }
 
+    /// Has written what a restart must not forget, when it has changed.
+    fn remember(&mut self) {
+        let version = self.agent.memory_version();
+        if std::mem::replace(&mut self.saved, version) != version {
+            self.save();
+        }
+    }
+
+    fn save(&self) {
+        let memory = self.agent.memory(self.clock.now());
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.write(self.agent.policy().node.as_str(), &memory);
+    }
+
     fn metrics(&self) -> std::sync::MutexGuard<'_, Metrics> {
         self.metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -311,10 +350,7 @@ impl Loop {
                     Observation::Opened(_) => "opened",
                     Observation::Classified { .. } => "classified",
                     Observation::Closed { .. } => "closed",
-                    Observation::Listed { .. } => "listed",
-                    Observation::Addresses(_) => "addresses",
-                    Observation::HellosLost { .. } => "hellos_lost",
-                    Observation::Blind(_) => "blind",
+                    Observation::Counters(_) => "counters",
                     Observation::Lost { .. } => "lost",
                     Observation::Resync { .. } => "resync",
                 });
@@ -322,18 +358,7 @@ impl Loop {
         }
         let listening = self.agent.table().is_listening();
         let trusted = self.agent.table().is_trusted();
-        let repairs = self.agent.table().repairs();
         self.turn(Input::Observations(observations), source);
-        let now = self.agent.table().repairs();
-        if now != repairs {
-            tracing::warn!(
-                opened = now.opened - repairs.opened,
-                closed = now.closed - repairs.closed,
-                listener = now.listener - repairs.listener,
-                "the kernel's list has put right what socket events did not tell"
-            );
-        }
-        self.say_node_local();
         let now_listening = self.agent.table().is_listening();
         if listening != now_listening || !trusted {
             if now_listening {
@@ -344,18 +369,14 @@ impl Loop {
         }
     }
 
-    /// Says once when most clients turn out to be on this node, where a load balancer is.
-    fn say_node_local(&mut self) {
-        let mostly = self.agent.table().is_mostly_node_local() && !self.intercepts;
-        if mostly && !std::mem::replace(&mut self.said_node_local, true) {
-            tracing::warn!("{}", super::wire::node_local_warning(self.agent.table()));
-        }
-    }
-
     fn turn<S: Observe>(&mut self, input: Input, source: &mut Watch<S>) {
         let began = Instant::now();
         let effects = self.agent.handle(self.clock.now(), input);
         self.metrics().turned(began.elapsed());
+        self.carry_out(effects, source);
+    }
+
+    fn carry_out<S: Observe>(&mut self, effects: Vec<Effect>, source: &mut Watch<S>) {
         for effect in effects {
             match effect {
                 Effect::SendGoaway(order) => self.send(order, source),
@@ -365,14 +386,13 @@ impl Loop {
                         self.metrics().goaway(&self.agent, "not_sent", decision.victims.len());
                     }
                     self.recorder.record(&decision, &self.clock);
-                    self.handle.publish(&decision);
+                    self.handle.decided(&decision);
                 }
                 Effect::Settled(decision) => {
                     self.recorder.settled(&decision, &self.clock);
                     self.handle.publish(&decision);
                 }
                 Effect::Resync => source.resync(),
-                Effect::Confirm => source.confirm(),
             }
         }
     }

@@ -10,12 +10,13 @@ use std::{
 
 use rebalancer_core::{
     agent::Agent,
-    decision::{Decision, Heavy, Outcomes},
+    decision::{Decision, Derivation, Fate, Heavy, Outcomes},
     hold::Hold,
     ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
+    planner::LeftOut,
     policy::{Mode, Policy, Weight},
     table::{Connection, ConnectionTable},
-    view::{PeerFault, ServerState, Snapshot},
+    view::{Part, PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -38,9 +39,6 @@ pub struct WireSnapshot {
     pub load: f64,
     /// The part of it that no move can place.
     pub unmovable: f64,
-    /// Clients on that node; 0 from agents that do not tell.
-    #[serde(default)]
-    pub node_local: u64,
     /// Connections that heard their GOAWAY.
     pub draining: u64,
     /// Streams open on those.
@@ -53,6 +51,12 @@ pub struct WireSnapshot {
     pub goaways_total: u64,
     /// Connections accepted since then.
     pub accepted_total: u64,
+    /// Clients that its agent takes to be on their way, those of all apiservers.
+    pub in_transit: u64,
+    /// Its size relative to the others'.
+    pub capacity: f64,
+    /// What its agent does about skew.
+    pub part: WirePart,
     /// Whether a plan is in flight.
     pub plan_in_flight: bool,
     /// Whether it takes part in a rebalancing.
@@ -68,7 +72,7 @@ pub struct WireSnapshot {
 /// The format's version: agents of different ones do not understand each other.
 ///
 /// It goes up with every member that is new, gone, or means something else.
-pub const SNAPSHOT_VERSION: u32 = 2;
+pub const SNAPSHOT_VERSION: u32 = 3;
 
 /// What is read of an answer first: all versions have it.
 #[derive(Deserialize)]
@@ -100,6 +104,38 @@ pub enum WireState {
     Down,
     /// Its agent does not know.
     Unknown,
+}
+
+/// [`Part`] as JSON has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WirePart {
+    /// It tells clients to go.
+    Acts,
+    /// It only says what it would do.
+    DryRun,
+    /// It does nothing now.
+    Watches,
+}
+
+impl From<Part> for WirePart {
+    fn from(part: Part) -> Self {
+        match part {
+            Part::Acts => Self::Acts,
+            Part::DryRun => Self::DryRun,
+            Part::Watches => Self::Watches,
+        }
+    }
+}
+
+impl From<WirePart> for Part {
+    fn from(part: WirePart) -> Self {
+        match part {
+            WirePart::Acts => Self::Acts,
+            WirePart::DryRun => Self::DryRun,
+            WirePart::Watches => Self::Watches,
+        }
+    }
 }
 
 impl From<ServerState> for WireState {
@@ -139,8 +175,10 @@ impl WireSnapshot {
             told_load_total: snapshot.told_load_total,
             refused: snapshot.refused,
             goaways_total: snapshot.goaways_total,
-            node_local: snapshot.node_local,
             accepted_total: snapshot.accepted_total,
+            in_transit: snapshot.in_transit,
+            capacity: snapshot.capacity,
+            part: snapshot.part.into(),
             plan_in_flight: snapshot.plan_in_flight,
             rebalancing: snapshot.rebalancing,
             instance: snapshot.instance,
@@ -210,6 +248,9 @@ impl WireSnapshot {
                 return Err(format!("its {what} is {value}"));
             }
         }
+        if !(0.01..=1_000.0).contains(&self.capacity) {
+            return Err(format!("its capacity is {}", self.capacity));
+        }
         Ok(Snapshot {
             apiserver: ApiserverName::new(self.apiserver),
             state: self.state.into(),
@@ -221,8 +262,10 @@ impl WireSnapshot {
             told_load_total: self.told_load_total,
             refused: self.refused,
             goaways_total: self.goaways_total,
-            node_local: self.node_local,
             accepted_total: self.accepted_total,
+            in_transit: self.in_transit,
+            capacity: self.capacity,
+            part: self.part.into(),
             plan_in_flight: self.plan_in_flight,
             rebalancing: self.rebalancing,
             instance: self.instance,
@@ -241,11 +284,12 @@ pub fn weight_name(weight: Weight) -> &'static str {
     }
 }
 
-/// `active` or `dry-run`.
+/// `active`, `dry-run` or `propose`.
 pub fn mode_name(mode: Mode) -> &'static str {
     match mode {
         Mode::Active => "active",
         Mode::DryRun => "dry-run",
+        Mode::Propose => "propose",
     }
 }
 
@@ -309,7 +353,6 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
                 "connections": entry.snapshot.connections,
                 "load": rounded(entry.snapshot.load),
                 "unmovable": rounded(entry.snapshot.unmovable),
-                "node_local": entry.snapshot.node_local,
                 "draining": entry.snapshot.draining,
                 "age_ms": millis(entry.age),
             })
@@ -325,6 +368,7 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
                 "load": rounded(victim.load),
                 "age_s": victim.age.as_secs(),
                 "why": victim.why,
+                "fate": fate_name(victim.fate),
             });
             for (key, value) in [("user", &victim.user), ("user_agent", &victim.user_agent)] {
                 if let Some(value) = value {
@@ -348,12 +392,75 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
         "noise_floor": rounded(decision.noise_floor),
         "rho": rounded(decision.rho),
         "quota": decision.quota,
+        "derivation": derivation(&decision.derivation),
         "victims": victims,
         "hold": decision.hold.as_ref().map(hold),
         "outcomes": outcomes(decision.outcomes),
         "heaviest": decision.heaviest.iter().map(heavy).collect::<Vec<_>>(),
         "explanation": decision.explanation,
     })
+}
+
+/// What a decision's numbers follow from.
+fn derivation(derivation: &Derivation) -> Value {
+    json!({
+        "donors": derivation.donors.iter().map(ApiserverName::as_str).collect::<Vec<_>>(),
+        "surplus": rounded(derivation.surplus),
+        "rho": rounded(derivation.rho),
+        "needed": rounded(derivation.needed),
+        "in_transit": derivation.in_transit,
+        "expected_skew": rounded(derivation.expected_skew),
+        "allowance": derivation.allowance.map(rounded),
+        "limit": derivation.limit,
+        "goaway_rate": rounded(derivation.goaway_rate),
+    })
+}
+
+/// What became of one victim.
+pub fn fate_name(fate: Fate) -> &'static str {
+    match fate {
+        Fate::Pending => "pending",
+        Fate::Told => "told",
+        Fate::Returned => "returned",
+        Fate::Gone => "gone",
+        Fate::NotTold => "not_told",
+    }
+}
+
+/// Why a connection that an operator named is not told.
+pub fn left_out_name(why: LeftOut) -> &'static str {
+    match why {
+        LeftOut::Gone => "gone",
+        LeftOut::Draining => "draining",
+        LeftOut::Deaf => "cannot_be_told",
+        LeftOut::UnknownProtocol => "unknown_protocol",
+        LeftOut::Excluded => "excluded",
+        LeftOut::NodeLocal => "node_local",
+    }
+}
+
+/// Those who are not told, and why.
+pub fn left_out(left_out: &[(ConnectionId, LeftOut)], table: &ConnectionTable) -> Value {
+    let one = |(id, why): &(ConnectionId, LeftOut)| {
+        let connection = table.connection(*id);
+        json!({
+            "connection": id.to_string(),
+            "client": connection.map(|connection| connection.client().to_string()),
+            "user": connection.and_then(Connection::user),
+            "why": left_out_name(*why),
+        })
+    };
+    left_out.iter().map(one).collect()
+}
+
+/// The same, counted.
+pub fn left_out_in_words(left_out: &[(ConnectionId, LeftOut)]) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, why) in left_out {
+        *counts.entry(left_out_name(*why)).or_default() += 1;
+    }
+    let counted: Vec<String> = counts.iter().map(|(why, count)| format!("{count} {why}")).collect();
+    counted.join(", ")
 }
 
 /// One of the heaviest connections, whether it moves or not.
@@ -413,7 +520,12 @@ pub fn hold(hold: &Hold) -> Value {
         Hold::BudgetSpent { tokens, allowance } => {
             json!({"tokens": rounded(*tokens), "allowance": rounded(*allowance)})
         }
-        Hold::Futile { rho, landings } => json!({"rho": rounded(*rho), "landings": rounded(*landings)}),
+        Hold::Probing { told, left } | Hold::Futile { told, left } => {
+            json!({"told": told, "left_ms": millis(*left)})
+        }
+        Hold::ClientsInTransit { clients } => json!({"clients": clients}),
+        Hold::AwaitsApproval { proposal, goaways } => json!({"proposal": proposal, "goaways": goaways}),
+        Hold::DryRun { decision, goaways } => json!({"decision": decision, "goaways": goaways}),
         Hold::PlanInFlight {
             generation,
             unsent,
@@ -423,10 +535,7 @@ pub fn hold(hold: &Hold) -> Value {
             json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis)})
         }
         Hold::LostEvents { total } => json!({"total": total}),
-        Hold::UnknownProtocols { unknown, active, limit } => {
-            json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})
-        }
-        Hold::Paused => json!({}),
+        Hold::Paused { reason, left } => json!({"why": reason, "left_ms": left.map(millis)}),
         Hold::ShimUnavailable { why } => json!({"why": why}),
     };
     shown["reason"] = json!(hold.reason());
@@ -445,7 +554,6 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
         "state": state_name(connection),
         "age_s": now.since(connection.opened_at).as_secs(),
         "seeded": connection.seeded,
-        "node_local": connection.is_node_local(),
         "user": connection.user(),
         "user_agent": connection.user_agent(),
         "requests": connection.counters.requests,
@@ -456,17 +564,6 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
         "requests_per_second": rounded(connection.rates.requests),
         "bytes_per_second": rounded(connection.rates.bytes),
     })
-}
-
-/// What is said when most clients are on this node.
-pub fn node_local_warning(table: &ConnectionTable) -> String {
-    format!(
-        "{} clients are on this node, {} are not: a load balancer on this node hides its clients behind the node's own \
-         address, and they are not balanced; with --node-local move they are clients like others, with --node-local count \
-         they are load",
-        table.node_local(),
-        table.active()
-    )
 }
 
 /// The peers, and what is known of each.
@@ -564,7 +661,7 @@ mod tests {
         // What may differ: how fast, whether anything is sent, who is left alone.
         let theirs = Policy {
             mode: Mode::DryRun,
-            goaway_rate: 1.0,
+            goaway_rate: rebalancer_core::policy::GoawayRate::PerSecond(1.0),
             interval: Duration::from_secs(1),
             ..b()
         };

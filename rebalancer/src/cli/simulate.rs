@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
-use rebalancer_core::policy::Policy;
+use rebalancer_core::policy::{GoawayRate, Policy};
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::{Run, Summary, summarise},
@@ -234,7 +234,9 @@ fn policy_of(status: &Value) -> Policy {
     };
     policy.skew_threshold = number("skew_threshold", policy.skew_threshold);
     policy.skew_target = number("skew_target", policy.skew_target);
-    policy.goaway_rate = number("goaway_rate", policy.goaway_rate);
+    if let Some(rate) = status["goaway_rate"].as_f64() {
+        policy.goaway_rate = GoawayRate::PerSecond(rate);
+    }
     policy.goaway_share = number("goaway_share", policy.goaway_share);
     policy.interval = time("interval_s", policy.interval);
     policy.settle = time("settle_s", policy.settle);
@@ -457,7 +459,7 @@ mod tests {
         assert_eq!(setup.policy.settle, Duration::from_millis(7_500));
         assert_eq!(
             (setup.policy.goaway_rate, setup.policy.weight),
-            (2.0, Weight::Connections)
+            (GoawayRate::PerSecond(2.0), Weight::Connections)
         );
         // The quiet half and the busy half; draining ones are not clients any more.
         let groups = setup

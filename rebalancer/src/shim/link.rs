@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use rebalancer_core::{
     agent::Input,
     ids::{ConnectionId, Protocol},
-    shim::{ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
+    shim::{Abilities, ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
 };
 use tokio::{
     sync::mpsc,
@@ -223,6 +223,8 @@ fn report(answer: wire::Connections) -> ShimReport {
         instance: answer.instance,
         generation: answer.generation,
         refused_total: answer.refused_total,
+        // The relay holds its connections itself, and carries an order out at once.
+        abilities: Abilities::default(),
         full: answer.full,
         closed: answer.closed.iter().map(|id| ConnectionId(id.0)).collect(),
         connections: answer
@@ -242,6 +244,7 @@ fn report(answer: wire::Connections) -> ShimReport {
                     wire::State::Active => ConnectionState::Active,
                     wire::State::Draining => ConnectionState::Draining,
                 },
+                age: Some(Duration::from_millis(connection.age_ms)),
                 user: cut(connection.user, USER),
                 user_agent: cut(connection.user_agent, USER_AGENT),
                 counters: counters(connection.counters),

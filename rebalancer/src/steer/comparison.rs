@@ -105,6 +105,7 @@ pub fn compared(
                 } else {
                     connection.protocol
                 },
+                age: None,
                 can_be_told: requests > 0 || connection.protocol != Protocol::Http1,
                 state: if told {
                     ConnectionState::Draining
@@ -213,7 +214,7 @@ mod tests {
             connections: seen.connections,
             ..ShimReport::default()
         };
-        table.report(&report);
+        table.report(&report, rebalancer_core::ids::Timestamp::default());
         let mut counted = counted;
         let again = compared(&table, &counted, &marked, &told);
         assert!(again.connections.is_empty() && again.counters.is_empty(), "{again:?}");

@@ -15,7 +15,7 @@ use rebalancer_common::steer::{AGAIN_NS, ANSWER_HITS, ANSWER_RETURN_PROBE, ANSWE
 use rebalancer_core::{
     agent::Input,
     ids::ConnectionId,
-    shim::{ConnectionState, GoawayOrder, GoawayResult, ShimReport},
+    shim::{Abilities, ConnectionState, GoawayOrder, GoawayResult, ShimReport},
 };
 use tokio::{
     sync::mpsc,
@@ -396,6 +396,7 @@ impl Steer {
         let report = ShimReport {
             instance: format!("steer-{:x}", self.instance),
             generation: self.generation,
+            abilities: Abilities::AT_REQUEST,
             connections: seen.connections,
             counters: seen.counters,
             ..ShimReport::default()

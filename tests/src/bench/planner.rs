@@ -163,7 +163,13 @@ fn filled(weight: Weight) -> Agent {
     }
     // Looks, until loads are measured and all but confirmed; a plan that is under way would be in the way of the next.
     let confirming = if weight == Weight::Connections { 0 } else { 2 };
-    let _ = agent.handle(at(4), Input::Command(Command::Pause));
+    let _ = agent.handle(
+        at(4),
+        Input::Command(Command::Pause {
+            reason: String::new(),
+            length: None,
+        }),
+    );
     for look in (1..PREVIEW / 5_000).rev() {
         let now = at(PREVIEW - look * 5_000);
         if look == confirming {
@@ -220,6 +226,7 @@ fn shown(id: u64) -> ShimConnection {
         local: socket(id).local,
         protocol: Protocol::H2Selected,
         can_be_told: true,
+        age: None,
         state: ConnectionState::Active,
         user: Some(format!("system:node:worker-{user:06}.eu-central.example")),
         user_agent: Some(format!(

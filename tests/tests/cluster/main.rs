@@ -1,5 +1,7 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
+mod operator;
+
 use std::{
     process::{Command, Output},
     time::Duration,

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -76,9 +76,17 @@ impl TlsListener {
         hosts: Vec<ServerName<'static>>,
         refused: Counter,
     ) -> anyhow::Result<Self> {
-        let mut listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("--peer-listen {address}: cannot listen there"))?;
+        let without_ipv6 = |error: &io::Error| error.raw_os_error() == Some(libc::EAFNOSUPPORT);
+        let bound = match TcpListener::bind(address).await {
+            // A kernel without IPv6 (ipv6.disable=1): all addresses are the IPv4 ones, as for Go's ":9443".
+            Err(error) if without_ipv6(&error) && address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
+                let instead = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
+                tracing::warn!(%address, %instead, "this kernel has no IPv6: listening on IPv4 alone");
+                TcpListener::bind(instead).await
+            }
+            bound => bound,
+        };
+        let mut listener = bound.with_context(|| format!("--peer-listen {address}: cannot listen there"))?;
         let (accepted, ready) = mpsc::channel(16);
         let refusals = Arc::new(Refusals {
             counter: refused,

@@ -1,0 +1,207 @@
+//! What operators ask: pause, resume, tell these, approve that.
+//!
+//! Job: do it or say why not, with an answer that belongs to the question. Input: a [`Command`]. Output: an [`Answer`].
+//! Must never let an order pass by the exclusions unless it says so, nor drop one silently.
+
+use std::time::Duration;
+
+use super::{Agent, Effect};
+use crate::{
+    decision::{Fate, Outcomes, Victim},
+    hold::Hold,
+    ids::{ConnectionId, ShimKind, Timestamp},
+    planner::{self, LeftOut},
+    policy::Mode,
+};
+
+/// What an operator may ask.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Decide nothing until resumed.
+    Pause {
+        /// What for; it is shown to whoever asks why nothing happens. May be empty.
+        reason: String,
+        /// When it ends by itself; `None` for not before [`Command::Resume`].
+        length: Option<Duration>,
+    },
+    /// Decide again.
+    Resume,
+    /// Tell these connections, whatever the skew, paused or not; the budget's rate holds.
+    Goaway {
+        /// Which.
+        connections: Vec<ConnectionId>,
+        /// Whether the exclusions of the configuration do not count this time.
+        force: bool,
+        /// The time they are spread over; as fast as the budget allows without.
+        over: Option<Duration>,
+    },
+    /// The rebalancing of that proposal may begin.
+    Approve(u64),
+}
+
+/// What an operator is answered.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// An order is being carried out.
+    Ordered {
+        /// The decision that tells what becomes of each.
+        decision: u64,
+        /// Those who are not told, and why.
+        left_out: Vec<(ConnectionId, LeftOut)>,
+    },
+    /// Nobody of those can be told.
+    Nobody(Vec<(ConnectionId, LeftOut)>),
+    /// Another plan is in flight: ask again when it has settled.
+    Busy {
+        /// Its decision.
+        decision: u64,
+    },
+    /// Nothing can be sent now.
+    Held(Hold),
+    /// Nothing of that number waits for approval.
+    NoSuchProposal {
+        /// What does.
+        waiting: Option<u64>,
+    },
+}
+
+/// A pause that is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// What for.
+    pub reason: String,
+    /// When it ends by itself.
+    pub until: Option<Timestamp>,
+}
+
+impl Agent {
+    /// Takes a command, answers it, and says what is to be done.
+    pub fn command(&mut self, now: Timestamp, command: Command) -> (Answer, Vec<Effect>) {
+        let mut effects = Vec::new();
+        let answer = self.commanded(now, command, &mut effects);
+        self.turn(now, &mut effects);
+        (answer, effects)
+    }
+
+    pub(super) fn commanded(&mut self, now: Timestamp, command: Command, effects: &mut Vec<Effect>) -> Answer {
+        match command {
+            Command::Pause { reason, length } => {
+                self.pause = Some(Pause {
+                    reason,
+                    until: length.map(|length| now + length),
+                });
+                self.memory_changes += 1;
+                Answer::Done
+            }
+            Command::Resume => {
+                self.pause = None;
+                self.memory_changes += 1;
+                Answer::Done
+            }
+            Command::Goaway {
+                connections,
+                force,
+                over,
+            } => self.order(now, &connections, force, over, effects),
+            Command::Approve(proposal) => match self.proposed {
+                Some(proposed) if proposed.id == proposal && self.policy.mode == Mode::Propose => {
+                    self.approved = Some(proposed.course);
+                    self.next_decision = now;
+                    Answer::Done
+                }
+                proposed => Answer::NoSuchProposal {
+                    waiting: proposed.map(|proposed| proposed.id),
+                },
+            },
+        }
+    }
+
+    /// What stands against an order: only that it cannot be carried out, or that nobody knows who is there.
+    pub(super) fn order_doubt(&self) -> Option<Hold> {
+        if self.policy.shim == ShimKind::None {
+            let why = "there is none (--shim none)".to_owned();
+            return Some(Hold::ShimUnavailable { why });
+        }
+        if let Some(why) = self.shim_fault.clone() {
+            return Some(Hold::ShimUnavailable { why });
+        }
+        (!self.table.is_trusted()).then(|| Hold::LostEvents {
+            total: self.table.lost_events_total(),
+        })
+    }
+
+    fn order(
+        &mut self,
+        now: Timestamp,
+        ids: &[ConnectionId],
+        force: bool,
+        over: Option<Duration>,
+        effects: &mut Vec<Effect>,
+    ) -> Answer {
+        if let Some(plan) = &self.plan {
+            return Answer::Busy {
+                decision: plan.decision,
+            };
+        }
+        if let Some(hold) = self.order_doubt() {
+            return Answer::Held(hold);
+        }
+        let mut victims: Vec<Victim> = Vec::new();
+        let mut left_out = Vec::new();
+        let mut wanted = ids.to_vec();
+        wanted.sort_unstable();
+        wanted.dedup();
+        for id in wanted {
+            let connection = self.table.connection(id);
+            match planner::left_out(connection, &self.policy, force) {
+                Ok(connection) => victims.push(Victim {
+                    connection: id,
+                    client: connection.client(),
+                    user: connection.user().map(str::to_owned),
+                    user_agent: connection.user_agent().map(str::to_owned),
+                    load: connection.load(self.policy.weight),
+                    age: now.since(connection.opened_at),
+                    why: "an operator asked for it".to_owned(),
+                    fate: Fate::Pending,
+                }),
+                Err(why) => left_out.push((id, why)),
+            }
+        }
+        if victims.is_empty() {
+            return Answer::Nobody(left_out);
+        }
+        let (mut decision, _) = self.decide(now, self.still(now));
+        decision.id = self.next_id();
+        decision.hold = None;
+        decision.explanation = format!("telling {}: an operator asked for it", victims.len());
+        if !left_out.is_empty() {
+            decision.explanation += &format!("; {} left out", left_out.len());
+        }
+        decision.outcomes = Outcomes {
+            pending: victims.len() as u64,
+            ..Outcomes::default()
+        };
+        decision.victims = victims;
+        self.start(now, &mut decision);
+        if let Some(plan) = &mut self.plan {
+            plan.is_ordered = true;
+            if let Some(over) = over {
+                plan.spread_over(over, self.abilities.order_expiry, now);
+            }
+        }
+        let id = decision.id;
+        self.remember(decision.clone());
+        effects.push(Effect::Record(decision));
+        Answer::Ordered { decision: id, left_out }
+    }
+
+    /// The number by which an operator approves a course: that of the decision that first proposed it.
+    pub(super) fn proposal_of(&self, course: Timestamp) -> u64 {
+        match self.proposed {
+            Some(proposed) if proposed.course == course => proposed.id,
+            _ => self.next_id,
+        }
+    }
+}

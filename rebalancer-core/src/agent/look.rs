@@ -1,0 +1,117 @@
+//! One look a turn: what all apiservers show now, and what follows from it, made once and passed along.
+//!
+//! Job: the view, who moved since the last look, what is learned from that, the balance, and the first doubt.
+//! Input: the agent's state and `now`. Output: a [`Look`].
+//! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
+
+use super::{Agent, motion::Moves, rebalancing::Signs};
+use crate::{
+    hold::Hold,
+    ids::{ApiserverName, Timestamp},
+    planner::{self, Balance, Transit},
+    view::{Entry, ServerState, View},
+};
+
+/// What one turn rests on.
+#[derive(Clone, Debug)]
+pub(super) struct Look {
+    /// The snapshots side by side.
+    pub view: View,
+    /// What happened since the look before.
+    pub moves: Moves,
+    /// Where the loads stand.
+    pub balance: Balance,
+    /// Why nothing may be done, if so.
+    pub doubt: Option<Hold>,
+    /// What it says about a rebalancing.
+    pub signs: Signs,
+}
+
+impl Agent {
+    /// Looks, and learns from what happened since the last look.
+    pub(super) fn look(&mut self, now: Timestamp) -> Look {
+        let view = self.peers.view(self.snapshot(now), now);
+        let apiservers = self.policy.peers.len() + 1;
+        let expected = self.motion.in_transit();
+        let figures = self.motion.figures();
+        let moves = self.motion.look(&view, apiservers, self.policy.settle, now);
+        self.memory_changes += u64::from(figures != self.motion.figures());
+        self.compare_ready(&view, now);
+        self.rebalancing.told(moves.told);
+        let transit = self.motion.transit(self.policy.weight);
+        let donors = planner::donors(&view, &self.policy, transit);
+        if expected + moves.told > 0 {
+            self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
+            // Without donors every landing is elsewhere: that says nothing.
+            if !donors.is_empty() {
+                let elsewhere = moves.elsewhere(&donors);
+                let probe = self.probe_of(&planner::balance(&view, &self.policy, &self.rho, &self.spread, transit));
+                self.ramp.helped(elsewhere, probe);
+            }
+        }
+        if let Some(plan) = &mut self.plan {
+            plan.saw(&moves, &donors, &self.policy.node);
+        }
+        let look = self.seen(view, moves, transit, now);
+        let ready: Vec<(ApiserverName, u64)> = {
+            let servers = look.balance.servers.iter().map(|server| &server.name);
+            let landed = |name: &&ApiserverName| look.moves.landings.iter().find(|(other, _)| other == *name);
+            servers.filter_map(|name| landed(&name)).cloned().collect()
+        };
+        if ready.len() == look.balance.servers.len() {
+            let total: f64 = look.balance.servers.iter().map(|server| server.load).sum();
+            let above: Vec<bool> = look
+                .balance
+                .servers
+                .iter()
+                .map(|server| server.load >= server.fair * total)
+                .collect();
+            self.spread.learn(&ready, &above);
+        }
+        look
+    }
+
+    /// What a look would show, without learning anything.
+    pub(super) fn still(&self, now: Timestamp) -> Look {
+        let view = self.peers.view(self.snapshot(now), now);
+        self.seen(view, Moves::default(), self.motion.transit(self.policy.weight), now)
+    }
+
+    fn seen(&self, view: View, moves: Moves, transit: Transit, now: Timestamp) -> Look {
+        let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
+        let signs = Signs::of(&balance, &view, self.motion.landing());
+        Look {
+            doubt: self.guard(now),
+            view,
+            moves,
+            balance,
+            signs,
+        }
+    }
+
+    /// When the apiservers are others than before, what was learned of the load balancer is forgotten. One that is not known
+    /// for a moment is still the one it was.
+    fn compare_ready(&mut self, view: &View, now: Timestamp) {
+        let is_ready = |(name, entry): &(&ApiserverName, &Entry)| match entry.snapshot.state {
+            ServerState::Ready => true,
+            ServerState::Unknown => self.ready.contains(name),
+            ServerState::Starting | ServerState::Down => false,
+        };
+        let ready: Vec<ApiserverName> = view
+            .entries
+            .iter()
+            .filter(is_ready)
+            .map(|(name, _)| name.clone())
+            .collect();
+        if ready == self.ready {
+            return;
+        }
+        // The first set is no change: what another process tried still stands.
+        if !self.ready.is_empty() {
+            self.ramp.renew(now);
+            self.memory_changes += 1;
+        }
+        self.ready = ready;
+        self.rho = crate::rho::Rho::default();
+    }
+}

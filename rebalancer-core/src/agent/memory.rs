@@ -1,0 +1,131 @@
+//! What an agent's process hands to the next: what a restart must not forget.
+//!
+//! Job: the values, with times that are left and not instants: two processes have two clocks.
+//! Input and output: none; an agent gives them and begins with them, the shell writes and reads them.
+//! Must never hold what a look at the cluster tells again: loads, peers, connections.
+
+use std::time::Duration;
+
+use super::{Agent, motion::Motion, ramp::Ramp};
+use crate::{ids::Timestamp, planner::Resting, policy::Policy};
+
+/// Decision ids are written down in steps of so many, so that not every decision is a write.
+const STEP: u64 = 1_000;
+
+/// What is remembered.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Memory {
+    /// The pause that is on.
+    pub pause: Option<RememberedPause>,
+    /// Clients in their cool-down.
+    pub cooldowns: Vec<Resting>,
+    /// What was tried in vain.
+    pub tries: RememberedTries,
+    /// The next decision's id; none that was given is higher.
+    pub next_decision: u64,
+    /// Clients in transit.
+    pub transit: RememberedTransit,
+}
+
+/// A pause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RememberedPause {
+    /// What for.
+    pub reason: String,
+    /// How long yet; `None` until an operator ends it.
+    pub left: Option<Duration>,
+}
+
+/// Plans after which nobody landed elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RememberedTries {
+    /// The last wait.
+    pub wait: Duration,
+    /// What is left of it.
+    pub left: Duration,
+    /// Clients told in vain.
+    pub in_vain: u64,
+}
+
+/// Clients that were told, all apiservers together, until all of them have landed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RememberedTransit {
+    /// How many were told.
+    pub told: u64,
+    /// How many of them landed.
+    pub landed: u64,
+    /// What those who were told weighed, in the unit of the weight.
+    pub told_load: f64,
+}
+
+impl Agent {
+    /// An agent that goes on where another process ended, `down` before now.
+    pub fn with_memory(policy: Policy, instance: u64, now: Timestamp, memory: &Memory, down: Duration) -> Self {
+        let mut agent = Self::new(policy, instance, now);
+        let still = |left: Duration| left.saturating_sub(down);
+        if let Some(RememberedPause { reason, left }) = &memory.pause
+            && left.is_none_or(|left| left > down)
+        {
+            agent.pause = Some(super::Pause {
+                reason: reason.clone(),
+                until: left.map(|left| now + still(left)),
+            });
+        }
+        let longest = agent.policy.client_cooldown;
+        for resting in memory.cooldowns.iter().filter(|resting| resting.left > down) {
+            let left = still(resting.left).min(longest);
+            agent.cooldowns.resume(
+                &Resting {
+                    left,
+                    ..resting.clone()
+                },
+                now,
+            );
+        }
+        let RememberedTries { wait, left, in_vain } = memory.tries;
+        if wait > Duration::ZERO {
+            agent.ramp = Ramp::resumed(still(left).min(wait), wait, in_vain, now);
+        }
+        agent.next_id = memory.next_decision.max(1);
+        let RememberedTransit {
+            told,
+            landed,
+            told_load,
+        } = memory.transit;
+        // Who was told so long ago has landed or is gone.
+        if told > landed && down < agent.policy.client_cooldown {
+            agent.motion = Motion::resumed(told, landed, told_load);
+        }
+        agent
+    }
+
+    /// What the next process is to know.
+    pub fn memory(&self, now: Timestamp) -> Memory {
+        let (wait, in_vain) = self.ramp.tried();
+        let (told, landed, told_load) = self.motion.figures();
+        Memory {
+            pause: self.pause.as_ref().map(|pause| RememberedPause {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+            }),
+            cooldowns: self.cooldowns.resting(now).collect(),
+            tries: RememberedTries {
+                wait,
+                left: self.ramp.ends().map_or(Duration::ZERO, |until| until.since(now)),
+                in_vain,
+            },
+            next_decision: self.next_id.next_multiple_of(STEP) + 1,
+            transit: RememberedTransit {
+                told,
+                landed,
+                told_load,
+            },
+        }
+    }
+
+    /// Another number each time the memory has changed in a way that is worth a write; not because time passed.
+    pub fn memory_version(&self) -> u64 {
+        let (told, landed, _) = self.motion.figures();
+        self.memory_changes + self.next_id.next_multiple_of(STEP) + told + landed
+    }
+}

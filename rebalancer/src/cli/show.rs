@@ -1,0 +1,356 @@
+//! The agent's answers as tables for people.
+//!
+//! Input: the API's JSON. Output: text. Must never show a number the API does not.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::table::Table;
+use crate::span::Short;
+
+pub fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn percent(value: &Value) -> String {
+    value
+        .as_f64()
+        .map_or_else(|| "-".to_owned(), |share| format!("{:+.1} %", share * 100.0))
+}
+
+fn seconds(value: &Value) -> String {
+    value.as_u64().map_or_else(
+        || "-".to_owned(),
+        |seconds| Short(std::time::Duration::from_secs(seconds)).to_string(),
+    )
+}
+
+pub fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// All apiservers side by side, with a bar.
+fn view(entries: &[Value], mean: &Value) -> String {
+    const BAR: f64 = 30.0;
+    let largest = entries
+        .iter()
+        .filter_map(|entry| entry["load"].as_f64())
+        .fold(f64::MIN_POSITIVE, f64::max);
+    let mean = mean.as_f64().unwrap_or(0.0);
+    let mut table = Table::new(&[
+        "APISERVER",
+        "STATE",
+        "CONNECTIONS",
+        "LOAD",
+        "SKEW",
+        "DRAINING",
+        "AGE",
+        "",
+    ]);
+    for entry in entries {
+        let load = entry["load"].as_f64().unwrap_or(0.0);
+        let skew = if mean > 0.0 {
+            json!(load / mean - 1.0)
+        } else {
+            Value::Null
+        };
+        table.row([
+            text(&entry["apiserver"]),
+            text(&entry["state"]),
+            text(&entry["connections"]),
+            format!("{load:.0}"),
+            percent(&skew),
+            text(&entry["draining"]),
+            format!("{} ms", text(&entry["age_ms"])),
+            "█".repeat((load / largest * BAR).round() as usize),
+        ]);
+    }
+    table.to_string()
+}
+
+pub fn status(answer: &Value) -> String {
+    let mut out = String::new();
+    let paused = paused(answer);
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "{} · up {} · {}{paused} · source {} · shim {} · weight {}",
+        text(&answer["node"]),
+        seconds(&answer["uptime_s"]),
+        text(&answer["mode"]),
+        text(&answer["source"]),
+        text(&answer["shim"]),
+        text(&answer["weight"]),
+    );
+    let _ = writeln!(
+        out,
+        "skew {} (starts above {}, stops at {}) · {} GOAWAYs sent · {:.1} tokens · rho {}",
+        percent(&answer["skew"]),
+        percent(&answer["trigger"]),
+        percent(&answer["skew_target"]),
+        text(&answer["goaways_total"]),
+        answer["budget_tokens"].as_f64().unwrap_or(0.0),
+        text(&answer["rho"]),
+    );
+    let now = answer["hold"]["message"]
+        .as_str()
+        .map_or_else(|| "a plan would start".to_owned(), |message| format!("hold: {message}"));
+    let since = match answer["hold_since_s"].as_u64() {
+        Some(_) => format!(" (for this reason since {})", seconds(&answer["hold_since_s"])),
+        None => String::new(),
+    };
+    let _ = writeln!(out, "{now}{since}\n");
+    if let Some(proposal) = answer["proposal"].as_u64() {
+        let _ = writeln!(out, "a rebalancing waits for `rebalancer approve {proposal}`\n");
+    }
+    out += &view(list(&answer["view"]), &answer["mean"]);
+    let faults: Vec<&Value> = list(&answer["peers"])
+        .iter()
+        .filter(|peer| !peer["fault"].is_null())
+        .collect();
+    for peer in faults {
+        let heard = if peer["age_ms"].is_null() { "never heard: " } else { "" };
+        let _ = writeln!(out, "{}: {heard}{}", text(&peer["apiserver"]), text(&peer["fault"]));
+    }
+    out
+}
+
+/// Whether it is paused, for how long yet, and what for.
+fn paused(answer: &Value) -> String {
+    if answer["paused"] != true {
+        return String::new();
+    }
+    let pause = &answer["pause"];
+    let left = match pause["left_s"].as_u64() {
+        Some(_) => format!(" for {} yet", seconds(&pause["left_s"])),
+        None => String::new(),
+    };
+    let reason = match pause["reason"].as_str() {
+        None | Some("") => String::new(),
+        Some(reason) => format!(" ({})", clean(reason)),
+    };
+    format!(", PAUSED{left}{reason}")
+}
+
+/// Without control characters: a terminal is not for whoever wrote the text to command.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// What is known of each peer.
+pub fn peers(answer: &Value) -> String {
+    let mut table = Table::new(&["APISERVER", "STATE", "CONNECTIONS", "LOAD", "DRAINING", "AGE", "FAULT"]);
+    for peer in list(&answer["peers"]) {
+        let age = match peer["age_ms"].as_u64() {
+            Some(age) => Short(std::time::Duration::from_millis(age)).to_string(),
+            None => "never heard".to_owned(),
+        };
+        table.row([
+            text(&peer["apiserver"]),
+            text(&peer["state"]),
+            text(&peer["connections"]),
+            text(&peer["load"]),
+            text(&peer["draining"]),
+            age,
+            text(&peer["fault"]),
+        ]);
+    }
+    table.to_string()
+}
+
+/// What an order came to: the decision with each victim, and who was left out.
+pub fn order(answer: &Value) -> String {
+    let mut out = decision(&answer["decision"]);
+    let left_out = list(&answer["left_out"]);
+    if !left_out.is_empty() {
+        let mut table = Table::new(&["LEFT OUT", "CLIENT", "USER", "WHY"]);
+        for one in left_out {
+            table.row([
+                text(&one["connection"]),
+                text(&one["client"]),
+                text(&one["user"]),
+                text(&one["why"]).replace('_', " "),
+            ]);
+        }
+        // Writing to a String cannot fail.
+        let _ = write!(out, "\n{table}");
+    }
+    out
+}
+
+/// What a decision's numbers follow from.
+pub fn derivation(answer: &Value) -> String {
+    let mut table = Table::new(&["NUMBER", "VALUE"]);
+    let fields = ["weight", "mean", "skew", "threshold", "noise_floor", "rho", "quota"];
+    let own = fields.iter().map(|field| ((*field).to_owned(), &answer[*field]));
+    let more = answer["derivation"].as_object().into_iter().flatten();
+    for (field, value) in own.chain(more.map(|(field, value)| (field.clone(), value))) {
+        let shown = match value {
+            Value::Array(names) => names.iter().map(text).collect::<Vec<_>>().join(", "),
+            value => text(value),
+        };
+        table.row([field.replace('_', " "), shown]);
+    }
+    table.to_string()
+}
+
+/// One decision as a line, for those who follow.
+pub fn line(decision: &Value) -> String {
+    let victims = list(&decision["victims"]).len();
+    let outcomes = &decision["outcomes"];
+    let is_settled = victims > 0 && outcomes["pending"] == 0 && outcomes["draining"] == 0;
+    let why = match decision["hold"]["message"].as_str() {
+        Some(hold) => format!("hold: {hold}"),
+        None if is_settled => format!(
+            "settled: {} moved, {} returned, {} lost",
+            outcomes["moved"], outcomes["returned"], outcomes["lost"]
+        ),
+        None => text(&decision["explanation"]),
+    };
+    let at: String = text(&decision["at"]).chars().take(19).collect();
+    let line = format!(
+        "{:>6}  {at}  {:<8}  {:>9}  {victims:>5}  {}",
+        text(&decision["id"]),
+        text(&decision["mode"]),
+        percent(&decision["skew"]),
+        clean(&why)
+    );
+    line + "\n"
+}
+
+pub fn connections(answer: &Value) -> String {
+    let mut table = Table::new(&[
+        "CONNECTION",
+        "CLIENT",
+        "PROTOCOL",
+        "STATE",
+        "AGE",
+        "REQUESTS",
+        "STREAMS",
+        "WATCHES",
+        "USER",
+        "USER AGENT",
+    ]);
+    let shown = list(&answer["connections"]);
+    for connection in shown {
+        table.row([
+            text(&connection["connection"]),
+            text(&connection["client"]),
+            text(&connection["protocol"]),
+            text(&connection["state"]),
+            seconds(&connection["age_s"]),
+            text(&connection["requests"]),
+            text(&connection["open_streams"]),
+            text(&connection["open_watches"]),
+            text(&connection["user"]),
+            text(&connection["user_agent"]),
+        ]);
+    }
+    format!("{table}{} of {} connections\n", shown.len(), text(&answer["total"]))
+}
+
+pub fn decision(answer: &Value) -> String {
+    let mut out = String::new();
+    let id = match answer["id"].as_u64() {
+        None | Some(0) => "now".to_owned(),
+        Some(id) => format!("decision {id}"),
+    };
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "{id} · {} · {} · generation {}\n{}\n",
+        text(&answer["at"]),
+        text(&answer["mode"]),
+        text(&answer["generation"]),
+        text(&answer["explanation"]),
+    );
+    out += &view(list(&answer["view"]), &answer["mean"]);
+    let victims = list(&answer["victims"]);
+    if !victims.is_empty() {
+        let mut table = Table::new(&["CONNECTION", "CLIENT", "LOAD", "AGE", "USER", "FATE", "WHY"]);
+        for victim in victims {
+            table.row([
+                text(&victim["connection"]),
+                text(&victim["client"]),
+                text(&victim["load"]),
+                seconds(&victim["age_s"]),
+                text(&victim["user"]),
+                text(&victim["fate"]).replace('_', " "),
+                text(&victim["why"]),
+            ]);
+        }
+        let outcomes = &answer["outcomes"];
+        let _ = writeln!(
+            out,
+            "\n{table}{} pending, {} draining, {} moved, {} returned, {} lost",
+            outcomes["pending"], outcomes["draining"], outcomes["moved"], outcomes["returned"], outcomes["lost"]
+        );
+    }
+    let heaviest = list(&answer["heaviest"]);
+    if !heaviest.is_empty() {
+        let mut table = Table::new(&[
+            "HEAVIEST",
+            "CLIENT",
+            "REQUESTS/S",
+            "BYTES/S",
+            "WATCHES",
+            "MOVABLE",
+            "USER",
+            "USER AGENT",
+        ]);
+        for heavy in heaviest {
+            table.row([
+                text(&heavy["connection"]),
+                text(&heavy["client"]),
+                text(&heavy["requests_per_second"]),
+                text(&heavy["bytes_per_second"]),
+                text(&heavy["open_watches"]),
+                if heavy["unmovable"] == true { "no" } else { "yes" }.to_owned(),
+                text(&heavy["user"]),
+                text(&heavy["user_agent"]),
+            ]);
+        }
+        let _ = write!(out, "\n{table}");
+    }
+    out
+}
+
+pub fn decisions(answer: &Value) -> String {
+    let mut table = Table::new(&[
+        "ID", "AT", "MODE", "SKEW", "VICTIMS", "MOVED", "RETURNED", "LOST", "WHY",
+    ]);
+    for decision in list(&answer["decisions"]) {
+        let why = decision["hold"]["message"].as_str().unwrap_or("plan");
+        table.row([
+            text(&decision["id"]),
+            text(&decision["at"]).chars().take(19).collect(),
+            text(&decision["mode"]),
+            percent(&decision["skew"]),
+            list(&decision["victims"]).len().to_string(),
+            text(&decision["outcomes"]["moved"]),
+            text(&decision["outcomes"]["returned"]),
+            text(&decision["outcomes"]["lost"]),
+            why.to_owned(),
+        ]);
+    }
+    table.to_string()
+}
+
+/// What a pause came to.
+pub fn pause(answer: &Value) -> String {
+    let until = match answer["left_s"].as_u64() {
+        Some(_) => format!("for {}, or ", seconds(&answer["left_s"])),
+        None => String::new(),
+    };
+    let kept = if answer["kept"] == false {
+        "\nit is not in the state file yet: a restart of the agent would end it"
+    } else {
+        ""
+    };
+    format!("paused: nothing is decided {until}until `rebalancer resume`{kept}\n")
+}
