@@ -71,6 +71,31 @@ impl Shape {
     }
 }
 
+/// Bodies of 64 MiB, over four connections with one at a time each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the server, by clients with large windows.
+    Download,
+    /// To the server, by its own windows.
+    Upload,
+}
+
+impl Transfer {
+    /// In the order of the table.
+    pub const ALL: [Self; 2] = [Self::Download, Self::Upload];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Download => "download",
+            Self::Upload => "upload",
+        }
+    }
+}
+
+/// How long a body is.
+const BODY: u64 = 64 << 20;
+
 /// What the backend has served so far, and what is open now.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub struct Served {
@@ -82,6 +107,8 @@ pub struct Served {
     pub events: u64,
     /// Connections, now.
     pub connections: u64,
+    /// Octets of transfers, ever.
+    pub octets: u64,
 }
 
 /// The load generator and the backend's plain port.
@@ -144,6 +171,32 @@ impl Load<'_> {
         self.wait(&mut running, |now| {
             now.requests >= before.requests + 50 * shape.connections()
         })?;
+        Ok(running)
+    }
+
+    /// Starts transfers, and waits until a whole body has passed.
+    ///
+    /// # Errors
+    ///
+    /// h2load ends or does not get through.
+    pub fn transfers(&self, port: u16, transfer: Transfer) -> anyhow::Result<Running> {
+        let mut command = self.command(port, "/transfer");
+        // Windows of 16 and 64 MiB, as clients in Java and browsers have them.
+        command
+            .args(["-c4", "-m1", "-w24", "-W26"])
+            .arg(format!("-D{BOUND_SECONDS}"));
+        if transfer == Transfer::Upload {
+            let body = self.directory.join("body");
+            fs::File::create(&body)
+                .and_then(|file| file.set_len(BODY))
+                .with_context(|| format!("cannot make {}", body.display()))?;
+            command.arg("--data").arg(&body);
+        }
+        let before = self.served()?;
+        let mut running = Running {
+            client: Process::start("h2load", command, None, self.directory)?,
+        };
+        self.wait(&mut running, |now| now.octets >= before.octets + BODY)?;
         Ok(running)
     }
 

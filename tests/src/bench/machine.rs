@@ -68,6 +68,28 @@ pub fn cpu_ns(process: u32) -> anyhow::Result<u64> {
     Ok(sum)
 }
 
+/// How often the threads of a process went to sleep, and so were woken (`voluntary_ctxt_switches`, proc_pid_status(5)).
+///
+/// # Errors
+///
+/// The process is gone.
+pub fn sleeps(process: u32) -> anyhow::Result<u64> {
+    let tasks = PathBuf::from(format!("/proc/{process}/task"));
+    let mut sum = 0;
+    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {}", tasks.display()))? {
+        // A thread that has just ended is left out.
+        if let Ok(text) = fs::read_to_string(task?.path().join("status")) {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sum += line
+                .and_then(first_number)
+                .context("a thread has no voluntary_ctxt_switches")?;
+        }
+    }
+    Ok(sum)
+}
+
 /// KiB of memory that count for a process: its own, and its share of what it shares (proc_pid_smaps_rollup(5)).
 ///
 /// # Errors

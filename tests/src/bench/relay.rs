@@ -7,8 +7,8 @@ use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 use anyhow::Context as _;
 
 use super::{
-    load::{Load, Running, Served, Shape},
-    machine::{self, Busy, Cores, cpu_ns, pss_kib},
+    load::{Load, Running, Served, Shape, Transfer},
+    machine::{self, Busy, Cores, cpu_ns, pss_kib, sleeps},
     peers::{BACKEND, FIGURES, Peer, Programs, Start},
 };
 use crate::{
@@ -59,12 +59,14 @@ const SPARE_FILES: u64 = 128;
 /// What one turn of one proxy spent.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Requests or events.
+    /// Requests, events or MiB.
     pub count: u64,
     /// The proxy's processor time for each, in microseconds.
     pub proxy_us: f64,
     /// The backend's.
     pub backend_us: f64,
+    /// How often the proxy slept for each: what a wake-up costs is the machine's, how many there are is not.
+    pub sleeps: f64,
 }
 
 /// What a proxy held for each client with an open watch.
@@ -81,6 +83,8 @@ pub struct Held {
 pub struct Figures {
     /// By shape and proxy.
     pub requests: BTreeMap<(&'static str, Peer), Vec<Sample>>,
+    /// By direction and proxy, for each MiB.
+    pub transfers: BTreeMap<(&'static str, Peer), Vec<Sample>>,
     /// By proxy.
     pub events: BTreeMap<Peer, Vec<Sample>>,
     /// The median of sequential response times in microseconds; `None` is directly.
@@ -110,6 +114,7 @@ struct Bench<'a> {
 /// A moment of a turn.
 struct Moment {
     proxy_ns: u64,
+    proxy_sleeps: u64,
     backend_ns: u64,
     client_ns: u64,
     served: Served,
@@ -187,6 +192,11 @@ pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&
         for (peer, proxy) in &proxies {
             bench.events(*peer, proxy)?;
         }
+        for transfer in Transfer::ALL {
+            for (peer, proxy) in &proxies {
+                bench.transfers(*peer, proxy, transfer)?;
+            }
+        }
     }
     Ok(bench.figures)
 }
@@ -196,6 +206,7 @@ impl Bench<'_> {
         Ok(Moment {
             served: self.load.served()?,
             proxy_ns: cpu_ns(proxy.id())?,
+            proxy_sleeps: sleeps(proxy.id())?,
             backend_ns: cpu_ns(self.backend.id())?,
             client_ns: cpu_ns(client.id())?,
             busy: Busy::now(self.start.cores)?,
@@ -218,6 +229,7 @@ impl Bench<'_> {
             count,
             proxy_us: each(proxy_ns),
             backend_us: each(backend_ns),
+            sleeps: (after.proxy_sleeps - before.proxy_sleeps) as f64 / count as f64,
         })
     }
 
@@ -231,6 +243,15 @@ impl Bench<'_> {
         } else {
             client.stop();
         }
+        Ok(())
+    }
+
+    fn transfers(&mut self, peer: Peer, proxy: &Process, transfer: Transfer) -> anyhow::Result<()> {
+        let mut client = self.load.transfers(peer.port(), transfer)?;
+        let sample = self.turn(proxy, &mut client, |served| served.octets >> 20)?;
+        let key = (transfer.name(), peer);
+        self.figures.transfers.entry(key).or_default().push(sample);
+        client.stop();
         Ok(())
     }
 

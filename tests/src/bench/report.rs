@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::{
-    load::Shape,
+    load::{Shape, Transfer},
     machine::{kernel_release, processor},
     peers::Peer,
     relay::{Figures, Sample},
@@ -22,7 +22,10 @@ const BOUNDS: [(Shape, f64); 4] = [
 ];
 
 /// What the relay may spend of what the floor spends.
-const FLOOR_BOUND: f64 = 1.2;
+const FLOOR_BOUND: f64 = 1.08;
+
+/// The same for transfers.
+const TRANSFER_BOUND: f64 = 1.05;
 
 /// The median.
 pub fn median(mut values: Vec<f64>) -> f64 {
@@ -51,6 +54,18 @@ impl Figures {
         })
     }
 
+    /// How often the proxy slept for a request.
+    fn sleeps(&self, shape: Shape, peer: Peer) -> f64 {
+        of(self.requests.get(&(shape.name(), peer)), |sample| sample.sleeps)
+    }
+
+    /// The proxy's processor seconds for a GiB.
+    fn gib_seconds(&self, transfer: Transfer, peer: Peer) -> f64 {
+        of(self.transfers.get(&(transfer.name(), peer)), |sample| {
+            sample.proxy_us * 1024.0 / 1e6
+        })
+    }
+
     fn event_us(&self, peer: Peer) -> f64 {
         of(self.events.get(&peer), |sample| sample.proxy_us)
     }
@@ -76,6 +91,13 @@ impl Figures {
                 .collect::<serde_json::Map<_, _>>()
                 .into()
         };
+        let by_transfer = |figure: &dyn Fn(Transfer) -> f64| -> Value {
+            Transfer::ALL
+                .into_iter()
+                .map(|transfer| (transfer.name().to_owned(), json!(rounded(figure(transfer)))))
+                .collect::<serde_json::Map<_, _>>()
+                .into()
+        };
         let by_peer = |figure: &dyn Fn(Peer) -> Value| -> Value {
             Peer::ALL
                 .into_iter()
@@ -97,6 +119,11 @@ impl Figures {
             "total_cpu_vs": others(&|peer| by_shape(&|shape| {
                 self.total_us(shape, Peer::Relay) / self.total_us(shape, peer)
             })),
+            "cpu_per_gib_vs": others(&|peer| by_transfer(&|transfer| {
+                self.gib_seconds(transfer, Peer::Relay) / self.gib_seconds(transfer, peer)
+            })),
+            "cpu_seconds_per_gib": by_peer(&|peer| by_transfer(&|transfer| self.gib_seconds(transfer, peer))),
+            "sleeps_per_request": by_peer(&|peer| by_shape(&|shape| self.sleeps(shape, peer))),
             "cpu_per_watch_event_vs": others(&|peer| json!(rounded(self.event_us(Peer::Relay) / self.event_us(peer)))),
             "added_latency_vs": others(&|peer| json!(rounded(self.added_us(Peer::Relay) / self.added_us(peer)))),
             "kib_per_watch_connection": rounded(self.kib()),
@@ -177,6 +204,38 @@ impl Figures {
                 "| {} | {relay:.1} | {floor:.1} | {passthrough:.1} | {haproxy:.1} | {envoy:.1} | {} | 1.0 |",
                 shape.name(),
                 rounded(relay / haproxy),
+            )?;
+        }
+
+        writeln!(
+            page,
+            "\nProcessor seconds of the proxy for a GiB, in bodies of 64 MiB:\n"
+        )?;
+        writeln!(
+            page,
+            "| direction | relay | floor | passthrough | haproxy | Envoy | relay / floor | bound | relay / haproxy | bound |"
+        )?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
+        for transfer in Transfer::ALL {
+            let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.gib_seconds(transfer, peer));
+            writeln!(
+                page,
+                "| {} | {relay:.2} | {floor:.2} | {passthrough:.2} | {haproxy:.2} | {envoy:.2} | {} | {TRANSFER_BOUND} | {} | 1.0 |",
+                transfer.name(),
+                rounded(relay / floor),
+                rounded(relay / haproxy),
+            )?;
+        }
+
+        writeln!(page, "\nHow often the proxy slept, and so was woken, for a request:\n")?;
+        writeln!(page, "| shape | relay | floor | passthrough | haproxy | Envoy |")?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|")?;
+        for shape in Shape::ALL {
+            let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| self.sleeps(shape, peer));
+            writeln!(
+                page,
+                "| {} | {relay:.2} | {floor:.2} | {passthrough:.2} | {haproxy:.2} | {envoy:.2} |",
+                shape.name()
             )?;
         }
 

@@ -644,6 +644,14 @@ fn a_draining_connections_watches_end_between_events_and_windows_are_given_back(
     assert_eq!(out.to_client, answered);
     assert_eq!(out.to_server, frame(kind::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 3]));
     assert!(relay.is_finished());
+
+    // Trailers of the ended watch: the client has seen its end, and its table needs nothing of them.
+    out = Output::default();
+    let mut trailers = Vec::new();
+    hpack::write_literal(b"late", b"1", &mut trailers);
+    let last = frame(kind::HEADERS, flag::END_HEADERS | flag::END_STREAM, 1, &trailers);
+    relay.server_bytes(&last, &mut out).expect("late trailers");
+    assert!(out.to_client.is_empty() && relay.is_finished());
 }
 
 #[test]

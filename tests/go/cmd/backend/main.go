@@ -1,11 +1,12 @@
 // Backend answers like a small apiserver for the relay's benchmark: objects of about 1.5 KiB, and watches that send
-// events of about 1 KiB, over TLS by plain net/http. It counts what it has served on a second, plain port.
+// events of about 1 KiB, over TLS by plain net/http. It sends and takes 64 MiB for transfers, and tells what it has served on a second, plain port.
 package main
 
 import (
 	"bytes"
 	"flag"
 	"fmt"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -15,7 +16,30 @@ import (
 	"time"
 )
 
-var requests, watches, events, connections atomic.Int64
+var requests, watches, events, connections, octets atomic.Int64
+
+// counted adds up what was moved as it moves: a transfer is longer than a measurement.
+type counted struct{ io.Writer }
+
+func (c counted) Write(piece []byte) (int, error) {
+	n, err := c.Writer.Write(piece)
+	octets.Add(int64(n))
+	return n, err
+}
+
+// transfer sends 64 MiB, or takes whatever it is sent.
+func transfer(w http.ResponseWriter, r *http.Request) {
+	if r.Method == http.MethodPost {
+		io.Copy(counted{io.Discard}, r.Body)
+		return
+	}
+	piece := make([]byte, 1<<18)
+	for range 256 {
+		if _, err := (counted{w}).Write(piece); err != nil {
+			return
+		}
+	}
+}
 
 // object is JSON of about the size, with the shape of a pod as far as its length matters.
 func object(kind string, size int) []byte {
@@ -90,11 +114,12 @@ func main() {
 		w.Write(pod)
 		requests.Add(1)
 	})
+	api.HandleFunc("/transfer", transfer)
 	go func() {
 		tell := http.NewServeMux()
 		tell.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintf(w, `{"requests":%d,"watches":%d,"events":%d,"connections":%d}`,
-				requests.Load(), watches.Load(), events.Load(), connections.Load())
+			fmt.Fprintf(w, `{"requests":%d,"watches":%d,"events":%d,"connections":%d,"octets":%d}`,
+				requests.Load(), watches.Load(), events.Load(), connections.Load(), octets.Load())
 		})
 		log.Fatal(http.ListenAndServe(*figures, tell))
 	}()
