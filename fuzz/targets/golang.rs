@@ -10,7 +10,8 @@ use rebalancer_core::golang::find;
 const PROGRAM: &[u8] = include_bytes!("../bases/golang");
 
 fuzz_target!(|data: &[u8]| {
-    let [cut, mut rest @ ..] = data else { return };
+    let [cut, changes @ ..] = data else { return };
+    let mut rest = changes;
     let mut program = PROGRAM.to_vec();
     while let [high, low, length, after @ ..] = rest {
         let at = usize::from(u16::from_be_bytes([*high, *low])) % program.len();
