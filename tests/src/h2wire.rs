@@ -409,10 +409,13 @@ pub fn client_config(pki: &Pki, identity: Option<&Pair>, protocol: &[u8]) -> any
         .with_root_certificates(roots);
     let mut config = match identity {
         None => builder.with_no_client_auth(),
-        Some(pair) => builder.with_client_auth_cert(
-            CertificateDer::pem_file_iter(&pair.certificate)?.collect::<Result<Vec<_>, _>>()?,
-            PrivateKeyDer::from_pem_file(&pair.key)?,
-        )?,
+        Some(pair) => {
+            // Any certificate is shown, also one that rustls itself would not take.
+            let chain = CertificateDer::pem_file_iter(&pair.certificate)?.collect::<Result<Vec<_>, _>>()?;
+            let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&PrivateKeyDer::from_pem_file(&pair.key)?)?;
+            let certified = rustls::sign::CertifiedKey::new(chain, key);
+            builder.with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)))
+        }
     };
     config.alpn_protocols = vec![protocol.to_vec()];
     Ok(config)

@@ -12,8 +12,9 @@ use std::{
 use anyhow::Context as _;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    KeyUsagePurpose, SanType, SigningKey as _,
 };
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// The name every serving certificate has besides its addresses.
 pub const SERVER_NAME: &str = "kubernetes.default.svc";
@@ -52,6 +53,15 @@ impl Pki {
             ("--proxy-client-key", "front-proxy-client.key"),
         ] {
             flags.extend([flag.into(), self.file(file).into_os_string()]);
+        }
+        flags
+    }
+
+    /// The same without one of the flags.
+    pub fn relay_flags_without(&self, flag: &str) -> Vec<OsString> {
+        let mut flags = self.relay_flags();
+        if let Some(at) = flags.iter().position(|one| one == flag) {
+            flags.drain(at..at + 2);
         }
         flags
     }
@@ -141,6 +151,82 @@ impl Pki {
         Ok(self.pair(stem))
     }
 
+    /// A client certificate of an authority that has expired, whose own certificate is `STEM-ca.crt`.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn of_expired_authority(&self, stem: &str, groups: &[&str]) -> anyhow::Result<Pair> {
+        let mut params = authority_params(&format!("expired-{stem}"));
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+        let expired = authority_of(self.path(), &format!("{stem}-ca"), params)?;
+        let mut client = changed(stem, |_| ());
+        name(&mut client, stem, groups);
+        sign(&expired, client, self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A certificate of the front proxies' authority, in files of that stem.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn proxy(&self, stem: &str) -> anyhow::Result<Pair> {
+        sign(&self.front_proxy, changed(stem, |_| ()), self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A client certificate of the cluster's authority as `openssl x509 -req` without extensions makes it: version 1.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn client_v1(&self, stem: &str, group: &str) -> anyhow::Result<Pair> {
+        let element = |tag: u8, parts: &[&[u8]]| {
+            let content = parts.concat();
+            let length = content.len().to_be_bytes();
+            let mut out = vec![tag];
+            match content.len() {
+                0..128 => out.push(length[7]),
+                128..256 => out.extend([0x81, length[7]]),
+                _ => out.extend([0x82, length[6], length[7]]),
+            }
+            out.extend(content);
+            out
+        };
+        // ecdsa-with-SHA256 (RFC 5758, section 3.2).
+        const ALGORITHM: &[u8] = &[0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2];
+        let key = KeyPair::generate()?;
+        // What rcgen makes is of version 3: of it the names and the key are taken.
+        let mut params = CertificateParams::default();
+        name(&mut params, stem, &[group]);
+        let made = params.signed_by(&key, &self.cluster.issuer)?;
+        let (_, parsed) = X509Certificate::from_der(made.der())?;
+        let parts = &parsed.tbs_certificate;
+        let validity = [
+            &element(0x17, &[b"200101000000Z"])[..],
+            &element(0x17, &[b"491231235959Z"]),
+        ]
+        .concat();
+        let signed = element(
+            0x30,
+            &[
+                &[2, 1, 1],
+                ALGORITHM,
+                parts.issuer.as_raw(),
+                &element(0x30, &[&validity]),
+                parts.subject.as_raw(),
+                parts.subject_pki.raw,
+            ],
+        );
+        let signature = self.cluster.issuer.key().sign(&signed)?;
+        let der = element(0x30, &[&signed, ALGORITHM, &element(3, &[&[0], &signature])]);
+        let text = to_pem(&der);
+        write(self.path(), stem, &text, &key)?;
+        Ok(self.pair(stem))
+    }
+
     /// A serving certificate of the cluster's authority for those names, in files of that stem, which are replaced.
     ///
     /// # Errors
@@ -189,10 +275,18 @@ fn name(params: &mut CertificateParams, user: &str, groups: &[&str]) {
 }
 
 fn authority(directory: &Path, stem: &str, common_name: &str) -> anyhow::Result<Authority> {
+    authority_of(directory, stem, authority_params(common_name))
+}
+
+fn authority_params(common_name: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     name(&mut params, common_name, &[]);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
+fn authority_of(directory: &Path, stem: &str, params: CertificateParams) -> anyhow::Result<Authority> {
     let key = KeyPair::generate()?;
     let certificate = params.self_signed(&key)?;
     write(directory, stem, &certificate.pem(), &key)?;
@@ -205,6 +299,28 @@ fn sign(authority: &Authority, params: CertificateParams, directory: &Path, stem
     let key = KeyPair::generate()?;
     let certificate = params.signed_by(&key, &authority.issuer)?;
     write(directory, stem, &certificate.pem(), &key)
+}
+
+fn to_pem(der: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digits = der.chunks(3).flat_map(|chunk| {
+        let octet = |index: usize| u32::from(chunk.get(index).copied().unwrap_or(0));
+        let bits = octet(0) << 16 | octet(1) << 8 | octet(2);
+        let digit = move |at: usize| {
+            if at <= chunk.len() {
+                char::from(ALPHABET[(bits >> (18 - 6 * at)) as usize & 63])
+            } else {
+                '='
+            }
+        };
+        (0..4).map(digit)
+    });
+    let digits: Vec<char> = digits.collect();
+    let lines: Vec<String> = digits.chunks(64).map(|line| line.iter().collect()).collect();
+    format!(
+        "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n",
+        lines.join("\n")
+    )
 }
 
 fn write(directory: &Path, stem: &str, certificate: &str, key: &KeyPair) -> anyhow::Result<()> {

@@ -16,6 +16,8 @@ pub const AUTHORIZATION: &str = "authorization";
 /// `-group-headers`, `-uid-headers` and `-extra-headers-prefix`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdentityNames {
+    /// Those that name a user, in the order the apiserver looks for them.
+    usernames: Vec<String>,
     exact: Vec<Box<[u8]>>,
     prefixes: Vec<Box<[u8]>>,
 }
@@ -23,17 +25,27 @@ pub struct IdentityNames {
 impl Default for IdentityNames {
     /// All that begin with `X-Remote-`, which kubeadm's do.
     fn default() -> Self {
-        Self::new([], ["x-remote-"])
+        Self::new(["x-remote-user"], [], ["x-remote-"])
     }
 }
 
 impl IdentityNames {
-    /// Whole names, and beginnings of names; case is of no account, as in HTTP.
-    pub fn new<'a>(exact: impl IntoIterator<Item = &'a str>, prefixes: impl IntoIterator<Item = &'a str>) -> Self {
+    /// The names of users, other whole names, and beginnings of names; case is of no account, as in HTTP.
+    pub fn new<'a>(
+        usernames: impl IntoIterator<Item = &'a str>,
+        exact: impl IntoIterator<Item = &'a str>,
+        prefixes: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
         let lower = |name: &str| name.to_ascii_lowercase().into_bytes().into_boxed_slice();
+        let usernames: Vec<String> = usernames.into_iter().map(str::to_ascii_lowercase).collect();
+        let whole = usernames
+            .iter()
+            .map(|name| lower(name))
+            .chain(exact.into_iter().map(lower));
         Self {
-            exact: exact.into_iter().map(lower).collect(),
+            exact: whole.collect(),
             prefixes: prefixes.into_iter().map(lower).collect(),
+            usernames,
         }
     }
 
@@ -63,6 +75,8 @@ pub enum Fate {
 pub struct Policy {
     names: Arc<IdentityNames>,
     identity: Box<[(Cow<'static, str>, String)]>,
+    /// The client is a front proxy itself: it names the user, with each request.
+    is_proxy: bool,
     unless_token: Option<Cow<'static, str>>,
     client: IpAddr,
 }
@@ -73,6 +87,7 @@ impl Policy {
         Self {
             names,
             identity: Box::default(),
+            is_proxy: false,
             unless_token: None,
             client: client.to_canonical(),
         }
@@ -93,6 +108,14 @@ impl Policy {
         self
     }
 
+    /// Lets requests that name a user pass with the fields that do, and gives these to others; without any, nobody asks.
+    #[must_use]
+    pub fn of_proxy(self, fields: impl IntoIterator<Item = (Cow<'static, str>, String)>) -> Self {
+        let mut policy = self.with_identity(fields);
+        policy.is_proxy = true;
+        policy
+    }
+
     /// Gives requests that bring no bearer token this `authorization`, in place of any other they bring.
     #[must_use]
     pub fn with_authorization_unless_token(mut self, value: impl Into<Cow<'static, str>>) -> Self {
@@ -100,16 +123,24 @@ impl Policy {
         self
     }
 
-    /// What is done to one request, whose first `authorization` field is this.
-    pub fn request(&self, authorization: Option<&[u8]>) -> Rewrite<'_> {
+    /// What is done to one request, whose first field of a name (in lower case) `first` answers; `None` when a front
+    /// proxy's request names nobody, which is answered 401 and goes nowhere.
+    pub fn request<'v>(&self, first: impl Fn(&str) -> Option<&'v [u8]>) -> Option<Rewrite<'_>> {
+        // As the apiserver's request-header authenticator: the first name that holds something.
+        let names_user = |name: &String| first(name).is_some_and(|value| !value.is_empty());
+        let is_named = self.is_proxy && self.names.usernames.iter().any(names_user);
+        if self.is_proxy && !is_named && self.identity.is_empty() {
+            return None;
+        }
         let replaced = self
             .unless_token
             .as_deref()
-            .filter(|_| !authorization.is_some_and(brings_token));
-        Rewrite {
+            .filter(|_| !first(AUTHORIZATION).is_some_and(brings_token));
+        Some(Rewrite {
             policy: self,
+            is_named,
             authorization: replaced,
-        }
+        })
     }
 
     /// Whether a trailer goes on: none that a reader might take for a field of the request the relay answers for.
@@ -143,13 +174,15 @@ impl Policy {
 #[derive(Clone, Copy, Debug)]
 pub struct Rewrite<'a> {
     policy: &'a Policy,
+    /// By itself.
+    is_named: bool,
     authorization: Option<&'a str>,
 }
 
 impl<'a> Rewrite<'a> {
     /// What becomes of a field of that name.
     pub fn fate(&self, name: &[u8]) -> Fate {
-        if self.policy.names.covers(name)
+        if !self.is_named && self.policy.names.covers(name)
             || self.authorization.is_some() && name.eq_ignore_ascii_case(AUTHORIZATION.as_bytes())
         {
             Fate::Removed
@@ -162,7 +195,8 @@ impl<'a> Rewrite<'a> {
 
     /// The fields that come, beside the address: several may have one name.
     pub fn adds(&self) -> impl Iterator<Item = (&'a str, &'a str)> + use<'a> {
-        let identity = self.policy.identity.iter();
+        let is_named = self.is_named;
+        let identity = self.policy.identity.iter().filter(move |_| !is_named);
         identity
             .map(|(name, value)| (name.as_ref(), value.as_str()))
             .chain(self.authorization.map(|value| (AUTHORIZATION, value)))
@@ -196,10 +230,35 @@ mod tests {
         Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7]))
     }
 
+    fn nothing(_: &str) -> Option<&'static [u8]> {
+        None
+    }
+
+    #[test]
+    fn a_front_proxy_names_the_user_itself_or_is_one_or_is_nobody() {
+        let own = [("x-remote-user".into(), "proxy".to_owned())];
+        let named = |name: &str| (name == "x-remote-user").then_some(&b"erin"[..]);
+        let empty = |name: &str| (name == "x-remote-user").then_some(&b""[..]);
+        for policy in [policy().of_proxy([]), policy().of_proxy(own.clone())] {
+            let rewrite = policy.request(named).expect("it names erin");
+            assert_eq!(rewrite.fate(b"X-Remote-Group"), Fate::Passes);
+            assert_eq!(rewrite.adds().count(), 0);
+            assert!(!policy.trailer_passes(b"x-remote-user"));
+        }
+        let policy_of_nobody = policy().of_proxy([]);
+        assert!(policy_of_nobody.request(nothing).is_none() && policy_of_nobody.request(empty).is_none());
+        let policy = policy().of_proxy(own);
+        for unnamed in [policy.request(nothing), policy.request(empty)] {
+            let rewrite = unnamed.expect("its own certificate names it");
+            assert_eq!(rewrite.fate(b"x-remote-group"), Fate::Removed);
+            assert_eq!(rewrite.adds().collect::<Vec<_>>(), [("x-remote-user", "proxy")]);
+        }
+    }
+
     #[test]
     fn identity_in_any_spelling_is_removed_from_requests_and_trailers() {
         let policy = policy();
-        let rewrite = policy.request(None);
+        let rewrite = policy.request(nothing).expect("it goes on");
         for name in ["x-remote-user", "X-Remote-Group", "X-REMOTE-EXTRA-a", "x-remote-uid"] {
             assert_eq!(rewrite.fate(name.as_bytes()), Fate::Removed, "{name}");
             assert!(!policy.trailer_passes(name.as_bytes()), "{name}");
@@ -214,9 +273,9 @@ mod tests {
 
     #[test]
     fn the_apiservers_own_names_are_removed_and_no_others() {
-        let names = IdentityNames::new(["X-Auth-User", "X-Auth-Group"], ["X-Auth-Extra-"]);
+        let names = IdentityNames::new(["X-Auth-User"], ["X-Auth-Group"], ["X-Auth-Extra-"]);
         let policy = Policy::new(Arc::new(names), IpAddr::from([192, 0, 2, 7]));
-        let fate = |name: &str| policy.request(None).fate(name.as_bytes());
+        let fate = |name: &str| policy.request(nothing).expect("it goes on").fate(name.as_bytes());
         for name in ["x-auth-user", "X-AUTH-GROUP", "x-auth-extra-scopes"] {
             assert_eq!(fate(name), Fate::Removed, "{name}");
         }
@@ -238,7 +297,8 @@ mod tests {
             (Some("Bearer token"), false),
             (Some("  bearer token more"), false),
         ] {
-            let rewrite = policy.request(came.map(str::as_bytes));
+            let first = |name: &str| came.map(str::as_bytes).filter(|_| name == AUTHORIZATION);
+            let rewrite = policy.request(first).expect("it goes on");
             let adds: Vec<_> = rewrite.adds().collect();
             let fate = rewrite.fate(b"Authorization");
             if replaced {

@@ -322,16 +322,19 @@ impl Relay {
             return self.server.bound_own();
         }
         let size = list.size() + self.policy.size();
-        let status = match self.trust {
-            Trust::Withdrawn => Some(b"401"),
-            Trust::Given if self.server.allowed.list.is_some_and(|allowed| size > allowed) => Some(b"431"),
-            Trust::Given => None,
+        let rewrite = match self.trust {
+            Trust::Withdrawn => Err(b"401"),
+            Trust::Given if self.server.allowed.list.is_some_and(|allowed| size > allowed) => Err(b"431"),
+            Trust::Given => self.policy.request(|name| list.get(name.as_bytes())).ok_or(b"401"),
         };
-        if let Some(status) = status {
-            self.streams.refuse(block.stream);
-            write_status(block, *status, self.server.own());
-            return self.server.bound_own();
-        }
+        let rewrite = match rewrite {
+            Ok(rewrite) => rewrite,
+            Err(status) => {
+                self.streams.refuse(block.stream);
+                write_status(block, *status, self.server.own());
+                return self.server.bound_own();
+            }
+        };
         let field = |name: &[u8]| list.get(name).unwrap_or_default();
         let watch = Watch::of(field(b":method"), field(b":path"));
         self.streams.open(block.stream, watch.is_some(), block.end_stream)?;
@@ -349,7 +352,7 @@ impl Relay {
         self.client.encode(
             block,
             self.server.allowed.table,
-            |encoder, out| request::write_request(list, policy, encoder, out),
+            |encoder, out| request::write_request(list, policy, rewrite, encoder, out),
             &mut out.to_server,
         )
     }

@@ -134,6 +134,22 @@ impl Certificate {
         (self.not_before, self.not_after)
     }
 
+    /// Whether it is for that host (crypto/x509/verify.go, `VerifyHostname`, of names alone).
+    pub fn is_for_host(&self, host: &str) -> bool {
+        let host = host.to_ascii_lowercase();
+        let plain = host.strip_suffix('.').unwrap_or(&host);
+        self.dns_names().iter().any(|name| {
+            let name = name.to_ascii_lowercase();
+            if !is_host(plain, false) || !is_host(&name, true) {
+                return name == host && !matches!(host.as_str(), "" | ".");
+            }
+            match name.strip_prefix("*.") {
+                Some(rest) => plain.split_once('.').is_some_and(|(_, after)| after == rest),
+                None => name == plain,
+            }
+        })
+    }
+
     pub(super) fn issuer(&self) -> &[u8] {
         &self.raw[self.issuer.clone()]
     }
@@ -145,6 +161,17 @@ impl Certificate {
     pub(super) fn spki(&self) -> &[u8] {
         &self.raw[self.spki.clone()]
     }
+}
+
+/// Whether a name can be matched label by label (verify.go, `validHostname`).
+fn is_host(name: &str, pattern: bool) -> bool {
+    let mut labels = name.split('.').enumerate();
+    name != "*"
+        && labels.all(|(at, label)| {
+            let allowed = |octet: u8| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_');
+            let plain = !label.is_empty() && !label.starts_with('-') && label.bytes().all(allowed);
+            plain || pattern && at == 0 && label == "*"
+        })
 }
 
 fn version(fields: &mut Der<'_>) -> Option<u8> {

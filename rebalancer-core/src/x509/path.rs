@@ -116,14 +116,19 @@ impl Certificate {
         Ok(())
     }
 
-    fn is_signed_by(&self, parent: &Self, crypto: &dyn Crypto) -> bool {
-        let is_ca = match parent.extensions.basic {
+    /// Whether it may sign certificates at all.
+    pub fn may_sign(&self) -> bool {
+        let is_ca = match self.extensions.basic {
             Some(basic) => basic.is_ca,
             // Versions before 3 cannot say it.
-            None => parent.version < 3,
+            None => self.version < 3,
         };
-        let usage = parent.extensions.key_usage;
-        if !is_ca || usage != 0 && usage & KEY_CERT_SIGN == 0 {
+        let usage = self.extensions.key_usage;
+        is_ca && (usage == 0 || usage & KEY_CERT_SIGN != 0)
+    }
+
+    fn is_signed_by(&self, parent: &Self, crypto: &dyn Crypto) -> bool {
+        if !parent.may_sign() {
             return false;
         }
         self.scheme.is_some_and(|scheme| {

@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use super::Failure;
 use crate::{
     local::SocketPath,
-    relay::{self, Config, Files, Limits, SniFiles, WatchHandover},
+    relay::{self, Config, Files, Limits, RequestHeaders, SniFiles, WatchHandover},
     span::Span,
     sys,
 };
@@ -42,6 +42,54 @@ pub struct Arguments {
     /// CA bundle (PEM) of client certificates: the apiserver's --client-ca-file
     #[arg(long, env = "REBALANCER_CLIENT_CA", value_name = "FILE")]
     client_ca: PathBuf,
+    /// Headers that name a user, the first one written: the apiserver's flag of the same name
+    #[arg(
+        long,
+        env = "REBALANCER_REQUESTHEADER_USERNAME_HEADERS",
+        value_delimiter = ',',
+        default_value = "X-Remote-User",
+        value_name = "NAME,..."
+    )]
+    requestheader_username_headers: Vec<String>,
+    /// Headers that name a user's groups, the first one written: the apiserver's flag of the same name
+    #[arg(
+        long,
+        env = "REBALANCER_REQUESTHEADER_GROUP_HEADERS",
+        value_delimiter = ',',
+        default_value = "X-Remote-Group",
+        value_name = "NAME,..."
+    )]
+    requestheader_group_headers: Vec<String>,
+    /// Headers that name a user's UID, the first one written: the apiserver's flag of the same name
+    #[arg(
+        long,
+        env = "REBALANCER_REQUESTHEADER_UID_HEADERS",
+        value_delimiter = ',',
+        default_value = "X-Remote-Uid",
+        value_name = "NAME,..."
+    )]
+    requestheader_uid_headers: Vec<String>,
+    /// Beginnings of headers that say more of a user, the first one written: the apiserver's flag of the same name
+    #[arg(
+        long,
+        env = "REBALANCER_REQUESTHEADER_EXTRA_HEADERS_PREFIX",
+        value_delimiter = ',',
+        default_value = "X-Remote-Extra-",
+        value_name = "NAME,..."
+    )]
+    requestheader_extra_headers_prefix: Vec<String>,
+    /// CA bundle (PEM) of other front proxies, which name users themselves: the apiserver's flag of the same name
+    /// [default: none is believed]
+    #[arg(long, env = "REBALANCER_REQUESTHEADER_CLIENT_CA_FILE", value_name = "FILE")]
+    requestheader_client_ca_file: Option<PathBuf>,
+    /// Common names such proxies may have: the apiserver's flag of the same name [default: any]
+    #[arg(
+        long,
+        env = "REBALANCER_REQUESTHEADER_ALLOWED_NAMES",
+        value_delimiter = ',',
+        value_name = "NAME,..."
+    )]
+    requestheader_allowed_names: Vec<String>,
     /// Front-proxy client certificate (PEM), signed by the apiserver's --requestheader-client-ca-file
     #[arg(long, env = "REBALANCER_PROXY_CLIENT_CERT", value_name = "FILE")]
     proxy_client_cert: PathBuf,
@@ -115,6 +163,16 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             arguments.listen
         )));
     }
+    let headers = RequestHeaders {
+        username: arguments.requestheader_username_headers,
+        group: arguments.requestheader_group_headers,
+        uid: arguments.requestheader_uid_headers,
+        extra_prefix: arguments.requestheader_extra_headers_prefix,
+        allowed_names: arguments.requestheader_allowed_names,
+    };
+    let headers = headers
+        .checked()
+        .map_err(|error| Failure::Configuration(error.into()))?;
     // Two sockets a connection, and some for everything else.
     let max_connections = match sys::raise_open_files() {
         Ok(files) => {
@@ -143,10 +201,12 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             key: arguments.tls_key,
             sni: arguments.tls_sni_cert_key,
             client_ca: arguments.client_ca,
+            proxy_ca: arguments.requestheader_client_ca_file,
             proxy_certificate: arguments.proxy_client_cert,
             proxy_key: arguments.proxy_client_key,
             upstream_ca: arguments.upstream_ca,
         },
+        headers,
         control: arguments.control,
         proxies: arguments.proxy_protocol,
         limits: Limits {

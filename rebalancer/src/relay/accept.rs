@@ -20,13 +20,14 @@ use tokio::{
 
 use super::{
     Limits, http1,
-    identity::{self, Claim, Identity},
+    identity::Claim,
     proxy_protocol,
     pump::{self, End},
-    registry::{Connection, Registry, Trust},
+    registry::{Connection, Registry},
     stream,
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
+    trust::{self, Trust},
     upstream::Target,
     workers::Workers,
 };
@@ -272,26 +273,15 @@ impl Door {
         });
     }
 
-    /// Who the client is, as the apiserver's x509 authenticator would say of the same chain.
+    /// Who the client is, as the apiserver's authenticators would say of the same chain.
     fn claim(&self, tls: &Tls, chain: &[CertificateDer<'_>], connection: &Connection) -> Claim {
-        let rejected = |error: String| {
+        let judgement = tls.authorities.judge(chain, trust::now_ns());
+        if let Some(error) = &judgement.why {
             tracing::info!(client = %connection.client(), error, "a client certificate is not accepted");
-            Claim::Rejected
-        };
-        if let Err(error) = tls.verify(chain) {
-            return rejected(error.to_string());
+        } else {
+            connection.set_trust(Trust::new(chain, &judgement, Arc::clone(&self.tls)));
         }
-        match Identity::of(&chain[0]) {
-            Ok(Some(identity)) => {
-                connection.set_trust(Trust {
-                    until: identity::valid_until(chain),
-                    generation: tls.generation,
-                });
-                Claim::Accepted(identity)
-            }
-            Ok(None) => rejected("it has no common name".to_owned()),
-            Err(error) => rejected(error.to_string()),
-        }
+        judgement.claim
     }
 
     async fn serve(&self, mut stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
@@ -304,7 +294,7 @@ impl Door {
             {
                 connection.set_client(client);
             }
-            let client = stream::accept(Arc::clone(&tls.server), stream)
+            let client = stream::accept(tls.server(connection.local().ip()), stream)
                 .await
                 .context("the client's TLS handshake failed")?;
             let session = client.state();
@@ -313,9 +303,10 @@ impl Door {
                 None => Claim::Absent,
                 Some(chain) => self.claim(&tls, chain, connection),
             };
-            let config = match claim {
-                Claim::Accepted(_) => &tls.front_proxy,
-                Claim::Absent | Claim::Rejected => &tls.anonymous,
+            let config = if claim.is_believed() {
+                &tls.front_proxy
+            } else {
+                &tls.anonymous
             };
             let server = self
                 .target
@@ -341,7 +332,13 @@ impl Door {
             pump::run(client, server, relay, connection).await
         } else {
             connection.established(Protocol::Http1, claim.user());
-            Box::pin(http1::run(client, server, Arc::new(claim), connection, &self.tls)).await
+            Box::pin(http1::run(
+                client,
+                server,
+                claim.policy(Arc::clone(&self.names), connection.client().ip()),
+                connection,
+            ))
+            .await
         };
         if matches!(end, End::Server | End::ServerIo(_)) {
             self.doubt.notify_one();

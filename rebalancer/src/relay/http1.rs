@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::{
     body::{Bytes, Incoming},
@@ -15,7 +15,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rebalancer_core::h2::{
-    policy::{IdentityNames, user_agent},
+    policy::{FORWARDED_FOR, Fate, Policy, user_agent},
     relay::is_refusal,
 };
 use tokio::{
@@ -24,11 +24,8 @@ use tokio::{
 };
 
 use super::{
-    identity::{Claim, REJECTED},
     pump::End,
     registry::{Connection, Order},
-    tls::Reloader,
-    unix_now,
 };
 
 /// How long a client may take for its next request: kube-apiserver's own `IdleTimeout`
@@ -38,7 +35,7 @@ const IDLE: Duration = Duration::from_secs(90);
 type Body = BoxBody<Bytes, hyper::Error>;
 
 /// Serves one client until either side closes.
-pub async fn run<C, S>(client: C, server: S, claim: Arc<Claim>, connection: &Arc<Connection>, tls: &Reloader) -> End
+pub async fn run<C, S>(client: C, server: S, policy: Policy, connection: &Arc<Connection>) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -48,12 +45,13 @@ where
         Err(error) => return End::ServerIo(std::io::Error::other(error)),
     };
     let sender = Arc::new(Mutex::new(sender));
+    let policy = Arc::new(policy);
     let upgraded: Arc<Mutex<Option<Upgraded>>> = Arc::default();
     let service = service_fn(|request| {
         forward(
             request,
             Arc::clone(&sender),
-            still_believed(&claim, connection, tls),
+            Arc::clone(&policy),
             Arc::clone(connection),
             Arc::clone(&upgraded),
         )
@@ -94,14 +92,6 @@ where
     }
 }
 
-/// What the certificate says now: it may have expired, or its CA be gone, since the handshake.
-fn still_believed(claim: &Arc<Claim>, connection: &Connection, tls: &Reloader) -> Arc<Claim> {
-    match **claim {
-        Claim::Accepted(_) if !connection.is_trusted(unix_now(), tls.current().generation) => Arc::new(Claim::Rejected),
-        _ => Arc::clone(claim),
-    }
-}
-
 /// Both halves of a connection after `101`: it is this connection's to the end, in figures and in the list.
 struct Upgraded {
     client: OnUpgrade,
@@ -131,7 +121,7 @@ impl Upgraded {
 async fn forward(
     mut request: Request<Incoming>,
     sender: Arc<Mutex<SendRequest<Incoming>>>,
-    claim: Arc<Claim>,
+    policy: Arc<Policy>,
     connection: Arc<Connection>,
     upgraded: Arc<Mutex<Option<Upgraded>>>,
 ) -> Result<Response<Body>, hyper::Error> {
@@ -140,8 +130,10 @@ async fn forward(
     {
         connection.set_user_agent(user_agent(agent.as_bytes()));
     }
+    if !connection.is_believed() || rewrite(&mut request, &policy).is_none() {
+        return Ok(unauthorized());
+    }
     let in_flight = InFlight::begin(&connection);
-    rewrite(&mut request, &claim, &connection);
     let from_client = hyper::upgrade::on(&mut request);
     let sent = {
         let mut sender = sender.lock().await;
@@ -191,41 +183,60 @@ async fn forward(
     }))
 }
 
-/// Replaces what the client says about itself by what the relay knows.
-fn rewrite(request: &mut Request<Incoming>, claim: &Claim, connection: &Connection) {
+/// The relay's own answer where nobody asks any more: nothing without identity goes over a connection with the front-proxy
+/// certificate.
+fn unauthorized() -> Response<Body> {
+    const BODY: &str = concat!(
+        r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"Unauthorized","#,
+        r#""reason":"Unauthorized","code":401}"#,
+        "\n"
+    );
+    let mut answer = Response::new(
+        Full::new(Bytes::from_static(BODY.as_bytes()))
+            .map_err(|never| match never {})
+            .boxed(),
+    );
+    *answer.status_mut() = StatusCode::UNAUTHORIZED;
+    let headers = answer.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    answer
+}
+
+/// Does to a request what the policy says; `None` when nobody asks.
+fn rewrite(request: &mut Request<Incoming>, policy: &Policy) -> Option<()> {
     let headers = request.headers_mut();
-    let names = IdentityNames::default();
-    let claims: Vec<_> = headers
-        .keys()
-        .filter(|name| names.covers(name.as_str().as_bytes()))
-        .cloned()
-        .collect();
-    for name in claims {
-        headers.remove(name);
-    }
-    let mut chain = Vec::new();
-    for value in headers.get_all("x-forwarded-for") {
-        chain.extend_from_slice(value.as_bytes());
-        chain.extend_from_slice(b", ");
-    }
-    chain.extend_from_slice(connection.client().ip().to_canonical().to_string().as_bytes());
-    if let Ok(chain) = HeaderValue::from_bytes(&chain) {
-        headers.insert("x-forwarded-for", chain);
-    }
-    match claim {
-        Claim::Absent => {}
-        Claim::Accepted(identity) => {
-            // Appended one by one: a user has several groups.
-            for (name, value) in identity.headers() {
-                headers.append(name, value);
+    let rewrite = policy.request(|name| headers.get(name).map(HeaderValue::as_bytes))?;
+    let adds: Vec<_> = rewrite.adds().collect();
+    let names: Vec<_> = headers.keys().cloned().collect();
+    let (mut gone, mut merged) = (Vec::new(), Vec::new());
+    for name in names {
+        match rewrite.fate(name.as_str().as_bytes()) {
+            Fate::Passes => {}
+            Fate::Removed => gone.push(name),
+            Fate::Merged => {
+                merged.extend(headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()));
+                gone.push(name);
             }
         }
-        Claim::Rejected => {
-            headers
-                .entry(header::AUTHORIZATION)
-                .or_insert(HeaderValue::from_static(REJECTED));
+    }
+    let chain = policy.forwarded_for(merged.iter().map(Vec::as_slice));
+    for name in gone {
+        headers.remove(name);
+    }
+    if let Ok(chain) = HeaderValue::from_bytes(&chain) {
+        headers.insert(FORWARDED_FOR, chain);
+    }
+    // Appended one by one: a user has several groups.
+    for (name, value) in adds {
+        if let (Ok(name), Ok(value)) = (
+            HeaderName::from_bytes(name.as_bytes()),
+            HeaderValue::from_bytes(value.as_bytes()),
+        ) {
+            headers.append(name, value);
         }
     }
+    Some(())
 }
 
 /// A request in flight: an HTTP/1.1 connection has one at most.

@@ -6,16 +6,13 @@
 
 use std::{borrow::Cow, fmt::Write as _, net::IpAddr, sync::Arc};
 
-use http::{HeaderName, HeaderValue};
-use rebalancer_core::h2::policy::{IdentityNames, Policy};
-use rustls::pki_types::CertificateDer;
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use http::HeaderValue;
+use rebalancer_core::{
+    h2::policy::{IdentityNames, Policy},
+    x509::Certificate,
+};
 
-/// The subject attribute that carries a user's UID (KEP-5284, feature AllowParsingUserUIDFromCertAuth).
-const UID_OID: &str = "1.3.6.1.4.1.57683.2";
-
-const COMMON_NAME_OID: &str = "2.5.4.3";
-const ORGANIZATION_OID: &str = "2.5.4.10";
+use super::request_headers::RequestHeaders;
 
 /// What the client's certificate says about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +21,8 @@ pub enum Claim {
     Absent,
     /// The CA vouches for it and it names somebody.
     Accepted(Identity),
+    /// Its owner is a front proxy itself, and names a user with each request; what it is called where it names none.
+    Proxy(Option<Identity>),
     /// The apiserver would not take it either: without a token of its own the client's requests are answered 401.
     Rejected,
 }
@@ -36,9 +35,14 @@ impl Claim {
     /// The user's name.
     pub fn user(&self) -> Option<&str> {
         match self {
-            Self::Accepted(identity) => Some(&identity.user),
-            Self::Absent | Self::Rejected => None,
+            Self::Accepted(identity) | Self::Proxy(Some(identity)) => Some(&identity.user),
+            Self::Absent | Self::Proxy(None) | Self::Rejected => None,
         }
+    }
+
+    /// Whether its requests go over a connection with the front-proxy certificate.
+    pub fn is_believed(&self) -> bool {
+        matches!(self, Self::Accepted(_) | Self::Proxy(_))
     }
 
     /// What is done to the client's requests.
@@ -47,6 +51,7 @@ impl Claim {
         match self {
             Self::Absent => policy,
             Self::Accepted(identity) => policy.with_identity(identity.fields()),
+            Self::Proxy(identity) => policy.of_proxy(identity.iter().flat_map(Identity::fields)),
             Self::Rejected => policy.with_authorization_unless_token(REJECTED),
         }
     }
@@ -57,18 +62,19 @@ impl Claim {
 pub struct Identity {
     /// The user's name.
     pub user: String,
-    fields: Vec<(&'static str, String)>,
+    /// Names in lower case.
+    fields: Vec<(String, String)>,
 }
 
 /// Why a verified certificate names nobody.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NoIdentity {
-    /// It is not X.509.
-    #[error("the client certificate cannot be parsed")]
-    Unreadable,
     /// A name that no header can carry.
     #[error("the client certificate's {0} holds characters that no HTTP header can carry")]
     NotAHeaderValue(&'static str),
+    /// More than one, or an empty one.
+    #[error("the client certificate must have one UID that is not empty, or none")]
+    Uid,
 }
 
 impl Identity {
@@ -77,96 +83,64 @@ impl Identity {
     /// # Errors
     ///
     /// See [`NoIdentity`].
-    pub fn of(certificate: &CertificateDer<'_>) -> Result<Option<Self>, NoIdentity> {
-        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| NoIdentity::Unreadable)?;
-        let mut user = String::new();
-        let mut uid = None;
-        let mut groups = Vec::new();
-        for attribute in parsed.subject().iter_attributes() {
-            let text = || {
-                attribute
-                    .as_str()
-                    .map(str::to_owned)
-                    .map_err(|_| NoIdentity::Unreadable)
-            };
-            match attribute.attr_type().to_id_string().as_str() {
-                // Go keeps the last common name it meets (crypto/x509/pkix, FillFromRDNSequence).
-                COMMON_NAME_OID => user = text()?,
-                ORGANIZATION_OID => groups.push(text()?),
-                UID_OID => uid = Some(text()?),
-                _ => {}
-            }
-        }
+    pub fn of(certificate: &Certificate, headers: &RequestHeaders) -> Result<Option<Self>, NoIdentity> {
+        let name = certificate.name();
+        let user = name.common_name().to_owned();
         if user.is_empty() {
             return Ok(None);
         }
-        let mut fields = vec![("x-remote-user", user.clone())];
-        fields.extend(groups.into_iter().map(|group| ("x-remote-group", group)));
-        fields.extend(uid.map(|uid| ("x-remote-uid", uid)));
-        // The key `authentication.kubernetes.io/credential-id`, escaped as the front-proxy authenticator unescapes it.
-        fields.push((
-            "x-remote-extra-authentication.kubernetes.io%2fcredential-id",
-            credential_id(certificate),
-        ));
-        fields.retain(|(_, value)| !value.is_empty());
-        for (name, value) in &fields {
+        let uids: Vec<&str> = name.uids().collect();
+        if uids.len() > 1 || uids.first().is_some_and(|uid| uid.is_empty()) {
+            return Err(NoIdentity::Uid);
+        }
+        let [of_user, of_group, of_uid, of_credential] = headers.written();
+        // The apiserver passes empty groups over, where a header names them.
+        let groups = name.organizations().filter(|group| !group.is_empty());
+        let groups = groups.map(|group| (&of_group, group.to_owned(), "organization"));
+        let uid = uids.into_iter().map(|uid| (&of_uid, uid.to_owned(), "UID"));
+        let credential = (&of_credential, credential_id(certificate.raw()), "hash");
+        let all = [(&of_user, user.clone(), "common name")]
+            .into_iter()
+            .chain(groups)
+            .chain(uid)
+            .chain([credential]);
+        let mut fields = Vec::new();
+        for (name, value, what) in all {
             // HTTP takes white space around a value away, and with it what sets this name apart from another one.
             if value.trim_ascii() != value || HeaderValue::from_bytes(value.as_bytes()).is_err() {
-                return Err(NoIdentity::NotAHeaderValue(match *name {
-                    "x-remote-user" => "common name",
-                    "x-remote-group" => "organization",
-                    _ => "UID",
-                }));
+                return Err(NoIdentity::NotAHeaderValue(what));
             }
+            fields.push((name.clone(), value));
         }
         Ok(Some(Self { user, fields }))
     }
 
     /// The fields, names in lower case.
-    fn fields(&self) -> impl Iterator<Item = (Cow<'static, str>, String)> + '_ {
-        let fields = self.fields.iter();
-        fields.map(|(name, value)| (Cow::Borrowed(*name), value.clone()))
+    pub fn fields(&self) -> impl Iterator<Item = (Cow<'static, str>, String)> + '_ {
+        self.fields
+            .iter()
+            .map(|(name, value)| (Cow::Owned(name.clone()), value.clone()))
     }
-
-    /// The fields for an HTTP/1.1 request.
-    pub fn headers(&self) -> impl Iterator<Item = (HeaderName, HeaderValue)> + '_ {
-        self.fields.iter().filter_map(|(name, value)| {
-            // Every value was checked when the identity was made.
-            Some((
-                HeaderName::from_static(name),
-                HeaderValue::from_bytes(value.as_bytes()).ok()?,
-            ))
-        })
-    }
-}
-
-/// The end of a chain's validity, in seconds since 1970; what cannot be read is over.
-pub fn valid_until(chain: &[CertificateDer<'_>]) -> u64 {
-    let of = |certificate: &CertificateDer<'_>| {
-        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-        u64::try_from(parsed.validity().not_after.timestamp()).ok()
-    };
-    // A certificate is valid through the second it names (RFC 5280, section 4.1.2.5).
-    chain
-        .iter()
-        .map(|certificate| of(certificate).unwrap_or(0))
-        .min()
-        .unwrap_or(0)
-        + 1
 }
 
 /// `X509SHA256=` and the certificate's hash, as the apiserver's audit log names the credential.
-fn credential_id(certificate: &CertificateDer<'_>) -> String {
+fn credential_id(certificate: &[u8]) -> String {
     let mut text = String::from("X509SHA256=");
-    if let rustls::SupportedCipherSuite::Tls13(suite) =
-        rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256
-    {
-        for octet in suite.common.hash_provider.hash(certificate).as_ref() {
-            // Writing to a String cannot fail.
-            let _ = write!(text, "{octet:02x}");
-        }
+    for octet in sha256(certificate) {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{octet:02x}");
     }
     text
+}
+
+/// SHA-256.
+pub fn sha256(message: &[u8]) -> Vec<u8> {
+    let rustls::SupportedCipherSuite::Tls13(suite) = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256
+    else {
+        // That suite is TLS 1.3's.
+        return Vec::new();
+    };
+    suite.common.hash_provider.hash(message).as_ref().to_vec()
 }
 
 #[cfg(test)]
@@ -174,31 +148,35 @@ mod tests {
     use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 
     use super::*;
+    use crate::relay::trust::AwsLc;
 
-    fn certificate(names: &[(DnType, &str)]) -> CertificateDer<'static> {
+    fn of(names: &[(DnType, &str)]) -> Result<Option<Identity>, NoIdentity> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         for (kind, value) in names {
             params.distinguished_name.push(kind.clone(), *value);
         }
         let key = KeyPair::generate().expect("a key");
-        params.self_signed(&key).expect("a certificate").der().clone()
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let parsed = Certificate::parse(certificate.der(), &AwsLc).expect("it is well-formed");
+        Identity::of(&parsed, &RequestHeaders::default())
     }
 
     #[test]
     fn a_certificate_names_user_groups_uid_and_credential() {
         let uid = DnType::CustomDnType(vec![1, 3, 6, 1, 4, 1, 57683, 2]);
-        let der = certificate(&[
+        let identity = of(&[
             (DnType::CommonName, "alice"),
             (DnType::OrganizationName, "dev"),
             (uid, "7"),
-        ]);
-        let identity = Identity::of(&der).expect("it parses").expect("it names somebody");
+        ])
+        .expect("headers can carry it")
+        .expect("it names somebody");
         assert_eq!(identity.user, "alice");
         let names: Vec<_> = identity
             .fields
             .iter()
-            .map(|(name, value)| (*name, value.as_str()))
+            .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
         assert_eq!(
             names[..3],
@@ -209,24 +187,17 @@ mod tests {
             ]
         );
         assert!(names[3].1.starts_with("X509SHA256=") && names[3].1.len() == 11 + 64);
-        assert_eq!(identity.headers().count(), 4);
+        assert_eq!(names.len(), 4);
     }
 
     #[test]
     fn nobody_is_named_without_a_common_name_or_with_one_no_header_can_carry() {
-        assert_eq!(
-            Identity::of(&certificate(&[(DnType::OrganizationName, "dev")])),
-            Ok(None)
-        );
-        let forged = certificate(&[(DnType::CommonName, "a\r\nx-remote-group: system:masters")]);
-        assert_eq!(Identity::of(&forged), Err(NoIdentity::NotAHeaderValue("common name")));
-        for padded in [" alice", "alice ", "\talice"] {
-            let padded = certificate(&[(DnType::CommonName, padded)]);
-            assert_eq!(Identity::of(&padded), Err(NoIdentity::NotAHeaderValue("common name")));
+        assert_eq!(of(&[(DnType::OrganizationName, "dev")]), Ok(None));
+        for odd in ["a\r\nx-remote-group: system:masters", " alice", "alice ", "\talice"] {
+            let refused = of(&[(DnType::CommonName, odd)]);
+            assert_eq!(refused, Err(NoIdentity::NotAHeaderValue("common name")), "{odd:?}");
         }
-        assert_eq!(
-            Identity::of(&CertificateDer::from(vec![1, 2, 3])),
-            Err(NoIdentity::Unreadable)
-        );
+        let uid = DnType::CustomDnType(vec![1, 3, 6, 1, 4, 1, 57683, 2]);
+        assert_eq!(of(&[(DnType::CommonName, "alice"), (uid, "")]), Err(NoIdentity::Uid));
     }
 }

@@ -5,12 +5,14 @@
 
 mod accept;
 mod control;
+mod discovery;
 mod handover;
 mod http1;
 mod identity;
 mod proxy_protocol;
 mod pump;
 mod registry;
+mod request_headers;
 mod sni;
 mod socket;
 mod stream;
@@ -20,11 +22,7 @@ pub mod trust;
 mod upstream;
 mod workers;
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -44,10 +42,11 @@ use crate::{
 use accept::{Door, Stop};
 pub use handover::WatchHandover;
 use registry::Registry;
+pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
 pub use tls::Files;
-use tls::Reloader;
+use tls::{Changed, Reloader};
 use upstream::Target;
 use workers::Workers;
 
@@ -59,9 +58,6 @@ const CHECK_READY: Duration = Duration::from_secs(2);
 
 /// How often another one is.
 const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
-
-/// How many clients are told to go at a look because the client CA has changed.
-const DOUBTED: usize = 50;
 
 /// Over how long a relay that ends spreads its GOAWAYs.
 const FAREWELL_SECONDS: usize = 10;
@@ -77,6 +73,8 @@ pub struct Config {
     pub upstream_name: ServerName<'static>,
     /// Certificates and keys.
     pub files: Files,
+    /// The headers that say who asks.
+    pub headers: RequestHeaders,
     /// The control socket.
     pub control: SocketPath,
     /// The load balancers that begin each connection with a PROXY protocol header.
@@ -108,12 +106,14 @@ pub struct Limits {
 ///
 /// A file, the control socket or the address that cannot be used: the operator can mend it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let tls = Arc::new(Reloader::new(config.files.clone())?);
+    let headers = Arc::new(config.headers.clone());
+    let tls = Arc::new(Reloader::new(config.files.clone(), Arc::clone(&headers))?);
     let target = Arc::new(Target {
         address: config.upstream,
         name: config.upstream_name.clone(),
         tls: Arc::clone(&tls),
     });
+    let fits = discovery::check_once(&target, &headers).await?;
     let predecessor = Predecessor::find(&config.control.0).await?;
     let inherited = inherit(&config, predecessor.as_ref())?;
     let registry = Registry::new(format!("{:016x}", random::u64()));
@@ -148,12 +148,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         registry: Arc::clone(&registry),
         proxies: config.proxies,
         listening: Arc::clone(&listening),
-        names: Arc::default(),
+        names: Arc::new(headers.names()),
         limits: config.limits,
         workers: Workers::start().context("cannot start the threads that serve connections")?,
         doubt: Arc::clone(&doubt),
     });
     let accepting = tokio::spawn(accept::run(door, inherited, upstream, stopping));
+    let unfit = {
+        let target = Arc::clone(&target);
+        async move {
+            if fits {
+                std::future::pending().await
+            }
+            match discovery::check(&target, &headers).await {
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
+            }
+        }
+    };
     tokio::spawn(watch_upstream(target, Arc::clone(&registry), seen, doubt));
     if let Some(settings) = config.limits.watch_handover {
         tokio::spawn(handover::run(Arc::clone(&registry), settings));
@@ -166,6 +178,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         _ = terminate.recv() => Stop::Ending,
         _ = interrupt.recv() => Stop::Ending,
         () = listening.taken() => Stop::Taken,
+        error = unfit => return Err(error),
     };
     tracing::info!(
         connections = registry.len(),
@@ -234,12 +247,6 @@ async fn watch_upstream(
     }
 }
 
-/// Seconds since 1970.
-fn unix_now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |since| since.as_secs())
-}
-
 /// Looks at files, idle connections and drain deadlines.
 async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     let mut ticks = interval(SWEEP);
@@ -248,10 +255,20 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
     loop {
         ticks.tick().await;
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
-        registry.doubt(unix_now(), tls.current().generation, DOUBTED);
+        registry.tell_distrusted();
         match tls.reload() {
-            Ok(false) => {}
-            Ok(true) => tracing::info!("certificates have changed: new connections use them"),
+            Ok(Changed::Nothing) => {}
+            Ok(Changed::Certificates) => tracing::info!("certificates have changed: new connections use them"),
+            Ok(Changed::Authorities) => {
+                tracing::info!("client authorities have changed: open connections are judged again");
+                let registry = Arc::clone(&registry);
+                // Twenty thousand signatures take a second or two.
+                let reviewed = tokio::task::spawn_blocking(move || registry.review());
+                match reviewed.await {
+                    Ok(withdrawn) => tracing::info!(withdrawn, "open connections are judged"),
+                    Err(error) => tracing::error!(%error, "open connections could not all be judged again"),
+                }
+            }
             Err(error) if failing => {
                 tracing::debug!(error = format!("{error:#}"), "certificates still cannot be loaded")
             }

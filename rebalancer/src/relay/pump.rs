@@ -235,6 +235,9 @@ impl Pump {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         loop {
+            if !connection.is_believed() {
+                self.relay.withdraw();
+            }
             let client_is = match self.read_client(client, connection, context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),

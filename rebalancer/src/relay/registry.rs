@@ -15,6 +15,7 @@ use std::{
 
 use tokio::sync::Notify;
 
+use super::trust::Trust;
 use crate::shim::wire::{self, GoawayResult, Id, Outcome, OutcomeEntry, Protocol, State, Upstream};
 
 /// How many ended connections and outcomes are remembered: an agent that polls less often than this asks for all.
@@ -72,15 +73,6 @@ pub struct Connection {
     signal: AtomicU8,
     wake: Notify,
     registry: Arc<Registry>,
-}
-
-/// Why a client's certificate is believed, and until when: kube-apiserver asks itself at each request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trust {
-    /// The end of its chain's validity, in seconds since 1970.
-    pub until: u64,
-    /// Which client CA vouched for it: counts the changes of that file.
-    pub generation: u64,
 }
 
 /// What a pump is told from outside.
@@ -328,21 +320,25 @@ impl Registry {
         }
     }
 
-    /// Tells clients to go whose certificate is no longer believed: expired, or accepted by a client CA that has changed
-    /// since, of which up to `count` are told. They come back, and are asked again.
-    pub fn doubt(&self, now: u64, generation: u64, count: usize) {
-        let mut told = 0;
-        for connection in self.inner().open.values() {
-            let Some(trust) = connection.trust.get() else { continue };
-            let expired = now >= trust.until;
-            if connection.is_told() || !expired && (trust.generation == generation || told == count) {
-                continue;
-            }
-            match connection.order_goaway(0) {
-                GoawayResult::Sent if !expired => told += 1,
-                GoawayResult::NotH2 if connection.open_streams.load(Relaxed) == 0 => connection.order(CLOSE),
-                _ => {}
-            }
+    /// Judges every connection's certificate again, because those who vouch have changed; how many are over.
+    pub fn review(&self) -> usize {
+        let open: Vec<Arc<Connection>> = self.inner().open.values().cloned().collect();
+        let over = open
+            .iter()
+            .filter(|connection| connection.trust.get().is_some_and(|trust| !trust.review()));
+        let over: Vec<_> = over.collect();
+        for connection in &over {
+            connection.tell_distrusted();
+        }
+        over.len()
+    }
+
+    /// Tells clients to go whose certificate is over. Their requests are refused since then; they come back, and are asked
+    /// again.
+    pub fn tell_distrusted(&self) {
+        let open: Vec<Arc<Connection>> = self.inner().open.values().cloned().collect();
+        for connection in open.iter().filter(|connection| !connection.is_believed()) {
+            connection.tell_distrusted();
         }
     }
 
@@ -389,6 +385,11 @@ impl Connection {
         self.client.get().copied().unwrap_or(self.peer)
     }
 
+    /// The address it came to.
+    pub fn local(&self) -> SocketAddr {
+        self.local
+    }
+
     /// The load balancer named the client.
     pub fn set_client(&self, client: SocketAddr) {
         // Set once, before anything else is known.
@@ -413,10 +414,9 @@ impl Connection {
         let _ = self.trust.set(trust);
     }
 
-    /// Whether its certificate is still believed.
-    pub fn is_trusted(&self, now: u64, generation: u64) -> bool {
-        let Some(trust) = self.trust.get() else { return false };
-        now < trust.until && trust.generation == generation
+    /// Whether what it is called rests on nothing, or on a certificate that is still good, now.
+    pub fn is_believed(&self) -> bool {
+        self.trust.get().is_none_or(Trust::holds)
     }
 
     /// Another user agent was seen.
@@ -514,6 +514,12 @@ impl Connection {
     fn order(&self, signal: u8) {
         self.signal.fetch_or(signal, Relaxed);
         self.wake.notify_one();
+    }
+
+    fn tell_distrusted(&self) {
+        if self.order_goaway(0) == GoawayResult::NotH2 && self.open_streams.load(Relaxed) == 0 {
+            self.order(CLOSE);
+        }
     }
 
     fn order_goaway(&self, generation: u64) -> GoawayResult {

@@ -4,25 +4,27 @@
 //! Must never use the front-proxy certificate for a client that brought no valid certificate of its own.
 
 use std::{
-    fs,
+    collections::HashMap,
+    fmt, fs,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, RwLock},
 };
 
 use anyhow::Context as _;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
+    ClientConfig, RootCertStore, ServerConfig,
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _},
-    server::{
-        WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,
 };
 
-use super::sni::{self, ByName, SniFiles};
+use super::{
+    identity::sha256,
+    request_headers::RequestHeaders,
+    sni::{ByName, SniFiles},
+    trust::{Authorities, ClientCertificates, PROXY_CA},
+};
 
 /// The protocols of the front door, best first.
 pub const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
@@ -40,6 +42,8 @@ pub struct Files {
     pub sni: Vec<SniFiles>,
     /// Who signs client certificates.
     pub client_ca: PathBuf,
+    /// Who signs the certificates of front proxies, if any are believed.
+    pub proxy_ca: Option<PathBuf>,
     /// The front-proxy client certificate.
     pub proxy_certificate: PathBuf,
     /// Its key.
@@ -61,46 +65,49 @@ impl Files {
             ("--proxy-client-key", self.proxy_key.as_path()),
             ("--upstream-ca", self.upstream_ca.as_path()),
         ]);
+        all.extend(self.proxy_ca.as_deref().map(|path| (PROXY_CA, path)));
         all
     }
 }
 
 /// Configurations that belong together.
-#[derive(Debug)]
 pub struct Tls {
     /// Towards clients.
-    pub server: Arc<ServerConfig>,
+    server: Arc<ServerConfig>,
+    /// The same for clients that come to an address which a certificate is named for.
+    by_address: HashMap<IpAddr, Arc<ServerConfig>>,
     /// Towards the apiserver, for a client whose certificate named somebody.
     pub front_proxy: Arc<ClientConfig>,
     /// Towards the apiserver, for everybody else.
     pub anonymous: Arc<ClientConfig>,
-    /// Counts the changes of the client CA.
+    /// Who vouches for clients.
+    pub authorities: Authorities,
+    /// Counts the changes of [`Self::authorities`].
     pub generation: u64,
-    verifier: Arc<dyn ClientCertVerifier>,
 }
 
 impl Tls {
-    /// Whether the cluster's CA vouches for this chain, now.
-    pub fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
-        let (leaf, intermediates) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
-        self.verifier
-            .verify_client_cert(leaf, intermediates, UnixTime::now())
-            .map(|_| ())
+    /// Towards a client that came to that address.
+    pub fn server(&self, local: IpAddr) -> Arc<ServerConfig> {
+        Arc::clone(self.by_address.get(&local.to_canonical()).unwrap_or(&self.server))
     }
 
-    fn load(files: &Files, generation: u64) -> anyhow::Result<Self> {
+    fn load(files: &Files, headers: &Arc<RequestHeaders>, generation: u64) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(
-            Arc::new(roots(&files.client_ca, "--client-ca")?),
-            Arc::clone(&provider),
-        )
-        .build()
-        .with_context(|| format!("--client-ca {}: not usable", files.client_ca.display()))?;
+        let authorities = Authorities::load(&files.client_ca, files.proxy_ca.as_deref(), Arc::clone(headers))?;
+        let serving = serving(files, &provider)?;
+        let by_address: Vec<(IpAddr, ByName)> = serving.by_address().collect();
         let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
-            .with_client_cert_verifier(Arc::new(LateVerifier(Arc::clone(&verifier))))
-            .with_cert_resolver(Arc::new(serving(files, &provider)?));
+            .with_client_cert_verifier(Arc::new(ClientCertificates::new(&authorities)))
+            .with_cert_resolver(Arc::new(serving));
         server.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+        let at = |(address, serving): (IpAddr, ByName)| {
+            let mut server = server.clone();
+            server.cert_resolver = Arc::new(serving);
+            (address.to_canonical(), Arc::new(server))
+        };
+        let by_address = by_address.into_iter().map(at).collect();
 
         let upstream = Arc::new(roots(&files.upstream_ca, "--upstream-ca")?);
         let towards_upstream = || {
@@ -122,10 +129,11 @@ impl Tls {
             })?;
         Ok(Self {
             server: Arc::new(server),
+            by_address,
             front_proxy: Arc::new(front_proxy),
             anonymous: Arc::new(towards_upstream()?.with_no_client_auth()),
+            authorities,
             generation,
-            verifier,
         })
     }
 }
@@ -148,26 +156,25 @@ fn serving(files: &Files, provider: &CryptoProvider) -> anyhow::Result<ByName> {
     let mut by_name = ByName::new(certified(&files.certificate, &files.key, ["--tls-cert", "--tls-key"])?);
     for sni in &files.sni {
         let key = certified(&sni.certificate, &sni.key, ["--tls-sni-cert-key"; 2])?;
-        let names = if sni.names.is_empty() {
-            sni::names_of(&key.cert[0])
-        } else {
-            sni.names.clone()
-        };
-        anyhow::ensure!(
-            !names.is_empty(),
-            "--tls-sni-cert-key {}: it holds no name; give the names after a colon",
-            sni.certificate.display()
-        );
-        by_name.add(names, key);
+        by_name.add(&sni.names, key);
     }
     Ok(by_name)
 }
 
 /// The configurations in use, and what they were made from.
-#[derive(Debug)]
 pub struct Reloader {
     files: Files,
+    headers: Arc<RequestHeaders>,
+    /// With the hash of each file: nobody keeps a key that could be printed.
     current: RwLock<(Arc<Tls>, Vec<Vec<u8>>)>,
+}
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reloader")
+            .field("files", &self.files)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Reloader {
@@ -176,12 +183,13 @@ impl Reloader {
     /// # Errors
     ///
     /// Names the flag, the file and what is wrong with it.
-    pub fn new(files: Files) -> anyhow::Result<Self> {
-        let contents = read_all(&files)?;
-        let tls = Tls::load(&files, 0)?;
+    pub fn new(files: Files, headers: Arc<RequestHeaders>) -> anyhow::Result<Self> {
+        let hashes = hash_all(&files)?;
+        let tls = Tls::load(&files, &headers, 0)?;
         Ok(Self {
             files,
-            current: RwLock::new((Arc::new(tls), contents)),
+            headers,
+            current: RwLock::new((Arc::new(tls), hashes)),
         })
     }
 
@@ -190,34 +198,54 @@ impl Reloader {
         Arc::clone(&self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner()).0)
     }
 
-    /// Loads the files again when one has changed, and says whether it did; connections that are open stay.
+    /// Loads the files again when one has changed, and says what did; connections that are open stay.
     ///
     /// # Errors
     ///
     /// As [`Self::new`]; the configurations in use stay.
-    pub fn reload(&self) -> anyhow::Result<bool> {
-        let contents = read_all(&self.files)?;
-        let generation = {
+    pub fn reload(&self) -> anyhow::Result<Changed> {
+        let hashes = hash_all(&self.files)?;
+        let (generation, authorities) = {
             let (current, before) = &*self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if *before == contents {
-                return Ok(false);
+            if *before == hashes {
+                return Ok(Changed::Nothing);
             }
-            let files = self.files.all();
-            let of_client_ca = files.iter().position(|(flag, _)| *flag == CLIENT_CA);
-            let changed = of_client_ca.is_none_or(|index| before[index] != contents[index]);
-            current.generation + u64::from(changed)
+            let all = self.files.all();
+            let vouches = |(flag, _): &(&str, &Path)| [CLIENT_CA, PROXY_CA].contains(flag);
+            let mut vouching = all
+                .iter()
+                .zip(before.iter().zip(&hashes))
+                .filter(|(file, _)| vouches(file));
+            let authorities = vouching.any(|(_, (before, after))| before != after);
+            (current.generation + u64::from(authorities), authorities)
         };
-        let tls = Arc::new(Tls::load(&self.files, generation)?);
-        *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (tls, contents);
-        Ok(true)
+        let tls = Arc::new(Tls::load(&self.files, &self.headers, generation)?);
+        *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (tls, hashes);
+        Ok(if authorities {
+            Changed::Authorities
+        } else {
+            Changed::Certificates
+        })
     }
 }
 
-fn read_all(files: &Files) -> anyhow::Result<Vec<Vec<u8>>> {
-    let read = |(flag, path): (&str, &Path)| {
-        fs::read(path).with_context(|| format!("{flag} {}: cannot read it", path.display()))
+/// What a look at the files found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changed {
+    /// They are as they were.
+    Nothing,
+    /// Certificates or keys of this side's own.
+    Certificates,
+    /// Who vouches for clients, too: what rests on it is to be judged again.
+    Authorities,
+}
+
+fn hash_all(files: &Files) -> anyhow::Result<Vec<Vec<u8>>> {
+    let hash = |(flag, path): (&str, &Path)| {
+        let read = fs::read(path).with_context(|| format!("{flag} {}: cannot read it", path.display()))?;
+        Ok(sha256(&read))
     };
-    files.all().into_iter().map(read).collect()
+    files.all().into_iter().map(hash).collect()
 }
 
 fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
@@ -245,52 +273,4 @@ fn roots(path: &Path, flag: &str) -> anyhow::Result<RootCertStore> {
             .with_context(|| format!("{flag} {}: a certificate in it cannot be a root", path.display()))?;
     }
     Ok(store)
-}
-
-/// Asks for a client certificate, checks that the client holds its key, and leaves the chain to [`Tls::verify`].
-///
-/// The apiserver asks the same way (`tls.RequestClientCert`): a client with a token and a certificate of another CA
-/// must get through.
-#[derive(Debug)]
-struct LateVerifier(Arc<dyn ClientCertVerifier>);
-
-impl ClientCertVerifier for LateVerifier {
-    fn client_auth_mandatory(&self) -> bool {
-        false
-    }
-
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.0.root_hint_subjects()
-    }
-
-    fn verify_client_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, certificate, signed)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
-    }
 }

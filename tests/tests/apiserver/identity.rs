@@ -1,12 +1,14 @@
 //! Who a client is, through the relay and directly: a real kube-apiserver is asked, and its audit log is read.
 
-use std::{fs, net::SocketAddr};
+use std::{fs, net::SocketAddr, process::Command, time::Duration};
 
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose};
 use rebalancer_tests::{
+    binary,
     h2wire::{END_HEADERS, END_STREAM, Peer, block, client_config, frame, kind},
+    kubectl::{Kubectl, Who},
     pki::{Pair, SERVER_NAME},
-    process::wait_for,
+    process::{Process, wait_for},
 };
 use serde_json::Value;
 
@@ -256,11 +258,94 @@ fn every_kind_of_client_is_the_same_through_the_relay_as_directly() {
             Some("sly"),
         )
     });
+    // What Go's crypto/x509 takes or refuses, and other libraries do not.
+    let v1 = made(pki.client_v1("first", "dev"));
+    let needless = made(pki.client("needless", "needless", &["dev"])).inspect(|pair| {
+        let chain = [fs::read(&pair.certificate), fs::read(pki.file("ghost-ca.crt"))].map(|file| file.expect("a file"));
+        fs::write(&pair.certificate, chain.concat()).expect("the file can be written");
+    });
+    let ghost = made(Ok(pki.pair("ghost")));
+    let proxy = made(Ok(pki.pair("front-proxy-client")));
+    const NAMED: Fields<'_> = &[
+        ("x-remote-user", "erin"),
+        ("x-remote-group", "dev"),
+        ("x-auth-group", "ops"),
+        ("x-remote-extra-scopes", "some"),
+    ];
+    const NAMED_WITH_TOKEN: Fields<'_> = &[NAMED[0], NAMED[1], TOKEN[0]];
+    const OTHER_GROUPS: Fields<'_> = &[("x-auth-group", "system:masters")];
+    const BASIC: Fields<'_> = &[("authorization", "Basic YTpi")];
+    const EMPTY: Fields<'_> = &[("authorization", "")];
+    let blank_uid = |params: &mut CertificateParams| {
+        let uid = DnType::CustomDnType(vec![1, 3, 6, 1, 4, 1, 57683, 2]);
+        params.distinguished_name.push(uid, "");
+    };
+    let latin = |params: &mut CertificateParams| {
+        let text =
+            rcgen::DnValue::BmpString(rcgen::string::BmpString::try_from("zoë-bmp").expect("it is in the plane"));
+        params.distinguished_name.push(DnType::CommonName, text);
+    };
     for (name, certificate, headers, user) in [
+        ("version 1", v1.clone(), &[][..], Some("first")),
+        ("version 1, and a token", v1.clone(), TOKEN, Some("first")),
+        ("an expired authority", ghost.clone(), &[], None),
+        (
+            "an expired authority, and a token",
+            ghost.clone(),
+            TOKEN,
+            Some("token-user-3"),
+        ),
+        ("an expired authority, and no token", ghost.clone(), BASIC, None),
+        (
+            "an expired authority, and an empty authorization",
+            ghost.clone(),
+            EMPTY,
+            None,
+        ),
+        (
+            "an expired certificate that is not needed",
+            needless.clone(),
+            &[],
+            Some("needless"),
+        ),
+        ("an empty UID", made(pki.client_with("blank-uid", blank_uid)), &[], None),
+        (
+            "a name in another kind of string",
+            made(pki.client_with("latin", latin)),
+            &[],
+            Some("zoë-bmp"),
+        ),
+        ("a front proxy", proxy.clone(), NAMED, Some("erin")),
+        (
+            "a front proxy, and a token",
+            proxy.clone(),
+            NAMED_WITH_TOKEN,
+            Some("erin"),
+        ),
+        ("a proxy of another name", made(pki.proxy("sidecar")), NAMED, None),
+        (
+            "a certificate, forging under another name",
+            made(pki.client("grouped", "grouped", &["dev"])),
+            OTHER_GROUPS,
+            Some("grouped"),
+        ),
+    ] {
+        kinds.push(plain(name, certificate, headers, user));
+    }
+    for (name, certificate, headers, user) in [
+        ("HTTP/1.1, version 1", v1, &[][..], Some("first")),
+        ("HTTP/1.1, an expired authority", ghost, &[], None),
+        (
+            "HTTP/1.1, an expired certificate that is not needed",
+            needless,
+            &[],
+            Some("needless"),
+        ),
+        ("HTTP/1.1, a front proxy", proxy, NAMED, Some("erin")),
         (
             "HTTP/1.1, two organizations",
             made(pki.client("old", "old", &["dev", "ops"])),
-            &[][..],
+            &[],
             Some("old"),
         ),
         ("HTTP/1.1, nobody, forging", None, SPELLED, Some("system:anonymous")),
@@ -307,6 +392,97 @@ fn every_kind_of_client_is_the_same_through_the_relay_as_directly() {
             "{name}: the audit log's addresses"
         );
     }
+}
+
+/// Directly an authenticator says no; here it never gets so far. The audit log knows only the first.
+#[test]
+fn a_front_proxy_that_names_nobody_is_nobody() {
+    let Some(world) = World::get() else { return };
+    for server in [world.apiserver, world.relay] {
+        let kind = Kind {
+            name: "a front proxy that names nobody",
+            certificate: Some(world.pki.pair("front-proxy-client")),
+            headers: &[("x-remote-group", "system:masters")],
+            trailers: &[],
+            http1: true,
+            user: None,
+        };
+        assert_eq!(review(world, &kind, server, "nameless-proxy")["code"], 401, "{server}");
+    }
+}
+
+#[test]
+fn flags_that_are_not_the_apiservers_are_refused_at_start() {
+    let Some(world) = World::get() else { return };
+    let said = |text: &str| {
+        wait_for(PATIENCE, || {
+            fs::read_to_string(world.logs.join("relay.log"))
+                .ok()?
+                .contains(text)
+                .then_some(())
+        })
+    };
+    said("extension-apiserver-authentication cannot be read").expect("a user without rights cannot read it");
+    let admin =
+        Kubectl::new(&world.pki, world.apiserver, &Who::Certificate(world.pki.pair("admin"))).expect("a kubeconfig");
+    let bound = admin
+        .run(&[
+            "create",
+            "rolebinding",
+            "-n",
+            "kube-system",
+            "rebalancer-relay",
+            "--role=extension-apiserver-authentication-reader",
+            "--user=rebalancer-relay",
+        ])
+        .expect("kubectl runs");
+    assert!(bound.is_ok(), "{bound:?}");
+    let proxies = world.pki.file("front-proxy-ca.crt");
+    let as_theirs = "--requestheader-group-headers=X-Remote-Group,X-Auth-Group".to_owned();
+    for (name, flags, expected) in [
+        ("names", vec![], "the apiserver also believes `X-Auth-Group`"),
+        (
+            "anybody",
+            vec![
+                as_theirs.clone(),
+                format!("--requestheader-client-ca-file={}", proxies.display()),
+            ],
+            "--requestheader-allowed-names",
+        ),
+        (
+            "authority",
+            vec![as_theirs, format!("--client-ca={}", proxies.display())],
+            "the apiserver does not believe the authority `front-proxy-ca`",
+        ),
+    ] {
+        let mut relay = Command::new(binary());
+        relay
+            .args(["relay", "--listen=127.0.0.1:6543", "--upstream=127.0.0.1:6444"])
+            .args(
+                world
+                    .pki
+                    .relay_flags_without(if name == "authority" { "--client-ca" } else { "" }),
+            )
+            .args(flags)
+            .arg(format!("--control=unix:{}", world.logs.join("other.sock").display()));
+        // It reads what a user without rights may not until the binding is known.
+        let mut found = None;
+        let refused = wait_for(PATIENCE, || {
+            let mut process = Process::start(name, clone(&relay), None, &world.logs).expect("the relay starts");
+            let ended = wait_for(Duration::from_secs(2), || process.is_running().is_err().then_some(()));
+            found = Some(process.log());
+            process.kill();
+            ended
+        });
+        let log = found.unwrap_or_default();
+        assert!(refused.is_some() && log.contains(expected), "{name}: {log}");
+    }
+}
+
+fn clone(command: &Command) -> Command {
+    let mut copy = Command::new(command.get_program());
+    copy.args(command.get_args());
+    copy
 }
 
 #[test]

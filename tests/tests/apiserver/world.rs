@@ -63,6 +63,11 @@ impl World {
         let at = |port| SocketAddr::new(loopback, port);
         let logs = log_directory("rebalancer-apiserver-")?;
         let pki = Pki::new(&[loopback])?;
+        // One authority has expired, as after a rotation; its clients' certificates have not.
+        pki.of_expired_authority("ghost", &["system:masters"])?;
+        let mut authorities = std::fs::read(pki.file("ca.crt"))?;
+        authorities.extend(std::fs::read(pki.file("ghost-ca.crt"))?);
+        std::fs::write(pki.file("ca.crt"), authorities)?;
         let audit = logs.join("audit.log");
         let policy = logs.join("audit-policy.yaml");
         std::fs::write(
@@ -85,6 +90,8 @@ impl World {
                     format!("--audit-policy-file={}", policy.display()),
                     format!("--audit-log-path={}", audit.display()),
                     "--audit-log-mode=blocking".to_owned(),
+                    // Added to those of the standard flags.
+                    "--requestheader-group-headers=X-Auth-Group".to_owned(),
                 ],
             },
             None,
@@ -94,6 +101,14 @@ impl World {
         relay
             .args(["relay", "--listen=127.0.0.1:6443", "--upstream=127.0.0.1:6444"])
             .args(pki.relay_flags())
+            .args([
+                "--requestheader-group-headers=X-Remote-Group,X-Auth-Group",
+                "--requestheader-allowed-names=front-proxy-client",
+            ])
+            .arg(format!(
+                "--requestheader-client-ca-file={}",
+                pki.file("front-proxy-ca.crt").display()
+            ))
             .arg(format!("--control=unix:{}", control.display()))
             .env("REBALANCER_LOG", "debug");
         processes.push(Process::start("relay", relay, None, &logs)?);

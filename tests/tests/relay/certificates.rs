@@ -3,7 +3,7 @@
 use std::{fs, net::TcpStream, sync::Arc};
 
 use rebalancer_tests::{
-    h2wire::{PATIENCE, Peer, client_config, fields, kind, request},
+    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, client_config, fields, frame, kind, request},
     pki::{Pki, SERVER_NAME},
     process::wait_for,
 };
@@ -12,7 +12,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
 };
 
-use crate::world::{RELAY, World};
+use crate::world::{OK, RELAY, World};
 
 /// A handshake for that name, to its end.
 fn handshake(config: ClientConfig, name: &str) -> anyhow::Result<ClientConnection> {
@@ -59,9 +59,10 @@ fn the_certificate_follows_the_name_and_the_files() {
     ] {
         assert_eq!(shown(&world, name), stored(pki, stem), "{name}");
     }
-    // A name that the flag does not list, although the certificate holds it: the default one, which is another's.
+    // A name that no flag lists: as at the apiserver, whichever certificate is for it; for nobody's, the default one.
+    assert_eq!(shown(&world, "other.example"), stored(pki, "inner"));
     let config = client_config(pki, None, b"h2").expect("certificates");
-    assert!(handshake(config, "other.example").is_err());
+    assert!(handshake(config, "nobodys.example").is_err());
 
     // The files change, while a connection is open.
     let old = stored(pki, "public");
@@ -103,6 +104,71 @@ fn the_certificate_follows_the_name_and_the_files() {
     fs::write(pki.file("ca.crt"), both.concat()).expect("the file can be written");
     wait_for(PATIENCE, || (named().as_deref() == Some("stranger")).then_some(())).expect("the new CA counts");
     bystander.is_served();
+}
+
+/// A client of an authority that is taken away, and one of an authority that stays, before and after.
+#[test]
+fn when_authorities_change_the_next_request_knows_and_those_that_still_verify_are_left_alone() {
+    let world = World::start_prepared(false, |pki| {
+        pki.stranger("stranger", |_| ()).expect("a certificate");
+        let both = [fs::read(pki.file("ca.crt")), fs::read(pki.file("stranger-ca.crt"))];
+        let both = both.map(|file| file.expect("a file")).concat();
+        fs::copy(pki.file("ca.crt"), pki.file("only.crt")).expect("the file can be written");
+        fs::write(pki.file("ca.crt"), both).expect("the file can be written");
+        Vec::new()
+    });
+    let pki = &world.pki;
+    let alice = pki.client("alice", "alice", &["dev"]).expect("a certificate");
+    let (mut staying, mut staying_server) = world.open(Some(&alice));
+    let (mut leaving, mut leaving_server) = world.open(Some(&pki.pair("stranger")));
+    let mut http1 = Peer::connect(pki, RELAY, Some(&pki.pair("stranger")), b"http/1.1").expect("a handshake");
+    http1.send(b"GET /before HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let mut http1_server = world.accept().peer;
+    http1_server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    assert!(http1.read_head().starts_with("HTTP/1.1 200"));
+    for (client, server) in [(&mut staying, &mut staying_server), (&mut leaving, &mut leaving_server)] {
+        client.send(&request(1, "/before"));
+        assert_eq!(server.expect(kind::HEADERS).stream, 1);
+    }
+
+    fs::copy(pki.file("only.crt"), pki.file("ca.crt")).expect("the file can be written");
+    wait_for(PATIENCE, || {
+        world
+            .relay
+            .log()
+            .contains("open connections are judged withdrawn")
+            .then_some(())
+    })
+    .expect("the relay judges again");
+    leaving.send(&request(3, "/after"));
+    let (mut answer, mut told) = (None, false);
+    while answer.is_none() || !told {
+        let frame = leaving.receive();
+        told |= frame.kind == kind::GOAWAY;
+        answer = answer.or(Some(frame).filter(|frame| frame.stream == 3));
+    }
+    // `:status: 401`, the relay's own.
+    assert_eq!(answer.expect("an answer").payload, [&[0x08, 3][..], b"401"].concat());
+    staying.send(&request(3, "/after"));
+    let list = fields(&staying_server.expect(kind::HEADERS).payload);
+    assert!(
+        list.contains(&("x-remote-user".to_owned(), "alice".to_owned())),
+        "{list:?}"
+    );
+    staying_server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, 3, &OK));
+    // The first it hears: no GOAWAY came before.
+    assert_eq!(staying.receive().kind, kind::HEADERS);
+    // An idle one over HTTP/1.1 is closed, or answered by the relay.
+    let sent = http1.try_send(b"GET /after HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    if let (Ok(()), Ok(head)) = (sent, http1.try_read(12)) {
+        assert_eq!(head, b"HTTP/1.1 401");
+    }
+    drop(leaving);
+    let heard = leaving_server.rest();
+    assert!(
+        heard.iter().all(|frame| frame.kind != kind::HEADERS),
+        "the server hears nothing of the request: {heard:?}"
+    );
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, Peer, block, code, fields, frame, get, kind, request};
+use rebalancer_tests::{
+    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, block, code, fields, frame, get, kind, request},
+    process::wait_for,
+};
 
 use crate::world::{OK, RELAY, World};
 
@@ -28,6 +31,67 @@ fn a_certificates_user_and_groups_are_named_over_the_front_proxys_certificate() 
     assert_eq!(values(&list, "x-forwarded-for"), ["127.0.0.1"]);
     let entry = &world.connections()[0];
     assert_eq!((&entry["user"], &entry["protocol"]), (&"alice".into(), &"h2".into()));
+}
+
+#[test]
+fn a_front_proxy_names_users_itself_under_all_the_apiservers_names() {
+    let world = World::start_prepared(false, |pki| {
+        for proxy in ["gateway", "other"] {
+            pki.proxy(proxy).expect("a certificate");
+        }
+        vec![
+            format!(
+                "--requestheader-client-ca-file={}",
+                pki.file("front-proxy-ca.crt").display()
+            ),
+            "--requestheader-allowed-names=gateway".to_owned(),
+            "--requestheader-username-headers=X-Auth-User,X-Remote-User".to_owned(),
+            "--requestheader-group-headers=X-Auth-Group".to_owned(),
+        ]
+    });
+    let named = [
+        ("x-remote-user", "erin"),
+        ("x-auth-group", "dev"),
+        ("x-remote-extra-a", "b"),
+    ];
+    let asking = |stream: u32, fields: &[(&str, &str)]| {
+        let list = [get("/"), block(fields)].concat();
+        frame(kind::HEADERS, END_STREAM | END_HEADERS, stream, &list)
+    };
+    let (mut client, mut server) = world.open(Some(&world.pki.pair("gateway")));
+    assert!(server.certified);
+    client.send(&asking(1, &named));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    for (name, value) in named {
+        assert_eq!(values(&list, name), [value]);
+    }
+    // Without a name nobody asks, and nothing reaches the server.
+    client.send(&asking(3, &named[1..]));
+    assert_eq!(client.expect(kind::HEADERS).payload, [&[0x08, 3][..], b"401"].concat());
+    client.send(&asking(5, &[("x-auth-user", "frank")]));
+    assert_eq!(server.expect(kind::HEADERS).stream, 5);
+
+    // A proxy whose name is not allowed is nobody, and what it says is taken away.
+    let (mut client, mut server) = world.open(Some(&world.pki.pair("other")));
+    assert!(!server.certified);
+    client.send(&asking(1, &named));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    for (name, _) in named {
+        assert_eq!(values(&list, name), [""; 0]);
+    }
+    assert_eq!(values(&list, "authorization").len(), 1);
+
+    // A user's own claims go under every name, and its certificate's are written under the first.
+    let alice = world.pki.client("alice", "alice", &["ops"]).expect("a certificate");
+    let (mut client, mut server) = world.open(Some(&alice));
+    client.send(&asking(
+        1,
+        &[("x-auth-user", "root"), ("x-auth-group", "system:masters"), named[0]],
+    ));
+    let list = fields(&server.expect(kind::HEADERS).payload);
+    assert_eq!(values(&list, "x-auth-user"), ["alice"]);
+    assert_eq!(values(&list, "x-auth-group"), ["ops"]);
+    assert_eq!(values(&list, "x-remote-user"), [""; 0]);
 }
 
 #[test]
@@ -180,24 +244,46 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
         ["brief"]
     );
 
+    // The first request after that second is answered by the relay: nothing without a name goes over this connection.
+    let over = || (SystemTime::now().duration_since(UNIX_EPOCH).ok()? > now + Duration::from_secs(5)).then_some(());
+    wait_for(PATIENCE, over).expect("the clock goes on");
+    client.send(&request(3, "/after"));
+    let mut heard = Vec::new();
+    let answer = loop {
+        let frame = client.receive();
+        if frame.stream == 3 {
+            break frame;
+        }
+        heard.push(frame);
+    };
+    assert_eq!(answer.payload, [&[0x08, 3][..], b"401"].concat());
+    let mut next = || {
+        if heard.is_empty() {
+            client.receive()
+        } else {
+            heard.remove(0)
+        }
+    };
+
     // It is told to go; its watch goes on, as it does directly, and new requests are asked elsewhere who they are.
-    assert_eq!(client.expect(kind::GOAWAY).word(0), 0x7fff_ffff);
-    client.expect(kind::PING);
+    assert_eq!(next().word(0), 0x7fff_ffff);
+    assert_eq!(next().kind, kind::PING);
     // It does not answer, and hears the last GOAWAY all the same: no new stream is served.
-    assert_eq!(client.expect(kind::GOAWAY).word(0), 1);
-    client.send(&request(3, "/late"));
-    assert_eq!(client.expect(kind::RST_STREAM).stream, 3);
+    assert_eq!(next().kind, kind::GOAWAY);
+    client.send(&request(5, "/late"));
+    assert_eq!(client.expect(kind::RST_STREAM).stream, 5);
     server.send(&frame(kind::HEADERS, END_HEADERS, 1, &OK));
     assert_eq!(client.expect(kind::HEADERS).stream, 1);
 
     http1_server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     http1.read_head();
     http1.send(b"GET /two HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
-    let head = http1_server.read_head();
+    let head = http1.read_head().to_ascii_lowercase();
     assert!(
-        head.contains("authorization: Bearer") && !head.contains("x-remote-"),
+        head.starts_with("http/1.1 401 ") && head.contains("connection: close"),
         "{head}"
     );
+    assert!(http1_server.try_read(1).is_err(), "the server hears nothing of it");
     let (_, newer) = world.open(Some(&brief));
     assert!(!newer.certified, "a new connection names nobody");
 }

@@ -1,5 +1,236 @@
 //! Whom the relay believes: client certificates, judged as the apiserver judges them.
+//!
+//! Job: say of a chain whom it names, or that its owner may name others, and until when; and ask again when that ends or
+//! when the authorities change. Input: chains, PEM bundles. Output: [`Claim`]s and [`Trust`].
+//! Must never believe a certificate longer than the path that vouched for it lasts.
 
 mod aws_lc;
+mod client;
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context as _;
+use rebalancer_core::x509::{Certificate, Pool, Refused, verify};
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 pub use aws_lc::AwsLc;
+pub use client::ClientCertificates;
+
+use super::{
+    identity::{Claim, Identity},
+    request_headers::RequestHeaders,
+    tls::Reloader,
+};
+
+/// Whose certificates those of front proxies are.
+pub const PROXY_CA: &str = "--requestheader-client-ca-file";
+
+/// Milliseconds of a second.
+const SECOND: i64 = 1000;
+
+/// Who may vouch for whom.
+pub struct Authorities {
+    /// For users: `--client-ca`.
+    users: Pool,
+    /// For those who name users: `--requestheader-client-ca-file`.
+    proxies: Pool,
+    headers: Arc<RequestHeaders>,
+}
+
+/// What a chain is worth.
+#[derive(Debug)]
+pub struct Judgement {
+    /// Whom it names.
+    pub claim: Claim,
+    /// The last millisecond since 1970 for which that is so.
+    pub until: i64,
+    /// Why it is not accepted.
+    pub why: Option<String>,
+}
+
+impl Authorities {
+    /// Reads both bundles; the second one is not asked for by everybody.
+    ///
+    /// # Errors
+    ///
+    /// Names flag, file and what is wrong: kube-apiserver does not start either with a bundle that does not parse.
+    pub fn load(users: &Path, proxies: Option<&Path>, headers: Arc<RequestHeaders>) -> anyhow::Result<Self> {
+        Ok(Self {
+            users: bundle(users, "--client-ca")?,
+            proxies: match proxies {
+                Some(path) => bundle(path, PROXY_CA)?,
+                None => Pool::default(),
+            },
+            headers,
+        })
+    }
+
+    /// The certificates of both bundles, each with its flag.
+    pub fn certificates(&self) -> impl Iterator<Item = (&'static str, &Certificate)> {
+        let flagged = [("--client-ca", &self.users), (PROXY_CA, &self.proxies)];
+        flagged
+            .into_iter()
+            .flat_map(|(flag, pool)| pool.certificates().iter().map(move |one| (flag, one)))
+    }
+
+    /// Judges a chain, as kube-apiserver's authenticators do one after the other: the front proxy's first.
+    pub fn judge(&self, chain: &[CertificateDer<'_>], now: i128) -> Judgement {
+        let rejected = |why: String| Judgement {
+            claim: Claim::Rejected,
+            until: i64::MIN,
+            why: Some(why),
+        };
+        let parsed: Result<Vec<Certificate>, _> = chain.iter().map(|der| Certificate::parse(der, &AwsLc)).collect();
+        let mut parsed = match parsed {
+            Ok(parsed) if parsed.is_empty() => return rejected("there is none".to_owned()),
+            Ok(parsed) => parsed,
+            Err(error) => return rejected(error.to_string()),
+        };
+        let leaf = parsed.remove(0);
+        let others = Pool::new(parsed);
+        let user = verify(&leaf, &others, &self.users, now, &AwsLc)
+            .map_err(|refused| refused.to_string())
+            .and_then(|verified| {
+                let identity = Identity::of(&leaf, &self.headers).map_err(|error| error.to_string())?;
+                let identity = identity.ok_or_else(|| "it has no common name".to_owned())?;
+                Ok((identity, verified.until))
+            });
+        if let Ok(until) = self.proxy(&leaf, &others, now) {
+            return Judgement {
+                claim: Claim::Proxy(user.ok().map(|(identity, _)| identity)),
+                until: until.saturating_mul(SECOND),
+                why: None,
+            };
+        }
+        match user {
+            Ok((identity, until)) => Judgement {
+                claim: Claim::Accepted(identity),
+                until: until.saturating_mul(SECOND),
+                why: None,
+            },
+            Err(why) => rejected(why),
+        }
+    }
+
+    /// Until when the owner may name users (k8s.io/apiserver/pkg/authentication/request/x509/x509.go, `Verifier`).
+    fn proxy(&self, leaf: &Certificate, others: &Pool, now: i128) -> Result<i64, Refused> {
+        let verified = verify(leaf, others, &self.proxies, now, &AwsLc)?;
+        if !self.headers.allows(leaf.name().common_name()) {
+            return Err(Refused::NotAllowed);
+        }
+        Ok(verified.until)
+    }
+}
+
+/// What a connection's identity rests on, shared by all who ask before a request whether it still does.
+///
+/// kube-apiserver judges the certificate at each request; here it is judged when its path ends and when the authorities
+/// change, which comes to the same.
+pub struct Trust {
+    chain: Box<[CertificateDer<'static>]>,
+    is_proxy: bool,
+    /// The last millisecond since 1970; [`i64::MIN`] when it has ended for good.
+    until: AtomicI64,
+    tls: Arc<Reloader>,
+}
+
+impl std::fmt::Debug for Trust {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trust")
+            .field("until", &self.until)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Trust {
+    /// Of a judgement that was given with the authorities in use.
+    pub fn new(chain: &[CertificateDer<'_>], judgement: &Judgement, tls: Arc<Reloader>) -> Self {
+        Self {
+            chain: chain.iter().map(|one| one.clone().into_owned()).collect(),
+            is_proxy: matches!(judgement.claim, Claim::Proxy(_)),
+            until: AtomicI64::new(judgement.until),
+            tls,
+        }
+    }
+
+    /// Whether it still holds, now. Once it does not, it never does again.
+    pub fn holds(&self) -> bool {
+        let until = self.until.load(Relaxed);
+        until != i64::MIN && (now_ms() <= until || self.review())
+    }
+
+    /// Asks the authorities in use again; whether it still holds.
+    pub fn review(&self) -> bool {
+        let judgement = self.tls.current().authorities.judge(&self.chain, now_ns());
+        let same = match judgement.claim {
+            Claim::Proxy(_) => self.is_proxy,
+            Claim::Accepted(_) => !self.is_proxy,
+            Claim::Absent | Claim::Rejected => false,
+        };
+        let until = if same { judgement.until } else { i64::MIN };
+        // Whoever finds it ended ends it: nobody sets it back.
+        let ended = self
+            .until
+            .fetch_update(Relaxed, Relaxed, |before| (before != i64::MIN).then_some(until));
+        same && ended.is_ok()
+    }
+}
+
+/// Nanoseconds since 1970.
+pub fn now_ns() -> i128 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_nanos() as i128)
+}
+
+fn now_ms() -> i64 {
+    (now_ns() / 1_000_000) as i64
+}
+
+/// Reads a bundle of authorities.
+fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
+    let ders: Vec<CertificateDer<'_>> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;
+    anyhow::ensure!(
+        !ders.is_empty(),
+        "{flag} {}: there is no certificate (PEM) in it",
+        path.display()
+    );
+    let parse = |(index, der): (usize, &CertificateDer<'_>)| {
+        Certificate::parse(der, &AwsLc)
+            .with_context(|| format!("{flag} {}: certificate {} in it", path.display(), index + 1))
+    };
+    let pool = Pool::new(ders.iter().enumerate().map(parse).collect::<anyhow::Result<Vec<_>>>()?);
+    for certificate in pool.certificates() {
+        if let Some(why) = useless(certificate) {
+            tracing::warn!(
+                file = %path.display(),
+                subject = certificate.name().common_name(),
+                "{flag}: a certificate in it {why}: as for the apiserver, it vouches for nobody"
+            );
+        }
+    }
+    Ok(pool)
+}
+
+/// Why an authority vouches for nobody.
+fn useless(authority: &Certificate) -> Option<&'static str> {
+    let (from, until) = authority.validity();
+    let now = now_ms() / SECOND;
+    if now > until {
+        Some("has expired")
+    } else if now < from {
+        Some("is not valid yet")
+    } else if !authority.may_sign() {
+        Some("may not sign certificates")
+    } else {
+        None
+    }
+}
