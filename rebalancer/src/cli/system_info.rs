@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{Failure, print, runtime, table::Table};
 use crate::{
     intercept::Intercept,
-    kernel::{KernelLog, Source, SourceKind},
+    kernel::{KernelLog, OLDEST, Source, SourceKind},
     steer,
 };
 
@@ -54,7 +54,12 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut checks = vec![
         Check {
             name: "kernel",
-            found: read("/proc/sys/kernel/osrelease"),
+            found: read("/proc/sys/kernel/osrelease").map(|release| {
+                let (major, minor) = OLDEST;
+                format!(
+                    "{release}; counting with kernel programs needs {major}.{minor} or what that brought, steer 6.18"
+                )
+            }),
         },
         Check {
             name: "architecture",
@@ -69,6 +74,10 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         Check {
             name: "capabilities",
             found: capabilities(),
+        },
+        Check {
+            name: "cgroup-namespace",
+            found: Ok(cgroup_namespace()),
         },
         Check {
             name: "lockdown",
@@ -161,6 +170,17 @@ fn shown(point: &AttachPoint) -> String {
         point.address,
         point.file_offset
     )
+}
+
+/// Whether this process sees the host's cgroups.
+fn cgroup_namespace() -> String {
+    // include/linux/proc_ns.h, PROC_CGROUP_INIT_INO: the first namespace's number on every machine.
+    const FIRST: &str = "cgroup:[4026531835]";
+    match fs::read_link("/proc/self/ns/cgroup") {
+        Ok(link) if link.as_os_str() == FIRST => "the host's".to_owned(),
+        Ok(_) => "one of its own, as in a pod: the root it sees is its own cgroup's".to_owned(),
+        Err(error) => format!("unknown: /proc/self/ns/cgroup: {error}"),
+    }
 }
 
 fn read(path: &str) -> Result<String, String> {

@@ -76,7 +76,7 @@ pub enum EbpfError {
     #[error("no cgroup2 filesystem is mounted: ClientHellos are read at its root")]
     NoCgroup,
     /// The kernel refused.
-    #[error("the kernel refuses {what}: {why}{}", hint(.why))]
+    #[error("the kernel refuses {what}: {why}{}{}", hint(.why), super::release::hint())]
     Refused {
         /// What.
         what: &'static str,

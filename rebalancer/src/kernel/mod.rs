@@ -4,12 +4,14 @@
 //! Output: [`Observation`]s, the first of which is a complete list. Must never invent what was not seen.
 
 mod ebpf;
+mod release;
 mod sockdiag;
 
 use clap::ValueEnum;
 use rebalancer_core::observation::Observation;
 use serde::{Deserialize, Serialize};
 
+pub use release::OLDEST;
 pub use sockdiag::list;
 
 /// Which source is asked for.

@@ -34,7 +34,11 @@ pub fn hint() -> String {
 }
 
 fn explained(release: Release) -> String {
-    let lacking: Vec<&str> = NEEDS.iter().filter(|(since, _)| *since > release).map(|(_, what)| *what).collect();
+    let lacking: Vec<&str> = NEEDS
+        .iter()
+        .filter(|(since, _)| *since > release)
+        .map(|(_, what)| *what)
+        .collect();
     if lacking.is_empty() {
         return String::new();
     }
@@ -69,8 +73,14 @@ mod tests {
         assert_eq!(explained((5, 12)), "");
         assert_eq!(explained((7, 3)), "");
         let said = explained((5, 10));
-        assert!(said.contains("Linux 5.10 by itself lacks socket cookies") && said.contains("Linux 5.12"), "{said}");
+        assert!(
+            said.contains("Linux 5.10 by itself lacks socket cookies") && said.contains("Linux 5.12"),
+            "{said}"
+        );
         assert!(!said.contains("ring buffers"), "{said}");
-        assert!(explained((4, 18)).contains("ring buffers, the list of TCP sockets"), "all of it");
+        assert!(
+            explained((4, 18)).contains("ring buffers, the list of TCP sockets"),
+            "all of it"
+        );
     }
 }
