@@ -7,8 +7,6 @@ mod archive;
 pub mod extras;
 mod guest;
 
-pub use guest::check;
-
 use std::{
     fs,
     path::{Path, PathBuf},

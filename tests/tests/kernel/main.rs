@@ -1,5 +1,7 @@
 //! Counting in the kernel: an agent on one host, clients on another, and what its API says of them.
 
+mod too_old;
+
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},

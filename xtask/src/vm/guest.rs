@@ -120,22 +120,6 @@ impl Guest {
     }
 }
 
-/// Builds the kernel programs for a processor, and has the compiler check the binary for it, C libraries included.
-///
-/// # Errors
-///
-/// It does not compile, or what that needs cannot be had.
-pub fn check(arch: Arch) -> anyhow::Result<()> {
-    let objects = ebpf::build(arch)?;
-    let mut command = cargo(["check", "--package", "rebalancer", "--target", &arch.triple()]);
-    command
-        .env("CARGO_TARGET_DIR", target().join("vm/build"))
-        .env("RUSTFLAGS", RUSTFLAGS)
-        .env("REBALANCER_EBPF_OBJECTS", &objects);
-    Standard::of(arch)?.prepare(&mut command, arch);
-    run(&mut command)
-}
-
 /// No shared libraries, and nothing that nobody reads.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static -Cstrip=symbols";
 
