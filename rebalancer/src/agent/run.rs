@@ -255,6 +255,8 @@ impl Loop {
         let mut hang_up = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The numbers this process gives are kept for it from the start: whoever comes after it goes on above them.
+        self.save();
         let silence = || tokio::time::Instant::now() + SHIM_SILENCE;
         let mut shim_silent_at = silence();
         loop {
