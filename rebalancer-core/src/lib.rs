@@ -1,7 +1,7 @@
 //! The pure core of rebalancer: it decides, it never acts.
 //!
 //! Job: keep the table of connections, compare apiservers, and answer each turn with a decision and its reason;
-//! parse what the kernel and the wire hand over (ClientHello, HTTP/2 frames, BTF, Go binaries).
+//! parse what the kernel and the wire hand over (ClientHello, HTTP/1.1, HTTP/2, BTF, Go binaries).
 //! Input: values and bytes, and `now` as an argument.
 //! Output: values and bytes.
 //! It must never read a clock, a file, a socket, the environment or a source of randomness, and never log.
@@ -12,6 +12,7 @@ pub mod btf;
 pub mod budget;
 pub mod decision;
 pub mod golang;
+pub mod h1;
 pub mod h2;
 pub mod hello;
 pub mod hold;

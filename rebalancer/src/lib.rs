@@ -7,6 +7,7 @@ pub mod agent;
 pub mod cli;
 pub mod intercept;
 pub mod kernel;
+mod listen;
 pub mod local;
 pub mod log;
 mod random;

@@ -38,6 +38,55 @@ pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     }
 }
 
+/// Which network namespace a socket is in (`SO_NETNS_COOKIE`, Linux 5.14).
+///
+/// # Errors
+///
+/// What getsockopt(2) says.
+pub fn namespace_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = mem::size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the pointers are to a u64 and to its length, which live through the call; the descriptor is open.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Binding this socket to an address takes no port yet (`IP_BIND_ADDRESS_NO_PORT`, ip(7)).
+///
+/// # Errors
+///
+/// What setsockopt(2) says.
+pub fn bind_without_port(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer is to an int of the length that is given, which lives through the call; the descriptor is open.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            mem::size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Registers a socket with the running event loop, for some of its events.
 ///
 /// # Errors

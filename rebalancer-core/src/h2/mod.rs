@@ -19,5 +19,5 @@ mod request;
 mod scan;
 mod server;
 mod streams;
-mod watch;
+pub mod watch;
 mod watches;

@@ -99,6 +99,9 @@ pub struct Arguments {
     /// Control socket, where the agent gives its orders
     #[arg(long, env = "REBALANCER_CONTROL", default_value = "unix:/run/rebalancer/relay.sock", value_parser = clap::value_parser!(SocketPath), value_name = "unix:PATH")]
     control: SocketPath,
+    /// Address and port of the relay's own metrics [default: none]
+    #[arg(long, env = "REBALANCER_RELAY_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
     /// Load balancers that begin each connection with a PROXY protocol header (version 1 or 2): a connection from these
     /// networks without a well-formed one is refused
     #[arg(
@@ -111,9 +114,14 @@ pub struct Arguments {
     /// Connections at a time; more are refused
     #[arg(long, env = "REBALANCER_MAX_CONNECTIONS", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
     max_connections: u32,
-    /// Octets a request's header list may have, 32 for each field included (the apiserver allows 1 MiB)
-    #[arg(long, env = "REBALANCER_MAX_HEADER_BYTES", default_value_t = 128 << 10, value_parser = clap::value_parser!(u32).range(4096..=16 << 20), value_name = "OCTETS")]
-    max_header_bytes: u32,
+    /// Of these, those of clients without an accepted certificate from one address (IPv6: one /64); a fifth of all is kept
+    /// for clients with a certificate [default: three quarters of the rest]
+    #[arg(long, env = "REBALANCER_MAX_CONNECTIONS_PER_ADDRESS", value_parser = clap::value_parser!(u32).range(1..), value_name = "COUNT")]
+    max_connections_per_address: Option<u32>,
+    /// Octets the head of a request, and of an HTTP/1.1 answer, may have, 32 for each field included [default: 128 KiB over
+    /// HTTP/2, where a few octets may stand for many; over HTTP/1.1 the apiserver's 1 MiB]
+    #[arg(long, env = "REBALANCER_MAX_HEADER_BYTES", value_parser = clap::value_parser!(u32).range(4096..=16 << 20), value_name = "OCTETS")]
+    max_header_bytes: Option<u32>,
     /// From accept until both TLS handshakes are done
     #[arg(
         long,
@@ -130,7 +138,8 @@ pub struct Arguments {
         value_name = "DURATION"
     )]
     idle_timeout: Span,
-    /// A connection that was told to go is closed after so long, whatever is open on it; watches last an hour at most
+    /// A connection that was told to go is closed after so long, whatever is open on it, and so is every connection after
+    /// SIGTERM: exec, port-forward, logs -f and proxied streams may last longer; watches last an hour at most
     #[arg(
         long,
         env = "REBALANCER_DRAIN_DEADLINE",
@@ -146,6 +155,9 @@ pub struct Arguments {
     #[arg(long, env = "REBALANCER_WATCH_HANDOVER_RATE", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), requires = "watch_handover", value_name = "COUNT")]
     watch_handover_rate: u32,
 }
+
+/// Files for everything but connections that are served, unfinished ones among it.
+const OTHER_FILES: u64 = 2_048 + 64;
 
 /// Runs the relay until it is told to end.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -176,7 +188,9 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     // Two sockets a connection, and some for everything else.
     let max_connections = match sys::raise_open_files() {
         Ok(files) => {
-            let room = usize::try_from(files.saturating_sub(64) / 2).unwrap_or(usize::MAX);
+            let room = usize::try_from(files.saturating_sub(OTHER_FILES) / 2)
+                .unwrap_or(usize::MAX)
+                .max(1);
             let wanted = arguments.max_connections as usize;
             if room < wanted {
                 tracing::warn!(
@@ -208,10 +222,13 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         },
         headers,
         control: arguments.control,
+        metrics: arguments.metrics,
         proxies: arguments.proxy_protocol,
         limits: Limits {
             max_connections,
-            max_header_bytes: arguments.max_header_bytes as usize,
+            max_per_address: arguments.max_connections_per_address.map(|count| count as usize),
+            max_header_bytes: arguments.max_header_bytes.unwrap_or(128 << 10) as usize,
+            max_head_bytes: arguments.max_header_bytes.unwrap_or(1 << 20) as usize,
             handshake_timeout: arguments.handshake_timeout.0,
             idle_timeout: arguments.idle_timeout.0,
             drain_deadline: arguments.drain_deadline.0,

@@ -5,7 +5,9 @@
 //! Must never keep a copy of the relay's socket: with one, connections would wait in a dead relay's queue. When this
 //! process ends, however, the program goes with it.
 
-use std::{fs::File, io, os::fd::AsFd as _, path::PathBuf, time::Duration};
+mod probe;
+
+use std::{fs::File, io, net::SocketAddr, os::fd::AsFd as _, path::PathBuf, time::Duration};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -14,9 +16,13 @@ use aya::{
 };
 use prometheus_client::metrics::gauge::Gauge;
 use rebalancer_common::intercept::Steered;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval},
+};
 
 use crate::{relay::takeover, sys};
+use probe::Probe;
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-intercept.o"));
@@ -27,6 +33,12 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long it may take to answer. A relay that is stopped holds the connections of this time.
 const PATIENCE: Duration = Duration::from_millis(500);
 
+/// How often a connection through the relay is tried.
+const PROBE: Duration = Duration::from_secs(2);
+
+/// So many of these must fail in a row before it is believed.
+const FAILURES: u32 = 2;
+
 /// Why connections cannot be steered.
 #[derive(Debug, thiserror::Error)]
 pub enum InterceptError {
@@ -36,8 +48,13 @@ pub enum InterceptError {
     /// The network namespace cannot be opened, or has no loopback interface.
     #[error("cannot use this network namespace: {0}")]
     Namespace(io::Error),
+    /// TLS for the relay's check cannot be configured.
+    #[error("cannot use TLS: {0}")]
+    Tls(#[from] rustls::Error),
     /// The kernel refused.
-    #[error("the kernel refuses to {what}: {why}; it takes Linux 5.9 or later, and CAP_BPF and CAP_NET_ADMIN, or root")]
+    #[error(
+        "the kernel refuses to {what}: {why}; it takes Linux 5.17 or later, and CAP_BPF and CAP_NET_ADMIN, or root"
+    )]
     Refused {
         /// What.
         what: &'static str,
@@ -58,12 +75,26 @@ fn refused<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> Interc
     }
 }
 
+/// The network namespace of this process's sockets.
+fn own_namespace() -> Option<u64> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").ok()?;
+    sys::namespace_cookie(socket.as_fd()).ok()
+}
+
 /// The attached program. It is detached when this goes.
 pub struct Intercept {
     relay: SockMap<MapData>,
     /// The cookie of the socket in the map.
     steered_to: Option<u64>,
     intercepting: Gauge,
+    /// The network namespace that is steered in, where the kernel says it (Linux 5.14).
+    namespace: Option<u64>,
+    probe: Probe,
+    probing: Option<JoinHandle<io::Result<()>>>,
+    probed: Instant,
+    /// Probes that failed in a row, and why the last one did.
+    failures: u32,
+    fault: String,
     _program: Ebpf,
 }
 
@@ -101,6 +132,12 @@ impl Intercept {
             relay,
             steered_to: None,
             intercepting,
+            namespace: own_namespace(),
+            probe: Probe::new()?,
+            probing: None,
+            probed: Instant::now(),
+            failures: 0,
+            fault: String::new(),
             _program: ebpf,
         })
     }
@@ -125,6 +162,18 @@ impl Intercept {
             Ok(cookie) => cookie,
             Err(error) => return self.clear(&format!("the relay's socket cannot be used: {error}")),
         };
+        // The kernel would take it, and no connection of this namespace would ever reach it.
+        if self.namespace.is_some() && sys::namespace_cookie(socket.as_fd()).ok() != self.namespace {
+            return self.clear("the relay listens in another network namespace than the agent's");
+        }
+        if let Some(address) = probe::address_of(socket.as_fd()) {
+            self.follow_probe(address).await;
+        }
+        if self.failures >= FAILURES {
+            drop(socket);
+            let fault = format!("the relay serves nobody: {}", self.fault);
+            return self.clear(&fault);
+        }
         if self.steered_to == Some(cookie) {
             return;
         }
@@ -138,6 +187,27 @@ impl Intercept {
                 tracing::info!("new connections go to the relay");
             }
             Err(error) => self.clear(&format!("the relay's socket is not taken: {error}")),
+        }
+    }
+
+    /// Takes in what the last probe says, and starts the next when it is time.
+    async fn follow_probe(&mut self, address: SocketAddr) {
+        if let Some(probing) = &mut self.probing
+            && probing.is_finished()
+        {
+            match probing.await.map_err(io::Error::other).flatten() {
+                Ok(()) => self.failures = 0,
+                Err(error) => {
+                    self.failures += 1;
+                    self.fault = error.to_string();
+                }
+            }
+            self.probing = None;
+        }
+        if self.probing.is_none() && self.probed.elapsed() >= PROBE {
+            self.probed = Instant::now();
+            let probe = self.probe.clone();
+            self.probing = Some(tokio::spawn(async move { probe.ask(address).await }));
         }
     }
 

@@ -6,6 +6,7 @@ pub mod descriptor;
 use std::{
     fs, io,
     os::unix::{
+        ffi::OsStrExt as _,
         fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
         net::UnixStream,
     },
@@ -18,6 +19,8 @@ use axum::{
 };
 use serde::Serialize;
 use tokio::net::UnixListener;
+
+use crate::random;
 
 /// Why a socket cannot be bound.
 #[derive(Debug, thiserror::Error)]
@@ -66,21 +69,82 @@ impl Drop for SocketFile {
     }
 }
 
+/// A socket that is bound beside its place, with its mode set, so that nobody can connect before it is moved there.
+#[derive(Debug)]
+pub struct Prepared {
+    listener: UnixListener,
+    beside: Beside,
+    path: PathBuf,
+    inode: u64,
+}
+
+/// A file that goes with this, unless it was moved.
+#[derive(Debug)]
+struct Beside(PathBuf);
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        // After the move there is nothing there.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Prepared {
+    /// Moves it to its place, over whatever socket is there.
+    ///
+    /// # Errors
+    ///
+    /// See [`BindError`].
+    pub fn commit(self) -> Result<LocalSocket, BindError> {
+        fs::rename(&self.beside.0, &self.path).map_err(failed("move the socket to", &self.path))?;
+        Ok(LocalSocket {
+            listener: self.listener,
+            guard: SocketFile {
+                path: self.path,
+                inode: self.inode,
+            },
+        })
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BindError {
+    let path = path.to_owned();
+    move |source| BindError::Io { action, path, source }
+}
+
 /// Binds `path` with mode 0600 and takes over a socket that nobody answers on.
 ///
 /// # Errors
 ///
 /// See [`BindError`].
 pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
-    let failed = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| BindError::Io { action, path, source }
-    };
+    prepare(path)?.commit()
+}
+
+/// The first half of [`bind`].
+///
+/// # Errors
+///
+/// See [`BindError`].
+pub fn prepare(path: &Path) -> Result<Prepared, BindError> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() && UnixStream::connect(path).is_ok() => {
+            Err(BindError::InUse(path.into()))
+        }
+        _ => replace(path),
+    }
+}
+
+/// The same where whoever answers there is to be relieved.
+///
+/// # Errors
+///
+/// See [`BindError`].
+pub fn replace(path: &Path) -> Result<Prepared, BindError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             return Err(BindError::NotASocket(path.into()));
         }
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(BindError::InUse(path.into())),
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed("look at", path)(error)),
@@ -88,9 +152,10 @@ pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory).map_err(failed("make the directory", directory))?;
     }
-    // Bound beside its place and moved there, so that nobody can connect before the mode is set.
+    remove_left_over(path);
+    // Not the process's id: in a container it is 1 each time, and what a crash left would be in the way.
     let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}", std::process::id()));
+    beside.push(format!("{BESIDE}{:08x}", random::u64() as u32));
     let beside = PathBuf::from(beside);
     // A process of this id that was killed in between has left it; in a container the id is always the same.
     match fs::remove_file(&beside) {
@@ -100,14 +165,33 @@ pub fn bind(path: &Path) -> Result<LocalSocket, BindError> {
     let listener = UnixListener::bind(&beside).map_err(failed("bind", &beside))?;
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of", &beside))?;
     let inode = fs::symlink_metadata(&beside).map_err(failed("look at", &beside))?.ino();
-    fs::rename(&beside, path).map_err(failed("move the socket to", path))?;
-    Ok(LocalSocket {
+    Ok(Prepared {
         listener,
-        guard: SocketFile {
-            path: path.into(),
-            inode,
-        },
+        beside: Beside(beside),
+        path: path.into(),
+        inode,
     })
+}
+
+/// Between the name of a socket and the number of one that is not in its place yet.
+const BESIDE: &str = ".~";
+
+/// Removes what processes left that ended between binding and moving: nobody answers there.
+fn remove_left_over(path: &Path) {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return;
+    };
+    let begins = [name.as_bytes(), BESIDE.as_bytes()].concat();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_one =
+            entry.file_name().as_bytes().starts_with(&begins) && entry.file_type().is_ok_and(|kind| kind.is_socket());
+        let refuses =
+            || UnixStream::connect(entry.path()).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if is_one && refuses() {
+            // It may have been removed meanwhile: nothing is lost.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// `unix:PATH`, as flags name a local socket.

@@ -1,8 +1,17 @@
 //! The front door: accepting, both handshakes, and who the client is.
 //!
-//! Input: sockets. Output: pumps, one task each. Must never keep the port open while the apiserver is unreachable.
+//! Input: sockets. Output: pumps, one task each. Must never keep the port open while no client's request would get
+//! through, nor connect to the apiserver for somebody who has said nothing.
 
-use std::{io, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::AsFd as _,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -11,28 +20,32 @@ use rebalancer_core::h2::{
     relay::{Relay, Settings},
 };
 use rustls::pki_types::CertificateDer;
-use socket2::{Domain, Protocol as SocketProtocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{SockFilter, SockRef, TcpKeepalive};
 use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
 use super::{
-    Limits, http1,
+    Limits,
+    admission::{Admission, Place},
+    complaints::{Cause, Complaints},
+    header, http1,
     identity::Claim,
-    proxy_protocol,
+    metrics::Metrics,
     pump::{self, End},
     registry::{Connection, Registry},
-    stream,
+    stream::{self, ClientStream, ServerStream},
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
     trust::{self, Trust},
-    upstream::Target,
+    upstream::{self, Target},
     workers::Workers,
 };
 use crate::{
-    random,
+    listen, random,
     shim::wire::{Protocol, Upstream},
     sys,
 };
@@ -43,8 +56,11 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(15))
     .with_retries(9);
 
-/// How long to wait before an address or an accept is tried again.
+/// How long to wait before an address is tried again, or an accept for which something was lacking.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How long a client with HTTP/2 may take for its first octet: Go's own `prefaceTimeout` (net/http/h2_bundle.go).
+const PREFACE: Duration = Duration::from_secs(10);
 
 /// What every accepted connection needs.
 pub struct Door {
@@ -56,6 +72,12 @@ pub struct Door {
     pub target: Arc<Target>,
     /// Every connection.
     pub registry: Arc<Registry>,
+    /// Who has a place.
+    pub admission: Arc<Admission>,
+    /// What goes wrong with single connections.
+    pub complaints: Arc<Complaints>,
+    /// Figures.
+    pub metrics: Arc<Metrics>,
     /// Who begins with a PROXY protocol header.
     pub proxies: Vec<IpNet>,
     /// The listening socket, for a successor and for the agent.
@@ -65,8 +87,8 @@ pub struct Door {
     /// Bounds.
     pub limits: Limits,
     /// Where connections are served.
-    pub workers: Workers,
-    /// Rings when a connection to the apiserver failed: the health check looks at once.
+    pub workers: Arc<Workers>,
+    /// Rings when a connection to the apiserver failed: the health check looks soon.
     pub doubt: Arc<Notify>,
 }
 
@@ -74,18 +96,11 @@ pub struct Door {
 ///
 /// # Errors
 ///
-/// Names the address and what the system says.
-pub fn bind(listen: SocketAddr) -> anyhow::Result<TcpListener> {
-    let bound = || {
-        let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(SocketProtocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&listen.into())?;
-        socket.listen(4096)?;
-        TcpListener::from_std(socket.into())
-    };
-    bound().with_context(|| {
-        format!("--listen {listen}: cannot listen there; is the address this node's, and the port free?")
+/// Names the address, what the system says and what to do.
+pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    listen::listen(address).map_err(|error| {
+        let hint = listen::hint(address, &error);
+        anyhow::Error::new(error).context(format!("--listen {address}: cannot listen there; {hint}"))
     })
 }
 
@@ -122,7 +137,7 @@ const NO_SYN: [SockFilter; 5] = {
     ]
 };
 
-/// Accepts while the apiserver does, until told to stop; `inherited` is a predecessor's socket.
+/// Accepts while a client's request gets through, until told to stop; `inherited` is a predecessor's socket.
 pub async fn run(
     door: Arc<Door>,
     mut inherited: Option<Arc<TcpListener>>,
@@ -134,19 +149,22 @@ pub async fn run(
             seen = state(&mut upstream, |seen| *seen != Upstream::Unknown) => if !seen { return },
             _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
         }
-        if !is_reachable(&upstream.borrow()) {
+        if !upstream::is_open(*upstream.borrow()) {
             inherited = None;
             door.listening.set(None);
         }
         tokio::select! {
-            seen = state(&mut upstream, is_reachable) => if !seen { return },
+            seen = state(&mut upstream, |seen| upstream::is_open(*seen)) => if !seen { return },
             _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
         }
         let listener = match inherited.take().map_or_else(|| bind(door.listen).map(Arc::new), Ok) {
             Ok(listener) => listener,
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "cannot listen; trying again");
-                sleep(RETRY).await;
+                tokio::select! {
+                    () = sleep(RETRY) => {}
+                    _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
+                }
                 continue;
             }
         };
@@ -155,11 +173,10 @@ pub async fn run(
         loop {
             tokio::select! {
                 accepted = listener.accept() => door.accepted(accepted).await,
-                seen = state(&mut upstream, |seen| !is_reachable(seen)) => {
+                seen = state(&mut upstream, |seen| !upstream::is_open(*seen)) => {
                     if !seen {
                         return;
                     }
-                    tracing::warn!(upstream = %door.target.address, "the apiserver is unreachable: closing the port");
                     door.listening.set(None);
                     break;
                 }
@@ -175,10 +192,6 @@ pub async fn run(
     }
 }
 
-fn is_reachable(state: &Upstream) -> bool {
-    matches!(state, Upstream::Ready | Upstream::Starting)
-}
-
 /// Waits for a state; `false` when nobody will report one any more.
 async fn state<T>(seen: &mut watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> bool {
     seen.wait_for(wanted).await.is_ok()
@@ -190,20 +203,54 @@ struct Entry {
     reason: String,
 }
 
+impl Entry {
+    fn ends(&mut self, reason: String) {
+        self.reason = reason;
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.connection.close(&self.reason);
+        let connection = &self.connection;
+        let shown = connection.shown();
+        // One line a connection, for whoever asks for this level.
+        tracing::debug!(
+            client = %shown.client,
+            protocol = ?shown.protocol,
+            user = shown.user,
+            user_agent = shown.user_agent,
+            requests = shown.counters.requests,
+            bytes_in = shown.counters.bytes_in,
+            bytes_out = shown.counters.bytes_out,
+            age_ms = shown.age_ms,
+            reason = self.reason,
+            "closed"
+        );
+        connection.close(&self.reason);
     }
+}
+
+/// A client whose handshakes are done, and the connection to the apiserver that is its own.
+struct Joined {
+    client: ServerStream,
+    server: ClientStream,
+    claim: Claim,
+    h2: bool,
+    /// What it has sent.
+    first: Vec<u8>,
 }
 
 impl Door {
     async fn accepted(self: &Arc<Self>, accepted: io::Result<(TcpStream, SocketAddr)>) {
         match accepted {
             Ok((stream, client)) => self.admit(stream, client),
-            Err(error) => {
-                tracing::error!(%error, "cannot accept; trying again");
+            Err(error) if upstream::is_ours(&error) => {
+                let why = upstream::what_ran_out(&error);
+                self.complaints.complain(Cause::Resources, self.listen, &why);
                 sleep(RETRY).await;
             }
+            // That one connection's: the next may be well (accept(2)).
+            Err(error) => tracing::debug!(%error, "a connection ended before it was accepted"),
         }
     }
 
@@ -211,6 +258,17 @@ impl Door {
     async fn last_ones(self: &Arc<Self>, listener: &TcpListener) {
         if self.listening.end() {
             self.accept_for(NOTICE, listener).await;
+        }
+        // A successor that has the socket accepts on it, or goes away: until it says which, nobody may be kept out.
+        let mut decided = std::pin::pin!(self.listening.decided());
+        let taken = loop {
+            tokio::select! {
+                taken = &mut decided => break taken,
+                accepted = listener.accept() => self.accepted(accepted).await,
+            }
+        };
+        if taken {
+            return;
         }
         // Whoever connects between the last accept and the close would be reset: no handshake begins any more.
         if let Err(error) = SockRef::from(listener).attach_filter(&NO_SYN) {
@@ -230,10 +288,6 @@ impl Door {
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
-        if self.registry.len() >= self.limits.max_connections {
-            tracing::warn!(%client, limit = self.limits.max_connections, "refused: --max-connections is reached");
-            return;
-        }
         let prepared = || -> io::Result<_> {
             stream.set_nodelay(true)?;
             SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE)?;
@@ -247,29 +301,33 @@ impl Door {
             }
         };
         let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        let connection = self.registry.open(cookie, canonical(client), canonical(local));
+        let (mut place, crowded) = self.admission.enter(client.ip(), &connection);
+        if crowded {
+            self.complaints
+                .complain(Cause::Crowded, canonical(client), &"it is the newest");
+        }
         let mut entry = Entry {
-            connection: self.registry.open(cookie, canonical(client), canonical(local)),
+            connection,
             reason: "the relay's task ended early".to_owned(),
         };
         // Its events are of another thread from here on.
         let stream = match stream.into_std() {
             Ok(stream) => stream,
             Err(error) => {
-                entry.reason = error.to_string();
-                return;
+                return entry.ends(error.to_string());
             }
         };
         let door = Arc::clone(self);
         self.workers.spawn(async move {
             let served = match TcpStream::from_std(stream) {
-                Ok(stream) => door.serve(stream, &entry.connection).await,
+                Ok(stream) => door.serve(stream, &entry.connection, &mut place).await,
                 Err(error) => Err(error.into()),
             };
-            entry.reason = match served {
+            entry.ends(match served {
                 Ok(end) => end.to_string(),
                 Err(error) => format!("{error:#}"),
-            };
-            tracing::debug!(%client, reason = entry.reason, "closed");
+            });
         });
     }
 
@@ -277,72 +335,178 @@ impl Door {
     fn claim(&self, tls: &Tls, chain: &[CertificateDer<'_>], connection: &Connection) -> Claim {
         let judgement = tls.authorities.judge(chain, trust::now_ns());
         if let Some(error) = &judgement.why {
-            tracing::info!(client = %connection.client(), error, "a client certificate is not accepted");
+            self.complaints.complain(Cause::Certificate, connection.client(), error);
         } else {
             connection.set_trust(Trust::new(chain, &judgement, Arc::clone(&self.tls)));
         }
         judgement.claim
     }
 
-    async fn serve(&self, mut stream: TcpStream, connection: &Arc<Connection>) -> anyhow::Result<End> {
-        let tls = self.tls.current();
-        let handshakes = async {
-            if proxy_protocol::is_listed(&self.proxies, connection.client())
-                && let Some(client) = proxy_protocol::take(&mut stream)
-                    .await
-                    .inspect_err(|error| tracing::info!(load_balancer = %connection.client(), %error, "refused"))?
-            {
-                connection.set_client(client);
-            }
-            let client = stream::accept(tls.server(connection.local().ip()), stream)
-                .await
-                .context("the client's TLS handshake failed")?;
-            let session = client.state();
-            let h2 = session.alpn_protocol() == Some(ALPN[0]);
-            let claim = match session.peer_certificates() {
-                None => Claim::Absent,
-                Some(chain) => self.claim(&tls, chain, connection),
-            };
-            let config = if claim.is_believed() {
-                &tls.front_proxy
-            } else {
-                &tls.anonymous
-            };
-            let server = self
-                .target
-                .connect(config, ALPN[usize::from(!h2)])
-                .await
-                .inspect_err(|_| self.doubt.notify_one())
-                .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
-            anyhow::Ok((client, server, claim, h2))
-        };
-        // On the heap for as long as they last: what follows, which lasts, is small.
-        let (client, server, claim, h2) = timeout(self.limits.handshake_timeout, Box::pin(handshakes))
+    /// The load balancer's header and TLS with the client.
+    async fn shake_hands(
+        &self,
+        mut stream: TcpStream,
+        tls: &Tls,
+        connection: &Connection,
+    ) -> anyhow::Result<ServerStream> {
+        if header::is_listed(&self.proxies, connection.peer())
+            && let Some(client) = header::take(&mut stream).await.inspect_err(|error| {
+                self.complaints.complain(Cause::ProxyHeader, connection.peer(), error);
+            })?
+        {
+            connection.set_client(client);
+        }
+        stream::accept(tls.server(connection.local().ip()), stream)
             .await
-            .context("the handshakes took too long")??;
+            .inspect_err(|error| {
+                self.metrics.handshake("failed");
+                self.complaints.complain(Cause::Tls, connection.client(), error);
+            })
+            .context("the client's TLS handshake failed")
+    }
 
+    /// From accept to the apiserver: nothing is done there before the client has begun to speak HTTP.
+    async fn join(&self, stream: TcpStream, connection: &Connection, place: &mut Place) -> anyhow::Result<Joined> {
+        let tls = self.tls.current();
+        let slow = |what: &'static str| {
+            self.complaints.complain(Cause::Slow, connection.client(), &what);
+            what
+        };
+        let limit = self.limits.handshake_timeout;
+        let mut client = timeout(limit, self.shake_hands(stream, &tls, connection))
+            .await
+            .inspect_err(|_| self.metrics.handshake("timeout"))
+            .with_context(|| slow("its TLS handshake took longer than --handshake-timeout"))??;
+        self.metrics.handshake("ok");
+        let h2 = client.state().alpn_protocol() == Some(ALPN[0]);
+        let claim = match client.state().peer_certificates() {
+            None => Claim::Absent,
+            Some(chain) => self.claim(&tls, chain, connection),
+        };
+        connection.established(if h2 { Protocol::H2 } else { Protocol::Http1 }, claim.user());
+        let mut first = vec![0; FIRST];
+        let count = timeout(if h2 { PREFACE } else { http1::HEAD }, client.read(&mut first))
+            .await
+            .with_context(|| slow("it has said nothing after its TLS handshake"))??;
+        anyhow::ensure!(count > 0, "the client closed the connection before it said anything");
+        first.truncate(count);
+        first.shrink_to_fit();
+        let known = claim.is_believed();
+        place.finish(known).inspect_err(|no_place| {
+            self.complaints.complain(Cause::Limit, connection.client(), no_place);
+        })?;
+        let config = if known { &tls.front_proxy } else { &tls.anonymous };
+        let began = Instant::now();
+        let server = timeout(limit, self.target.connect(config, ALPN[usize::from(!h2)]))
+            .await
+            .map_err(io::Error::from)
+            .flatten()
+            .inspect_err(|error| self.unreachable(connection, error))
+            .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
+        self.metrics.connected(began.elapsed());
+        Ok(Joined {
+            client,
+            server,
+            claim,
+            h2,
+            first,
+        })
+    }
+
+    fn unreachable(&self, connection: &Connection, error: &io::Error) {
+        if upstream::is_ours(error) {
+            let why = upstream::what_ran_out(error);
+            self.complaints.complain(Cause::Resources, connection.client(), &why);
+        } else {
+            self.complaints.complain(Cause::Upstream, connection.client(), error);
+            self.doubt.notify_one();
+        }
+    }
+
+    async fn serve(&self, stream: TcpStream, connection: &Arc<Connection>, place: &mut Place) -> anyhow::Result<End> {
+        // On the heap for as long as they last: what follows, which lasts, is small.
+        let joining = Box::pin(self.join(stream, connection, place));
+        let joined = tokio::select! {
+            joined = joining => joined?,
+            () = connection.closing() => return Ok(End::Ordered),
+        };
+        let Joined {
+            client,
+            server,
+            claim,
+            h2,
+            first,
+        } = joined;
+        let policy = claim.policy(Arc::clone(&self.names), connection.client().ip());
         let end = if h2 {
-            connection.established(Protocol::H2, claim.user());
             let relay = Relay::new(Settings {
-                policy: claim.policy(Arc::clone(&self.names), connection.client().ip()),
+                policy,
                 max_header_bytes: self.limits.max_header_bytes,
                 ping: random::u64().to_be_bytes(),
                 watch_handover: self.limits.watch_handover.is_some(),
             });
-            pump::run(client, server, relay, connection).await
+            pump::run(Begun::new(client, first), server, relay, connection).await
         } else {
-            connection.established(Protocol::Http1, claim.user());
-            Box::pin(http1::run(
-                client,
-                server,
-                claim.policy(Arc::clone(&self.names), connection.client().ip()),
+            let settings = http1::Settings {
+                policy,
                 connection,
-            ))
-            .await
+                max_header_bytes: self.limits.max_head_bytes,
+                idle: self.limits.idle_timeout,
+                first,
+            };
+            Box::pin(http1::run(client, server, settings)).await
         };
         if matches!(end, End::Server | End::ServerIo(_)) {
             self.doubt.notify_one();
         }
         Ok(end)
+    }
+}
+
+/// How much is read before the apiserver is connected to.
+const FIRST: usize = 16 * 1024;
+
+/// A stream of which something has been read.
+struct Begun<S> {
+    first: Vec<u8>,
+    rest: S,
+}
+
+impl<S> Begun<S> {
+    fn new(rest: S, first: Vec<u8>) -> Self {
+        Self { first, rest }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Begun<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return Pin::new(&mut self.rest).poll_read(context, buffer);
+        }
+        let count = self.first.len().min(buffer.remaining());
+        buffer.put_slice(&self.first[..count]);
+        self.first.drain(..count);
+        if self.first.is_empty() {
+            self.first = Vec::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.rest).poll_write(context, octets)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.rest).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.rest).poll_shutdown(context)
     }
 }

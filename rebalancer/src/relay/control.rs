@@ -2,7 +2,7 @@
 //!
 //! Input: the registry. Must never answer anyone but the socket's owner (mode 0600).
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -64,7 +64,11 @@ async fn goaway(
 ) -> Result<Json<wire::GoawayAnswer>, Problem> {
     let Json(order) = order.map_err(|rejection| Problem::new(rejection.status(), rejection.body_text()))?;
     let results = registry
-        .go_away(order.generation, &order.victims)
+        .go_away(
+            order.generation,
+            Duration::from_millis(order.expires_in_ms),
+            &order.victims,
+        )
         .map_err(|overtaken| Problem::new(StatusCode::CONFLICT, overtaken.to_string()))?;
     Ok(Json(wire::GoawayAnswer {
         generation: order.generation,

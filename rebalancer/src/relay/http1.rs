@@ -1,26 +1,38 @@
 //! HTTP/1.1 clients and upgrades (exec, attach, port-forward, websockets), with the same identity.
 //!
-//! Job: pass each request on over the client's one upstream connection; after `101` pass bytes.
-//! Must never send a client's identity or address headers as its own claim.
+//! Job: pass each request on over the client's one upstream connection, and each answer back as it came; after `101`
+//! pass octets. A client that is to go hears `Connection: close` with its next answer.
+//! Must never send a client's identity or address headers as its own claim, nor a request without identity over the
+//! front proxy's connection, nor close while a request may be on its way.
 
-use std::{sync::Arc, time::Duration};
-
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
-use hyper::{
-    body::{Bytes, Incoming},
-    client::conn::http1::SendRequest,
-    service::service_fn,
-    upgrade::OnUpgrade,
+use std::{
+    cell::RefCell,
+    convert::Infallible,
+    io,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::ready,
+    time::Duration,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
-use rebalancer_core::h2::{
-    policy::{FORWARDED_FOR, Fate, Policy, user_agent},
-    relay::is_refusal,
+
+use rebalancer_core::{
+    h1::{
+        body::{Body, Framing, Passing},
+        head::{AnswerHead, Field, Finder, HeadError, RequestHead, write_field},
+    },
+    h2::{
+        policy::{Fate, Policy, user_agent},
+        relay::is_refusal,
+        watch::Watch,
+    },
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    sync::Mutex,
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, ReadHalf, WriteHalf},
+    sync::Notify,
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
@@ -32,230 +44,590 @@ use super::{
 /// (k8s.io/apiserver/pkg/server/secure_serving.go).
 const IDLE: Duration = Duration::from_secs(90);
 
-type Body = BoxBody<Bytes, hyper::Error>;
+/// How long a request's head may take from its first octet on: kube-apiserver's own `ReadHeaderTimeout`, in the same file.
+pub const HEAD: Duration = Duration::from_secs(32);
+
+/// How long a client without a request is waited for when the process ends: one that asks is answered, and told to go.
+const LEAVING: Duration = Duration::from_secs(10);
+
+/// How much of a client's next requests is read while one is answered.
+const AHEAD: usize = 64 * 1024;
+
+/// How much is read at once.
+const READ: usize = 32 * 1024;
+
+/// A buffer larger than this is given back between two requests.
+const KEPT: usize = 1024;
+
+/// How long a client may take to read its last octets and close, and how many of its own are thrown away meanwhile.
+const LINGER: Duration = Duration::from_secs(10);
+const LINGER_OCTETS: usize = 256 * 1024;
+
+/// How many octets of a head's bound each field takes besides its own, as in HTTP/2 (RFC 9113, section 6.5.2).
+const FIELD: usize = 32;
+
+/// What is fixed for one client.
+pub struct Settings<'s> {
+    /// What is done to its requests.
+    pub policy: Policy,
+    /// Its entry.
+    pub connection: &'s Arc<Connection>,
+    /// How many octets a head may have, [`FIELD`] for each field included, either way.
+    pub max_header_bytes: usize,
+    /// How long it may be without a request; [`IDLE`] at most.
+    pub idle: Duration,
+    /// What the client has sent already.
+    pub first: Vec<u8>,
+}
 
 /// Serves one client until either side closes.
-pub async fn run<C, S>(client: C, server: S, policy: Policy, connection: &Arc<Connection>) -> End
+pub async fn run<C, S>(client: C, server: S, settings: Settings<'_>) -> End
 where
-    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    C: AsyncRead + AsyncWrite + Unpin + Send,
+    S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let (sender, upstream) = match hyper::client::conn::http1::handshake(TokioIo::new(server)).await {
-        Ok(pair) => pair,
-        Err(error) => return End::ServerIo(std::io::Error::other(error)),
+    let connection = settings.connection;
+    let (client, to_client) = tokio::io::split(client);
+    let (server, to_server) = tokio::io::split(server);
+    let mut exchanges = Exchanges {
+        client: Side {
+            reader: client,
+            ahead: settings.first.clone(),
+        },
+        server: Side {
+            reader: server,
+            ahead: Vec::new(),
+        },
+        to_client,
+        to_server,
+        settings,
     };
-    let sender = Arc::new(Mutex::new(sender));
-    let policy = Arc::new(policy);
-    let upgraded: Arc<Mutex<Option<Upgraded>>> = Arc::default();
-    let service = service_fn(|request| {
-        forward(
-            request,
-            Arc::clone(&sender),
-            Arc::clone(&policy),
-            Arc::clone(connection),
-            Arc::clone(&upgraded),
-        )
-    });
-    let served = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(IDLE)
-        .serve_connection(TokioIo::new(client), service)
-        .with_upgrades();
-    let exchange = async {
-        let mut upstream = std::pin::pin!(upstream.with_upgrades());
-        let mut served = std::pin::pin!(served);
-        let end = tokio::select! {
-            result = &mut served => match result {
-                Ok(()) => End::Client,
-                Err(error) => End::ClientIo(std::io::Error::other(error)),
-            },
-            _ = &mut upstream => {
-                // The answer's last bytes may still be on their way to the client.
-                served.as_mut().graceful_shutdown();
-                let _ = served.await;
-                return match upgraded.lock().await.take() {
-                    Some(upgraded) => upgraded.splice().await,
-                    None => End::Server,
-                };
+    let leaving = Leaving::default();
+    let orders = async {
+        loop {
+            match connection.ordered().await {
+                Order::Close => return End::Ordered,
+                Order::GoAway => leaving.begin(),
+                Order::Conclude | Order::HandOver(_) => {}
             }
-        };
-        match upgraded.lock().await.take() {
-            // The server's half becomes bytes only when its connection is driven to that point.
-            Some(upgraded) => tokio::join!(upgraded.splice(), upstream).0,
-            None => end,
         }
     };
-    let ordered = async { while connection.ordered().await != Order::Close {} };
-    tokio::select! {
-        end = exchange => end,
-        () = ordered => End::Ordered,
+    let end = tokio::select! {
+        end = exchanges.serve(&leaving) => end,
+        end = orders => end,
+    };
+    exchanges.finish(&end).await;
+    end
+}
+
+/// Set when the process ends.
+#[derive(Debug, Default)]
+struct Leaving {
+    begun: AtomicBool,
+    wake: Notify,
+}
+
+impl Leaving {
+    fn begin(&self) {
+        self.begun.store(true, Relaxed);
+        self.wake.notify_one();
+    }
+
+    async fn begun(&self) {
+        while !self.begun.load(Relaxed) {
+            self.wake.notified().await;
+        }
     }
 }
 
-/// Both halves of a connection after `101`: it is this connection's to the end, in figures and in the list.
-struct Upgraded {
-    client: OnUpgrade,
-    server: OnUpgrade,
-    in_flight: InFlight,
+thread_local! {
+    /// One buffer a thread: an idle connection holds none.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
 }
 
-impl Upgraded {
-    async fn splice(self) -> End {
-        let joined = async {
-            let (client, server) = tokio::try_join!(self.client, self.server)?;
-            let copied = tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await;
-            anyhow::Ok(copied?)
-        };
-        match joined.await {
-            Ok((from_client, to_client)) => {
-                self.in_flight
-                    .connection
-                    .add_bytes(from_client as usize, to_client as usize);
-            }
-            Err(error) => tracing::debug!(%error, "an upgraded connection ended"),
-        }
-        End::Client
-    }
+/// What comes from one side.
+struct Side<R> {
+    reader: R,
+    /// Read, and not taken yet.
+    ahead: Vec<u8>,
 }
 
-async fn forward(
-    mut request: Request<Incoming>,
-    sender: Arc<Mutex<SendRequest<Incoming>>>,
-    policy: Arc<Policy>,
-    connection: Arc<Connection>,
-    upgraded: Arc<Mutex<Option<Upgraded>>>,
-) -> Result<Response<Body>, hyper::Error> {
-    if connection.requests() == 0
-        && let Some(agent) = request.headers().get(header::USER_AGENT)
-    {
-        connection.set_user_agent(user_agent(agent.as_bytes()));
-    }
-    if !connection.is_believed() || rewrite(&mut request, &policy).is_none() {
-        return Ok(unauthorized());
-    }
-    let in_flight = InFlight::begin(&connection);
-    let from_client = hyper::upgrade::on(&mut request);
-    let sent = {
-        let mut sender = sender.lock().await;
-        match sender.ready().await {
-            Ok(()) => sender.send_request(request).await,
-            Err(error) => Err(error),
-        }
-    };
-    let mut answer = match sent {
-        Ok(answer) => answer,
-        Err(error) => {
-            let mut refused = Response::new(
-                Full::new(Bytes::from(format!("the apiserver did not answer: {error}\n")))
-                    .map_err(|never| match never {})
-                    .boxed(),
-            );
-            *refused.status_mut() = StatusCode::BAD_GATEWAY;
-            // Its connection is gone, and so is this one.
-            refused
-                .headers_mut()
-                .insert(header::CONNECTION, HeaderValue::from_static("close"));
-            return Ok(refused);
-        }
-    };
-    if is_refusal(
-        answer.status().as_str().as_bytes(),
-        answer.headers().contains_key(header::RETRY_AFTER),
-    ) {
-        connection.refused();
-    }
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let from_server = hyper::upgrade::on(&mut answer);
-        *upgraded.lock().await = Some(Upgraded {
-            client: from_client,
-            server: from_server,
-            in_flight,
-        });
-        return Ok(answer.map(|body| body.boxed()));
-    }
-    Ok(answer.map(|body| {
-        body.map_frame(move |frame| {
-            // Held until the body ends.
-            let _ = &in_flight;
-            frame
+impl<R: AsyncRead + Unpin> Side<R> {
+    /// Reads once; zero at the end. Dropped before it is ready, it has read nothing.
+    async fn read(&mut self) -> io::Result<usize> {
+        std::future::poll_fn(|context| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let mut buffer = ReadBuf::new(scratch);
+                ready!(Pin::new(&mut self.reader).poll_read(context, &mut buffer))?;
+                self.ahead.extend_from_slice(buffer.filled());
+                std::task::Poll::Ready(Ok(buffer.filled().len()))
+            })
         })
-        .boxed()
-    }))
+        .await
+    }
+
+    /// Takes octets off its front.
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        if count == self.ahead.len() {
+            return std::mem::take(&mut self.ahead);
+        }
+        self.ahead.drain(..count).collect()
+    }
+
+    /// Lets a body take what it wants, and appends what goes on.
+    fn feed(&mut self, body: &mut Body, out: &mut Vec<u8>) -> io::Result<()> {
+        let taken = body.take(&self.ahead, out).map_err(invalid)?;
+        self.ahead.drain(..taken);
+        Ok(())
+    }
 }
 
-/// The relay's own answer where nobody asks any more: nothing without identity goes over a connection with the front-proxy
-/// certificate.
-fn unauthorized() -> Response<Body> {
-    const BODY: &str = concat!(
-        r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"Unauthorized","#,
-        r#""reason":"Unauthorized","code":401}"#,
-        "\n"
-    );
-    let mut answer = Response::new(
-        Full::new(Bytes::from_static(BODY.as_bytes()))
-            .map_err(|never| match never {})
-            .boxed(),
-    );
-    *answer.status_mut() = StatusCode::UNAUTHORIZED;
-    let headers = answer.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-    answer
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-/// Does to a request what the policy says; `None` when nobody asks.
-fn rewrite(request: &mut Request<Incoming>, policy: &Policy) -> Option<()> {
-    let headers = request.headers_mut();
-    let rewrite = policy.request(|name| headers.get(name).map(HeaderValue::as_bytes))?;
-    let adds: Vec<_> = rewrite.adds().collect();
-    let names: Vec<_> = headers.keys().cloned().collect();
-    let (mut gone, mut merged) = (Vec::new(), Vec::new());
-    for name in names {
-        match rewrite.fate(name.as_str().as_bytes()) {
-            Fate::Passes => {}
-            Fate::Removed => gone.push(name),
-            Fate::Merged => {
-                merged.extend(headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()));
-                gone.push(name);
+/// Octets of a head's bound: its own, and [`FIELD`] for each line.
+fn weight(head: &[u8]) -> usize {
+    head.len() + FIELD * head.iter().filter(|octet| **octet == b'\n').count()
+}
+
+/// Writes and flushes.
+async fn send<W: AsyncWrite + Unpin>(writer: &mut W, octets: &[u8]) -> io::Result<()> {
+    if octets.is_empty() {
+        return Ok(());
+    }
+    writer.write_all(octets).await?;
+    writer.flush().await
+}
+
+/// What the relay answers itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    Malformed(HeadError),
+    TooLarge,
+    Withdrawn,
+}
+
+impl Refusal {
+    /// As Go's server words it; the apiserver's own for a request without credentials.
+    fn answer(self) -> Vec<u8> {
+        let status = match self {
+            Self::Malformed(HeadError::TransferEncoding) => "501 Not Implemented",
+            Self::Malformed(_) => "400 Bad Request",
+            Self::TooLarge => "431 Request Header Fields Too Large",
+            Self::Withdrawn => "401 Unauthorized",
+        };
+        let mut answer = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
+        let body = match self {
+            Self::Withdrawn => {
+                answer.push_str("Content-Type: application/json\r\n");
+                r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"Unauthorized","reason":"Unauthorized","code":401}"#
+            }
+            Self::Malformed(_) | Self::TooLarge => {
+                answer.push_str("Content-Type: text/plain; charset=utf-8\r\n");
+                status
+            }
+        };
+        answer.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+        answer.into_bytes()
+    }
+
+    fn end(self) -> End {
+        End::ClientIo(match self {
+            Self::Malformed(error) => invalid(error),
+            Self::TooLarge => invalid("a request's head is larger than --max-header-bytes"),
+            Self::Withdrawn => io::Error::new(io::ErrorKind::PermissionDenied, "its certificate is no longer accepted"),
+        })
+    }
+}
+
+/// What became of one request.
+enum Exchanged {
+    /// The next may come.
+    Answered,
+    /// The answer was the connection's last.
+    Last,
+    /// Both sides speak something else now.
+    Upgraded,
+}
+
+struct Exchanges<'s, C, S> {
+    client: Side<ReadHalf<C>>,
+    server: Side<ReadHalf<S>>,
+    to_client: WriteHalf<C>,
+    to_server: WriteHalf<S>,
+    settings: Settings<'s>,
+}
+
+impl<C, S> Exchanges<'_, C, S>
+where
+    C: AsyncRead + AsyncWrite + Unpin + Send,
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    async fn serve(&mut self, leaving: &Leaving) -> End {
+        loop {
+            let exchanged = match self.next_head(leaving).await {
+                Ok(length) => self.exchange(length).await,
+                Err(end) => Err(end),
+            };
+            match exchanged {
+                Ok(Exchanged::Answered) => {}
+                Ok(Exchanged::Last) if self.settings.connection.was_told() => return End::Drained,
+                Ok(Exchanged::Last) => return End::Server,
+                Ok(Exchanged::Upgraded) => return self.splice().await,
+                Err(end) => return end,
+            }
+            for kept in [&mut self.client.ahead, &mut self.server.ahead] {
+                if kept.is_empty() && kept.capacity() > KEPT {
+                    *kept = Vec::new();
+                }
             }
         }
     }
-    let chain = policy.forwarded_for(merged.iter().map(Vec::as_slice));
-    for name in gone {
-        headers.remove(name);
+
+    /// Both sides are told the end: what was written to the client arrives there.
+    async fn finish(&mut self, end: &End) {
+        let Self {
+            client,
+            to_client,
+            to_server,
+            ..
+        } = self;
+        let last_words = async {
+            to_client.shutdown().await?;
+            // Closing with unread octets would reset the connection, and the reset could overtake the last ones.
+            let mut left = LINGER_OCTETS;
+            while left > 0 {
+                client.ahead.clear();
+                match client.read().await? {
+                    0 => break,
+                    count => left = left.saturating_sub(count),
+                }
+            }
+            io::Result::Ok(())
+        };
+        // However it goes, the connection is over.
+        if !matches!(end, End::Client) {
+            let _ = timeout(LINGER, last_words).await;
+        }
+        let _ = timeout(LINGER, to_server.shutdown()).await;
     }
-    if let Ok(chain) = HeaderValue::from_bytes(&chain) {
-        headers.insert(FORWARDED_FOR, chain);
+
+    async fn refuse(&mut self, refusal: Refusal) -> End {
+        // It may have gone already.
+        let _ = timeout(LINGER, send(&mut self.to_client, &refusal.answer())).await;
+        refusal.end()
     }
-    // Appended one by one: a user has several groups.
-    for (name, value) in adds {
-        if let (Ok(name), Ok(value)) = (
-            HeaderName::from_bytes(name.as_bytes()),
-            HeaderValue::from_bytes(value.as_bytes()),
-        ) {
-            headers.append(name, value);
+
+    /// Waits for a request's head: its length.
+    async fn next_head(&mut self, leaving: &Leaving) -> Result<usize, End> {
+        let mut finder = Finder::default();
+        let mut until = Instant::now() + IDLE.min(self.settings.idle);
+        let mut begun = false;
+        let mut hurried = false;
+        loop {
+            if !begun && !self.client.ahead.is_empty() {
+                begun = true;
+                until = Instant::now() + HEAD;
+            }
+            let found = finder.find(&self.client.ahead);
+            let head = &self.client.ahead[..found.unwrap_or(self.client.ahead.len())];
+            if weight(head) > self.settings.max_header_bytes {
+                return Err(self.refuse(Refusal::TooLarge).await);
+            }
+            if let Some(length) = found {
+                return Ok(length);
+            }
+            tokio::select! {
+                biased;
+                read = self.client.read() => match read {
+                    Ok(0) => return Err(End::Client),
+                    Ok(count) => self.settings.connection.add_bytes(count, 0),
+                    Err(error) => return Err(End::ClientIo(error)),
+                },
+                // An answer that nobody asked for would be taken for the next one's.
+                read = self.server.read() => return Err(match read {
+                    Ok(_) => End::Server,
+                    Err(error) => End::ServerIo(error),
+                }),
+                () = leaving.begun(), if !hurried && !begun => {
+                    hurried = true;
+                    until = until.min(Instant::now() + LEAVING);
+                }
+                () = sleep_until(until) => return Err(if hurried { End::Drained } else { End::Ordered }),
+            }
         }
     }
-    Some(())
+
+    /// Passes one request and its answer.
+    async fn exchange(&mut self, length: usize) -> Result<Exchanged, End> {
+        let head = self.client.take(length);
+        let request = match self.request(&head) {
+            Ok(request) => request,
+            Err(refusal) => return Err(self.refuse(refusal).await),
+        };
+        let connection = Arc::clone(self.settings.connection);
+        connection.begin_request(request.watch);
+        let _in_flight = InFlight(&connection);
+        drop(head);
+
+        let sent = AtomicBool::new(false);
+        let (is_upgrade, to_head) = (request.upgrades, request.to_head);
+        let (client, to_server) = (&mut self.client, &mut self.to_server);
+        let mut sending = pin!(send_request(client, to_server, request, &connection, &sent));
+        let answered = {
+            let (server, to_client) = (&mut self.server, &mut self.to_client);
+            let bound = self.settings.max_header_bytes;
+            let mut receiving = pin!(receive(server, to_client, &connection, [is_upgrade, to_head], bound));
+            tokio::select! {
+                biased;
+                answered = &mut receiving => answered?,
+                gone = &mut sending => match gone {
+                    Ok(never) => match never {},
+                    Err(end) => return Err(end),
+                },
+            }
+        };
+        if matches!(answered, Exchanged::Answered) {
+            // The server reads the rest of a body that it does not want, to be ready for the next request.
+            std::future::poll_fn(|context| match sending.as_mut().poll(context) {
+                std::task::Poll::Ready(Ok(never)) => match never {},
+                std::task::Poll::Ready(Err(end)) => std::task::Poll::Ready(Err(end)),
+                std::task::Poll::Pending if sent.load(Relaxed) => std::task::Poll::Ready(Ok(())),
+                std::task::Poll::Pending => std::task::Poll::Pending,
+            })
+            .await?;
+        }
+        if matches!(answered, Exchanged::Upgraded) {
+            connection.set_upgraded();
+        }
+        Ok(answered)
+    }
+
+    /// What goes on to the server.
+    fn request(&self, head: &[u8]) -> Result<Request, Refusal> {
+        let Settings { policy, connection, .. } = &self.settings;
+        let parsed = RequestHead::parse(head).map_err(Refusal::Malformed)?;
+        let framing = parsed.framing().map_err(Refusal::Malformed)?;
+        if let Some(agent) = parsed.values("user-agent").last() {
+            connection.set_user_agent(&user_agent(agent));
+        }
+        // The upstream connection may be the front proxy's: nothing goes over it that names nobody.
+        let first = |name: &str| parsed.value(name);
+        let rewrite = policy
+            .request(first)
+            .filter(|_| connection.is_believed())
+            .ok_or(Refusal::Withdrawn)?;
+        let came = parsed
+            .fields
+            .iter()
+            .filter(|field| rewrite.fate(field.name) == Fate::Merged);
+        let chain = policy.forwarded_for(came.map(|field| &*field.value));
+        let mut more = Vec::new();
+        write_field(b"X-Forwarded-For", &chain, &mut more);
+        for (name, value) in rewrite.adds() {
+            write_field(name.as_bytes(), value.as_bytes(), &mut more);
+        }
+        let mut out = Vec::with_capacity(head.len() + more.len());
+        let passes = |field: &Field<'_>| rewrite.fate(field.name) == Fate::Passes;
+        parsed.write(framing, passes, &more, &mut out);
+        Ok(Request {
+            out,
+            framing,
+            upgrades: parsed.upgrades(),
+            to_head: parsed.method == b"HEAD",
+            watch: Watch::of(parsed.method, parsed.target).is_some(),
+        })
+    }
+
+    /// Passes octets after `101`, until both sides have ended: it is this connection's to the end, in figures and in the
+    /// list.
+    async fn splice(&mut self) -> End {
+        let connection = Arc::clone(self.settings.connection);
+        connection.begin_stream();
+        let _in_flight = InFlight(&connection);
+        let Self {
+            client,
+            server,
+            to_client,
+            to_server,
+            ..
+        } = self;
+        let up = copy(client, to_server, |count| connection.add_bytes(count, 0));
+        let down = copy(server, to_client, |count| connection.add_bytes(0, count));
+        match tokio::try_join!(up, down) {
+            Ok(_) => End::Server,
+            Err(error) => End::ClientIo(error),
+        }
+    }
+}
+
+/// A request as it goes on.
+struct Request {
+    out: Vec<u8>,
+    framing: Framing,
+    upgrades: bool,
+    to_head: bool,
+    watch: bool,
+}
+
+/// Sends a request's head and body, and then watches whether the client leaves. It ends only when the client does.
+async fn send_request<C, S>(
+    client: &mut Side<ReadHalf<C>>,
+    to_server: &mut WriteHalf<S>,
+    request: Request,
+    connection: &Connection,
+    sent: &AtomicBool,
+) -> Result<Infallible, End>
+where
+    C: AsyncRead + Unpin,
+    S: AsyncWrite + Unpin,
+{
+    let Request { mut out, framing, .. } = request;
+    let mut body = Body::new(framing, Passing::Bare);
+    loop {
+        client.feed(&mut body, &mut out).map_err(End::ClientIo)?;
+        if send(to_server, &out).await.is_err() {
+            // It may have answered before it closed, and that answer is on its way.
+            return std::future::pending().await;
+        }
+        out.clear();
+        if body.is_done() {
+            break;
+        }
+        match client.read().await {
+            Ok(0) => return Err(End::Client),
+            Ok(count) => connection.add_bytes(count, 0),
+            Err(error) => return Err(End::ClientIo(error)),
+        }
+    }
+    drop(out);
+    sent.store(true, Relaxed);
+    loop {
+        if client.ahead.len() >= AHEAD {
+            return std::future::pending().await;
+        }
+        match client.read().await {
+            Ok(0) => {
+                // The server sees what it would see directly, and decides what becomes of its answer.
+                let _ = to_server.shutdown().await;
+                return std::future::pending().await;
+            }
+            Ok(count) => connection.add_bytes(count, 0),
+            Err(error) => return Err(End::ClientIo(error)),
+        }
+    }
+}
+
+/// Passes an answer back, as it came.
+async fn receive<C, S>(
+    server: &mut Side<ReadHalf<S>>,
+    to_client: &mut WriteHalf<C>,
+    connection: &Connection,
+    [may_upgrade, to_head]: [bool; 2],
+    bound: usize,
+) -> Result<Exchanged, End>
+where
+    C: AsyncWrite + Unpin,
+    S: AsyncRead + Unpin,
+{
+    let broken = |error| End::ServerIo(invalid(error));
+    loop {
+        let mut finder = Finder::default();
+        let length = loop {
+            let found = finder.find(&server.ahead);
+            if weight(&server.ahead[..found.unwrap_or(server.ahead.len())]) > bound {
+                return Err(End::ServerIo(invalid(
+                    "an answer's head is larger than --max-header-bytes",
+                )));
+            }
+            if let Some(length) = found {
+                break length;
+            }
+            read_from(server, connection).await?;
+        };
+        let head = server.take(length);
+        let answer = AnswerHead::parse(&head).map_err(broken)?;
+        if answer.is_interim() {
+            send(to_client, &head).await.map_err(End::ClientIo)?;
+            continue;
+        }
+        if is_refusal(answer.status.to_string().as_bytes(), answer.has_retry_after()) {
+            connection.refused();
+        }
+        if answer.status == 101 {
+            if !may_upgrade {
+                return Err(End::ServerIo(invalid("an upgrade that nobody asked for")));
+            }
+            send(to_client, &head).await.map_err(End::ClientIo)?;
+            return Ok(Exchanged::Upgraded);
+        }
+        let framing = answer.framing(to_head).map_err(broken)?;
+        let mut last = answer.closes();
+        let mut out = Vec::new();
+        if connection.tell_with_answer() && !last {
+            answer.write_closing(&mut out);
+            last = true;
+        } else {
+            out.extend_from_slice(&head);
+        }
+        drop(head);
+        let mut body = Body::new(framing, Passing::Verbatim);
+        let mut lasts = false;
+        loop {
+            server.feed(&mut body, &mut out).map_err(End::ServerIo)?;
+            send(to_client, &out).await.map_err(End::ClientIo)?;
+            out.clear();
+            if body.is_done() {
+                break;
+            }
+            if !std::mem::replace(&mut lasts, true) {
+                connection.set_answering();
+            }
+            match read_from(server, connection).await {
+                Err(End::Server) if body.is_until_close() => {
+                    last = true;
+                    break;
+                }
+                read => read?,
+            }
+        }
+        return Ok(if last { Exchanged::Last } else { Exchanged::Answered });
+    }
+}
+
+async fn read_from<S: AsyncRead + Unpin>(server: &mut Side<ReadHalf<S>>, connection: &Connection) -> Result<(), End> {
+    match server.read().await {
+        Ok(0) => Err(End::Server),
+        Ok(count) => {
+            connection.add_bytes(0, count);
+            Ok(())
+        }
+        Err(error) => Err(End::ServerIo(error)),
+    }
+}
+
+/// Passes octets one way until that way ends, and passes the end.
+async fn copy<R, W>(from: &mut Side<R>, to: &mut W, mut passed: impl FnMut(usize)) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    loop {
+        send(to, &from.ahead).await?;
+        from.ahead = Vec::new();
+        match from.read().await? {
+            0 => return to.shutdown().await,
+            count => passed(count),
+        }
+    }
 }
 
 /// A request in flight: an HTTP/1.1 connection has one at most.
-struct InFlight {
-    connection: Arc<Connection>,
-}
+struct InFlight<'c>(&'c Arc<Connection>);
 
-impl InFlight {
-    fn begin(connection: &Arc<Connection>) -> Self {
-        connection.set_streams(connection.requests() + 1, 1, 0);
-        connection.add_bytes(0, 0);
-        Self {
-            connection: Arc::clone(connection),
-        }
-    }
-}
-
-impl Drop for InFlight {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.connection.set_streams(self.connection.requests(), 0, 0);
+        self.0.end_request();
     }
 }

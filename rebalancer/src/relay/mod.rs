@@ -1,15 +1,20 @@
 //! `rebalancer relay`: a TLS front door before the local apiserver that can say GOAWAY.
 //!
 //! Job: accept, prove who the client is, join it to an upstream connection of its own, and obey the control socket.
-//! Must never accept while the apiserver does not: a load balancer's health check must see the apiserver's state.
+//! Must never accept while no request would get through: a load balancer's health check must see the apiserver's state.
+//! Must never leave the port to nobody: a successor does all that may fail before this relay stops accepting.
 
 mod accept;
+mod admission;
+mod complaints;
 mod control;
 mod discovery;
-mod handover;
+mod expiry;
+mod header;
 mod http1;
 mod identity;
-mod proxy_protocol;
+mod metrics;
+mod pacing;
 mod pump;
 mod registry;
 mod request_headers;
@@ -22,42 +27,48 @@ pub mod trust;
 mod upstream;
 mod workers;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
+use socket2::SockRef;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{Notify, watch},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
+    listen,
     local::{self, SocketPath},
     random,
     shim::wire::Upstream,
 };
 use accept::{Door, Stop};
-pub use handover::WatchHandover;
+use admission::{Admission, Bounds};
+use complaints::Complaints;
+use metrics::Metrics;
+pub use pacing::WatchHandover;
 use registry::Registry;
 pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
 pub use tls::Files;
 use tls::{Changed, Reloader};
-use upstream::Target;
+use upstream::{Checks, Target};
 use workers::Workers;
 
 /// How often files, idle connections and drain deadlines are looked at.
 const SWEEP: Duration = Duration::from_secs(5);
 
-/// How often a ready apiserver is asked again.
-const CHECK_READY: Duration = Duration::from_secs(2);
-
-/// How often another one is.
-const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
+/// How long a relay that ends may take to leave its address, and its successor to find an apiserver.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Over how long a relay that ends spreads its GOAWAYs.
 const FAREWELL_SECONDS: usize = 10;
@@ -77,6 +88,8 @@ pub struct Config {
     pub headers: RequestHeaders,
     /// The control socket.
     pub control: SocketPath,
+    /// Where the metrics are, if anywhere.
+    pub metrics: Option<SocketAddr>,
     /// The load balancers that begin each connection with a PROXY protocol header.
     pub proxies: Vec<IpNet>,
     /// Bounds.
@@ -88,8 +101,12 @@ pub struct Config {
 pub struct Limits {
     /// Connections at a time.
     pub max_connections: usize,
-    /// Octets of a request's header list.
+    /// Of these, without an accepted certificate, from one address; by default three quarters of what is theirs.
+    pub max_per_address: Option<usize>,
+    /// Octets of a request's header list over HTTP/2.
     pub max_header_bytes: usize,
+    /// Octets of a head over HTTP/1.1, either way.
+    pub max_head_bytes: usize,
     /// From accept to both handshakes done.
     pub handshake_timeout: Duration,
     /// Without a stream and without a byte.
@@ -106,28 +123,77 @@ pub struct Limits {
 ///
 /// A file, the control socket or the address that cannot be used: the operator can mend it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    // Everything that may fail comes first: until the predecessor is relieved, it goes on as if nobody had asked.
     let headers = Arc::new(config.headers.clone());
     let tls = Arc::new(Reloader::new(config.files.clone(), Arc::clone(&headers))?);
-    let target = Arc::new(Target {
-        address: config.upstream,
-        name: config.upstream_name.clone(),
-        tls: Arc::clone(&tls),
-    });
+    let target = Arc::new(Target::new(
+        config.upstream,
+        config.upstream_name.clone(),
+        Arc::clone(&tls),
+    ));
     let fits = discovery::check_once(&target, &headers).await?;
-    let predecessor = Predecessor::find(&config.control.0).await?;
-    let inherited = inherit(&config, predecessor.as_ref())?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let workers = Arc::new(Workers::start().context("cannot start the threads that serve connections")?);
     let registry = Registry::new(format!("{:016x}", random::u64()));
-    if let Some(predecessor) = predecessor {
-        tracing::info!(control = %config.control.0.display(), "taking over from the relay that runs here; it drains");
-        predecessor
-            .relieve()
-            .await
-            .context("the relay that ran here did not leave its control socket")?;
+    let admission = Admission::new(Bounds::new(
+        config.limits.max_connections,
+        config.limits.max_per_address,
+    ));
+    let complaints = Arc::new(Complaints::default());
+    let metrics = Metrics::new(Arc::clone(&registry), Arc::clone(&admission), Arc::clone(&complaints));
+    let predecessor = Predecessor::find(&config.control.0).await?;
+    let inherited = inherit(&config, predecessor.as_ref()).await?;
+    let lender = takeover::path_beside(&config.control.0);
+    let (control, lending) = if predecessor.is_some() {
+        (local::replace(&config.control.0)?, local::replace(&lender)?)
+    } else {
+        (local::prepare(&config.control.0)?, local::prepare(&lender)?)
+    };
+
+    let (stop, stopping) = watch::channel(Stop::Not);
+    let (seen, mut upstream) = watch::channel(Upstream::Unknown);
+    let doubt = Arc::new(Notify::new());
+    tokio::spawn(upstream::watch(
+        Checks::new(Arc::clone(&target)),
+        Arc::clone(&workers),
+        Arc::clone(&registry),
+        Arc::clone(&metrics),
+        seen,
+        Arc::clone(&doubt),
+    ));
+    if inherited.is_some() {
+        let open = timeout(PATIENCE, upstream.wait_for(|state| upstream::is_open(*state))).await;
+        anyhow::ensure!(
+            matches!(open, Ok(Ok(_))),
+            "--upstream {}: {} after {PATIENCE:?}, while the relay that runs here listens; it goes on, and this one ends",
+            config.upstream,
+            registry.list(None, false).upstream.in_words()
+        );
     }
-    let control = local::bind(&config.control.0)?;
-    let lending = local::bind(&takeover::path_beside(&config.control.0))?;
-    let files = [control.guard, lending.guard];
     let listening = Arc::new(Listening::default());
+    let accepting = tokio::spawn(accept::run(
+        Arc::new(Door {
+            listen: config.listen,
+            tls: Arc::clone(&tls),
+            target: Arc::clone(&target),
+            registry: Arc::clone(&registry),
+            admission,
+            complaints: Arc::clone(&complaints),
+            metrics: Arc::clone(&metrics),
+            proxies: config.proxies,
+            listening: Arc::clone(&listening),
+            names: Arc::new(headers.names()),
+            limits: config.limits,
+            workers,
+            doubt,
+        }),
+        inherited.clone(),
+        upstream,
+        stopping,
+    ));
+    let (control, lending) = (control.commit()?, lending.commit()?);
+    let files = [control.guard, lending.guard];
     let control = tokio::spawn({
         let routes = control::router(Arc::clone(&registry));
         async move {
@@ -137,43 +203,35 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     });
     let lending = tokio::spawn(takeover::serve(lending.listener, Arc::clone(&listening)));
+    if let Some(predecessor) = predecessor {
+        tracing::info!(control = %config.control.0.display(), "taking over from the relay that runs here; it drains");
+        // Whatever has become of it, this relay accepts.
+        if let Err(error) = predecessor.relieve().await {
+            tracing::warn!(%error, "the relay that ran here does not say that it has stopped accepting");
+        }
+    }
+    if let Some(inherited) = inherited {
+        // It may have put one on before it heard.
+        listen::unfilter(&SockRef::from(&*inherited));
+    }
+    let scraped = config
+        .metrics
+        .map(|address| tokio::spawn(metrics::serve(address, Arc::clone(&metrics))));
+    if let Some(settings) = config.limits.watch_handover {
+        tokio::spawn(pacing::run(Arc::clone(&registry), settings));
+    }
+    tokio::spawn(expiry::run(config.files, metrics));
+    tokio::spawn(sweep(tls, Arc::clone(&registry), complaints, config.limits));
 
-    let (stop, stopping) = watch::channel(Stop::Not);
-    let (seen, upstream) = watch::channel(Upstream::Unknown);
-    let doubt = Arc::new(Notify::new());
-    let door = Arc::new(Door {
-        listen: config.listen,
-        tls: Arc::clone(&tls),
-        target: Arc::clone(&target),
-        registry: Arc::clone(&registry),
-        proxies: config.proxies,
-        listening: Arc::clone(&listening),
-        names: Arc::new(headers.names()),
-        limits: config.limits,
-        workers: Workers::start().context("cannot start the threads that serve connections")?,
-        doubt: Arc::clone(&doubt),
-    });
-    let accepting = tokio::spawn(accept::run(door, inherited, upstream, stopping));
-    let unfit = {
-        let target = Arc::clone(&target);
-        async move {
-            if fits {
-                std::future::pending().await
-            }
-            match discovery::check(&target, &headers).await {
-                Ok(()) => std::future::pending().await,
-                Err(error) => error,
-            }
+    let unfit = async {
+        if fits {
+            std::future::pending().await
+        }
+        match discovery::check(&target, &headers).await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
         }
     };
-    tokio::spawn(watch_upstream(target, Arc::clone(&registry), seen, doubt));
-    if let Some(settings) = config.limits.watch_handover {
-        tokio::spawn(handover::run(Arc::clone(&registry), settings));
-    }
-    tokio::spawn(sweep(tls, Arc::clone(&registry), config.limits));
-
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let why = tokio::select! {
         _ = terminate.recv() => Stop::Ending,
         _ = interrupt.recv() => Stop::Ending,
@@ -186,18 +244,25 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         "ending: no new connections, GOAWAY to the open ones"
     );
     stop.send_replace(why);
-    // Ended by its watch: the port is closed.
-    let _ = accepting.await;
-    if why == Stop::Taken {
+    if why == Stop::Ending {
+        // Who takes over from now on finds nobody, and listens as soon as the port is closed.
         control.abort();
         lending.abort();
-        // Their listeners go with the tasks.
-        let _ = tokio::join!(control, lending);
-        drop(files);
-        listening.release();
     }
+    // Ended by its watch: the port is closed, or a successor's.
+    let _ = accepting.await;
+    control.abort();
+    lending.abort();
+    if let Some(scraped) = scraped {
+        scraped.abort();
+        let _ = scraped.await;
+    }
+    // Their listeners go with the tasks.
+    let _ = tokio::join!(control, lending);
+    drop(files);
+    listening.release();
     tokio::select! {
-        () = farewell(&registry) => tracing::info!("every connection is drained"),
+        () = farewell(&registry, config.limits.drain_deadline) => tracing::info!("every connection is drained"),
         _ = terminate.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
         _ = interrupt.recv() => tracing::warn!(connections = registry.len(), "told again: ending at once"),
     }
@@ -205,56 +270,50 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// The socket of a predecessor, or none; and whether the address can be bound, which is said at once and not when the
-/// apiserver comes up.
-fn inherit(config: &Config, predecessor: Option<&Predecessor>) -> anyhow::Result<Option<Arc<TcpListener>>> {
+/// apiserver comes up. A relay that is ending leaves it soon.
+async fn inherit(config: &Config, predecessor: Option<&Predecessor>) -> anyhow::Result<Option<Arc<TcpListener>>> {
     let Some(socket) = predecessor.and_then(|predecessor| predecessor.socket.as_ref()) else {
-        drop(accept::bind(config.listen)?);
-        return Ok(None);
+        let leaves = Instant::now() + PATIENCE;
+        loop {
+            match accept::bind(config.listen) {
+                Ok(_) => return Ok(None),
+                Err(error) => {
+                    let is_taken = error
+                        .downcast_ref::<std::io::Error>()
+                        .is_some_and(|error| error.raw_os_error() == Some(libc::EADDRINUSE));
+                    if !is_taken || Instant::now() >= leaves {
+                        return Err(error);
+                    }
+                }
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
     };
     let address = socket.local_addr()?;
     anyhow::ensure!(
-        address == config.listen,
+        listen::is_same(config.listen, address),
         "--listen {}: the relay that runs on {} listens on {address}; end it first, or give this one another --control",
         config.listen,
         config.control.0.display()
     );
-    let socket = socket.try_clone()?;
-    socket.set_nonblocking(true)?;
-    Ok(Some(Arc::new(TcpListener::from_std(socket)?)))
+    Ok(Some(Arc::new(listen::inherit(socket.try_clone()?)?)))
 }
 
-/// Follows the apiserver's state.
-async fn watch_upstream(
-    target: Arc<Target>,
-    registry: Arc<Registry>,
-    seen: watch::Sender<Upstream>,
-    doubt: Arc<Notify>,
-) {
-    loop {
-        let state = target.check().await;
-        registry.set_upstream(state);
-        let changed = seen.send_if_modified(|last| std::mem::replace(last, state) != state);
-        if changed {
-            tracing::info!(upstream = %target.address, ?state, "the apiserver's state");
-        }
-        let pause = if state == Upstream::Ready {
-            CHECK_READY
-        } else {
-            CHECK_OTHERWISE
-        };
-        // Whichever comes first.
-        let _ = timeout(pause, doubt.notified()).await;
-    }
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
 }
 
 /// Looks at files, idle connections and drain deadlines.
-async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
+async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Complaints>, limits: Limits) {
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
     loop {
         ticks.tick().await;
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
+        complaints.summarise();
         registry.tell_distrusted();
         match tls.reload() {
             Ok(Changed::Nothing) => {}
@@ -286,11 +345,11 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, limits: Limits) {
 }
 
 /// Tells every connection to go, spread over some seconds, and waits until all are gone.
-async fn farewell(registry: &Registry) {
+async fn farewell(registry: &Registry, deadline: Duration) {
     let mut ticks = interval(Duration::from_secs(1));
     let share = registry.len().div_ceil(FAREWELL_SECONDS).max(10);
     while !registry.is_empty() {
         ticks.tick().await;
-        registry.go_away_some(share);
+        registry.go_away_some(share, deadline);
     }
 }

@@ -350,7 +350,7 @@ impl Pump {
             connection.set_final();
         }
         if let Some(user_agent) = self.relay.take_user_agent() {
-            connection.set_user_agent(user_agent);
+            connection.set_user_agent(&user_agent);
         }
     }
 }

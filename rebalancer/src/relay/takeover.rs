@@ -2,18 +2,16 @@
 //!
 //! Beside the control socket there is another one, `CONTROL.listener`, with the same mode. Whoever connects says one
 //! octet and hears one: [`LOOK`] or [`TAKE`], then [`SOCKET`] with the descriptor, or [`NONE`]. A taker says [`TAKEN`]
-//! when it has it; from then on this relay accepts no more and drains.
-//! Must never accept for a moment less than its successor has begun to.
+//! when it accepts on it; from then on this relay accepts no more and drains.
+//! Must never accept for a moment less than its successor has begun to: a taker that has the socket and has not said so
+//! is waited for, also by a relay that is told to end.
 
 use std::{
     ffi::OsString,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,7 +28,7 @@ use crate::local::descriptor;
 pub const LOOK: u8 = b'L';
 /// Give it to me: I am your successor.
 const TAKE: u8 = b'T';
-/// I have it.
+/// I accept on it.
 const TAKEN: u8 = b'!';
 /// Here it is.
 pub const SOCKET: u8 = b'S';
@@ -39,6 +37,9 @@ pub const NONE: u8 = b'N';
 
 /// How long either side waits for the other's octet.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a taker has from the socket to its word: it asks the apiserver first.
+const DECISION: Duration = Duration::from_secs(30);
 
 /// Somebody who looked within this time steers connections to the socket, and must hear that it goes.
 const LOOKS_RECENTLY: Duration = Duration::from_secs(3);
@@ -50,62 +51,116 @@ pub fn path_beside(control: &Path) -> PathBuf {
     path.into()
 }
 
+#[derive(Debug, Default)]
+struct State {
+    socket: Option<Arc<TcpListener>>,
+    looked: Option<Instant>,
+    ending: bool,
+    /// Takers that have the socket and have not said anything.
+    undecided: usize,
+    taken: bool,
+    /// Waits for this relay to leave its local sockets.
+    successor: Option<UnixStream>,
+}
+
 /// The listening socket of this relay, while it has one.
 #[derive(Debug, Default)]
 pub struct Listening {
-    socket: Mutex<Option<Arc<TcpListener>>>,
-    looked: Mutex<Option<Instant>>,
-    ending: AtomicBool,
-    taken: Notify,
-    /// Waits for this relay to leave its local sockets.
-    successor: Mutex<Option<UnixStream>>,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+/// A taker that has the socket.
+struct Undecided<'l>(&'l Listening);
+
+impl Drop for Undecided<'_> {
+    fn drop(&mut self) {
+        self.0.state().undecided -= 1;
+        self.0.changed.notify_waiters();
+    }
 }
 
 impl Listening {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// This is the socket from now on.
     pub fn set(&self, socket: Option<Arc<TcpListener>>) {
-        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket;
+        self.state().socket = socket;
     }
 
     /// Lends it no more; `true` when somebody has looked lately and must be given time to notice.
     pub fn end(&self) -> bool {
-        self.ending.store(true, Relaxed);
-        let looked = *self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        looked.is_some_and(|at| at.elapsed() < LOOKS_RECENTLY)
+        let mut state = self.state();
+        state.ending = true;
+        state.looked.is_some_and(|at| at.elapsed() < LOOKS_RECENTLY)
     }
 
-    /// Waits until a successor has it.
+    /// Waits until a successor accepts on it.
     pub async fn taken(&self) {
-        self.taken.notified().await;
+        self.until(|state| state.taken).await;
+    }
+
+    /// Waits until nobody has it who has not said whether it is taken, and says whether it is. To be asked after
+    /// [`Self::end`].
+    pub async fn decided(&self) -> bool {
+        self.until(|state| state.taken || state.undecided == 0).await;
+        self.is_taken()
+    }
+
+    /// Whether a successor accepts on it.
+    pub fn is_taken(&self) -> bool {
+        self.state().taken
+    }
+
+    async fn until(&self, is_so: impl Fn(&State) -> bool) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if is_so(&self.state()) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// The local sockets are left: the successor may have them.
     pub fn release(&self) {
-        self.successor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.state().successor.take();
     }
 
-    fn lent(&self) -> Option<Arc<TcpListener>> {
-        if self.ending.load(Relaxed) {
-            return None;
+    fn lend(&self, asked: u8) -> (Option<Arc<TcpListener>>, Option<Undecided<'_>>) {
+        let mut state = self.state();
+        if state.ending || state.taken {
+            return (None, None);
         }
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let socket = state.socket.clone();
+        let taker = (asked == TAKE && socket.is_some()).then(|| {
+            state.undecided += 1;
+            Undecided(self)
+        });
+        if asked == LOOK {
+            state.looked = Some(Instant::now());
+        }
+        (socket, taker)
     }
 
     async fn answer(&self, stream: UnixStream) -> io::Result<()> {
-        let (asked, _) = descriptor::receive(&stream).await?;
-        let socket = self.lent();
-        match &socket {
+        let (asked, _) = timeout(PATIENCE, descriptor::receive(&stream)).await??;
+        let (socket, taker) = self.lend(asked);
+        match socket {
             Some(socket) => descriptor::send(&stream, SOCKET, Some(socket.as_fd())).await?,
             None => descriptor::send(&stream, NONE, None).await?,
         }
-        match asked {
-            LOOK => *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now()),
-            TAKE if descriptor::receive(&stream).await?.0 == TAKEN => {
-                *self.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
-                self.taken.notify_one();
-            }
-            _ => {}
+        if asked == TAKE && timeout(DECISION, descriptor::receive(&stream)).await??.0 == TAKEN {
+            let mut state = self.state();
+            state.taken = true;
+            state.successor = Some(stream);
+            drop(state);
+            self.changed.notify_waiters();
         }
+        drop(taker);
         Ok(())
     }
 }
@@ -118,7 +173,7 @@ pub async fn serve(listener: UnixListener, listening: Arc<Listening>) {
                 let listening = Arc::clone(&listening);
                 tokio::spawn(async move {
                     // Who asks nothing, or goes away, is told nothing.
-                    let _ = timeout(PATIENCE, listening.answer(stream)).await;
+                    let _ = listening.answer(stream).await;
                 });
             }
             Err(error) => {
@@ -129,9 +184,9 @@ pub async fn serve(listener: UnixListener, listening: Arc<Listening>) {
     }
 }
 
-/// What a predecessor left.
+/// A relay that runs with the same control socket.
 pub struct Predecessor {
-    /// Its listening socket; `None` when it did not listen.
+    /// Its listening socket; `None` when it does not listen.
     pub socket: Option<std::net::TcpListener>,
     stream: UnixStream,
 }
@@ -151,28 +206,34 @@ impl Predecessor {
             descriptor::send(&stream, TAKE, None).await?;
             descriptor::receive(&stream).await
         };
-        let unclear = || {
-            format!(
-                "a relay runs on {}, and does not hand its listening socket over; end it, or give this one another --control",
-                control.display()
-            )
-        };
-        let (_, socket) = timeout(PATIENCE, asked)
-            .await
-            .map_err(io::Error::from)
-            .flatten()
-            .with_context(unclear)?;
-        Ok(Some(Self {
-            socket: socket.map(std::net::TcpListener::from),
-            stream,
-        }))
+        match timeout(PATIENCE, asked).await.map_err(io::Error::from).flatten() {
+            Ok((_, socket)) => Ok(Some(Self {
+                socket: socket.map(std::net::TcpListener::from),
+                stream,
+            })),
+            // It ended in this moment.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error).with_context(|| {
+                format!(
+                    "a relay runs on {}, and does not hand its listening socket over; end it, or give this one another --control",
+                    control.display()
+                )
+            }),
+        }
     }
 
-    /// Tells it to accept no more, and to leave its control socket.
+    /// Tells it to accept no more, and waits until it has left its local sockets.
     ///
     /// # Errors
     ///
-    /// It has gone meanwhile.
+    /// It has gone meanwhile, or does not leave them.
     pub async fn relieve(&self) -> io::Result<()> {
         descriptor::send(&self.stream, TAKEN, None).await?;
         // It closes its local sockets, and this one with them, when it has heard.

@@ -1,23 +1,66 @@
-//! The local apiserver behind the relay: connecting to it, and asking whether it is ready.
+//! The local apiserver behind the relay: connecting to it, and asking whether a client's request would get through.
 //!
 //! Output: TLS streams, and the state that the listener and the control socket follow.
-//! Must never send a client's bytes anywhere else.
+//! Must never send a client's bytes anywhere else, take this process's own want of something for the apiserver's state,
+//! nor close the port for a single failure.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use http_body_util::{BodyExt as _, Empty};
+use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::{Notify, watch},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 use super::{
+    metrics::Metrics,
+    registry::Registry,
     stream::{self, ClientStream},
-    tls::Reloader,
+    tls::{Reloader, Tls},
+    workers::Workers,
 };
-use crate::shim::wire::Upstream;
+use crate::{shim::wire::Upstream, sys};
 
-/// How long a check may take.
+/// How long each step of a check may take.
 const CHECK: Duration = Duration::from_secs(3);
+
+/// How often a ready apiserver is asked again.
+const CHECK_READY: Duration = Duration::from_secs(2);
+
+/// How often another one is.
+const CHECK_OTHERWISE: Duration = Duration::from_millis(500);
+
+/// Whatever rings, there is so much time between two checks: clients can make the apiserver close their connections.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A check's connection is kept for so long, and asked on again: a new one is a handshake, as a client's is.
+const RENEW: Duration = Duration::from_secs(30);
+
+/// So many checks in a row must fail before a port that is open closes.
+const FAILURES: u32 = 2;
+
+/// A thread that has not moved for so long serves nobody.
+const STANDSTILL: Duration = Duration::from_secs(10);
+
+/// Whom a check asks as: a user of no rights.
+const CHECK_USER: &str = "system:rebalancer:relay-check";
+
+/// How many addresses of its own the relay connects from, over loopback: each has a range of ports of its own.
+const SOURCES: u8 = 16;
 
 /// Where the apiserver is.
 #[derive(Debug)]
@@ -28,18 +71,67 @@ pub struct Target {
     pub name: ServerName<'static>,
     /// The certificates.
     pub tls: Arc<Reloader>,
+    /// Which of the addresses of its own was used last: 0 leaves it to the kernel.
+    source: AtomicU8,
+}
+
+/// Whether an error is this process's or this node's own want of something, and none of the other side's.
+pub fn is_ours(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EADDRNOTAVAIL
+                | libc::EAGAIN
+                | libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOMEM
+                | libc::ENOBUFS
+                | libc::EADDRINUSE
+        )
+    )
+}
+
+/// What it is that has run out.
+pub fn what_ran_out(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EADDRNOTAVAIL | libc::EAGAIN | libc::EADDRINUSE) => {
+            "no local port is left (net.ipv4.ip_local_port_range) for connections to the apiserver"
+        }
+        Some(libc::EMFILE) => "this process may open no more files (RLIMIT_NOFILE)",
+        Some(libc::ENFILE) => "this node may open no more files (fs.file-max)",
+        _ => "the kernel has no memory for another socket",
+    }
 }
 
 impl Target {
+    /// An apiserver that nobody has connected to.
+    pub fn new(address: SocketAddr, name: ServerName<'static>, tls: Arc<Reloader>) -> Self {
+        Self {
+            address,
+            name,
+            tls,
+            source: AtomicU8::new(0),
+        }
+    }
+
     /// Connects with a configuration of this target's [`Reloader`] and offers exactly one protocol.
     ///
     /// # Errors
     ///
     /// What the socket or TLS says; [`io::ErrorKind::InvalidData`] when the apiserver selects another protocol.
     pub async fn connect(&self, config: &Arc<ClientConfig>, protocol: &[u8]) -> io::Result<ClientStream> {
-        let stream = TcpStream::connect(self.address).await?;
-        stream.set_nodelay(true)?;
-        let stream = stream::connect(Arc::clone(config), self.name.clone(), protocol, stream).await?;
+        let socket = self.socket().await?;
+        self.handshake(socket, config, protocol).await
+    }
+
+    async fn handshake(
+        &self,
+        socket: TcpStream,
+        config: &Arc<ClientConfig>,
+        protocol: &[u8],
+    ) -> io::Result<ClientStream> {
+        socket.set_nodelay(true)?;
+        let stream = stream::connect(Arc::clone(config), self.name.clone(), protocol, socket).await?;
         let selected = stream.state().alpn_protocol();
         // A server without ALPN speaks HTTP/1.1.
         if selected.unwrap_or(b"http/1.1") != protocol {
@@ -55,42 +147,347 @@ impl Target {
         Ok(stream)
     }
 
-    /// Asks `/readyz`, as nobody in particular.
-    pub async fn check(&self) -> Upstream {
-        match timeout(CHECK, TcpStream::connect(self.address)).await {
-            Ok(Ok(_)) => {}
-            _ => return Upstream::Unreachable,
-        }
-        match timeout(CHECK, self.readyz()).await {
-            // Not allowed to ask is an answer too: something authenticates and authorises already.
-            Ok(Ok(status)) if status.is_success() || status.is_client_error() => Upstream::Ready,
-            Ok(Ok(_)) => Upstream::Starting,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "the readiness check failed");
-                Upstream::Starting
+    /// Connects from an address that has a port left: the kernel's choice has some 28,000 for one destination. All of
+    /// 127.0.0.0/8 is this host's.
+    async fn socket(&self) -> io::Result<TcpStream> {
+        let sources = match self.address.ip() {
+            IpAddr::V4(address) if address.is_loopback() => SOURCES,
+            _ => 1,
+        };
+        let first = self.source.load(Relaxed);
+        let mut last = None;
+        for source in (0..sources).map(|more| (first + more) % sources) {
+            match self.socket_from(source).await {
+                Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => last = Some(error),
+                connected => {
+                    self.source.store(source, Relaxed);
+                    return connected;
+                }
             }
-            Err(_) => Upstream::Starting,
+        }
+        Err(last.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into()))
+    }
+
+    async fn socket_from(&self, source: u8) -> io::Result<TcpStream> {
+        if source == 0 {
+            return TcpStream::connect(self.address).await;
+        }
+        let socket = TcpSocket::new_v4()?;
+        // The port is chosen when it connects, and may be one that is in use towards another destination.
+        sys::bind_without_port(socket.as_fd())?;
+        socket.bind(SocketAddr::new(Ipv4Addr::new(127, 0, 0, 1 + source).into(), 0))?;
+        socket.connect(self.address).await
+    }
+}
+
+/// What a check found, and in what words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Found {
+    /// A client's request would find this.
+    State(Upstream, String),
+    /// Nothing was learned: the relay itself lacks something.
+    Ours(String),
+}
+
+impl Found {
+    fn is_bad(&self) -> bool {
+        matches!(self, Self::State(Upstream::Unreachable | Upstream::Unusable, _))
+    }
+}
+
+/// A connection of the checks' own.
+struct Kept {
+    sender: SendRequest<Empty<bytes::Bytes>>,
+    task: JoinHandle<()>,
+    tls: Arc<Tls>,
+    since: Instant,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Asks what a client's request needs: the connection, its TLS under `--upstream-ca`, the front proxy's certificate
+/// believed, and threads that serve.
+pub struct Checks {
+    target: Arc<Target>,
+    kept: Option<Kept>,
+}
+
+impl Checks {
+    /// Of one apiserver.
+    pub fn new(target: Arc<Target>) -> Self {
+        Self { target, kept: None }
+    }
+
+    /// Asks once, in three times [`CHECK`] at most.
+    async fn check(&mut self) -> Found {
+        let current = self.target.tls.current();
+        self.kept = self.kept.take().filter(|kept| {
+            kept.since.elapsed() < RENEW && Arc::ptr_eq(&kept.tls, &current) && !kept.sender.is_closed()
+        });
+        if let Some(mut kept) = self.kept.take()
+            && let Ok(Ok(status)) = timeout(CHECK, ask(&mut kept.sender, &self.target.name)).await
+        {
+            self.kept = Some(kept);
+            return judged(status);
+        }
+        // The server may have closed it: a new one tells.
+        let mut kept = match self.open(current).await {
+            Ok(kept) => kept,
+            Err(found) => return found,
+        };
+        match timeout(CHECK, ask(&mut kept.sender, &self.target.name)).await {
+            Ok(Ok(status)) => {
+                self.kept = Some(kept);
+                judged(status)
+            }
+            Ok(Err(error)) => failed(&error, "it closes the connection instead of answering"),
+            Err(_) => Found::State(Upstream::Overloaded, format!("/readyz takes longer than {CHECK:?}")),
         }
     }
 
-    async fn readyz(&self) -> anyhow::Result<http::StatusCode> {
-        let stream = self.connect(&self.tls.current().anonymous, b"http/1.1").await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let request = http::Request::get("/readyz")
-            .header(http::header::HOST, self.name.to_str().as_ref())
-            .header(
-                http::header::USER_AGENT,
-                concat!("rebalancer/", env!("CARGO_PKG_VERSION")),
-            )
-            .body(Empty::<bytes::Bytes>::new())?;
-        // The sender goes with the answer, and the connection with the sender.
-        let asked = async move {
-            let answer = sender.send_request(request).await?;
-            let status = answer.status();
-            answer.into_body().collect().await?;
-            anyhow::Ok(status)
+    async fn open(&self, tls: Arc<Tls>) -> Result<Kept, Found> {
+        let target = &self.target;
+        let socket = match timeout(CHECK, target.socket()).await {
+            Ok(Ok(socket)) => socket,
+            Ok(Err(error)) if is_ours(&error) => {
+                return Err(Found::Ours(format!("{}: {error}", what_ran_out(&error))));
+            }
+            Ok(Err(error)) => return Err(Found::State(Upstream::Unreachable, error.to_string())),
+            // On this host somebody listens, and does not get to accepting.
+            Err(_) if target.address.ip().is_loopback() => {
+                let why = format!("it accepts no connection within {CHECK:?}");
+                return Err(Found::State(Upstream::Overloaded, why));
+            }
+            Err(_) => {
+                return Err(Found::State(
+                    Upstream::Unreachable,
+                    format!("no answer within {CHECK:?}"),
+                ));
+            }
         };
-        let (status, _) = tokio::join!(asked, connection);
-        status
+        let stream = match timeout(CHECK, target.handshake(socket, &tls.front_proxy, b"http/1.1")).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return Err(failed(&error, "TLS with it fails")),
+            Err(_) => {
+                let why = format!("its TLS handshake takes longer than {CHECK:?}");
+                return Err(Found::State(Upstream::Overloaded, why));
+            }
+        };
+        match hyper::client::conn::http1::handshake(TokioIo::new(stream)).await {
+            Ok((sender, connection)) => Ok(Kept {
+                sender,
+                task: tokio::spawn(async move {
+                    // The sender hears how it ends.
+                    let _ = connection.await;
+                }),
+                tls,
+                since: Instant::now(),
+            }),
+            Err(error) => Err(failed(&error, "it closes the connection")),
+        }
+    }
+}
+
+/// What TLS says is for good; a connection that ends may be an apiserver that starts.
+fn failed(error: &(dyn std::error::Error + 'static), what: &str) -> Found {
+    let mut cause = Some(error);
+    let mut tls = false;
+    let mut why = what.to_owned();
+    while let Some(error) = cause {
+        why = format!("{why}: {error}");
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            tls |= error.kind() == io::ErrorKind::InvalidData;
+        }
+        cause = error.source();
+    }
+    Found::State(if tls { Upstream::Unusable } else { Upstream::Starting }, why)
+}
+
+fn judged(status: http::StatusCode) -> Found {
+    let state = match status {
+        http::StatusCode::UNAUTHORIZED => {
+            let why = "it answers 401 to the front proxy's certificate (--proxy-client-cert): has it expired, is it signed \
+                       by --requestheader-client-ca-file, and is its name allowed?";
+            return Found::State(Upstream::Unusable, why.to_owned());
+        }
+        http::StatusCode::TOO_MANY_REQUESTS => Upstream::Overloaded,
+        // Not allowed to ask is an answer too: somebody was authenticated.
+        status if status.is_success() || status.is_client_error() => Upstream::Ready,
+        _ => Upstream::Starting,
+    };
+    Found::State(state, format!("/readyz says {status}"))
+}
+
+async fn ask(
+    sender: &mut SendRequest<Empty<bytes::Bytes>>,
+    name: &ServerName<'static>,
+) -> Result<http::StatusCode, hyper::Error> {
+    let mut request = http::Request::new(Empty::new());
+    *request.uri_mut() = http::Uri::from_static("/readyz");
+    let headers = request.headers_mut();
+    if let Ok(host) = http::HeaderValue::from_str(&name.to_str()) {
+        headers.insert(http::header::HOST, host);
+    }
+    let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
+    headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
+    headers.insert("x-remote-user", http::HeaderValue::from_static(CHECK_USER));
+    sender.ready().await?;
+    let answer = sender.send_request(request).await?;
+    let status = answer.status();
+    // Read to its end, so that the connection can be asked on again; one that is closed behind it is not.
+    let _ = answer.into_body().collect().await;
+    Ok(status)
+}
+
+/// Whether the port is open in that state: a client sees an apiserver that starts, or is slow, as it is.
+pub fn is_open(state: Upstream) -> bool {
+    matches!(state, Upstream::Ready | Upstream::Starting | Upstream::Overloaded)
+}
+
+/// Which state follows a check: one failure closes nothing.
+#[derive(Debug)]
+struct Judge {
+    state: Upstream,
+    failures: u32,
+}
+
+impl Judge {
+    fn take(&mut self, found: &Found) -> Upstream {
+        match found {
+            Found::Ours(_) => {}
+            Found::State(state, _) => {
+                self.failures = if found.is_bad() { self.failures + 1 } else { 0 };
+                if self.failures == 0 || self.failures >= FAILURES || !is_open(self.state) {
+                    self.state = *state;
+                }
+            }
+        }
+        self.state
+    }
+}
+
+/// Follows the apiserver's state until nobody is interested.
+pub async fn watch(
+    mut checks: Checks,
+    workers: Arc<Workers>,
+    registry: Arc<Registry>,
+    metrics: Arc<Metrics>,
+    seen: watch::Sender<Upstream>,
+    doubt: Arc<Notify>,
+) {
+    let mut judge = Judge {
+        state: Upstream::Unknown,
+        failures: 0,
+    };
+    let mut said = None;
+    while !seen.is_closed() {
+        let began = Instant::now();
+        let mut found = checks.check().await;
+        metrics.checked(began.elapsed());
+        if let Some(name) = workers.standing_still(STANDSTILL) {
+            found = Found::State(
+                Upstream::Unusable,
+                format!("the relay's own thread {name} stands still"),
+            );
+        }
+        let before = judge.state;
+        let state = judge.take(&found);
+        registry.set_upstream(state);
+        seen.send_replace(state);
+        let address = checks.target.address;
+        match &found {
+            Found::Ours(why) if said.as_ref() != Some(&found) => {
+                tracing::error!(why, "the apiserver cannot be asked; everything stays as it is");
+            }
+            Found::State(_, why) if state != before => match state {
+                Upstream::Unusable => tracing::error!(
+                    upstream = %address,
+                    why,
+                    "no client's request would get through: the port is closed, and --intercept lets go"
+                ),
+                Upstream::Unreachable => {
+                    tracing::warn!(upstream = %address, why, "the apiserver is unreachable: the port is closed")
+                }
+                _ => tracing::info!(upstream = %address, ?state, why, "the apiserver's state"),
+            },
+            _ => {}
+        }
+        said = Some(found);
+        // Each failure of TLS is counted by the apiserver; each of a connection costs nobody anything.
+        let pause = if matches!(state, Upstream::Ready | Upstream::Unusable) && judge.failures != 1 {
+            CHECK_READY
+        } else {
+            CHECK_OTHERWISE
+        };
+        sleep(PAUSE).await;
+        // Whichever comes first.
+        let _ = timeout(pause - PAUSE, doubt.notified()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_failure_closes_nothing_and_want_of_our_own_says_nothing() {
+        let found = |state| Found::State(state, String::new());
+        let ours = Found::Ours(String::new());
+        let mut judge = Judge {
+            state: Upstream::Unknown,
+            failures: 0,
+        };
+        for (found, expected) in [
+            (ours.clone(), Upstream::Unknown),
+            (found(Upstream::Unreachable), Upstream::Unreachable),
+            (found(Upstream::Ready), Upstream::Ready),
+            (found(Upstream::Unreachable), Upstream::Ready),
+            (found(Upstream::Ready), Upstream::Ready),
+            (found(Upstream::Unusable), Upstream::Ready),
+            (ours.clone(), Upstream::Ready),
+            (found(Upstream::Unreachable), Upstream::Unreachable),
+            (found(Upstream::Unusable), Upstream::Unusable),
+            (found(Upstream::Overloaded), Upstream::Overloaded),
+            (found(Upstream::Starting), Upstream::Starting),
+        ] {
+            assert_eq!(judge.take(&found), expected);
+        }
+    }
+
+    #[test]
+    fn what_an_answer_says_of_the_apiserver() {
+        let state = |status: u16| match judged(http::StatusCode::from_u16(status).expect("a status")) {
+            Found::State(state, _) => state,
+            Found::Ours(why) => panic!("{why}"),
+        };
+        assert_eq!([200, 403, 404].map(state), [Upstream::Ready; 3]);
+        assert_eq!(state(401), Upstream::Unusable);
+        assert_eq!(state(429), Upstream::Overloaded);
+        assert_eq!([500, 503].map(state), [Upstream::Starting; 2]);
+    }
+
+    #[test]
+    fn what_runs_out_here_is_not_the_apiservers_doing() {
+        for errno in [
+            libc::EADDRNOTAVAIL,
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::ENOMEM,
+            libc::ENOBUFS,
+        ] {
+            assert!(is_ours(&io::Error::from_raw_os_error(errno)));
+        }
+        for errno in [
+            libc::ECONNREFUSED,
+            libc::ECONNRESET,
+            libc::ETIMEDOUT,
+            libc::EHOSTUNREACH,
+        ] {
+            assert!(!is_ours(&io::Error::from_raw_os_error(errno)));
+        }
     }
 }

@@ -7,12 +7,19 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread,
+    time::{Duration, Instant},
 };
 
-use tokio::runtime::{Builder, Handle};
+use tokio::{
+    runtime::{Builder, Handle},
+    time::{MissedTickBehavior, interval},
+};
+
+/// How often a thread says that it moves.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// All threads.
 #[derive(Debug)]
@@ -21,8 +28,12 @@ pub struct Workers(Vec<Worker>);
 #[derive(Debug)]
 struct Worker {
     runtime: Handle,
+    name: String,
     /// Tasks it has.
     tasks: Arc<AtomicUsize>,
+    began: Instant,
+    /// Milliseconds from its beginning to when it moved last.
+    beat: Arc<AtomicU64>,
 }
 
 impl Workers {
@@ -34,6 +45,15 @@ impl Workers {
     pub fn start() -> io::Result<Self> {
         let count = thread::available_parallelism().map_or(1, usize::from);
         (0..count).map(Worker::start).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// A thread that has not moved for longer than that, if there is one.
+    pub fn standing_still(&self, limit: Duration) -> Option<&str> {
+        let still = self.0.iter().find(|worker| {
+            let last = Duration::from_millis(worker.beat.load(Relaxed));
+            worker.began.elapsed().saturating_sub(last) > limit
+        });
+        still.map(|worker| worker.name.as_str())
     }
 
     /// Runs a task on the thread that has the fewest.
@@ -56,12 +76,26 @@ impl Worker {
     fn start(index: usize) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        thread::Builder::new()
-            .name(format!("relay-{index}"))
-            .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+        let name = format!("relay-{index}");
+        let began = Instant::now();
+        let beat = Arc::new(AtomicU64::new(0));
+        let beats = Arc::clone(&beat);
+        thread::Builder::new().name(name.clone()).spawn(move || {
+            runtime.block_on(async {
+                let mut ticks = interval(BEAT);
+                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                loop {
+                    ticks.tick().await;
+                    beats.store(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), Relaxed);
+                }
+            })
+        })?;
         Ok(Self {
             runtime: handle,
+            name,
             tasks: Arc::default(),
+            began,
+            beat,
         })
     }
 }
@@ -87,6 +121,29 @@ mod tests {
     use std::{collections::HashMap, sync::mpsc};
 
     use super::*;
+
+    #[test]
+    fn a_thread_that_is_held_up_is_noticed_and_the_others_are_not() {
+        let workers = Workers((0..2).map(|index| Worker::start(index).expect("a thread")).collect());
+        let (go_on, held) = mpsc::channel::<()>();
+        workers.0[1].runtime.spawn(async move {
+            // It blocks the thread, until the test has seen it.
+            let _ = held.recv();
+        });
+        let limit = 3 * BEAT;
+        let began = Instant::now();
+        let mut noticed = None;
+        while noticed.is_none() && began.elapsed() < Duration::from_secs(60) {
+            thread::sleep(Duration::from_millis(50));
+            noticed = workers.standing_still(limit).map(str::to_owned);
+        }
+        assert_eq!(noticed.as_deref(), Some("relay-1"));
+        drop(go_on);
+        while workers.standing_still(limit).is_some() {
+            assert!(began.elapsed() < Duration::from_secs(120), "it goes on");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
 
     #[test]
     fn tasks_are_spread_evenly_and_stay_on_their_thread() {

@@ -149,7 +149,13 @@ impl Link {
                 let Some(pending) = self.pending.get(&id) else {
                     continue;
                 };
-                let result = if entry.generation >= pending.generation {
+                let result = if entry.outcome == wire::Outcome::Expired {
+                    if entry.generation < pending.generation {
+                        // Of an order before this one.
+                        continue;
+                    }
+                    GoawayResult::Expired
+                } else if entry.generation >= pending.generation {
                     GoawayResult::Sent
                 } else if entry.outcome == wire::Outcome::Draining {
                     // It was told for another reason, such as the shim's own end.
@@ -198,6 +204,7 @@ fn of_the_wire(result: wire::GoawayResult) -> GoawayResult {
         wire::GoawayResult::Pending => GoawayResult::Pending,
         wire::GoawayResult::AlreadyDraining => GoawayResult::AlreadyDraining,
         wire::GoawayResult::Unknown => GoawayResult::Unknown,
+        wire::GoawayResult::Expired => GoawayResult::Expired,
         wire::GoawayResult::NotH2 => GoawayResult::NotH2,
     }
 }
@@ -258,7 +265,11 @@ fn report(answer: wire::Connections) -> ShimReport {
         upstream_ready: match answer.upstream {
             wire::Upstream::Unknown => None,
             wire::Upstream::Ready => Some(true),
-            wire::Upstream::Starting | wire::Upstream::Unreachable => Some(false),
+            // One that answers too late is up, but nobody should be sent there.
+            wire::Upstream::Starting
+            | wire::Upstream::Overloaded
+            | wire::Upstream::Unusable
+            | wire::Upstream::Unreachable => Some(false),
         },
     }
 }

@@ -61,8 +61,26 @@ pub enum Upstream {
     Ready,
     /// It accepts connections, but does not say that it is ready.
     Starting,
+    /// It answers later than a check waits, or says that it has too much to do.
+    Overloaded,
+    /// No client's request would get through: TLS with it fails, it does not believe the shim, or the shim stands still.
+    Unusable,
     /// It accepts no connection.
     Unreachable,
+}
+
+impl Upstream {
+    /// For an operator.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Self::Unknown => "the apiserver has not answered",
+            Self::Ready => "the apiserver is ready",
+            Self::Starting => "the apiserver says that it is not ready",
+            Self::Overloaded => "the apiserver answers too late",
+            Self::Unusable => "the apiserver cannot be used: see the log",
+            Self::Unreachable => "the apiserver accepts no connection",
+        }
+    }
 }
 
 /// Figures of one connection.
@@ -176,6 +194,8 @@ pub enum GoawayResult {
     AlreadyDraining,
     /// No such connection.
     Unknown,
+    /// The order had expired when it came.
+    Expired,
     /// It cannot be told: HTTP/1.1 that was upgraded.
     NotH2,
 }
@@ -206,6 +226,8 @@ pub enum Outcome {
     Draining,
     /// It is closed.
     Closed,
+    /// It was pending when its order expired, and was not told.
+    Expired,
 }
 
 /// One line of `GET /v1/outcomes`.

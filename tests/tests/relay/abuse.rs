@@ -336,6 +336,73 @@ fn more_connections_than_allowed_are_refused_and_the_others_stay() {
 }
 
 #[test]
+fn strangers_do_not_keep_out_those_who_have_a_certificate_nor_fill_the_log() {
+    const PLACES: usize = 10;
+    let world = World::start(&["--max-connections=10", "--handshake-timeout=3s"]);
+    let alice = world.pki.client("alice", "alice", &[]).expect("a certificate");
+    // One address may have three quarters of what strangers may have: six of eight.
+    let strangers: Vec<_> = (0..6).map(|_| world.open(None)).collect();
+    for _ in 0..50 {
+        let mut refused = Peer::connect(&world.pki, RELAY, None, b"h2").expect("TLS is for everybody");
+        refused.begin_client(&[]);
+        assert!(refused.rest().is_empty(), "it is closed without a word");
+    }
+    // Nor do those who never finish.
+    let silent: Vec<_> = (0..100).filter_map(|_| TcpStream::connect(RELAY).ok()).collect();
+    let (mut client, mut server) = world.open(Some(&alice));
+    client.send(&request(1, "/"));
+    server.expect(kind::HEADERS);
+    server.send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, 1, &OK));
+    assert_eq!(client.expect(kind::HEADERS).stream, 1);
+    assert!(
+        world.connections().len() <= PLACES + 16,
+        "unfinished ones have a bound of their own"
+    );
+    let log = world.relay.log();
+    let lines = log.lines().filter(|line| line.contains("there is no place")).count();
+    assert!((1..=5).contains(&lines), "{lines} lines for 50 refusals");
+    drop((strangers, silent));
+}
+
+#[test]
+fn the_apiserver_hears_nothing_of_a_client_that_says_nothing() {
+    let world = World::start(&[]);
+    let silent: Vec<_> = (0..20)
+        .map(|_| Peer::connect(&world.pki, RELAY, None, b"h2").expect("a handshake"))
+        .collect();
+    // Whoever speaks is the first that the apiserver sees.
+    let (mut client, mut server) = world.open(None);
+    client.send(&request(1, "/first"));
+    server.expect(kind::HEADERS);
+    assert_eq!(world.connections().len(), 21);
+    drop(silent);
+}
+
+#[test]
+fn a_user_agent_costs_no_more_than_what_is_shown_of_it() {
+    const CLIENTS: usize = 20;
+    let world = World::start(&[]);
+    let mut bystander = world.bystander();
+    let before = world.resident_kib();
+    let agent = "x".repeat(500_000);
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
+            client.send(format!("GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: {agent}\r\n\r\n").as_bytes());
+            let mut server = world.accept().peer;
+            server.send(b"HTTP/1.1 204 No Content\r\n\r\n");
+            client.read_head();
+            (client, server)
+        })
+        .collect();
+    let shown = world.entry(clients[0].0.local())["user_agent"].as_str().map(str::len);
+    assert_eq!(shown, Some(256));
+    let grown = world.resident_kib().saturating_sub(before);
+    assert!(grown < 2 * BOUND_KIB, "{grown} KiB more for {CLIENTS} clients");
+    bystander.is_served();
+}
+
+#[test]
 fn refused_streams_without_end_are_bounded_although_the_server_stops_inside_a_frame() {
     let world = World::start(&[]);
     let mut bystander = world.bystander();

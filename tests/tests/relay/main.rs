@@ -7,6 +7,8 @@ mod certificates;
 mod faults;
 mod goaway;
 mod handover;
+mod health;
+mod http1;
 mod intercept;
 mod proxy_protocol;
 mod requests;

@@ -236,6 +236,8 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
     let accepted = world.accept();
     assert!(accepted.head.contains("x-remote-user: brief"), "{}", accepted.head);
     let mut http1_server = accepted.peer;
+    http1_server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    http1.read_head();
     // It is in flight when the certificate expires, so the connection stays.
     let (mut client, mut server) = world.open(Some(&brief));
     client.send(&request(1, "/watch?watch=true"));
@@ -275,13 +277,16 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
     server.send(&frame(kind::HEADERS, END_HEADERS, 1, &OK));
     assert_eq!(client.expect(kind::HEADERS).stream, 1);
 
-    http1_server.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
-    http1.read_head();
     http1.send(b"GET /two HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
     let head = http1.read_head().to_ascii_lowercase();
     assert!(
         head.starts_with("http/1.1 401 ") && head.contains("connection: close"),
         "{head}"
+    );
+    // Over the front proxy's connection goes nothing that names nobody.
+    assert!(
+        http1_server.try_read(1).is_err(),
+        "the apiserver hears the end, and no request"
     );
     assert!(http1_server.try_read(1).is_err(), "the server hears nothing of it");
     let (_, newer) = world.open(Some(&brief));

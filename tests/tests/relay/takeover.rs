@@ -1,8 +1,14 @@
 //! A new relay takes the listening socket over: no connection is lost, and the old one drains.
 
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    os::unix::net::{UnixListener, UnixStream},
+};
+
 use rebalancer_tests::{
-    h2wire::{END_HEADERS, END_STREAM, PATIENCE, frame, kind, request},
-    process::{Process, wait_for},
+    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, frame, kind, request},
+    process::{Process, tail, wait_for},
 };
 
 use crate::world::{OK, RELAY, World};
@@ -90,4 +96,105 @@ fn connections_that_wait_when_a_relay_ends_are_served() {
     // From then on the port is closed, which a load balancer sees; nobody was cut off after connecting.
     let refused = |error: &String| error.contains("cannot connect");
     assert!(outcome.errors.iter().all(refused), "{outcome:?}");
+}
+
+#[test]
+fn a_relay_that_drains_is_in_nobodys_way() {
+    let mut world = World::start(&[]);
+    let (mut client, mut server) = world.open(None);
+    client.send(&request(1, "/watch"));
+    server.expect(kind::HEADERS);
+    // It is told to end, and a watch keeps it; a crash loop starts the next one at once.
+    world.relay.signal(libc::SIGTERM);
+    let mut newer = world.start_another("newer", RELAY);
+    client.expect(kind::GOAWAY);
+    let ping = client.expect(kind::PING);
+    client.send(&frame(kind::PING, 1, 0, &ping.payload));
+    assert_eq!(client.expect(kind::GOAWAY).word(0), 1);
+    let older = std::mem::replace(&mut world.relay, newer);
+    let listed = wait_for(PATIENCE, || {
+        let own = TcpStream::connect(RELAY).ok()?;
+        drop(own);
+        world.try_control("GET /v1/connections")
+    });
+    assert!(listed.is_some(), "the new one answers:\n{}", tail(&world.relay.log()));
+    world.bystander();
+    server.send(&frame(kind::HEADERS, END_HEADERS | END_STREAM, 1, &OK));
+    assert_eq!(
+        client.expect(kind::HEADERS).stream,
+        1,
+        "the old one serves what is open"
+    );
+    newer = world.start_another("third", RELAY);
+    ends(&mut std::mem::replace(&mut world.relay, newer));
+    drop((client, older));
+}
+
+#[test]
+fn a_relay_that_is_told_to_end_accepts_until_its_successor_has_decided() {
+    for taken in [true, false] {
+        let mut world = World::answering(&[]);
+        // A successor that has been lent the socket, and is not ready yet.
+        let mut successor =
+            UnixStream::connect(world.control_path().with_extension("sock.listener")).expect("it lends");
+        successor.write_all(b"T").expect("room");
+        let mut octet = [0];
+        successor.read_exact(&mut octet).expect("an answer");
+        assert_eq!(&octet, b"S");
+        world.relay.signal(libc::SIGTERM);
+        // From here on it leaves its local sockets.
+        wait_for(PATIENCE, || world.try_control("GET /livez").is_none().then_some(())).expect("it leaves them");
+        for _ in 0..5 {
+            let mut client = Peer::connect(&world.pki, RELAY, None, b"h2").expect("it is accepted");
+            client.begin_client(&[]);
+            client.expect(kind::SETTINGS);
+        }
+        if taken {
+            successor.write_all(b"!").expect("room");
+        }
+        drop(successor);
+        ends(&mut world.relay);
+        // The copy that was lent here was never received, so nobody has the socket any more.
+        assert!(
+            TcpStream::connect(RELAY).is_err(),
+            "the port is closed, and not filtered"
+        );
+    }
+}
+
+#[test]
+fn a_successor_that_finds_no_apiserver_takes_nothing() {
+    let mut world = World::start(&[]);
+    // It asks somebody who is not there.
+    let mut other = world.start_another_with("other", RELAY, &["--upstream=127.0.0.1:1"]);
+    let ended = wait_for(PATIENCE, || other.is_running().err()).expect("it gives up");
+    let said = format!("{ended:#}");
+    assert!(said.contains("exit status: 2") && said.contains("it goes on"), "{said}");
+    world.relay.is_running().expect("the first goes on");
+    world.bystander();
+}
+
+#[test]
+fn what_a_crash_left_of_a_local_socket_is_in_nobodys_way() {
+    let mut world = World::start(&[]);
+    world.relay.kill();
+    // A process that ended between binding and moving, and the files of the one that was killed.
+    let left = format!("{}.~00000001", world.control_path().display());
+    drop(UnixListener::bind(&left).expect("a socket"));
+    world.relay = world.start_another("again", RELAY);
+    let open = wait_for(PATIENCE, || {
+        let answers = world.try_control("GET /v1/connections").is_some();
+        TcpStream::connect(RELAY).ok().filter(|_| answers).map(drop)
+    });
+    assert!(
+        open.is_some(),
+        "it answers:
+{}",
+        tail(&world.relay.log())
+    );
+    assert!(
+        !std::path::Path::new(&left).exists(),
+        "what nobody answers on is removed"
+    );
+    world.bystander();
 }

@@ -106,7 +106,20 @@ impl World {
 
     /// Starts another relay with the same control socket beside the one that runs.
     pub fn start_another(&self, name: &str, listen: SocketAddr) -> Process {
-        start_relay(&self.pki, &self.namespace, &self.logs, &self.control, name, listen, &[])
+        self.start_another_with(name, listen, &[])
+    }
+
+    /// The same, with flags.
+    pub fn start_another_with(&self, name: &str, listen: SocketAddr, flags: &[&str]) -> Process {
+        start_relay(
+            &self.pki,
+            &self.namespace,
+            &self.logs,
+            &self.control,
+            name,
+            listen,
+            flags,
+        )
     }
 
     /// Another client and its upstream connection, both past their HTTP/2 beginnings.
@@ -166,12 +179,44 @@ impl World {
         found.unwrap_or_else(|| panic!("the relay does not list {client}"))
     }
 
+    /// The entry of the connection from that address.
+    pub fn entry(&self, client: SocketAddr) -> serde_json::Value {
+        let id = self.id_of(client);
+        let all = self.connections();
+        let found = all.into_iter().find(|entry| entry["id"] == id.as_str());
+        found.unwrap_or_else(|| panic!("the relay does not list {client} any more"))
+    }
+
+    /// Where both are.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Where its files and sockets are.
+    pub fn directory(&self) -> &std::path::Path {
+        self.logs.path()
+    }
+
+    /// The control socket's path.
+    pub fn control_path(&self) -> &std::path::Path {
+        &self.control
+    }
+
     /// Orders GOAWAY for a client.
     pub fn go_away(&self, client: SocketAddr) -> String {
         let id = self.id_of(client);
         let body = format!(r#"{{"generation": 1, "expires_in_ms": 10000, "victims": ["{id}"]}}"#);
         let answer = self.control("POST /v1/goaway", &body);
         answer["results"][0]["result"].as_str().expect("a result").to_owned()
+    }
+
+    /// Asks the control socket, if somebody answers there.
+    pub fn try_control(&self, request: &str) -> Option<String> {
+        let mut socket = UnixStream::connect(&self.control).ok()?;
+        write!(socket, "{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        answer.starts_with("HTTP/1.1 200 ").then_some(answer)
     }
 
     /// Asks the control socket.
@@ -217,7 +262,12 @@ pub fn relay_between(
     relay
         .arg("relay")
         .arg(format!("--listen={listen}"))
-        .arg(format!("--upstream={upstream}"))
+        .args(
+            flags
+                .iter()
+                .all(|flag| !flag.starts_with("--upstream="))
+                .then(|| format!("--upstream={upstream}")),
+        )
         .args(pki.relay_flags())
         .arg(format!("--control=unix:{}", control.display()))
         .args(flags)

@@ -6,14 +6,13 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use axum::{
     extract::connect_info::Connected,
     serve::{IncomingStream, Listener},
@@ -26,13 +25,14 @@ use rustls::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::mpsc,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{PATIENCE, tls::PeerTls};
+use crate::listen;
 
 /// Connections at once, with those that are shaking hands.
 const PLACES: usize = 256;
@@ -76,17 +76,10 @@ impl TlsListener {
         hosts: Vec<ServerName<'static>>,
         refused: Counter,
     ) -> anyhow::Result<Self> {
-        let without_ipv6 = |error: &io::Error| error.raw_os_error() == Some(libc::EAFNOSUPPORT);
-        let bound = match TcpListener::bind(address).await {
-            // A kernel without IPv6 (ipv6.disable=1): all addresses are the IPv4 ones, as for Go's ":9443".
-            Err(error) if without_ipv6(&error) && address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
-                let instead = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
-                tracing::warn!(%address, %instead, "this kernel has no IPv6: listening on IPv4 alone");
-                TcpListener::bind(instead).await
-            }
-            bound => bound,
-        };
-        let mut listener = bound.with_context(|| format!("--peer-listen {address}: cannot listen there"))?;
+        let mut listener = listen::listen(address).map_err(|error| {
+            let hint = listen::hint(address, &error);
+            anyhow::Error::new(error).context(format!("--peer-listen {address}: cannot listen there; {hint}"))
+        })?;
         let (accepted, ready) = mpsc::channel(16);
         let refusals = Arc::new(Refusals {
             counter: refused,

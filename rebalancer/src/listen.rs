@@ -1,0 +1,103 @@
+//! Listening as Go's net package does it: an address of all interfaces is one of both families, whatever the host's
+//! settings say of IPv6.
+//!
+//! Must never listen more narrowly than it was told without saying so.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::TcpListener;
+
+/// How many connections may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
+/// Listens on an address. `[::]` takes IPv4 too, also where `net.ipv6.bindv6only` is set; where the kernel has no IPv6,
+/// it is `0.0.0.0`, as Go's `:PORT` is (net/ipsock_posix.go, `favoriteAddrFamily`).
+///
+/// # Errors
+///
+/// What the system says.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    match bind(address) {
+        Err(error) if is_without_ipv6(&error) && address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
+            let instead = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
+            tracing::warn!(%address, %instead, "this kernel has no IPv6: listening on IPv4 alone");
+            bind(instead)
+        }
+        bound => bound,
+    }
+}
+
+/// Whether two addresses are one to [`listen`]: `[::]` may have become `0.0.0.0`.
+pub fn is_same(asked: SocketAddr, has: SocketAddr) -> bool {
+    let all = |address: SocketAddr| address.ip().is_unspecified() && address.is_ipv6();
+    asked == has || asked.port() == has.port() && all(asked) && has.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+}
+
+/// What to do about an address that cannot be listened on.
+pub fn hint(address: SocketAddr, error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EAFNOSUPPORT) if address.is_ipv6() => "this kernel has no IPv6; give an IPv4 address",
+        Some(libc::EADDRINUSE) => "another process listens there",
+        Some(libc::EADDRNOTAVAIL) => "the address is none of this node's",
+        Some(libc::EACCES) => "this process may not use that port",
+        _ => "is the address this node's, and the port free?",
+    }
+}
+
+fn is_without_ipv6(error: &io::Error) -> bool {
+    // No such family (ipv6.disable=1), or no such address (the family without any).
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Goes on with another process's socket: whatever filter it left is taken off.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn inherit(socket: std::net::TcpListener) -> io::Result<TcpListener> {
+    socket.set_nonblocking(true)?;
+    unfilter(&SockRef::from(&socket));
+    TcpListener::from_std(socket)
+}
+
+/// Takes a filter off, if there is one (socket(7), SO_DETACH_FILTER).
+pub fn unfilter(socket: &Socket) {
+    // Without one it fails, and there is nothing to do.
+    let _ = socket.detach_filter();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_of_all_interfaces_takes_both_families() {
+        let listener = listen("[::]:0".parse().expect("an address")).expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("IPv4 gets there");
+        assert!(is_same(
+            SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 1),
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 1)
+        ));
+        assert!(!is_same(
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 1),
+            SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 1)
+        ));
+    }
+}

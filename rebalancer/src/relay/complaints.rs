@@ -1,0 +1,160 @@
+//! What goes wrong with single connections, said once and then counted: a stranger must not fill the log.
+//!
+//! Input: causes as they happen. Output: a line for the first of a cause, one for all that follow within some seconds,
+//! and counts. Must never drop a count.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+/// After a line about a cause the next is this long in coming.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Why a connection is refused, ended, or taken for nobody's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    Limit,
+    Crowded,
+    Slow,
+    Tls,
+    ProxyHeader,
+    Certificate,
+    Upstream,
+    Resources,
+}
+
+/// All of them, with the value of the metric's label and what the log says.
+pub const CAUSES: [(Cause, &str, &str); 8] = [
+    (Cause::Limit, "limit", "refused: there is no place"),
+    (
+        Cause::Crowded,
+        "crowded",
+        "too many unfinished connections: the oldest of the address with the most is closed",
+    ),
+    (
+        Cause::Slow,
+        "slow",
+        "closed: its handshake or its first request took too long",
+    ),
+    (Cause::Tls, "tls", "the client's TLS handshake failed"),
+    (
+        Cause::ProxyHeader,
+        "proxy_header",
+        "refused: no PROXY protocol header as promised",
+    ),
+    (
+        Cause::Certificate,
+        "certificate",
+        "a client certificate is not accepted",
+    ),
+    (
+        Cause::Upstream,
+        "upstream",
+        "the apiserver cannot be reached for a client",
+    ),
+    (
+        Cause::Resources,
+        "resources",
+        "this process or node runs out of something: the client is refused, nothing else is closed",
+    ),
+];
+
+#[derive(Debug, Default)]
+struct Kept {
+    count: AtomicU64,
+    /// Not said yet, and when something was said last.
+    unsaid: Mutex<(u64, Option<Instant>)>,
+}
+
+/// What was complained of.
+#[derive(Debug, Default)]
+pub struct Complaints([Kept; CAUSES.len()]);
+
+impl Complaints {
+    /// One more.
+    pub fn complain(&self, cause: Cause, client: SocketAddr, why: &dyn fmt::Display) {
+        let kept = &self.0[cause as usize];
+        kept.count.fetch_add(1, Relaxed);
+        if !kept.is_due(true) {
+            return;
+        }
+        let (_, _, what) = CAUSES[cause as usize];
+        match cause {
+            Cause::Resources => tracing::error!(%client, %why, "{what}"),
+            Cause::Limit | Cause::Crowded | Cause::Upstream => tracing::warn!(%client, %why, "{what}"),
+            // A load balancer's check connects and goes.
+            Cause::Tls => tracing::debug!(%client, %why, "{what}"),
+            Cause::Slow | Cause::ProxyHeader | Cause::Certificate => tracing::info!(%client, %why, "{what}"),
+        }
+    }
+
+    /// Says how many followed, of each cause about which nothing was said for a while.
+    pub fn summarise(&self) {
+        for (kept, (cause, _, what)) in self.0.iter().zip(CAUSES) {
+            let more = kept.due_summary();
+            match cause {
+                _ if more == 0 => {}
+                Cause::Tls => tracing::debug!(more, "{what}"),
+                _ => tracing::info!(more, "{what}"),
+            }
+        }
+    }
+
+    /// How many there were, by the label's value.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let kept = self.0.iter().map(|kept| kept.count.load(Relaxed));
+        CAUSES.iter().map(|(_, label, _)| *label).zip(kept)
+    }
+}
+
+impl Kept {
+    /// Whether it is said now; if not, it is kept for the summary.
+    fn is_due(&self, another: bool) -> bool {
+        let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = unsaid.1.is_none_or(|at| at.elapsed() >= QUIET);
+        if due && unsaid.0 == 0 {
+            unsaid.1 = Some(Instant::now());
+        } else if another {
+            unsaid.0 += 1;
+        }
+        due && unsaid.0 == 0
+    }
+
+    fn due_summary(&self) -> u64 {
+        let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
+        if unsaid.0 == 0 || unsaid.1.is_some_and(|at| at.elapsed() < QUIET) {
+            return 0;
+        }
+        unsaid.1 = Some(Instant::now());
+        std::mem::take(&mut unsaid.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_said_and_the_others_are_counted() {
+        for (index, (cause, label, _)) in CAUSES.iter().enumerate() {
+            assert_eq!(*cause as usize, index, "{label}");
+        }
+        let kept = Kept::default();
+        assert!(kept.is_due(true));
+        assert!((0..100).all(|_| !kept.is_due(true)));
+        assert_eq!(kept.due_summary(), 0, "it is too early");
+        kept.unsaid.lock().expect("nobody panics").1 = None;
+        assert_eq!(kept.due_summary(), 100);
+        let complaints = Complaints::default();
+        for _ in 0..3 {
+            complaints.complain(Cause::Limit, SocketAddr::from(([192, 0, 2, 7], 1)), &"full");
+        }
+        assert_eq!(complaints.counts().next(), Some(("limit", 3)));
+    }
+}

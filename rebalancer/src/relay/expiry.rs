@@ -1,0 +1,82 @@
+//! When certificates expire: as a metric, and in the log before it is too late.
+//!
+//! Input: the files of the flags. Must never fail: what cannot be read is somebody else's to say.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+use tokio::time::{MissedTickBehavior, interval};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::{Files, metrics::Metrics, unix_now};
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// From so long before the end on it is said, once a day.
+const SOON: i64 = 14 * 24 * 3600;
+const DAY: i64 = 24 * 3600;
+
+/// The earliest end of a certificate in a file, in seconds since 1970.
+fn earliest(path: &Path) -> Option<i64> {
+    let certificates = CertificateDer::pem_file_iter(path).ok()?.flatten();
+    let ends = certificates.filter_map(|der| {
+        let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+        Some(parsed.validity().not_after.timestamp())
+    });
+    ends.min()
+}
+
+/// Runs as long as the relay.
+pub async fn run(files: Files, metrics: Arc<Metrics>) {
+    let watched = [
+        ("--tls-cert", files.certificate),
+        ("--proxy-client-cert", files.proxy_certificate),
+        ("--client-ca", files.client_ca),
+        ("--upstream-ca", files.upstream_ca),
+    ];
+    let mut said: [Option<(i64, i64)>; 4] = [None; 4];
+    let mut ticks = interval(LOOK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
+        for ((file, path), said) in watched.iter().zip(&mut said) {
+            let Some(end) = earliest(path) else { continue };
+            metrics.expires(file, end);
+            let today = (end, (end - now).div_euclid(DAY));
+            if end - now > SOON || *said == Some(today) {
+                continue;
+            }
+            *said = Some(today);
+            if end <= now {
+                tracing::error!(file, path = %path.display(), "a certificate in it has expired");
+            } else {
+                tracing::warn!(file, path = %path.display(), days = today.1, "a certificate in it expires soon");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+
+    use super::*;
+
+    #[test]
+    fn the_earliest_of_a_file_counts() {
+        let mut pem = String::new();
+        for year in [2031, 2029, 2030] {
+            let mut params = CertificateParams::default();
+            params.not_after = date_time_ymd(year, 1, 1);
+            let key = KeyPair::generate().expect("a key");
+            pem.push_str(&params.self_signed(&key).expect("a certificate").pem());
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("ca.crt");
+        std::fs::write(&path, pem).expect("a file");
+        assert_eq!(earliest(&path), Some(date_time_ymd(2029, 1, 1).unix_timestamp()));
+        assert_eq!(earliest(&directory.path().join("none")), None);
+    }
+}

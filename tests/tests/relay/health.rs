@@ -1,0 +1,155 @@
+//! The port follows what a client's request would find behind the relay, and nothing that the relay itself lacks.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+};
+
+use rebalancer_tests::{
+    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, frame, kind, request},
+    netns::Namespace,
+    pki::{Pair, Pki},
+    process::{Process, tail, wait_for},
+};
+use socket2::{Domain, Socket, Type};
+
+use crate::world::{OK, RELAY, UPSTREAM, World, relay_between, serve};
+
+fn is_open() -> bool {
+    TcpStream::connect(RELAY).is_ok()
+}
+
+/// Waits until the log says that.
+fn says(relay: &Process, what: &str) {
+    let found = wait_for(PATIENCE, || relay.log().contains(what).then_some(()));
+    assert!(found.is_some(), "{what:?} is not in the log:\n{}", tail(&relay.log()));
+}
+
+/// A relay whose files are changed before it starts, in a namespace that the calling thread enters.
+fn relay_with(change: impl FnOnce(&Pki)) -> (Pki, Namespace, tempfile::TempDir, Process) {
+    let namespace = Namespace::new().expect("a network namespace");
+    namespace.enter().expect("its own namespace");
+    let logs = tempfile::tempdir().expect("a directory");
+    let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
+    drop(serve(&pki, UPSTREAM, true));
+    change(&pki);
+    let control = logs.path().join("relay.sock");
+    let addresses = [RELAY, UPSTREAM];
+    let relay = relay_between(&pki, &namespace, logs.path(), &control, "relay", addresses, &[]);
+    (pki, namespace, logs, relay)
+}
+
+#[test]
+fn an_apiserver_whose_certificate_is_not_vouched_for_closes_the_port_loudly() {
+    let mut right = Vec::new();
+    let (pki, _namespace, _logs, relay) = relay_with(|pki| {
+        right = fs::read(pki.file("ca.crt")).expect("the authority");
+        // The flags name one file for both: here only the upstream's matters.
+        let other = fs::read(pki.file("front-proxy-ca.crt")).expect("another authority");
+        fs::write(pki.file("ca.crt"), other).expect("a file");
+    });
+    says(&relay, "no client's request would get through");
+    assert!(!is_open(), "a load balancer sees it");
+    fs::write(pki.file("ca.crt"), right).expect("a file");
+    let opened = wait_for(PATIENCE, || is_open().then_some(()));
+    assert!(opened.is_some(), "it opens when it is well:\n{}", tail(&relay.log()));
+}
+
+#[test]
+fn a_front_proxy_certificate_that_the_apiserver_does_not_take_closes_the_port() {
+    let (_pki, _namespace, _logs, relay) = relay_with(|pki| {
+        let Pair { certificate, key } = pki.stranger("stranger", |_| {}).expect("a certificate");
+        fs::copy(certificate, pki.file("front-proxy-client.crt")).expect("a file");
+        fs::copy(key, pki.file("front-proxy-client.key")).expect("a file");
+    });
+    says(&relay, "no client's request would get through");
+    assert!(!is_open(), "a load balancer sees it");
+}
+
+#[test]
+fn an_apiserver_that_stops_answering_keeps_its_port() {
+    let world = World::start(&[]);
+    let mut bystander = world.bystander();
+    // Nobody accepts on it, and its queue is short: connections to it hang, as with an apiserver that stands still.
+    let deaf = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    let address: SocketAddr = (Ipv4Addr::LOCALHOST, 7444).into();
+    deaf.bind(&address.into()).expect("a free port");
+    deaf.listen(1).expect("it listens");
+    let listen = "127.0.0.1:7443".parse().expect("an address");
+    let control = world.directory().join("deaf.sock");
+    let between = [listen, address];
+    let relay = relay_between(
+        &world.pki,
+        world.namespace(),
+        world.directory(),
+        &control,
+        "deaf",
+        between,
+        &[],
+    );
+    says(&relay, "Overloaded");
+    let open = wait_for(PATIENCE, || TcpStream::connect(listen).ok().map(drop));
+    assert!(open.is_some(), "its clients see its state for themselves");
+    bystander.is_served();
+}
+
+#[test]
+fn local_ports_that_run_out_are_taken_from_other_addresses() {
+    const CLIENTS: usize = 40;
+    let world = World::start(&[]);
+    // Of this thread's network namespace.
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40015").expect("a setting of the namespace");
+    let open: Vec<_> = (0..CLIENTS)
+        .map(|index| {
+            // Each client from an address of its own, so that it is the relay that runs out.
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            let own = Ipv4Addr::new(127, 1, 0, 1 + index as u8);
+            socket.bind(&SocketAddr::from((own, 0)).into()).expect("an address");
+            socket.connect(&RELAY.into()).expect("the port is open");
+            let mut client = Peer::over(socket.into(), &world.pki, None, b"h2").expect("a handshake");
+            client.begin_client(&[]);
+            let mut server = world.accept().peer;
+            server.begin_server();
+            client.expect(kind::SETTINGS);
+            client.expect(kind::SETTINGS);
+            (client, server)
+        })
+        .collect();
+    for (mut client, mut server) in open {
+        client.send(&request(1, "/"));
+        server.expect(kind::HEADERS);
+        server.send(&frame(kind::HEADERS, END_STREAM | END_HEADERS, 1, &OK));
+        assert_eq!(client.expect(kind::HEADERS).stream, 1);
+    }
+    assert!(is_open(), "the port stays open");
+}
+
+#[test]
+fn a_connection_that_ends_before_it_is_accepted_holds_nobody_up() {
+    let world = World::start(&[]);
+    let mut bystander = world.bystander();
+    for _ in 0..200 {
+        let socket = TcpStream::connect(RELAY).expect("the port is open");
+        let socket = Socket::from(socket);
+        socket
+            .set_linger(Some(std::time::Duration::ZERO))
+            .expect("a socket option");
+        drop(socket);
+    }
+    bystander.is_served();
+    world.bystander();
+}
+
+#[test]
+fn an_address_that_is_taken_is_named_with_what_to_do() {
+    let namespace = Namespace::new().expect("a network namespace");
+    namespace.enter().expect("its own namespace");
+    let logs = tempfile::tempdir().expect("a directory");
+    let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
+    let _taken = TcpListener::bind(RELAY).expect("a free port");
+    let control = logs.path().join("relay.sock");
+    let mut relay = relay_between(&pki, &namespace, logs.path(), &control, "relay", [RELAY, UPSTREAM], &[]);
+    let ended = wait_for(PATIENCE, || relay.is_running().err()).expect("it gives up");
+    let said = format!("{ended:#}");
+    assert!(said.contains("another process listens there"), "{said}");
+}
