@@ -13,7 +13,7 @@ pub const KIND_CLOSED: u32 = 2;
 /// [`SocketRecord::kind`]: a socket began or ceased to listen.
 pub const KIND_LISTENER: u32 = 3;
 
-/// How many octets of a packet one [`HelloRecord`] holds.
+/// How many octets of a packet one [`HelloRecord`] holds at most: it is as long as what came.
 pub const HELLO_OCTETS: usize = 4096;
 
 /// Index into the map `LOST`: socket events that found the ring buffer full.
@@ -22,8 +22,10 @@ pub const LOST_EVENTS: u32 = 0;
 pub const LOST_HELLOS: u32 = 1;
 /// Index into the map `LOST`: connections whose socket storage could not be made.
 pub const LOST_STORAGE: u32 = 2;
+/// Index into the map `LOST`: connections whose beginning came in more pieces or octets than one may take of the ring.
+pub const LOST_PIECES: u32 = 3;
 /// How many counters the map `LOST` has.
-pub const LOST_COUNTERS: u32 = 3;
+pub const LOST_COUNTERS: u32 = 4;
 
 /// One socket: an event, or a line of the iterator's list. Opens have no bytes, closes neither addresses nor ports.
 #[repr(C)]
@@ -49,19 +51,30 @@ pub struct SocketRecord {
     pub state: u32,
 }
 
-/// The payload of one early packet of a connection.
+/// The payload of one early packet of a connection, or a part of it.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HelloRecord {
-    /// The socket's cookie.
+    /// The socket's cookie; 0 when the packet came before there was one, with the end of the TCP handshake.
     pub cookie: u64,
     /// Where in the client's stream the payload begins.
     pub offset: u32,
     /// How many octets of `data` are filled.
     pub length: u32,
+    /// Own address, where there is no cookie; IPv4 is v4-mapped.
+    pub local: [u8; 16],
+    /// The client's address, where there is no cookie; IPv4 is v4-mapped.
+    pub remote: [u8; 16],
+    /// The client's port, where there is no cookie, host order.
+    pub remote_port: u32,
+    /// The program's own.
+    pub scratch: u32,
     /// The octets.
     pub data: [u8; HELLO_OCTETS],
 }
+
+/// Size of a [`HelloRecord`] without its data.
+pub const HELLO_HEADER: usize = size_of::<HelloRecord>() - HELLO_OCTETS;
 
 /// What the kernel programs keep with a socket.
 #[repr(C)]
@@ -69,12 +82,20 @@ pub struct HelloRecord {
 pub struct Early {
     /// TCP sequence number of the client's first octet.
     pub start: u32,
-    /// Octets handed over so far.
+    /// The highest offset up to which everything was handed over.
     pub seen: u32,
-    /// Octets wanted: the length of the first TLS record, once known.
+    /// Octets wanted, once known.
     pub wanted: u32,
     /// Not 0: nothing more is looked at.
     pub done: u32,
+    /// Where TLS begins: behind a PROXY protocol header, if there is one.
+    pub base: u32,
+    /// Packets handed over.
+    pub pieces: u32,
+    /// Octets handed over, again and again where they came so.
+    pub octets: u32,
+    /// Nothing.
+    pub unused: u32,
 }
 
 /// The offsets of kernel structures' members, read from the running kernel's BTF.
@@ -101,10 +122,22 @@ pub struct Offsets {
     pub net: u32,
     /// `net.ns` and `ns_common.inum`
     pub inum: u32,
+    /// `inet_sock.inet_sport`, which is where a `tcp_sock` begins: unlike `skc_num` it outlives the port's release
+    pub sport: u32,
     /// `tcp_sock.bytes_received`
     pub bytes_received: u32,
     /// `tcp_sock.bytes_acked`
     pub bytes_acked: u32,
+    /// `tcp_sock.rcv_nxt`
+    pub rcv_nxt: u32,
+    /// `tcp_sock.is_mptcp`; 0 where it is not asked
+    pub is_mptcp: u32,
+    /// `inet_connection_sock.icsk_ulp_data`, which is where a `tcp_sock` begins
+    pub ulp_data: u32,
+    /// `mptcp_subflow_context.mp_join`, in bits
+    pub mp_join_bit: u32,
+    /// Not 0: what clients offer is read.
+    pub classify: u32,
     /// The watched port.
     pub port: u32,
     /// The watched network namespace (inode number of /proc/self/ns/net).

@@ -16,6 +16,11 @@ pub enum BtfError {
     /// Not BTF, or cut short.
     #[error("the kernel's type information (BTF) is malformed: {0}")]
     Malformed(&'static str),
+    /// A kind of type that came after this program.
+    #[error(
+        "the kernel's type information (BTF) has a type of kind {0}, which this program does not know: it is newer than the program"
+    )]
+    UnknownKind(u32),
     /// The kernel has no such member.
     #[error("this kernel's `struct {structure}` has no member `{member}`")]
     Missing {
@@ -80,7 +85,7 @@ impl<'a> Btf<'a> {
                     4 | 5 | 15 | 19 => count * 12,
                     6 | 13 => count * 8,
                     0 | 2 | 7..=12 | 16 | 18 => 0,
-                    _ => return Err(BtfError::Malformed("it has a kind of type that is not known")),
+                    _ => return Err(BtfError::UnknownKind(kind)),
                 };
         }
         Ok(btf)
@@ -92,11 +97,20 @@ impl<'a> Btf<'a> {
     ///
     /// [`BtfError::Missing`].
     pub fn offset(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
+        self.bits(structure, member).map(|bits| bits / 8)
+    }
+
+    /// The offset in bits, for a member that has but one.
+    ///
+    /// # Errors
+    ///
+    /// [`BtfError::Missing`].
+    pub fn bits(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
         let found = self
             .structures
             .get(structure.as_bytes())
             .and_then(|id| self.find(*id, member.as_bytes(), 0));
-        found.map(|bits| bits / 8).ok_or_else(|| BtfError::Missing {
+        found.ok_or_else(|| BtfError::Missing {
             structure: structure.to_owned(),
             member: member.to_owned(),
         })
@@ -171,6 +185,11 @@ mod tests {
         assert_eq!(btf.offset("outer", "c"), Ok(8));
         let missing = btf.offset("outer", "d").expect_err("no such member").to_string();
         assert!(missing.contains("struct outer") && missing.contains("`d`"));
+        assert_eq!(btf.bits("outer", "c"), Ok(64));
+        let mut newer = blob.clone();
+        // The first type's kind is in the upper octet of its second word.
+        newer[24 + 7] = 25;
+        assert_eq!(Btf::parse(&newer).err(), Some(BtfError::UnknownKind(25)));
     }
 
     proptest! {

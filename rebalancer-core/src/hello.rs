@@ -1,9 +1,13 @@
 //! What a ClientHello offers (RFC 8446, section 4.1.2; RFC 7301, section 3.1).
 //!
-//! Input: pieces of a client's stream, in any order. Output: a [`Protocol`]. Must never hold more than
-//! [`LONGEST`] octets a connection, nor guess from a hello that is not whole.
+//! Input: pieces of a client's stream, in any order; a PROXY protocol header before the hello is skipped.
+//! Output: a [`Protocol`]. Must never hold more than [`LONGEST`] octets a connection, nor guess from a hello that is not
+//! whole.
 
-use crate::ids::Protocol;
+use crate::{
+    ids::Protocol,
+    proxy_protocol::{self, ProxyError},
+};
 
 /// A longer first record is given up.
 pub const LONGEST: usize = 16_384;
@@ -42,6 +46,17 @@ impl Assembly {
         classify(&self.octets)
     }
 
+    /// The stream as far as it has come without a gap.
+    pub fn begun(&self) -> &[u8] {
+        &self.octets
+    }
+
+    /// Octets of memory it takes.
+    pub fn held(&self) -> usize {
+        let ahead = self.ahead.iter().map(|(_, piece)| piece.capacity());
+        self.octets.capacity() + ahead.sum::<usize>()
+    }
+
     fn append(&mut self, offset: usize, piece: &[u8]) {
         // A retransmission brings what is known already.
         if let Some(new) = piece.get(self.octets.len() - offset..) {
@@ -52,6 +67,13 @@ impl Assembly {
 
 /// What the stream's beginning says; `None` while it is not whole.
 pub fn classify(stream: &[u8]) -> Option<Protocol> {
+    let stream = match proxy_protocol::parse(stream) {
+        Ok(Some(header)) => &stream[header.length..],
+        Ok(None) => return None,
+        Err(ProxyError::Absent) => stream,
+        // Whoever wrote that, what follows it cannot be known.
+        Err(ProxyError::Line(_) | ProxyError::Binary(_)) => return Some(Protocol::Unknown),
+    };
     match stream.first() {
         None => return None,
         Some(&HANDSHAKE) => {}
@@ -179,6 +201,27 @@ mod tests {
         assert_eq!(classify(&hello(&["h2"], 3000, 700)), Some(Protocol::H2Offered));
         assert_eq!(classify(b"GET / HTTP/1.1"), Some(Protocol::Http1));
         assert_eq!(classify(&[HANDSHAKE, 3, 1, 0, 0]), Some(Protocol::Unknown));
+    }
+
+    #[test]
+    fn a_header_of_the_load_balancer_is_no_protocol() {
+        let line = b"PROXY TCP4 192.0.2.7 198.51.100.1 56324 6443\r\n".to_vec();
+        let binary = [b"\r\n\r\n\0\r\nQUIT\n", &[0x21, 0x11, 0, 12][..], &[1; 12]].concat();
+        for header in [line, binary] {
+            for (rest, expected) in [
+                (hello(&["h2"], 10, 16_000), Protocol::H2Offered),
+                (hello(&["http/1.1"], 10, 16_000), Protocol::Http1),
+                (b"GET / HTTP/1.1".to_vec(), Protocol::Http1),
+            ] {
+                let stream = [&header[..], &rest].concat();
+                assert_eq!(classify(&stream), Some(expected));
+                for end in 0..=header.len() {
+                    assert_eq!(classify(&stream[..end]), None, "{end}");
+                }
+            }
+        }
+        assert_eq!(classify(b"PROXY TCP4 nonsense\r\n\x16"), Some(Protocol::Unknown));
+        assert_eq!(classify(b"PUT / HTTP/1.1"), Some(Protocol::Http1));
     }
 
     proptest! {

@@ -159,6 +159,15 @@ pub enum Hold {
         /// How many were lost since the start.
         total: u64,
     },
+    /// More of the load than the band is wide is of connections whose protocol is not known.
+    UnknownProtocols {
+        /// How many.
+        unknown: usize,
+        /// Of how many.
+        active: usize,
+        /// The share that is allowed.
+        limit: f64,
+    },
     /// An operator paused the agent.
     Paused {
         /// What for; may be empty.
@@ -201,6 +210,7 @@ impl Hold {
             Self::PlanInFlight { .. } => "plan_in_flight",
             Self::ApiserverStarting { .. } => "apiserver_starting",
             Self::LostEvents { .. } => "lost_events",
+            Self::UnknownProtocols { .. } => "unknown_protocols",
             Self::Paused { .. } => "paused",
             Self::ShimUnavailable { .. } => "shim_unavailable",
         }
@@ -309,6 +319,11 @@ impl fmt::Display for Hold {
                 )
             }
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
+            Self::UnknownProtocols { unknown, active, limit } => write!(
+                f,
+                "of {active} connections {unknown} are not known to speak HTTP/2 or not: {:.1} % is allowed",
+                limit * 100.0
+            ),
             Self::Paused { reason, left } => {
                 f.write_str("paused by an operator")?;
                 if let Some(left) = left {

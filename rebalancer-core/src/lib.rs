@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod assemblies;
 pub mod btf;
 pub mod budget;
 pub mod decision;
@@ -15,6 +16,7 @@ pub mod golang;
 pub mod h1;
 pub mod h2;
 pub mod hello;
+pub mod hellos;
 pub mod hold;
 pub mod ids;
 pub mod observation;

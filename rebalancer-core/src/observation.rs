@@ -4,7 +4,10 @@
 //! Output: values the connection table applies.
 //! Must never carry more than was seen: what is unknown stays `None` or [`Protocol::Unknown`].
 
-use std::net::SocketAddr;
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use crate::ids::{ConnectionId, Protocol};
 
@@ -21,6 +24,47 @@ pub struct Socket {
     pub bytes_in: u64,
     /// Bytes the client has acknowledged so far.
     pub bytes_out: u64,
+}
+
+/// How a ClientHello was lost: its connection stays unknown until a shim names its protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HelloLoss {
+    /// The ring buffer was full.
+    Ring,
+    /// The kernel had no room beside the socket.
+    Storage,
+    /// It came in more pieces or octets than one connection may take of the ring.
+    Pieces,
+    /// Unfinished ones took all the room there is, or were never finished.
+    Unfinished,
+    /// Its connection was not shown, and others came after it.
+    Early,
+    /// What came through the ring was no record.
+    Malformed,
+}
+
+impl HelloLoss {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Ring,
+        Self::Storage,
+        Self::Pieces,
+        Self::Unfinished,
+        Self::Early,
+        Self::Malformed,
+    ];
+
+    /// As one word, for metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ring => "ring",
+            Self::Storage => "storage",
+            Self::Pieces => "pieces",
+            Self::Unfinished => "unfinished",
+            Self::Early => "early",
+            Self::Malformed => "malformed",
+        }
+    }
 }
 
 /// What a source (`ebpf` or `sockdiag`) says.
@@ -44,13 +88,32 @@ pub enum Observation {
         /// Bytes acknowledged in its life.
         bytes_out: u64,
     },
-    /// The byte counters of live connections, for `--weight bytes`.
-    Counters(Vec<(ConnectionId, u64, u64)>),
+    /// The kernel's list of live connections, read while events went on: it brings the byte counters, and what it shows
+    /// twice and no event told is a repair (see [`crate::table::Repairs`]).
+    ///
+    /// A source tells every event from before it read the list first, and those from while it did right after.
+    Listed {
+        /// Every live connection on the watched port, as far as it did not come or go meanwhile.
+        sockets: Vec<Socket>,
+        /// The cookie of the listening socket.
+        listener: Option<ConnectionId>,
+    },
+    /// The addresses of the node itself, whose clients would come straight back.
+    Addresses(Vec<IpAddr>),
     /// Events were lost: until the next [`Observation::Resync`] the table is not to be trusted.
     Lost {
         /// How many.
         events: u64,
     },
+    /// ClientHellos were lost.
+    HellosLost {
+        /// How.
+        how: HelloLoss,
+        /// How many, or how many pieces of them.
+        count: u64,
+    },
+    /// Why no ClientHello is read, or `None`: protocols are known from a shim then, or not at all.
+    Blind(Option<Arc<str>>),
     /// The kernel's complete list of live connections, and whether anyone listens on the port.
     Resync {
         /// Every live connection on the watched port.

@@ -104,6 +104,23 @@ pub struct Policy {
     pub capacity: f64,
     /// Whether plans are carried out.
     pub mode: Mode,
+    /// What clients on this node are.
+    pub node_local: NodeLocal,
+}
+
+/// The age from which on a connection counts, in intervals.
+const STAYS_AFTER: f64 = 0.6;
+
+/// What connections from the node itself are: from one of its own addresses, loopback included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NodeLocal {
+    /// Counted apart: they would come straight back, and are neither load nor landings.
+    #[default]
+    Exclude,
+    /// Load like others, but never told to go.
+    Count,
+    /// Clients like others: what is on this node is a load balancer.
+    Move,
 }
 
 /// A number outside its range.
@@ -156,7 +173,17 @@ impl Policy {
             shim: ShimKind::None,
             capacity: 1.0,
             mode: Mode::Active,
+            node_local: NodeLocal::default(),
         }
+    }
+
+    /// A connection counts, as load and as a landing, from that age on: health checks and short calls are over by then.
+    ///
+    /// One age for both, or a client that has landed would be load and still on its way; by age and not by sample, so that
+    /// all agents begin to count what came at once at once; and no longer than clients may take to land, or the plan would
+    /// be over before its landings are seen.
+    pub fn stays_after(&self) -> Duration {
+        self.interval.mul_f64(STAYS_AFTER)
     }
 
     /// Checks every value against its range.

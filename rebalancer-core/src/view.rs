@@ -50,6 +50,8 @@ pub struct Snapshot {
     pub load: f64,
     /// The part of it that belongs to clients which are heavier than the target: moving them helps nobody.
     pub unmovable: f64,
+    /// Clients on that node: counted apart, unless they are to count.
+    pub node_local: u64,
     /// Connections that heard their GOAWAY and still hold old streams.
     pub draining: u64,
     /// Streams open on those.
@@ -60,7 +62,7 @@ pub struct Snapshot {
     pub told_load_total: f64,
     /// Requests it refused for overload a short while ago, as far as its shim sees that.
     pub refused: u64,
-    /// HTTP/2 connections accepted since its agent started.
+    /// Landings since its agent started (see [`crate::table::ConnectionTable::accepted_total`]).
     pub accepted_total: u64,
     /// Clients that its agent takes to be in transit, those of all apiservers.
     pub in_transit: u64,

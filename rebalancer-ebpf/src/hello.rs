@@ -1,34 +1,57 @@
-//! The first TLS record of each watched connection, as it arrives (cgroup_skb ingress on the root cgroup).
+//! The first octets of each watched connection, as they arrive (cgroup_skb ingress).
 //!
-//! Every packet of the machine passes here: one for another port costs a comparison, one of a connection that is
+//! Every packet of the cgroup passes here: one for another port costs a comparison, one of a connection that is
 //! classified a lookup.
+//! Must never let one connection take more of the ring than [`PIECES`] packets and [`OCTETS`] octets.
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::generated::{
-        bpf_get_socket_cookie, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
-        bpf_tcp_sock,
+        bpf_get_socket_cookie, bpf_ringbuf_output, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes,
+        bpf_skc_to_tcp_sock, bpf_tcp_sock,
     },
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{Early, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_STORAGE};
+use rebalancer_common::{
+    Early, HELLO_HEADER, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_PIECES, LOST_STORAGE,
+};
 
-use crate::{EARLY, HELLOS, lost, offset, read, wake_beyond};
+use crate::{EARLY, HELLOS, SCRATCH, lost, offset, read, wake_beyond};
 
 const PASS: i32 = 1;
 /// include/net/tcp_states.h
 const ESTABLISHED: u32 = 1;
+const LISTEN: u32 = 10;
 const IPPROTO_TCP: u8 = 6;
+/// The flags SYN, RST and ACK in the fourteenth octet of a TCP header (RFC 9293, section 3.1).
+const SYN_OR_RST: u8 = 0x02 | 0x04;
+const ACK: u8 = 0x10;
 /// TLS content type of a handshake record (RFC 8446, section 5.1).
 const HANDSHAKE: u8 = 22;
 /// No hello is longer: kernel and agent give up here.
 const LONGEST: u32 = 16_384;
+/// Packets of one connection that are handed over at most.
+const PIECES: u32 = 64;
+/// Of these, when the beginning was not seen here, because it came with the end of the TCP handshake.
+const PIECES_AFTER: u32 = 8;
+/// Octets of one connection that are handed over at most, again and again where they came so.
+const OCTETS: u32 = 2 * LONGEST;
 /// include/uapi/linux/if_ether.h, network order.
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// Runs at each packet that arrives for a socket of the machine.
+/// A packet's payload.
+struct Segment {
+    is_v6: bool,
+    tcp_at: u32,
+    payload_at: u32,
+    length: u32,
+    sequence: u32,
+    flags: u8,
+}
+
+/// Runs at each packet that arrives for a socket of the cgroup.
 #[cgroup_skb]
 pub fn client_hello(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
@@ -44,75 +67,171 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
         if full.is_null() {
             return PASS;
         }
-        let early: *mut Early = bpf_sk_storage_get(
-            (&raw const EARLY).cast_mut().cast(),
-            full.cast(),
-            core::ptr::null_mut(),
-            0,
-        )
-        .cast();
-        let early = if early.is_null() { first(full) } else { early };
-        if early.is_null() || (*early).done != 0 {
-            return PASS;
+        let early = storage(full, 0);
+        if early.is_null() {
+            unseen(&ctx, full);
+        } else if (*early).done == 0 {
+            of_connection(&ctx, full, early);
         }
-        capture(&ctx, early);
     }
     PASS
 }
 
-/// The storage of a socket whose packets were not seen before: where its stream begins, or that it has begun already.
+/// # Safety
+///
+/// `full` is a full socket, as the verifier knows.
+#[inline(always)]
+unsafe fn storage(full: *mut bpf_sock, flags: u32) -> *mut Early {
+    // SAFETY: the helper takes a full socket.
+    unsafe {
+        bpf_sk_storage_get(
+            (&raw const EARLY).cast_mut().cast(),
+            full.cast(),
+            core::ptr::null_mut(),
+            u64::from(flags),
+        )
+        .cast()
+    }
+}
+
+/// A packet of a socket whose opening was not seen: of the listening one, or of a connection that opened just before the
+/// programs were attached.
 ///
 /// # Safety
 ///
 /// `full` is a full socket, as the verifier knows.
 #[inline(always)]
-unsafe fn first(full: *mut bpf_sock) -> *mut Early {
+unsafe fn unseen(ctx: &SkBuffContext, full: *mut bpf_sock) {
     // SAFETY: the helpers take a full socket; what they answer is checked for null before it is read or written.
     unsafe {
-        // A listener has packets too: what asks it for a connection.
-        if (*full).state != ESTABLISHED {
-            return core::ptr::null_mut();
+        let kernel = bpf_skc_to_tcp_sock(full.cast()) as *const u8;
+        if kernel.is_null() || !read::in_namespace(kernel) {
+            return;
+        }
+        if (*full).state == LISTEN {
+            // The packet that ends the TCP handshake may bring the hello; it is filtered before there is a connection.
+            if let Some(segment) = segment(ctx)
+                && segment.flags & (SYN_OR_RST | ACK) == ACK
+            {
+                before_connection(ctx, &segment);
+            }
+            return;
         }
         let tcp = bpf_tcp_sock(full);
-        let kernel = bpf_skc_to_tcp_sock(full.cast()) as *const u8;
-        if tcp.is_null() || kernel.is_null() {
-            return core::ptr::null_mut();
+        if (*full).state != ESTABLISHED || tcp.is_null() || (*tcp).bytes_received != 0 {
+            // Its stream has begun already.
+            return;
         }
-        let (begun, start) = ((*tcp).bytes_received, (*tcp).rcv_nxt);
-        let early: *mut Early = bpf_sk_storage_get(
-            (&raw const EARLY).cast_mut().cast(),
-            full.cast(),
-            core::ptr::null_mut(),
-            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
-        )
-        .cast();
+        let start = (*tcp).rcv_nxt;
+        let early = storage(full, BPF_SK_STORAGE_GET_F_CREATE);
         if early.is_null() {
             lost(LOST_STORAGE);
-            return early;
+            return;
         }
         (*early).start = start;
-        if begun != 0 || !read::in_namespace(kernel) {
-            (*early).done = 1;
-        }
-        early
+        of_connection(ctx, full, early);
     }
 }
 
-/// Hands over the packet's payload.
+/// A packet of a connection whose beginning is wanted.
 ///
 /// # Safety
 ///
-/// `early` is a storage of the packet's socket.
+/// `full` is a full socket, as the verifier knows, and `early` its storage.
 #[inline(always)]
-unsafe fn capture(ctx: &SkBuffContext, early: *mut Early) {
+unsafe fn of_connection(ctx: &SkBuffContext, full: *mut bpf_sock, early: *mut Early) {
+    // SAFETY: what the helper answers is checked for null.
+    let received = unsafe {
+        let tcp = bpf_tcp_sock(full);
+        if tcp.is_null() {
+            return;
+        }
+        (*tcp).rcv_nxt
+    };
+    // SAFETY: `early` is a storage of this socket.
+    let early = unsafe { &mut *early };
+    // What TCP has taken has passed here: retransmissions of it bring nothing.
+    let received = received.wrapping_sub(early.start);
+    if received > LONGEST || (early.wanted != 0 && received >= early.wanted) {
+        early.done = 1;
+        return;
+    }
+    let Some(segment) = segment(ctx) else {
+        return;
+    };
+    let offset = segment.sequence.wrapping_sub(early.start);
+    if offset > LONGEST {
+        // Far ahead, or before the beginning, as a keep-alive probe is.
+        return;
+    }
+    if early.pieces == 0 && received > 0 {
+        early.pieces = PIECES - PIECES_AFTER;
+    }
+    if early.pieces >= PIECES || early.octets >= OCTETS {
+        early.done = 1;
+        lost(LOST_PIECES);
+        return;
+    }
+    early.pieces += 1;
+    // SAFETY: the helper takes the context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
+    let taken = hand_over(ctx, &segment, cookie, offset, early);
+    early.octets += taken;
+    if offset <= early.seen && offset + taken > early.seen {
+        early.seen = offset + taken;
+    }
+    if early.wanted != 0 && early.seen >= early.wanted {
+        early.done = 1;
+    }
+    debug!(ctx, "{} octets of a hello at {}", taken, offset);
+}
+
+/// A packet that ends a TCP handshake and has a payload.
+#[inline(always)]
+fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return;
+    };
+    let skb: *mut __sk_buff = ctx.skb.skb;
+    // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile; the helper copies into arrays of the given
+    // length, or fails.
+    let loaded = unsafe {
+        let record = &mut (*scratch).record;
+        let mut ports = [0_u8; 4];
+        let mut loaded = bpf_skb_load_bytes(skb.cast(), segment.tcp_at, ports.as_mut_ptr().cast(), 4);
+        record.remote_port = u32::from(u16::from_be_bytes([ports[0], ports[1]]));
+        if segment.is_v6 {
+            loaded |= bpf_skb_load_bytes(skb.cast(), 8, (&raw mut record.remote).cast(), 16);
+            loaded |= bpf_skb_load_bytes(skb.cast(), 24, (&raw mut record.local).cast(), 16);
+        } else {
+            let mut ip = [0_u8; 8];
+            loaded |= bpf_skb_load_bytes(skb.cast(), 12, ip.as_mut_ptr().cast(), 8);
+            record.remote = read::mapped([ip[0], ip[1], ip[2], ip[3]]);
+            record.local = read::mapped([ip[4], ip[5], ip[6], ip[7]]);
+        }
+        loaded
+    };
+    if loaded == 0 {
+        let mut nobodys = Early {
+            wanted: 1,
+            ..Early::default()
+        };
+        hand_over(ctx, segment, 0, 0, &mut nobodys);
+    }
+}
+
+/// Where the payload is; `None` without one.
+#[inline(always)]
+fn segment(ctx: &SkBuffContext) -> Option<Segment> {
     let skb: *mut __sk_buff = ctx.skb.skb;
     let mut ip = [0_u8; 20];
     // SAFETY: the helper copies into arrays of the given length, or fails.
     if unsafe { bpf_skb_load_bytes(skb.cast(), 0, ip.as_mut_ptr().cast(), 20) } != 0 {
-        return;
+        return None;
     }
     // SAFETY: a field of the context.
-    let (tcp_at, protocol) = if unsafe { (*skb).protocol } == ETH_P_IPV6 {
+    let is_v6 = unsafe { (*skb).protocol } == ETH_P_IPV6;
+    let (tcp_at, protocol) = if is_v6 {
         (40, ip[6])
     } else {
         (u32::from(ip[0] & 15) * 4, ip[9])
@@ -120,65 +239,119 @@ unsafe fn capture(ctx: &SkBuffContext, early: *mut Early) {
     let mut tcp = [0_u8; 20];
     // SAFETY: as above.
     if protocol != IPPROTO_TCP || unsafe { bpf_skb_load_bytes(skb.cast(), tcp_at, tcp.as_mut_ptr().cast(), 20) } != 0 {
-        return;
+        return None;
     }
     let payload_at = tcp_at + u32::from(tcp[12] >> 4) * 4;
     // SAFETY: a field of the context.
     let total = unsafe { (*skb).len };
-    if total <= payload_at {
-        return;
-    }
-    let length = total - payload_at;
-    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-    // SAFETY: `early` is a storage of this socket.
-    let early = unsafe { &mut *early };
-    let offset = sequence.wrapping_sub(early.start);
-    if offset > LONGEST {
-        // Far ahead, or before the beginning: a keep-alive probe, or a hello that nobody sends.
-        if early.seen > LONGEST {
-            early.done = 1;
-        }
-        early.seen += 1;
-        return;
-    }
-    let Some(mut entry) = HELLOS.reserve::<HelloRecord>(0) else {
-        lost(LOST_HELLOS);
-        warn!(ctx, "no room for the first octets of a connection");
-        return;
+    (total > payload_at).then(|| Segment {
+        is_v6,
+        tcp_at,
+        payload_at,
+        length: total - payload_at,
+        sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
+        flags: tcp[13],
+    })
+}
+
+/// Hands over the payload, in records as long as what there is: how many octets, lost ones included.
+#[inline(always)]
+fn hand_over(ctx: &SkBuffContext, segment: &Segment, cookie: u64, offset: u32, early: &mut Early) -> u32 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return 0;
     };
-    let record = entry.as_mut_ptr();
-    // SAFETY: the entry is reserved with that size. The length less one goes through memory, so that the compiler, which
-    // knows its range, cannot remove the mask that shows it to the verifier; the helper copies so much, or fails.
-    let (taken, copied) = unsafe {
-        (*record).cookie = bpf_get_socket_cookie(skb.cast());
-        (*record).offset = offset;
-        (*record).length = if length > HELLO_OCTETS as u32 {
+    // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile.
+    let record: &mut HelloRecord = unsafe { &mut (*scratch).record };
+    record.cookie = cookie;
+    let mut handed = 0;
+    for _ in 0..LONGEST / HELLO_OCTETS as u32 {
+        if handed >= segment.length {
+            break;
+        }
+        let left = segment.length - handed;
+        record.offset = offset + handed;
+        record.length = if left > HELLO_OCTETS as u32 {
             HELLO_OCTETS as u32 - 1
         } else {
-            length - 1
+            left - 1
         };
-        let taken = (core::ptr::read_volatile(&raw const (*record).length) & (HELLO_OCTETS as u32 - 1)) + 1;
-        (*record).length = taken;
-        let data = (&raw mut (*record).data).cast();
-        (taken, bpf_skb_load_bytes(skb.cast(), payload_at, data, taken) == 0)
-    };
-    if !copied {
-        entry.discard(0);
+        // SAFETY: the length less one goes through memory, so that the compiler, which knows its range, cannot remove the
+        // mask that shows it to the verifier; the helper copies so much, or fails.
+        let (taken, copied) = unsafe {
+            let taken = (core::ptr::read_volatile(&raw const record.length) & (HELLO_OCTETS as u32 - 1)) + 1;
+            let data = (&raw mut record.data).cast();
+            let copied = bpf_skb_load_bytes(ctx.skb.skb.cast(), segment.payload_at + handed, data, taken) == 0;
+            (taken, copied)
+        };
+        if !copied {
+            break;
+        }
+        record.length = taken;
+        if early.wanted == 0 {
+            look(record, early);
+        }
+        // SAFETY: the record has its header and `taken` octets of data.
+        let full = unsafe {
+            bpf_ringbuf_output(
+                (&raw const HELLOS).cast_mut().cast(),
+                (&raw mut *record).cast(),
+                u64::from(HELLO_HEADER as u32 + taken),
+                wake_beyond(&HELLOS, 1 << 19),
+            )
+        };
+        if full != 0 {
+            lost(LOST_HELLOS);
+            warn!(ctx, "no room for the first octets of a connection");
+        }
+        handed += taken;
+    }
+    handed
+}
+
+/// Learns from the first octets how many are wanted: the whole hello, behind a PROXY protocol header if there is one.
+#[inline(always)]
+fn look(record: &mut HelloRecord, early: &mut Early) {
+    let (offset, taken) = (record.offset, record.length);
+    let data = &record.data;
+    if offset == 0 && early.base == 0 {
+        // haproxy's doc/proxy-protocol.txt, sections 2.1 and 2.2.
+        if taken >= 6 && data[..6] == *b"PROXY " {
+            for at in 6..107 {
+                if at < taken as usize && data[at] == b'\n' {
+                    early.base = at as u32 + 1;
+                    break;
+                }
+            }
+        } else if taken >= 16 && data[..4] == *b"\r\n\r\n" {
+            early.base = 16 + (u32::from(data[14]) << 8 | u32::from(data[15]));
+        } else if data[0] != HANDSHAKE && data[0] != b'P' && data[0] != b'\r' {
+            // Not TLS: that is all there is to know.
+            early.wanted = 1;
+            return;
+        }
+    }
+    if early.base == 0 && (offset != 0 || data[0] != HANDSHAKE) {
         return;
     }
-    if offset == 0 && taken >= 5 {
-        // SAFETY: at least five octets were copied.
-        let head = unsafe { *(&raw const (*record).data).cast::<[u8; 5]>() };
-        early.wanted = if head[0] == HANDSHAKE {
-            5 + (u32::from(head[3]) << 8 | u32::from(head[4]))
-        } else {
-            1
-        };
+    let at = early.base.wrapping_sub(offset);
+    if at >= taken || taken - at < 5 {
+        return;
     }
-    early.seen += taken;
-    if (early.wanted != 0 && early.seen >= early.wanted) || early.seen > LONGEST {
-        early.done = 1;
+    record.scratch = at;
+    // SAFETY: the offset goes through memory, so that the compiler cannot remove the mask that shows the verifier where
+    // it ends; behind the record there is room for what is read.
+    let head = unsafe {
+        let at = core::ptr::read_volatile(&raw const record.scratch) & (HELLO_OCTETS as u32 - 1);
+        (&raw const record.data).cast::<u8>().add(at as usize).cast::<[u8; 9]>().read_unaligned()
+    };
+    if head[0] != HANDSHAKE {
+        early.wanted = early.base + 1;
+        return;
     }
-    entry.submit(wake_beyond(&HELLOS, 1 << 19));
-    debug!(ctx, "{} octets of a hello at {}", taken, offset);
+    let tls = u32::from(head[3]) << 8 | u32::from(head[4]);
+    let hello = 4 + (u32::from(head[6]) << 16 | u32::from(head[7]) << 8 | u32::from(head[8]));
+    // A hello that spans records (RFC 8446, section 5.1) ends somewhere: the bounds end it here.
+    if taken - at < 9 || hello <= tls {
+        early.wanted = early.base + 5 + tls;
+    }
 }

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::seq_file,
     cty::c_void,
-    helpers::generated::{bpf_get_socket_cookie, bpf_seq_write, bpf_skc_to_tcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_seq_write},
 };
 use rebalancer_common::SocketRecord;
 
@@ -44,20 +44,18 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
         }
         let seq = (*core::ptr::read_volatile(&raw const (*ctx).meta)).seq;
         let common = socket.cast::<u8>().cast_const();
-        let state: u8 = read::field(common, offset!(state));
-        if (state != ESTABLISHED && state != LISTEN)
-            || u32::from(read::field::<u16>(common, offset!(num))) != offset!(port)
-        {
+        let state: u8 = read::direct(common, offset!(state));
+        if state != ESTABLISHED && state != LISTEN {
             return 0;
         }
-        let tcp = bpf_skc_to_tcp_sock(socket) as *mut u8;
-        if tcp.is_null() {
+        let tcp = read::watched(socket);
+        if tcp.is_null() || !read::is_first(tcp) {
             return 0;
         }
         let mut record = SocketRecord {
-            cookie: bpf_get_socket_cookie(tcp.cast()),
-            bytes_in: read::field(tcp, offset!(bytes_received)),
-            bytes_out: read::field(tcp, offset!(bytes_acked)),
+            cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
+            bytes_in: read::direct(tcp, offset!(bytes_received)),
+            bytes_out: read::direct(tcp, offset!(bytes_acked)),
             state: u32::from(state),
             ..SocketRecord::default()
         };

@@ -16,7 +16,7 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{PerCpuArray, RingBuf},
 };
-use rebalancer_common::{Early, LOST_COUNTERS, Offsets};
+use rebalancer_common::{Early, HelloRecord, LOST_COUNTERS, Offsets};
 
 /// Set by the loader, and frozen: the verifier sees constants.
 #[unsafe(no_mangle)]
@@ -31,8 +31,14 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     v6_rcv_saddr: 0,
     net: 0,
     inum: 0,
+    sport: 0,
     bytes_received: 0,
     bytes_acked: 0,
+    rcv_nxt: 0,
+    is_mptcp: 0,
+    ulp_data: 0,
+    mp_join_bit: 0,
+    classify: 0,
     port: 0,
     netns: 0,
 });
@@ -41,13 +47,25 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// Early payloads: [`rebalancer_common::HelloRecord`]. Room for 1,000 hellos.
+/// Early payloads: [`rebalancer_common::HelloRecord`], each as long as what came. Room for 2,000 hellos of two packets.
 #[map]
 static HELLOS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
 
 /// What found no room, by the `LOST_` constants.
 #[map]
 static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOST_COUNTERS, 0);
+
+/// Where a record is put together.
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// A record, and room behind it: the verifier sees that the first octets of a TLS record are read within it, wherever it
+/// begins.
+#[repr(C)]
+pub struct Scratch {
+    record: HelloRecord,
+    behind: [u8; 16],
+}
 
 /// One entry a watched connection, gone with its socket.
 #[btf_map]

@@ -1,17 +1,15 @@
 //! Reading a socket's fields at offsets that the running kernel's BTF gave.
+//!
+//! Must never need `bpf_probe_read_kernel`: a kernel in lockdown (confidentiality) refuses it, and a load does the same.
 
-use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::{
+    cty::c_void,
+    helpers::{bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
+};
 use rebalancer_common::SocketRecord;
 
 /// include/linux/socket.h
 const AF_INET: u16 = 2;
-
-/// Reads a field; 0 when it cannot be read, which the kernel does not let happen for a live socket.
-#[inline(always)]
-pub fn field<T: Default>(base: *const u8, offset: u32) -> T {
-    // SAFETY: the helper checks the address and copies; no reference is made.
-    unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }.unwrap_or_default()
-}
 
 /// Reads a member at an offset that is a constant to the verifier: it checks the access, and no helper is called.
 ///
@@ -30,16 +28,71 @@ pub unsafe fn direct<T>(base: *const u8, offset: u32) -> T {
 macro_rules! offset {
     ($field:ident) => {{
         let offsets = (&raw const $crate::OFFSETS).cast::<rebalancer_common::Offsets>();
+        #[allow(unused_unsafe, reason = "it is used inside unsafe blocks and outside of them")]
         // SAFETY: the global is nothing but its value, and frozen before any program runs.
-        unsafe { core::ptr::read_volatile(&raw const (*offsets).$field) }
+        let value = unsafe { core::ptr::read_volatile(&raw const (*offsets).$field) };
+        value
     }};
 }
 
 /// Whether the socket belongs to the watched network namespace.
+///
+/// # Safety
+///
+/// `socket` is a socket that the verifier knows.
 #[inline(always)]
-pub fn in_namespace(socket: *const u8) -> bool {
-    let net: u64 = field(socket, offset!(net));
-    field::<u32>(net as *const u8, offset!(inum)) == offset!(netns)
+pub unsafe fn in_namespace(socket: *const u8) -> bool {
+    // SAFETY: see `direct`; the namespace lives as long as its socket.
+    unsafe { direct::<u32>(direct::<*const u8>(socket, offset!(net)), offset!(inum)) == offset!(netns) }
+}
+
+/// The socket as one of TCP's, on the watched port; null when it is not.
+///
+/// The port is `inet_sport`: a socket that is closed has given its `skc_num` back before it says so. MPTCP's own sockets
+/// change their state beside those of TCP below them, and are none.
+///
+/// # Safety
+///
+/// `socket` is a socket that the verifier knows.
+#[inline(always)]
+pub unsafe fn watched(socket: *mut c_void) -> *const u8 {
+    // SAFETY: the helper takes any socket and answers null for one that is not TCP's; see `direct` for the rest.
+    unsafe {
+        let num = u32::from(direct::<u16>(socket.cast(), offset!(num)));
+        if num != offset!(port) && num != 0 {
+            return core::ptr::null();
+        }
+        let tcp = bpf_skc_to_tcp_sock(socket) as *const u8;
+        if !tcp.is_null() && u32::from(u16::from_be(direct(tcp, offset!(sport)))) != offset!(port) {
+            return core::ptr::null();
+        }
+        tcp
+    }
+}
+
+/// Whether a client's connection is this one: with MPTCP it has further ones, which have joined the first.
+///
+/// # Safety
+///
+/// `tcp` is a `tcp_sock` that the verifier knows.
+#[inline(always)]
+pub unsafe fn is_first(tcp: *const u8) -> bool {
+    // The offset is a constant: where it is 0 the verifier never sees what follows, whose helper a kernel in lockdown
+    // (confidentiality) refuses.
+    if offset!(is_mptcp) == 0 {
+        return true;
+    }
+    // SAFETY: see `direct`; what MPTCP keeps of a subflow has no type there, so that a helper must read it, which checks
+    // the address and copies.
+    unsafe {
+        if direct::<u8>(tcp, offset!(is_mptcp)) == 0 {
+            return true;
+        }
+        let subflow: u64 = direct(tcp, offset!(ulp_data));
+        let bit = offset!(mp_join_bit);
+        let flags = bpf_probe_read_kernel((subflow + u64::from(bit / 8)) as *const u8).unwrap_or(0);
+        flags >> (bit % 8) & 1 == 0
+    }
 }
 
 /// Ports and addresses.
@@ -51,21 +104,36 @@ pub fn in_namespace(socket: *const u8) -> bool {
 pub unsafe fn addresses(common: *const u8, record: &mut SocketRecord) {
     // SAFETY: see `direct`.
     unsafe {
-        record.local_port = u32::from(direct::<u16>(common, offset!(num)));
+        record.local_port = offset!(port);
         record.remote_port = u32::from(u16::from_be(direct(common, offset!(dport))));
         if direct::<u16>(common, offset!(family)) == AF_INET {
             record.local = mapped(direct::<u32>(common, offset!(rcv_saddr)).to_ne_bytes());
             record.remote = mapped(direct::<u32>(common, offset!(daddr)).to_ne_bytes());
         } else {
-            // The verifier lets nobody load more than a member of a member at once.
-            record.local = field(common, offset!(v6_rcv_saddr));
-            record.remote = field(common, offset!(v6_daddr));
+            record.local = v6(common, offset!(v6_rcv_saddr));
+            record.remote = v6(common, offset!(v6_daddr));
         }
     }
 }
 
+/// An IPv6 address, word by word: the verifier lets nobody load more than a member of a member at once.
+///
+/// # Safety
+///
+/// As for [`direct`].
+#[inline(always)]
+unsafe fn v6(common: *const u8, at: u32) -> [u8; 16] {
+    let mut address = [0; 16];
+    for index in 0..4 {
+        // SAFETY: see `direct`.
+        let word: u32 = unsafe { direct(common, at + 4 * index as u32) };
+        address[4 * index..4 * index + 4].copy_from_slice(&word.to_ne_bytes());
+    }
+    address
+}
+
 /// A v4-mapped address (RFC 4291, section 2.5.5.2).
 #[inline(always)]
-fn mapped(v4: [u8; 4]) -> [u8; 16] {
+pub fn mapped(v4: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
 }

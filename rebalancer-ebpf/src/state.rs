@@ -1,15 +1,19 @@
 //! Opens and closes: TCP state changes of the watched port (`inet_sock_set_state`, net/ipv4/af_inet.c).
+//!
+//! A connection may end in one step, without a FIN: by RST from either side, by a close with unread data, by keep-alive or
+//! TCP_USER_TIMEOUT, by `ss -K`. Whatever comes after ESTABLISHED is its end.
 
 use aya_ebpf::{
+    bindings::{BPF_RB_FORCE_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE},
     cty::c_void,
-    helpers::generated::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get},
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketRecord};
+use rebalancer_common::{Early, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_STORAGE, SocketRecord};
 
-use crate::{EVENTS, lost, offset, read, wake_beyond};
+use crate::{EARLY, EVENTS, lost, offset, read, wake_beyond};
 
 /// include/net/tcp_states.h
 const ESTABLISHED: i32 = 1;
@@ -33,12 +37,21 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     };
     let common = socket.cast::<u8>().cast_const();
     // SAFETY: the tracepoint's socket lives through the call, and the verifier checks each member that is read.
-    let watched = unsafe {
-        u32::from(read::direct::<u16>(common, offset!(num))) == offset!(port)
-            && read::direct::<u32>(read::direct::<*const u8>(common, offset!(net)), offset!(inum)) == offset!(netns)
-    };
-    if !watched {
+    let tcp = unsafe { read::watched(socket) };
+    // SAFETY: as above.
+    if tcp.is_null() || !unsafe { read::in_namespace(common) } {
         return 0;
+    }
+    if kind == KIND_OPENED {
+        // SAFETY: as above.
+        unsafe {
+            if !read::is_first(tcp) {
+                return 0;
+            }
+            if offset!(classify) != 0 {
+                expect_hello(socket, tcp);
+            }
+        }
     }
     let Some(mut entry) = EVENTS.reserve::<SocketRecord>(0) else {
         lost(LOST_EVENTS);
@@ -50,13 +63,10 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
         ..SocketRecord::default()
     };
     if kind == KIND_CLOSED {
-        // SAFETY: the helper takes any socket and answers null for one that is not TCP's; its members are read as above.
+        // SAFETY: as above.
         unsafe {
-            let tcp = bpf_skc_to_tcp_sock(socket) as *const u8;
-            if !tcp.is_null() {
-                record.bytes_in = read::direct(tcp, offset!(bytes_received));
-                record.bytes_out = read::direct(tcp, offset!(bytes_acked));
-            }
+            record.bytes_in = read::direct(tcp, offset!(bytes_received));
+            record.bytes_out = read::direct(tcp, offset!(bytes_acked));
         }
     } else {
         // Who it is with is told once.
@@ -67,7 +77,37 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     record.cookie = unsafe { bpf_get_socket_cookie(socket) };
     let cookie = record.cookie;
     entry.write(record);
-    entry.submit(wake_beyond(&EVENTS, 1 << 17));
+    // Another listening socket is another apiserver: where its first clients' hellos are read depends on it.
+    entry.submit(if kind == KIND_LISTENER {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        wake_beyond(&EVENTS, 1 << 17)
+    });
     debug!(&ctx, "socket {:x}: state {} to {}", cookie, old, new);
     0
+}
+
+/// Notes where the client's stream begins. What comes with the end of the TCP handshake itself is still to be taken, so
+/// that the next octet TCP expects is the first.
+///
+/// # Safety
+///
+/// `socket` and `tcp` are the same socket, as the verifier knows.
+#[inline(always)]
+unsafe fn expect_hello(socket: *mut c_void, tcp: *const u8) {
+    // SAFETY: the helper takes the tracepoint's socket; what it answers is checked for null before it is written.
+    unsafe {
+        let early: *mut Early = bpf_sk_storage_get(
+            (&raw const EARLY).cast_mut().cast(),
+            socket,
+            core::ptr::null_mut(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+        .cast();
+        if early.is_null() {
+            lost(LOST_STORAGE);
+        } else {
+            (*early).start = read::direct(tcp, offset!(rcv_nxt));
+        }
+    }
 }

@@ -228,7 +228,8 @@ impl World<'_> {
                         self.poll_in(peer, wait);
                     }
                 }
-                Effect::Settled(_) => {}
+                // The simulation tells every event.
+                Effect::Settled(_) | Effect::Confirm => {}
                 Effect::Resync => {
                     self.nodes[server].resync(&self.connections);
                     self.news(server);

@@ -195,7 +195,9 @@ impl Node {
     pub fn active(&self) -> anyhow::Result<u64> {
         let active = |connection: &&Value| {
             let protocol = &connection["protocol"];
-            (protocol == "h2" || protocol == "offered") && connection["state"] == "active"
+            (protocol == "h2" || protocol == "offered")
+                && connection["state"] == "active"
+                && connection["node_local"] != true
         };
         Ok(self.connections()?.iter().filter(active).count() as u64)
     }

@@ -141,6 +141,9 @@ impl Agent {
         if balance.quota <= 0.0 || balance.expected_skew <= self.policy.skew_target {
             return Err(self.within(balance, self.policy.skew_target));
         }
+        if let Some(hold) = self.unknown_protocols() {
+            return Err(hold);
+        }
         if let Some(hold) = self
             .stressed(&look.view, balance)
             .or_else(|| self.peer_plan(&look.view))
@@ -195,6 +198,13 @@ impl Agent {
         let victims = planner::choose(&self.table, &self.policy, self.abilities, &self.cooldowns, request, now)?;
         debug_assert!(!victims.is_empty() && victims.len() <= request.limit, "{request:?}");
         Ok(victims)
+    }
+
+    /// Whether what is not known is more than what would be done about.
+    fn unknown_protocols(&self) -> Option<Hold> {
+        let (unknown, active) = (self.table.unknown(), self.table.active());
+        let limit = self.policy.skew_threshold;
+        (unknown as f64 > limit * active as f64).then_some(Hold::UnknownProtocols { unknown, active, limit })
     }
 
     /// Why there is no rebalancing.

@@ -34,7 +34,9 @@ impl Agent {
         let apiservers = self.policy.peers.len() + 1;
         let expected = self.motion.in_transit();
         let figures = self.motion.figures();
-        let moves = self.motion.look(&view, apiservers, self.policy.settle, now);
+        let moves = self
+            .motion
+            .look(&view, apiservers, self.policy.settle + self.policy.stays_after(), now);
         self.memory_changes += u64::from(figures != self.motion.figures());
         self.compare_ready(&view, now);
         self.rebalancing.told(moves.told);

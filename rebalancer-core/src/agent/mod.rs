@@ -48,6 +48,9 @@ const HISTORY: usize = 1_000;
 /// While clients are in transit anywhere, it is looked so often where they land.
 const CLOSE_LOOK: Duration = Duration::from_secs(1);
 
+/// So often at most the agent looks whether connections are old enough to count.
+const AGEING: Duration = Duration::from_millis(250);
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -80,6 +83,8 @@ pub enum Effect {
     Settled(Decision),
     /// Ask the source for its complete list.
     Resync,
+    /// Ask the source for one more list soon: the last one differs from the table.
+    Confirm,
 }
 
 /// The state machine. See the module's documentation.
@@ -154,7 +159,7 @@ impl Agent {
         Self {
             instance,
             started: now,
-            table: ConnectionTable::default(),
+            table: ConnectionTable::new(policy.node_local, policy.stays_after()),
             peers: Peers::new(policy.node.clone(), policy.peers.iter().cloned()),
             abilities: Abilities::default(),
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
@@ -216,6 +221,9 @@ impl Agent {
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
         let soon = now + Duration::from_millis(1);
         let mut at = self.next_decision;
+        if let Some(stays) = self.table.next_stays() {
+            at = at.min(stays.max(now + AGEING));
+        }
         if let Some(until) = self.ramp.ends().filter(|_| self.rebalancing.course().is_some()) {
             at = at.min(until.max(soon));
         }
@@ -259,6 +267,7 @@ impl Agent {
             goaways_total: self.goaways_total,
             told_load_total: self.told_load_total,
             refused: self.stress.refused(self.policy.stale_after(), now),
+            node_local: self.table.node_local() as u64,
             accepted_total: self.table.accepted_total(),
             in_transit: self.motion.in_transit(),
             capacity: self.policy.capacity,
@@ -401,7 +410,9 @@ impl Agent {
     }
 
     fn observe(&mut self, now: Timestamp, observations: Vec<Observation>, effects: &mut Vec<Effect>) {
+        let mut listed = false;
         for observation in observations {
+            listed |= matches!(observation, Observation::Listed { .. });
             let changes = self.table.observe(observation, now);
             if changes.listener_changed {
                 self.up_since = Some(now);
@@ -409,6 +420,9 @@ impl Agent {
             if changes.lost && !effects.contains(&Effect::Resync) {
                 effects.push(Effect::Resync);
             }
+        }
+        if listed && self.table.is_in_doubt() {
+            effects.push(Effect::Confirm);
         }
     }
 
@@ -429,6 +443,7 @@ impl Agent {
     /// One turn: look, follow the plan, decide when it is time, send what the budget allows.
     fn turn(&mut self, now: Timestamp, effects: &mut Vec<Effect>) {
         self.cooldowns.expire(now);
+        self.table.age(now);
         self.end_pause(now);
         let decides = now >= self.next_decision;
         let is_close = self.is_close();

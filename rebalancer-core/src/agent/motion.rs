@@ -266,6 +266,7 @@ mod tests {
                     goaways_total: *goaways,
                     told_load_total: *goaways as f64,
                     refused: 0,
+                    node_local: 0,
                     accepted_total: *accepted,
                     in_transit: *in_transit,
                     capacity: 1.0,

@@ -14,7 +14,7 @@ use crate::{
     ids::{ApiserverName, ConnectionId, Timestamp},
     planner,
     shim::{GoawayOrder, GoawayResult},
-    table::ClientKey,
+    table::{ClientKey, Connection},
 };
 
 /// A plan that is being carried out.
@@ -160,7 +160,7 @@ impl Agent {
         };
         let expired = now > plan.expires;
         let table = &self.table;
-        let is_active = |id: ConnectionId| table.connection(id).is_some_and(|connection| connection.is_active());
+        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_hear);
         let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
         plan.unsent = unsent.into();
         self.drop_victims(&gone);

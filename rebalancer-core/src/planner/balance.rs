@@ -338,6 +338,7 @@ mod tests {
                 goaways_total: 0,
                 told_load_total: 0.0,
                 refused: 0,
+                node_local: 0,
                 accepted_total: 0,
                 in_transit: 0,
                 capacity: 1.0,

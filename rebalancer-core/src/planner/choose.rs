@@ -10,7 +10,7 @@ use crate::{
     decision::{Fate, Heavy, Victim},
     hold::Hold,
     ids::{ConnectionId, Protocol, Timestamp},
-    policy::{Policy, Weight},
+    policy::{NodeLocal, Policy, Weight},
     shim::{Abilities, ConnectionState},
     table::{ClientKey, Connection, ConnectionTable},
 };
@@ -156,7 +156,7 @@ fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now:
     if now.since(connection.opened_at) < policy.min_connection_age && !connection.is_older_than_the_clock() {
         return Some(Refusal::Young);
     }
-    let excluded = connection.is_node_local()
+    let excluded = connection.is_node_local() && policy.node_local != NodeLocal::Move
         || policy
             .exclusions
             .matches(connection.client().ip(), connection.user(), connection.user_agent());
@@ -206,7 +206,7 @@ pub fn left_out<'a>(
     if !force && policy.exclusions.matches(client, user, agent) {
         return Err(LeftOut::Excluded);
     }
-    if !force && connection.is_node_local() {
+    if !force && connection.is_node_local() && policy.node_local != NodeLocal::Move {
         return Err(LeftOut::NodeLocal);
     }
     Ok(connection)

@@ -11,6 +11,7 @@ use std::{
 
 use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
+    observation::Socket,
     policy::Weight,
     shim::{ConnectionState, Counters},
 };
@@ -34,6 +35,14 @@ pub struct Connection {
     pub seeded: bool,
     /// Whether a shim listed it.
     pub(super) is_with_shim: bool,
+    /// Whether the client is on this node: it would come straight back.
+    pub(super) node_local: bool,
+    /// Whether it is counted apart, because it is on this node.
+    pub(super) apart: bool,
+    /// Whether it is open for long enough to be a client that stays.
+    pub(super) stays: bool,
+    /// Whether it was counted as a landing.
+    landed: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -88,6 +97,38 @@ pub enum ClientKey {
 }
 
 impl Connection {
+    /// One that was just shown.
+    pub(super) fn new(socket: &Socket, local: Arc<SocketAddr>, now: Timestamp, seeded: bool) -> Self {
+        Self {
+            id: socket.id,
+            client: socket.remote.into(),
+            local,
+            protocol: Protocol::Unknown,
+            state: ConnectionState::Active,
+            opened_at: now,
+            seeded,
+            node_local: false,
+            apart: false,
+            // Who was there before the agent has stayed.
+            stays: seeded,
+            landed: false,
+            is_with_shim: false,
+            identity: None,
+            counters: Counters {
+                bytes_in: socket.bytes_in,
+                bytes_out: socket.bytes_out,
+                ..Counters::default()
+            },
+            rates: Rates::default(),
+            sampled: Sampled {
+                is_set: !seeded,
+                share: 0.0,
+                requests: 0,
+                bytes: socket.bytes_in + socket.bytes_out,
+            },
+        }
+    }
+
     /// The client, or a proxying load balancer in front of it.
     pub fn client(&self) -> SocketAddr {
         self.client.into()
@@ -108,13 +149,13 @@ impl Connection {
         self.identity.as_ref()?.user_agent.as_deref()
     }
 
-    /// Whether the client is on this node: it would come straight back.
+    /// Whether the client is on this node.
     pub fn is_node_local(&self) -> bool {
-        self.client.ip == Address::from(*self.local).ip
+        self.node_local
     }
 
-    /// Whether it counts as load: not HTTP/1.1, which cannot be moved, and not draining, which has moved.
-    pub fn is_active(&self) -> bool {
+    /// Whether it could hear a GOAWAY: not HTTP/1.1, and not draining, which has heard it.
+    pub fn can_hear(&self) -> bool {
         self.state == ConnectionState::Active && self.protocol != Protocol::Http1
     }
 
@@ -130,6 +171,25 @@ impl Connection {
     /// Whether it is older than the agent's clock can say.
     pub fn is_older_than_the_clock(&self) -> bool {
         self.seeded && self.opened_at == Timestamp::default()
+    }
+
+    /// Whether it is a client that stays: it can hear a GOAWAY, and was there before the agent or is open for a while
+    /// (see [`super::ConnectionTable::new`]). A health check is not.
+    pub fn is_settled(&self) -> bool {
+        self.can_hear() && self.stays
+    }
+
+    /// Whether it counts as load: a client that stays, and is not counted apart because it is on this node.
+    pub fn is_active(&self) -> bool {
+        self.is_settled() && !self.apart
+    }
+
+    /// Whether it is a landing from now on, once: it counts as load, is known to speak HTTP/2 and came after the agent.
+    pub(super) fn lands(&mut self) -> bool {
+        let speaks_h2 = matches!(self.protocol, Protocol::H2Offered | Protocol::H2Selected);
+        let lands = !self.landed && !self.seeded && speaks_h2 && self.is_active();
+        self.landed |= lands;
+        lands
     }
 
     /// What it weighs.

@@ -7,20 +7,23 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, HashMap},
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
-    observation::{Observation, Socket},
-    policy::Weight,
-    shim::{ConnectionState, Counters, ShimConnection, ShimReport},
+    observation::{HelloLoss, Observation, Socket},
+    policy::{NodeLocal, Weight},
+    shim::{ConnectionState, ShimConnection, ShimReport},
     weight::SMOOTHING,
 };
 
 mod connection;
+mod early;
+mod reconcile;
 mod slab;
 #[cfg(test)]
 mod tests;
@@ -28,6 +31,9 @@ mod totals;
 
 use connection::Sampled;
 pub use connection::{ClientKey, Connection, Identity, Rates};
+use early::Early;
+use reconcile::Doubts;
+pub use reconcile::Repairs;
 use slab::Slab;
 use totals::{Identities, Totals};
 
@@ -49,12 +55,22 @@ pub struct ConnectionTable {
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
     requests_total: u64,
-    /// What a shim said of connections that the source has not shown yet.
-    early: HashMap<ConnectionId, ShimConnection>,
+    /// What was said of connections that the source has not shown yet.
+    early: Early,
+    /// The node's own addresses.
+    own: BTreeSet<IpAddr>,
+    node_local: NodeLocal,
+    stays_after: Duration,
+    /// Connections that are not old enough to count, the oldest first; some are gone.
+    young: VecDeque<(Timestamp, ConnectionId)>,
     listener: Option<ConnectionId>,
     listener_known: bool,
     trusted: bool,
     lost_events_total: u64,
+    hellos_lost: BTreeMap<HelloLoss, u64>,
+    blind: Option<Arc<str>>,
+    doubts: Doubts,
+    repairs: Repairs,
 }
 
 /// What changed in a way the agent must know at once.
@@ -67,28 +83,53 @@ pub struct Changes {
 }
 
 impl ConnectionTable {
+    /// An empty table, for which clients on this node are what `node_local` says, and a connection counts, as load
+    /// and as a landing, once it is open for `stays_after` (see [`crate::policy::Policy::stays_after`]).
+    pub fn new(node_local: NodeLocal, stays_after: Duration) -> Self {
+        Self {
+            node_local,
+            stays_after,
+            ..Self::default()
+        }
+    }
+
+    /// When the next connection is old enough to count, if one is waiting for that.
+    pub fn next_stays(&self) -> Option<Timestamp> {
+        self.young.front().map(|(opened, _)| *opened + self.stays_after)
+    }
+
+    /// Counts those that are old enough now.
+    pub fn age(&mut self, now: Timestamp) {
+        while let Some((_, id)) = self.young.pop_front_if(|(opened, _)| *opened + self.stays_after <= now) {
+            self.change(id, |connection| connection.stays = true);
+        }
+    }
+
     /// Folds in what the source says.
     pub fn observe(&mut self, observation: Observation, now: Timestamp) -> Changes {
         let mut changes = Changes::default();
         match observation {
-            Observation::Opened(socket) => self.open(&socket, now, false),
+            Observation::Opened(socket) => {
+                self.doubts.opened.remove(&socket.id);
+                self.open(&socket, now, false);
+            }
             Observation::Classified { id, protocol } => self.classify(id, protocol),
             Observation::Closed { id, .. } => {
+                self.doubts.closed(id);
+                self.early.closed(id);
                 self.remove(id);
             }
-            Observation::Counters(counters) => {
-                for (id, bytes_in, bytes_out) in counters {
-                    self.change(id, |connection| {
-                        connection.counters.bytes_in = connection.counters.bytes_in.max(bytes_in);
-                        connection.counters.bytes_out = connection.counters.bytes_out.max(bytes_out);
-                    });
-                }
+            Observation::Listed { sockets, listener } => {
+                changes.listener_changed = self.reconcile(sockets, listener, now);
             }
             Observation::Lost { events } => {
                 self.lost_events_total += events;
                 self.trusted = false;
                 changes.lost = true;
             }
+            Observation::Addresses(addresses) => self.know_own(addresses),
+            Observation::HellosLost { how, count } => *self.hellos_lost.entry(how).or_default() += count,
+            Observation::Blind(why) => self.blind = why,
             Observation::Resync { sockets, listener } => {
                 changes.listener_changed = self.resync(sockets, listener, now);
             }
@@ -103,11 +144,11 @@ impl ConnectionTable {
     /// that took its leave, and drains.
     pub fn report(&mut self, report: &ShimReport, now: Timestamp) {
         if report.full {
-            self.early.clear();
+            self.early.forget_shim();
             self.leave(report);
         }
         for id in &report.closed {
-            self.early.remove(id);
+            self.early.end(*id);
         }
         for known in &report.connections {
             self.refine(known);
@@ -241,9 +282,26 @@ impl ConnectionTable {
         }
     }
 
-    /// How many connections count as load.
+    /// How many connections count as load: not HTTP/1.1, not draining, open for a moment (see [`Self::new`]) or there
+    /// before the agent, and not on this node unless those are to be counted.
     pub fn active(&self) -> usize {
         self.totals.active
+    }
+
+    /// How many of those are not known to speak HTTP/2.
+    pub fn unknown(&self) -> usize {
+        self.totals.unknown
+    }
+
+    /// How many clients that stay are on this node, whether or not they count as load.
+    pub fn node_local(&self) -> usize {
+        self.totals.node_local
+    }
+
+    /// Whether most clients are on this node, while those are counted apart: then this is where a load balancer is, or
+    /// what is taken for the node's own is not.
+    pub fn is_mostly_node_local(&self) -> bool {
+        self.node_local == NodeLocal::Exclude && self.totals.node_local > self.totals.active.max(1)
     }
 
     /// How many are draining.
@@ -256,7 +314,7 @@ impl ConnectionTable {
         self.totals.draining_streams
     }
 
-    /// The load of all active connections.
+    /// The load of all connections that count as such (see [`Self::active`]).
     pub fn load(&self, weight: Weight) -> f64 {
         match weight {
             Weight::Connections => self.totals.active as f64,
@@ -266,7 +324,8 @@ impl ConnectionTable {
         }
     }
 
-    /// HTTP/2 connections accepted since the agent started.
+    /// Landings since the agent started: connections that came after it, are known to speak HTTP/2, and count as load
+    /// (see [`Self::active`]). Health checks, short calls and the node's own are none.
     pub fn accepted_total(&self) -> u64 {
         self.accepted_total
     }
@@ -281,6 +340,21 @@ impl ConnectionTable {
         self.lost_events_total
     }
 
+    /// ClientHellos that were lost that way since the agent started.
+    pub fn hellos_lost(&self, how: HelloLoss) -> u64 {
+        let early = if how == HelloLoss::Early {
+            self.early.forgotten()
+        } else {
+            0
+        };
+        self.hellos_lost.get(&how).copied().unwrap_or(0) + early
+    }
+
+    /// Why the source reads no ClientHello, if it does not.
+    pub fn blind(&self) -> Option<&str> {
+        self.blind.as_deref()
+    }
+
     /// Whether the table is the kernel's truth: seeded, and no events lost since.
     pub fn is_trusted(&self) -> bool {
         self.trusted
@@ -292,14 +366,6 @@ impl ConnectionTable {
     }
 
     fn open(&mut self, socket: &Socket, now: Timestamp, seeded: bool) {
-        if socket.remote.ip().is_loopback() {
-            return;
-        }
-        let counters = Counters {
-            bytes_in: socket.bytes_in,
-            bytes_out: socket.bytes_out,
-            ..Counters::default()
-        };
         if !self.connections.contains(socket.id) {
             let local = match self.locals.get(&socket.local) {
                 Some(known) => Arc::clone(known),
@@ -309,28 +375,36 @@ impl ConnectionTable {
                     new
                 }
             };
-            self.insert(Connection {
-                id: socket.id,
-                client: socket.remote.into(),
-                local,
-                protocol: Protocol::Unknown,
-                state: ConnectionState::Active,
-                opened_at: now,
-                seeded,
-                is_with_shim: false,
-                identity: None,
-                counters,
-                rates: Rates::default(),
-                sampled: Sampled {
-                    is_set: !seeded,
-                    share: 0.0,
-                    requests: 0,
-                    bytes: socket.bytes_in + socket.bytes_out,
-                },
-            });
+            let mut connection = Connection::new(socket, local, now, seeded);
+            place(&mut connection, &self.own, self.node_local);
+            connection.stays |= self.stays_after.is_zero();
+            if !connection.stays {
+                self.young.push_back((now, socket.id));
+                if self.young.len() > 2 * self.connections.len() + 1_024 {
+                    self.young.retain(|(_, id)| self.connections.contains(*id));
+                }
+            }
+            self.insert(connection);
         }
-        if let Some(known) = self.early.remove(&socket.id) {
+        let (offer, known) = self.early.take(socket.id);
+        if let Some(protocol) = offer {
+            self.classify(socket.id, protocol);
+        }
+        if let Some(known) = known {
             self.refine(&known);
+        }
+    }
+
+    /// These are the node's addresses now.
+    fn know_own(&mut self, addresses: Vec<IpAddr>) {
+        let own: BTreeSet<IpAddr> = addresses.into_iter().collect();
+        if own == self.own {
+            return;
+        }
+        self.own = own;
+        let ids: Vec<ConnectionId> = self.connections.slots().map(|(id, _)| id).collect();
+        for id in ids {
+            self.change(id, |_| ());
         }
     }
 
@@ -358,6 +432,8 @@ impl ConnectionTable {
         let before = (connection.identity.clone(), connection.is_active());
         let requests = connection.counters.requests;
         change(connection);
+        place(connection, &self.own, self.node_local);
+        self.accepted_total += u64::from(connection.lands());
         self.totals.count(connection);
         // What a connection that was there before the agent had asked until then is the base.
         if !connection.seeded || requests > 0 {
@@ -371,22 +447,19 @@ impl ConnectionTable {
     }
 
     fn classify(&mut self, id: ConnectionId, protocol: Protocol) {
-        let speaks_h2 = |protocol| matches!(protocol, Protocol::H2Offered | Protocol::H2Selected);
-        let mut accepted = 0;
+        if !self.connections.contains(id) {
+            self.early.offer(id, protocol);
+            return;
+        }
         self.change(id, |connection| {
             // The server's choice is worth more than the client's offer.
-            if protocol <= connection.protocol && connection.protocol != Protocol::Http1 {
-                return;
-            }
-            accepted = u64::from(!connection.seeded && speaks_h2(protocol) && !speaks_h2(connection.protocol));
-            connection.protocol = protocol;
+            connection.protocol = connection.protocol.max(protocol);
         });
-        self.accepted_total += accepted;
     }
 
     fn refine(&mut self, known: &ShimConnection) {
         let Some(connection) = self.connections.get(known.id) else {
-            self.early.insert(known.id, known.clone());
+            self.early.say(known);
             return;
         };
         let user = known.user.as_deref().or(connection.user());
@@ -409,26 +482,11 @@ impl ConnectionTable {
             connection.client = known.client.into();
         });
     }
+}
 
-    fn resync(&mut self, sockets: Vec<Socket>, listener: Option<ConnectionId>, now: Timestamp) -> bool {
-        let seeded = !self.listener_known;
-        let listed: BTreeSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
-        let gone: Vec<ConnectionId> = self
-            .connections
-            .iter()
-            .map(|connection| connection.id)
-            .filter(|id| !listed.contains(id))
-            .collect();
-        for id in gone {
-            self.remove(id);
-        }
-        for socket in sockets {
-            self.open(&socket, now, seeded);
-        }
-        let changed = self.listener_known && self.listener != listener;
-        self.listener = listener;
-        self.listener_known = true;
-        self.trusted = true;
-        changed
-    }
+/// Where a connection's client is.
+fn place(connection: &mut Connection, own: &BTreeSet<IpAddr>, node_local: NodeLocal) {
+    let client = connection.client().ip();
+    connection.node_local = client.is_loopback() || client == connection.local.ip() || own.contains(&client);
+    connection.apart = connection.node_local && node_local == NodeLocal::Exclude;
 }

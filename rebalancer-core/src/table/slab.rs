@@ -32,6 +32,11 @@ impl Slab {
         self.chunks[slot / CHUNK][slot % CHUNK].as_mut()
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
     /// Adds a connection whose id is not there yet.
     pub fn insert(&mut self, connection: Connection) {
         let id = connection.id;
@@ -60,6 +65,16 @@ impl Slab {
     /// By id.
     pub fn iter(&self) -> impl Iterator<Item = &Connection> {
         self.index.values().filter_map(|slot| self.at(*slot))
+    }
+
+    /// All ids in order, each with its slot for [`Self::slot_mut`].
+    pub fn slots(&self) -> impl Iterator<Item = (ConnectionId, u32)> {
+        self.index.iter().map(|(id, slot)| (*id, *slot))
+    }
+
+    /// What lies in a slot.
+    pub fn slot_mut(&mut self, slot: u32) -> Option<&mut Connection> {
+        self.chunks[slot as usize / CHUNK][slot as usize % CHUNK].as_mut()
     }
 
     /// In any order, the fastest way through all.

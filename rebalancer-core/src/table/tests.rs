@@ -1,6 +1,7 @@
 //! What the table must be after whatever it was told.
 
 use super::*;
+use crate::shim::Counters;
 use proptest::prelude::*;
 
 fn socket(id: u64) -> Socket {
@@ -30,32 +31,164 @@ fn seeded(ids: &[u64]) -> ConnectionTable {
     table
 }
 
-#[test]
-fn loopback_is_not_counted() {
-    let mut table = seeded(&[]);
-    let local = Socket {
-        remote: "127.0.0.1:5".parse().expect("an address"),
-        ..socket(1)
-    };
-    table.observe(Observation::Opened(local), at(1));
-    assert_eq!(table.active(), 0);
+fn classified(id: u64, protocol: Protocol) -> Observation {
+    Observation::Classified {
+        id: ConnectionId(id),
+        protocol,
+    }
+}
+
+fn from(id: u64, remote: &str) -> Socket {
+    Socket {
+        remote: format!("{remote}:{}", 1024 + id).parse().expect("an address"),
+        ..socket(id)
+    }
+}
+
+/// Two samples later.
+fn settle(table: &mut ConnectionTable, now: &mut u64) {
+    for _ in 0..2 {
+        *now += 5_000;
+        table.age(at(*now));
+        table.sample(at(*now), Weight::Connections);
+    }
 }
 
 #[test]
-fn accepted_counts_http2_once_and_no_seeds() {
+fn the_nodes_own_connections_are_counted_apart_unless_they_are_to_count() {
+    for (node_local, active, landings) in [
+        (NodeLocal::Exclude, 1, 1),
+        (NodeLocal::Count, 5, 5),
+        (NodeLocal::Move, 5, 5),
+    ] {
+        let mut table = ConnectionTable::new(node_local, Duration::ZERO);
+        let listener = Some(ConnectionId(999));
+        table.observe(
+            Observation::Resync {
+                sockets: vec![],
+                listener,
+            },
+            at(0),
+        );
+        let own = ["10.0.9.9", "fd00::9"].map(|address| address.parse().expect("an address"));
+        table.observe(Observation::Addresses(own.to_vec()), at(0));
+        // Loopback, the address it was accepted on, another of the node's own in either family, and somebody else's.
+        for (id, remote) in [
+            (1, "127.0.0.1"),
+            (2, "10.0.0.1"),
+            (3, "10.0.9.9"),
+            (4, "[fd00::9]"),
+            (5, "10.1.0.1"),
+        ] {
+            table.observe(Observation::Opened(from(id, remote)), at(1));
+            table.observe(classified(id, Protocol::H2Offered), at(1));
+        }
+        settle(&mut table, &mut 1);
+        assert_eq!((table.active(), table.node_local()), (active, 4), "{node_local:?}");
+        assert_eq!(table.accepted_total(), landings);
+        assert_eq!(table.is_mostly_node_local(), node_local == NodeLocal::Exclude);
+        // The node has lost its addresses: those two are clients.
+        table.observe(Observation::Addresses(vec![]), at(20_000));
+        assert_eq!(table.node_local(), 2);
+        assert_eq!(table.active(), if active == 1 { 3 } else { 5 });
+        assert_eq!(table.totals, recounted(&table));
+    }
+}
+
+#[test]
+fn who_only_calls_is_neither_load_nor_a_landing() {
+    let mut table = ConnectionTable::new(NodeLocal::Exclude, Duration::from_secs(2));
+    let listener = Some(ConnectionId(999));
+    table.observe(
+        Observation::Resync {
+            sockets: vec![],
+            listener,
+        },
+        at(0),
+    );
+    let mut now = 0;
+    for id in 1..=40 {
+        table.observe(Observation::Opened(socket(id)), at(now));
+        table.observe(classified(id, Protocol::H2Offered), at(now));
+        // Some live through a sample, the others end before.
+        if id % 10 == 0 {
+            now += 1_900;
+            table.age(at(now));
+            table.sample(at(now), Weight::Connections);
+        }
+        assert_eq!((table.active(), table.accepted_total()), (0, 0), "{id}");
+        let closed = Observation::Closed {
+            id: ConnectionId(id),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        table.observe(closed, at(now));
+    }
+    settle(&mut table, &mut now);
+    assert_eq!((table.active(), table.accepted_total()), (0, 0));
+    table.observe(Observation::Opened(socket(50)), at(now));
+    table.observe(classified(50, Protocol::H2Offered), at(now));
+    assert_eq!(table.next_stays(), Some(at(now + 2_000)));
+    table.age(at(now + 1_999));
+    assert_eq!((table.active(), table.accepted_total()), (0, 0));
+    table.age(at(now + 2_000));
+    assert_eq!(
+        (table.active(), table.accepted_total()),
+        (1, 1),
+        "load and landing at once"
+    );
+    assert_eq!(table.next_stays(), None);
+}
+
+#[test]
+fn landings_are_http2_counted_once_and_no_seeds() {
     let mut table = seeded(&[1]);
-    let classified = |id, protocol| Observation::Classified {
-        id: ConnectionId(id),
-        protocol,
-    };
+    let mut now = 1;
     table.observe(classified(1, Protocol::H2Offered), at(1));
     table.observe(Observation::Opened(socket(2)), at(1));
     table.observe(classified(2, Protocol::H2Offered), at(2));
     table.observe(classified(2, Protocol::H2Selected), at(3));
     table.observe(Observation::Opened(socket(3)), at(3));
     table.observe(classified(3, Protocol::Http1), at(3));
+    table.observe(Observation::Opened(socket(4)), at(3));
+    settle(&mut table, &mut now);
     assert_eq!(table.accepted_total(), 1);
-    assert_eq!(table.active(), 2);
+    assert_eq!((table.active(), table.unknown()), (3, 1));
+    // It is known late, and counted then.
+    table.observe(classified(4, Protocol::H2Selected), at(now));
+    settle(&mut table, &mut now);
+    assert_eq!((table.accepted_total(), table.unknown()), (2, 0));
+}
+
+#[test]
+fn an_offer_that_comes_before_its_connection_is_kept() {
+    let mut table = seeded(&[]);
+    for id in 1..=4 {
+        table.observe(classified(id, Protocol::H2Offered), at(1));
+    }
+    table.observe(Observation::Opened(socket(1)), at(2));
+    let closed = Observation::Closed {
+        id: ConnectionId(2),
+        bytes_in: 0,
+        bytes_out: 0,
+    };
+    table.observe(closed, at(2));
+    table.observe(Observation::Opened(socket(2)), at(2));
+    table.observe(Observation::Lost { events: 1 }, at(2));
+    let listener = Some(ConnectionId(999));
+    let sockets = [1, 2, 3].map(socket).to_vec();
+    table.observe(Observation::Resync { sockets, listener }, at(3));
+    table.observe(Observation::Opened(socket(4)), at(4));
+    let protocol = |id| table.connection(ConnectionId(id)).map(|connection| connection.protocol);
+    assert_eq!(
+        [1, 2, 3, 4].map(protocol),
+        [
+            Some(Protocol::H2Offered),
+            Some(Protocol::Unknown),
+            Some(Protocol::H2Offered),
+            Some(Protocol::Unknown)
+        ]
+    );
 }
 
 #[test]
@@ -115,14 +248,13 @@ fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
     };
     let mut table = seeded(&[]);
     table.report(&said(&[1, 2], &[]), at(1));
-    assert_eq!(table.active(), 0, "the kernel has not shown them");
+    assert_eq!(table.iter().count(), 0, "the kernel has not shown them");
     table.report(&said(&[], &[2]), at(2));
     table.observe(Observation::Opened(socket(1)), at(1));
     table.observe(Observation::Opened(socket(2)), at(1));
     let protocol = |id| table.connection(ConnectionId(id)).map(|connection| connection.protocol);
     assert_eq!(protocol(1), Some(Protocol::H2Selected));
     assert_eq!(protocol(2), Some(Protocol::Unknown));
-    assert_eq!(table.accepted_total(), 1);
 }
 
 #[test]
@@ -204,6 +336,73 @@ proptest! {
         }
         let named: BTreeSet<_> = table.scan().filter_map(|connection| connection.identity.clone()).collect();
         prop_assert_eq!(table.identities.known.len(), named.len());
+    }
+
+    /// Events are missed without a word, others come while the list is read: two lists later the table is the kernel's,
+    /// each difference was repaired once, and nothing that an event tells was.
+    #[test]
+    fn lists_repair_what_events_missed_and_nothing_else(
+        before in prop::collection::vec((any::<bool>(), 0u64..24, any::<bool>()), 0..80),
+        during in prop::collection::vec((any::<bool>(), 0u64..24, any::<bool>()), 0..24),
+        other_listener in any::<bool>(),
+    ) {
+        let mut table = seeded(&[]);
+        let mut truth = BTreeSet::new();
+        let mut next = 100;
+        // Open, or close one of those that are open; told or not. Ids are never used again.
+        let mut happen = |truth: &mut BTreeSet<u64>, (opens, pick, told): (bool, u64, bool)| {
+            let observation = if opens {
+                next += 1;
+                truth.insert(next);
+                Observation::Opened(socket(next))
+            } else {
+                let id = truth.iter().copied().cycle().nth(pick as usize % truth.len().max(1))?;
+                truth.remove(&id);
+                Observation::Closed { id: ConnectionId(id), bytes_in: 0, bytes_out: 0 }
+            };
+            told.then_some(observation)
+        };
+        for event in before {
+            if let Some(told) = happen(&mut truth, event) {
+                table.observe(told, at(1));
+            }
+        }
+        let known: BTreeSet<u64> = table.iter().map(|(id, _)| id.0).collect();
+        let missed: BTreeSet<u64> = truth.difference(&known).copied().collect();
+        let missed_closes = known.difference(&truth).count();
+        let listener = Some(ConnectionId(if other_listener { 1000 } else { 999 }));
+        // While it is read some come and go: it shows each of these or not, and every event of theirs is told after it.
+        let mut list = truth.clone();
+        let mut told_later = Vec::new();
+        for (opens, pick, shown) in during {
+            if let Some(told) = happen(&mut truth, (opens, pick, true)) {
+                if let (Observation::Opened(socket), true) = (&told, shown) {
+                    list.insert(socket.id.0);
+                } else if let (Observation::Closed { id, .. }, true) = (&told, shown) {
+                    list.remove(&id.0);
+                }
+                told_later.push(told);
+            }
+        }
+        let listed = |ids: &BTreeSet<u64>| Observation::Listed { sockets: ids.iter().copied().map(socket).collect(), listener };
+        let changes = table.observe(listed(&list), at(2));
+        prop_assert!(!changes.listener_changed);
+        prop_assert_eq!(table.repairs(), Repairs::default(), "one list is a doubt");
+        for told in told_later {
+            table.observe(told, at(2));
+        }
+        let changes = table.observe(listed(&truth), at(3));
+        prop_assert_eq!(changes.listener_changed, other_listener);
+        prop_assert!(table.iter().map(|(id, _)| id.0).eq(truth.iter().copied()));
+        // Who is gone by then is no repair.
+        prop_assert_eq!(table.repairs().opened as usize, missed.intersection(&truth).count());
+        prop_assert_eq!(table.repairs().closed as usize, missed_closes);
+        prop_assert_eq!(table.repairs().listener, u64::from(other_listener));
+        prop_assert_eq!(table.totals, recounted(&table));
+        let repaired = table.repairs();
+        table.observe(listed(&truth), at(4));
+        prop_assert!(!table.is_in_doubt());
+        prop_assert_eq!(table.repairs(), repaired);
     }
 
     /// Whatever was lost or came twice: after the kernel's complete list the table equals it.

@@ -8,12 +8,14 @@ use std::{
 };
 
 use super::connection::{Connection, Identity};
-use crate::shim::ConnectionState;
+use crate::{ids::Protocol, shim::ConnectionState};
 
 /// Sums over all connections, kept while they change: a snapshot is asked for far more often than a connection changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Totals {
     pub active: usize,
+    pub unknown: usize,
+    pub node_local: usize,
     pub draining: usize,
     pub draining_streams: u64,
     pub requests: f64,
@@ -24,6 +26,8 @@ pub(super) struct Totals {
 impl Totals {
     pub fn count(&mut self, connection: &Connection) {
         self.active += usize::from(connection.is_active());
+        self.unknown += usize::from(is_unknown(connection));
+        self.node_local += usize::from(is_local_client(connection));
         if connection.state == ConnectionState::Draining {
             self.draining += 1;
             self.draining_streams += u64::from(connection.counters.open_streams);
@@ -37,6 +41,8 @@ impl Totals {
 
     pub fn uncount(&mut self, connection: &Connection) {
         self.active -= usize::from(connection.is_active());
+        self.unknown -= usize::from(is_unknown(connection));
+        self.node_local -= usize::from(is_local_client(connection));
         if connection.state == ConnectionState::Draining {
             self.draining -= 1;
             self.draining_streams -= u64::from(connection.counters.open_streams);
@@ -48,6 +54,14 @@ impl Totals {
             self.streams -= u64::from(connection.counters.open_streams);
         }
     }
+}
+
+fn is_unknown(connection: &Connection) -> bool {
+    connection.is_active() && connection.protocol == Protocol::Unknown
+}
+
+fn is_local_client(connection: &Connection) -> bool {
+    connection.is_settled() && connection.is_node_local()
 }
 
 /// Who is known, each once, with the number of its active connections.

@@ -21,7 +21,7 @@ use http_body_util::channel::Channel;
 use rebalancer_core::{
     agent::{Agent, Answer, Command},
     ids::Timestamp,
-    table::Connection,
+    table::{Connection, ConnectionTable},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -50,6 +50,8 @@ pub struct Context {
     pub heart: Arc<Heart>,
     /// What a restart must not forget.
     pub state: Arc<Mutex<StateFile>>,
+    /// Whether connections are steered to a relay on this node.
+    pub intercepts: bool,
 }
 
 /// How long a scrape waits for the loop.
@@ -144,10 +146,10 @@ async fn metrics(State(context): State<Context>) -> Response {
 
 async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> {
     let clock = context.agent.clock;
-    let source = context.source;
+    let (source, intercepts) = (context.source, context.intercepts);
     let handle = context.agent.clone();
     let look = move |agent: &Agent, now: Timestamp| {
-        let policy = agent.policy();
+        let (policy, table) = (agent.policy(), agent.table());
         let preview = agent.preview(now);
         let reason = preview.hold.as_ref().map(|hold| hold.reason());
         let held_since = reason.and_then(|reason| handle.held_since(reason));
@@ -187,10 +189,28 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "goaways_total": agent.goaways_total(),
             "budget_tokens": agent.budget_tokens(now),
             "outcomes": wire::outcomes(agent.outcomes_total()),
-            "lost_events_total": agent.table().lost_events_total(),
+            "lost_events_total": table.lost_events_total(),
+            "landings_total": table.accepted_total(),
+            "unknown": table.unknown(),
+            "node_local": table.node_local(),
+            "table_repairs": {
+                "opened": table.repairs().opened,
+                "closed": table.repairs().closed,
+                "listener": table.repairs().listener,
+            },
+            "warnings": warnings(table, intercepts),
         })
     };
     Ok(Json(context.agent.read(look).await?))
+}
+
+/// What an operator should know of the count.
+fn warnings(table: &ConnectionTable, intercepts: bool) -> Vec<String> {
+    let blind = table
+        .blind()
+        .map(|why| format!("which connections speak HTTP/2 is not seen: {why}"));
+    let node_local = (table.is_mostly_node_local() && !intercepts).then(|| wire::node_local_warning(table));
+    blind.into_iter().chain(node_local).collect()
 }
 
 #[derive(Deserialize)]

@@ -17,13 +17,13 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use rebalancer_core::{
     ids::{ApiserverName, ShimKind},
-    policy::{Exclusions, GoawayRate, Mode, Policy, Weight},
+    policy::{Exclusions, GoawayRate, Mode, NodeLocal, Policy, Weight},
 };
 use rustls::pki_types::ServerName;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
 use crate::{
-    kernel::{KernelLog, SourceKind},
+    kernel::{Classify, KernelLog, Options, SourceKind},
     local::SocketPath,
     span::Span,
 };
@@ -53,6 +53,16 @@ pub struct Raw {
     /// What the kernel programs say of themselves in the log [default: off]
     #[arg(long, env = "REBALANCER_KERNEL_LOG", value_enum)]
     kernel_log: Option<KernelLog>,
+    /// Whether what clients offer is read from their first packets [default: auto, which is unless a relay says it]
+    #[arg(long, env = "REBALANCER_CLASSIFY", value_enum)]
+    classify: Option<Classify>,
+    /// Where the host's cgroup2 hierarchy is mounted [default: found]
+    #[arg(long, env = "REBALANCER_CGROUP_ROOT", value_name = "PATH")]
+    cgroup_root: Option<PathBuf>,
+    /// What connections from this node are: exclude (counted apart), count (load, but never told to go), or move (clients
+    /// like others: a load balancer is on this node) [default: exclude]
+    #[arg(long, env = "REBALANCER_NODE_LOCAL", value_enum)]
+    node_local: Option<NodeLocalName>,
     /// What sends the GOAWAY: relay:unix:PATH, steer:auto, steer:PATH or none [default: none]
     #[arg(long, env = "REBALANCER_SHIM", value_name = "SHIM")]
     #[serde(deserialize_with = "parsed")]
@@ -283,6 +293,28 @@ impl From<WeightName> for Weight {
     }
 }
 
+/// `--node-local`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeLocalName {
+    /// Counted apart: neither load nor landings, and never told to go.
+    Exclude,
+    /// Load, but never told to go.
+    Count,
+    /// Clients like others.
+    Move,
+}
+
+impl From<NodeLocalName> for NodeLocal {
+    fn from(name: NodeLocalName) -> Self {
+        match name {
+            NodeLocalName::Exclude => Self::Exclude,
+            NodeLocalName::Count => Self::Count,
+            NodeLocalName::Move => Self::Move,
+        }
+    }
+}
+
 /// `NAME=https://HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerAddress {
@@ -347,10 +379,8 @@ pub struct Config {
     pub policy: Policy,
     /// The watched port.
     pub apiserver_port: u16,
-    /// Where connections are counted.
-    pub source: SourceKind,
-    /// What the kernel programs log.
-    pub kernel_log: KernelLog,
+    /// Where connections are counted, and how.
+    pub watch: Options,
     /// What sends the GOAWAY.
     pub shim: Shim,
     /// Whether new connections are steered to the relay.
@@ -405,6 +435,9 @@ impl Raw {
             apiserver_port: self.apiserver_port.or(file.apiserver_port),
             source: self.source.or(file.source),
             kernel_log: self.kernel_log.or(file.kernel_log),
+            classify: self.classify.or(file.classify),
+            cgroup_root: self.cgroup_root.or(file.cgroup_root),
+            node_local: self.node_local.or(file.node_local),
             shim: self.shim.or(file.shim),
             intercept: self.intercept.or(file.intercept),
             peer: list(self.peer, file.peer),
@@ -519,6 +552,7 @@ impl Raw {
                 Some(ModeName::Propose) => Mode::Propose,
                 Some(ModeName::Active) | None => Mode::Active,
             },
+            node_local: self.node_local.map_or(NodeLocal::default(), NodeLocal::from),
             ..defaults
         };
         let api = self.api.unwrap_or_else(default_api);
@@ -526,8 +560,14 @@ impl Raw {
             state: self.state.unwrap_or_else(|| api.0.with_extension("state")),
             policy: policy.checked()?,
             apiserver_port,
-            source: self.source.unwrap_or_default(),
-            kernel_log: self.kernel_log.unwrap_or_default(),
+            watch: Options {
+                source: self.source.unwrap_or_default(),
+                port: apiserver_port,
+                kernel_log: self.kernel_log.unwrap_or_default(),
+                // A relay names the protocol of each connection; the probe hears of HTTP/2 only.
+                classify: self.classify.unwrap_or_default() == Classify::Auto && !matches!(shim, Shim::Relay(_)),
+                cgroup_root: self.cgroup_root,
+            },
             shim,
             intercept,
             peers,

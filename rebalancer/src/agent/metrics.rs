@@ -17,7 +17,9 @@ use rebalancer_core::{
     agent::Agent,
     decision::{Decision, Outcomes},
     ids::{Protocol, Timestamp},
+    observation::HelloLoss,
     shim::{ConnectionState, GoawayResult},
+    table::Repairs,
     view::ServerState,
 };
 
@@ -102,6 +104,12 @@ pub struct Metrics {
     log_lines: Family<ResultLabel, Counter>,
     counted_lines: (u64, u64),
     looked_at: Option<Instant>,
+    hellos_lost: Family<KindLabel, Counter>,
+    counted_hellos: [u64; HelloLoss::ALL.len()],
+    repairs: Family<KindLabel, Counter>,
+    counted_repairs: Repairs,
+    unknown: Gauge,
+    node_local: Gauge,
 }
 
 impl Metrics {
@@ -189,6 +197,12 @@ impl Metrics {
             log_lines: Family::default(),
             counted_lines: (0, 0),
             looked_at: None,
+            hellos_lost: Family::default(),
+            counted_hellos: [0; HelloLoss::ALL.len()],
+            repairs: Family::default(),
+            counted_repairs: Repairs::default(),
+            unknown: Gauge::default(),
+            node_local: Gauge::default(),
             registry: Registry::default(),
         };
         // Nothing is known before the first decision.
@@ -265,6 +279,26 @@ impl Metrics {
             "decision_log_lines",
             "Lines of the decision log, written and dropped",
             metrics.log_lines.clone(),
+        );
+        registry.register(
+            "bpf_hellos_lost",
+            "ClientHellos that were lost, so that their connections stay unknown, by how",
+            metrics.hellos_lost.clone(),
+        );
+        registry.register(
+            "table_repairs",
+            "What the kernel's list put right in the table that events had missed, by kind",
+            metrics.repairs.clone(),
+        );
+        registry.register(
+            "connections_unknown",
+            "Connections that count as load and are not known to speak HTTP/2 or not",
+            metrics.unknown.clone(),
+        );
+        registry.register(
+            "connections_node_local",
+            "Clients on this node",
+            metrics.node_local.clone(),
         );
         registry.register(
             "build",
@@ -417,7 +451,27 @@ impl Metrics {
                 .get_or_create(&OutcomeLabel { outcome })
                 .inc_by(now.saturating_sub(before));
         }
-        let lost = agent.table().lost_events_total();
+        let table = agent.table();
+        self.unknown.set(table.unknown() as i64);
+        self.node_local.set(table.node_local() as i64);
+        for (how, counted) in HelloLoss::ALL.into_iter().zip(&mut self.counted_hellos) {
+            let lost = table.hellos_lost(how);
+            self.hellos_lost
+                .get_or_create(&KindLabel { kind: how.name() })
+                .inc_by(lost.saturating_sub(std::mem::replace(counted, lost)));
+        }
+        let repairs = table.repairs();
+        let counted = std::mem::replace(&mut self.counted_repairs, repairs);
+        for (kind, now, before) in [
+            ("opened", repairs.opened, counted.opened),
+            ("closed", repairs.closed, counted.closed),
+            ("listener", repairs.listener, counted.listener),
+        ] {
+            self.repairs
+                .get_or_create(&KindLabel { kind })
+                .inc_by(now.saturating_sub(before));
+        }
+        let lost = table.lost_events_total();
         self.events_lost
             .inc_by(lost.saturating_sub(std::mem::replace(&mut self.counted_lost, lost)));
     }

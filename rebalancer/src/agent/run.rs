@@ -85,8 +85,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
     let socket = local::bind(&config.api.0).context("--api")?;
 
-    let (kind, port, kernel_log) = (config.source, config.apiserver_port, config.kernel_log);
-    let source = Source::open(kind, port, kernel_log)?;
+    let watch = config.watch.clone();
+    let source = Source::open(&watch)?;
     let source_name = source.name();
     if config.shim != Shim::None {
         metrics.with_shim();
@@ -106,6 +106,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         metrics: Arc::clone(&metrics),
         source: source_name,
         state: Arc::clone(&state),
+        intercepts: config.intercept,
     };
 
     if let Some((peers, tls, expiry, listener)) = peers {
@@ -169,8 +170,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             heart,
             state,
             saved,
+            intercepts: config.intercept,
+            said_node_local: false,
         },
-        source: Watch::new(source, move || Source::open(kind, port, kernel_log)),
+        source: Watch::new(source, move || Source::open(&watch)),
         inputs,
         requests,
         _file: socket.guard,
@@ -241,6 +244,9 @@ struct Loop {
     state: Arc<Mutex<StateFile>>,
     /// The version of the memory that was given to the state file.
     saved: u64,
+    /// Whether connections are steered to a relay, which then reaches the apiserver from this node for each of them.
+    intercepts: bool,
+    said_node_local: bool,
 }
 
 impl Loop {
@@ -352,7 +358,10 @@ impl Loop {
                     Observation::Opened(_) => "opened",
                     Observation::Classified { .. } => "classified",
                     Observation::Closed { .. } => "closed",
-                    Observation::Counters(_) => "counters",
+                    Observation::Listed { .. } => "listed",
+                    Observation::Addresses(_) => "addresses",
+                    Observation::HellosLost { .. } => "hellos_lost",
+                    Observation::Blind(_) => "blind",
                     Observation::Lost { .. } => "lost",
                     Observation::Resync { .. } => "resync",
                 });
@@ -360,7 +369,18 @@ impl Loop {
         }
         let listening = self.agent.table().is_listening();
         let trusted = self.agent.table().is_trusted();
+        let repairs = self.agent.table().repairs();
         self.turn(Input::Observations(observations), source);
+        let now = self.agent.table().repairs();
+        if now != repairs {
+            tracing::warn!(
+                opened = now.opened - repairs.opened,
+                closed = now.closed - repairs.closed,
+                listener = now.listener - repairs.listener,
+                "the kernel's list has put right what socket events did not tell"
+            );
+        }
+        self.say_node_local();
         let now_listening = self.agent.table().is_listening();
         if listening != now_listening || !trusted {
             if now_listening {
@@ -368,6 +388,14 @@ impl Loop {
             } else {
                 tracing::warn!("nobody listens on the apiserver's port in this network namespace");
             }
+        }
+    }
+
+    /// Says once when most clients turn out to be on this node, where a load balancer is.
+    fn say_node_local(&mut self) {
+        let mostly = self.agent.table().is_mostly_node_local() && !self.intercepts;
+        if mostly && !std::mem::replace(&mut self.said_node_local, true) {
+            tracing::warn!("{}", super::wire::node_local_warning(self.agent.table()));
         }
     }
 
@@ -395,6 +423,7 @@ impl Loop {
                     self.handle.publish(&decision);
                 }
                 Effect::Resync => source.resync(),
+                Effect::Confirm => source.confirm(),
             }
         }
     }

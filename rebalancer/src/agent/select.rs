@@ -173,7 +173,7 @@ impl Wanted<'_> {
             ..
         } = self.selection;
         let at = connection.client();
-        connection.is_active()
+        connection.can_hear()
             && named.is_none_or(|named| named.0 == id.0)
             && self.client.is_none_or(|client| match client {
                 Client::Address(ip) => ip == at.ip(),

@@ -31,6 +31,9 @@ pub trait Observe: Send + 'static {
 
     /// Makes the next observation a complete list.
     fn resync(&mut self);
+
+    /// Lists once more soon, beside the events.
+    fn confirm(&mut self) {}
 }
 
 impl Observe for Source {
@@ -40,6 +43,10 @@ impl Observe for Source {
 
     fn resync(&mut self) {
         Source::resync(self);
+    }
+
+    fn confirm(&mut self) {
+        Source::confirm(self);
     }
 }
 
@@ -111,6 +118,13 @@ impl<S: Observe> Watch<S> {
                 tracing::error!(error = %failed, again_in = ?self.wait, "the source cannot be opened again");
                 self.said = failed;
             }
+        }
+    }
+
+    /// Lists once more soon, beside the events.
+    pub fn confirm(&mut self) {
+        if let State::Open(source) = &mut self.state {
+            source.confirm();
         }
     }
 

@@ -39,6 +39,9 @@ pub struct WireSnapshot {
     pub load: f64,
     /// The part of it that no move can place.
     pub unmovable: f64,
+    /// Clients on that node; 0 from agents that do not tell.
+    #[serde(default)]
+    pub node_local: u64,
     /// Connections that heard their GOAWAY.
     pub draining: u64,
     /// Streams open on those.
@@ -175,6 +178,7 @@ impl WireSnapshot {
             told_load_total: snapshot.told_load_total,
             refused: snapshot.refused,
             goaways_total: snapshot.goaways_total,
+            node_local: snapshot.node_local,
             accepted_total: snapshot.accepted_total,
             in_transit: snapshot.in_transit,
             capacity: snapshot.capacity,
@@ -262,6 +266,7 @@ impl WireSnapshot {
             told_load_total: self.told_load_total,
             refused: self.refused,
             goaways_total: self.goaways_total,
+            node_local: self.node_local,
             accepted_total: self.accepted_total,
             in_transit: self.in_transit,
             capacity: self.capacity,
@@ -353,6 +358,7 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
                 "connections": entry.snapshot.connections,
                 "load": rounded(entry.snapshot.load),
                 "unmovable": rounded(entry.snapshot.unmovable),
+                "node_local": entry.snapshot.node_local,
                 "draining": entry.snapshot.draining,
                 "age_ms": millis(entry.age),
             })
@@ -535,6 +541,9 @@ pub fn hold(hold: &Hold) -> Value {
             json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis)})
         }
         Hold::LostEvents { total } => json!({"total": total}),
+        Hold::UnknownProtocols { unknown, active, limit } => {
+            json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})
+        }
         Hold::Paused { reason, left } => json!({"why": reason, "left_ms": left.map(millis)}),
         Hold::ShimUnavailable { why } => json!({"why": why}),
     };
@@ -554,6 +563,7 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
         "state": state_name(connection),
         "age_s": now.since(connection.opened_at).as_secs(),
         "seeded": connection.seeded,
+        "node_local": connection.is_node_local(),
         "user": connection.user(),
         "user_agent": connection.user_agent(),
         "requests": connection.counters.requests,
@@ -564,6 +574,17 @@ pub fn connection(id: ConnectionId, connection: &Connection, now: Timestamp) -> 
         "requests_per_second": rounded(connection.rates.requests),
         "bytes_per_second": rounded(connection.rates.bytes),
     })
+}
+
+/// What is said when most clients are on this node.
+pub fn node_local_warning(table: &ConnectionTable) -> String {
+    format!(
+        "{} clients are on this node, {} are not: a load balancer on this node hides its clients behind the node's own \
+         address, and they are not balanced; with --node-local move they are clients like others, with --node-local count \
+         they are load",
+        table.node_local(),
+        table.active()
+    )
 }
 
 /// The peers, and what is known of each.

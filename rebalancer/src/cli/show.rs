@@ -48,6 +48,7 @@ fn view(entries: &[Value], mean: &Value) -> String {
         "CONNECTIONS",
         "LOAD",
         "SKEW",
+        "NODE-LOCAL",
         "DRAINING",
         "AGE",
         "",
@@ -65,6 +66,7 @@ fn view(entries: &[Value], mean: &Value) -> String {
             text(&entry["connections"]),
             format!("{load:.0}"),
             percent(&skew),
+            text(&entry["node_local"]),
             text(&entry["draining"]),
             format!("{} ms", text(&entry["age_ms"])),
             "█".repeat((load / largest * BAR).round() as usize),
@@ -97,6 +99,14 @@ pub fn status(answer: &Value) -> String {
         answer["budget_tokens"].as_f64().unwrap_or(0.0),
         text(&answer["rho"]),
     );
+    let _ = writeln!(
+        out,
+        "{} connections are not known to speak HTTP/2 or not",
+        text(&answer["unknown"]),
+    );
+    for warning in list(&answer["warnings"]) {
+        let _ = writeln!(out, "warning: {}", text(warning));
+    }
     let now = answer["hold"]["message"]
         .as_str()
         .map_or_else(|| "a plan would start".to_owned(), |message| format!("hold: {message}"));
@@ -229,6 +239,7 @@ pub fn connections(answer: &Value) -> String {
         "CLIENT",
         "PROTOCOL",
         "STATE",
+        "NODE-LOCAL",
         "AGE",
         "REQUESTS",
         "STREAMS",
@@ -243,6 +254,7 @@ pub fn connections(answer: &Value) -> String {
             text(&connection["client"]),
             text(&connection["protocol"]),
             text(&connection["state"]),
+            if connection["node_local"] == true { "yes" } else { "" }.to_owned(),
             seconds(&connection["age_s"]),
             text(&connection["requests"]),
             text(&connection["open_streams"]),

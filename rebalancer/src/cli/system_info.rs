@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{Failure, print, runtime, table::Table};
 use crate::{
     intercept::Intercept,
-    kernel::{KernelLog, OLDEST, Source, SourceKind},
+    kernel::{KernelLog, Lockdown, OLDEST, Options, Source, SourceKind},
     steer,
 };
 
@@ -81,11 +81,15 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         },
         Check {
             name: "lockdown",
-            found: Ok(read("/sys/kernel/security/lockdown").unwrap_or_else(|_| "none".to_owned())),
+            found: Ok(Lockdown::here().name().to_owned()),
         },
         Check {
             name: "source-ebpf",
             found: open(SourceKind::Ebpf),
+        },
+        Check {
+            name: "client-hellos",
+            found: client_hellos(arguments.apiserver_port).map(|place| format!("read at {place}")),
         },
         Check {
             name: "source-sockdiag",
@@ -192,11 +196,32 @@ fn read(path: &str) -> Result<String, String> {
 /// A port nobody uses.
 const NOBODYS: u16 = 1;
 
+fn options(source: SourceKind, port: u16) -> Options {
+    Options {
+        source,
+        port,
+        kernel_log: KernelLog::Off,
+        classify: true,
+        cgroup_root: None,
+    }
+}
+
 /// Opens a source for a port nobody uses, and closes it again.
 fn open(kind: SourceKind) -> Result<String, String> {
-    Source::open(kind, NOBODYS, KernelLog::Off)
+    Source::open(&options(kind, NOBODYS))
         .map(|_| "works".to_owned())
         .map_err(|error| error.to_string())
+}
+
+/// Whether ClientHellos of the apiserver's clients could be read: where.
+fn client_hellos(port: u16) -> Result<String, String> {
+    let mut source = Source::open(&options(SourceKind::Ebpf, port)).map_err(|error| error.to_string())?;
+    let looked = async {
+        // The first observation is the complete list, for which it looks where the apiserver is.
+        source.next().await.map_err(|error| error.to_string())?;
+        source.reading().unwrap_or_else(|| Err("nobody looked".to_owned()))
+    };
+    tokio::runtime::Handle::current().block_on(looked)
 }
 
 /// The effective capabilities that matter here (capabilities(7)).

@@ -3,8 +3,8 @@
 //! Output: observations. Must never take a ring that overflowed for a quiet one: each loss asks for a new list.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File},
+    collections::{BTreeMap, HashSet},
+    fs,
     io::{self, Read as _},
     mem,
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -12,24 +12,25 @@ use std::{
         fd::{AsFd as _, AsRawFd},
         unix::fs::MetadataExt as _,
     },
-    path::PathBuf,
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{MapData, PerCpuArray, RingBuf},
-    programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter, ProgramError},
+    programs::{BtfTracePoint, CgroupSkb, Iter, ProgramError},
 };
 use aya_log::EbpfLogger;
 use rebalancer_common::{
-    HelloRecord, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_HELLOS, LOST_STORAGE, Offsets, SocketRecord,
+    HelloRecord, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES,
+    LOST_STORAGE, Offsets, SocketRecord,
 };
 use rebalancer_core::{
     btf,
-    hello::Assembly,
-    ids::{ConnectionId, Protocol},
-    observation::{Observation, Socket},
+    hellos::Hellos,
+    ids::{ConnectionId, Timestamp},
+    observation::{HelloLoss, Observation, Socket},
 };
 use tokio::{
     io::{
@@ -39,7 +40,7 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 
-use super::KernelLog;
+use super::{KernelLog, Options, addresses, hook::Hook, refusal::hint, sockdiag};
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-ebpf.o"));
@@ -52,11 +53,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How often the loss counters are looked at.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// How often the byte counters are told.
-const COUNTERS_EVERY: u32 = 10;
+/// How often the complete list is read beside: it brings the byte counters, and repairs what events missed.
+const LIST_EVERY: u32 = 5;
 
-/// Hellos that are not whole yet; beyond that the oldest connections stay unknown.
-const ASSEMBLIES: usize = 16_384;
+/// How often lost hellos are worth a line.
+const SAY_EVERY: u32 = 10;
 
 const ESTABLISHED: u32 = 1;
 
@@ -72,9 +73,6 @@ pub enum EbpfError {
     /// The type information lacks something.
     #[error(transparent)]
     Btf(#[from] btf::BtfError),
-    /// There is no cgroup v2 hierarchy.
-    #[error("no cgroup2 filesystem is mounted: ClientHellos are read at its root")]
-    NoCgroup,
     /// The kernel refused.
     #[error("the kernel refuses {what}: {why}{}{}", hint(.why), super::release::hint())]
     Refused {
@@ -91,15 +89,6 @@ pub enum EbpfError {
         /// Why.
         source: io::Error,
     },
-}
-
-/// What to do about a refusal.
-fn hint(why: &str) -> &'static str {
-    if why.contains("EPERM") || why.contains("Operation not permitted") || why.contains("os error 1)") {
-        "; the agent needs the capabilities CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, or root"
-    } else {
-        ""
-    }
 }
 
 fn refused(what: &'static str) -> impl FnOnce(&dyn std::error::Error) -> EbpfError {
@@ -144,12 +133,26 @@ pub struct Programs {
     /// What the programs say of themselves; `None` when that is off.
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     lost: PerCpuArray<MapData, u64>,
-    counted_lost: [u64; 3],
-    assemblies: HashMap<u64, Assembly>,
+    counted_lost: [u64; LOST_COUNTERS as usize],
+    /// Runs of the program that counts which the kernel left out.
+    counted_misses: u64,
+    hellos_begun: Hellos,
+    counted_given_up: u64,
+    malformed: u64,
+    /// Hellos that were lost since the last line about them.
+    unsaid: BTreeMap<HelloLoss, u64>,
+    /// Where ClientHellos are read; `None` when they are not to be.
+    hook: Option<Hook>,
+    /// Why they are not read, or where they are, as it was told last.
+    reading: Option<Result<String, String>>,
+    own: Vec<IpAddr>,
+    port: u16,
+    began: Instant,
     looks: Interval,
     ticks: Interval,
     tick: u32,
     resync: bool,
+    confirm: bool,
     listener_moved: bool,
 }
 
@@ -159,14 +162,30 @@ impl Programs {
     /// # Errors
     ///
     /// See [`EbpfError`].
-    pub fn open(port: u16, log: KernelLog) -> Result<Self, EbpfError> {
+    pub fn open(options: &Options) -> Result<Self, EbpfError> {
         if OBJECT.is_empty() {
             return Err(EbpfError::NotBuilt);
         }
-        let offsets = offsets(&fs::read(BTF).map_err(EbpfError::NoBtf)?, port)?;
+        let offsets = offsets(&fs::read(BTF).map_err(EbpfError::NoBtf)?, options)?;
+        let without_mptcp = Offsets { is_mptcp: 0, ..offsets };
+        match Self::load(options, &offsets) {
+            // What tells a further subflow from a client's first is refused in lockdown: each is a connection there.
+            Err(refused) if offsets.is_mptcp != 0 => match Self::load(options, &without_mptcp) {
+                Ok(loaded) => {
+                    tracing::warn!("further subflows of MPTCP clients are counted as connections: {refused}");
+                    Ok(loaded)
+                }
+                Err(_) => Err(refused),
+            },
+            loaded => loaded,
+        }
+    }
+
+    fn load(options: &Options, offsets: &Offsets) -> Result<Self, EbpfError> {
+        let log = options.kernel_log;
         let kernel_btf = Btf::from_sys_fs().map_err(|error| refused("its own type information")(&error))?;
         let mut ebpf = EbpfLoader::new()
-            .override_global("OFFSETS", &offsets, true)
+            .override_global("OFFSETS", offsets, true)
             .override_global(aya_log::LEVEL, &(log as u8), true)
             .load(OBJECT)
             .map_err(|error| refused("the maps")(&error))?;
@@ -177,17 +196,12 @@ impl Programs {
             .and_then(|()| state.attach().map(|_| ()));
         attached.map_err(|error| refused("the program that counts connections")(&error))?;
 
-        let hello: &mut CgroupSkb = program(&mut ebpf, "client_hello")?;
-        let root = File::open(cgroup2()?).map_err(|source| EbpfError::Io {
-            what: "the root of cgroup2",
-            source,
-        })?;
-        let attached = hello.load().and_then(|()| {
+        if options.classify {
+            let hello: &mut CgroupSkb = program(&mut ebpf, "client_hello")?;
             hello
-                .attach(root.as_fd(), CgroupSkbAttachType::Ingress, CgroupAttachMode::Single)
-                .map(|_| ())
-        });
-        attached.map_err(|error| refused("the program that reads ClientHellos")(&error))?;
+                .load()
+                .map_err(|error| refused("the program that reads ClientHellos")(&error))?;
+        }
 
         let list: &mut Iter = program(&mut ebpf, "list_sockets")?;
         list.load("tcp", &kernel_btf)
@@ -207,12 +221,22 @@ impl Programs {
             },
             lost: take(&mut ebpf, "LOST")
                 .and_then(|map| PerCpuArray::try_from(map).map_err(|error| refused("a map")(&error)))?,
-            counted_lost: [0; 3],
-            assemblies: HashMap::new(),
+            counted_lost: [0; LOST_COUNTERS as usize],
+            counted_misses: 0,
+            hellos_begun: Hellos::default(),
+            counted_given_up: 0,
+            malformed: 0,
+            unsaid: BTreeMap::new(),
+            hook: options.classify.then(|| Hook::find(options.cgroup_root.as_deref())),
+            reading: None,
+            own: Vec::new(),
+            port: options.port,
+            began: Instant::now(),
             looks: every(LOOK),
             ticks: every(CHECK),
             tick: 0,
             resync: true,
+            confirm: false,
             listener_moved: false,
             ebpf,
         })
@@ -221,6 +245,16 @@ impl Programs {
     /// Makes the next observation a complete list.
     pub fn resync(&mut self) {
         self.resync = true;
+    }
+
+    /// Lists once more soon.
+    pub fn confirm(&mut self) {
+        self.confirm = true;
+    }
+
+    /// Where ClientHellos are read, or why they are not; `None` when they are not to be, or nobody has looked yet.
+    pub fn reading(&self) -> Option<&Result<String, String>> {
+        self.reading.as_ref()
     }
 
     /// Waits for something to tell.
@@ -257,19 +291,68 @@ impl Programs {
         }
     }
 
-    /// The complete list, and what happened while it was made.
+    /// The complete list for the truth, and what happened before and while it was made.
     fn complete(&mut self) -> Result<Vec<Observation>, EbpfError> {
-        // Events before the list are in the list, or are of connections that are gone; later ones come after it. Those
-        // in between come after it as well, where an open that is known and a close that is done change nothing.
-        let sockets = self.list()?;
-        let (established, listening): (Vec<_>, Vec<_>) =
-            sockets.into_iter().partition(|record| record.state == ESTABLISHED);
-        let mut observations = vec![Observation::Resync {
-            sockets: established.iter().map(socket).collect(),
-            listener: listening.iter().map(|record| ConnectionId(record.cookie)).max(),
-        }];
+        let mut observations = self.drain();
+        let (sockets, listener) = self.sockets()?;
+        let live: HashSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
+        self.hellos_begun.keep(&live);
+        observations.extend(self.place_hook());
+        observations.extend(self.own_addresses());
+        observations.push(Observation::Resync { sockets, listener });
+        // What happened meanwhile comes after the list, where an open that is known and a close that is done change
+        // nothing. What happened before came before it: an open whose close was lost would stay otherwise.
         observations.extend(self.drain());
         Ok(observations)
+    }
+
+    /// The list beside the events, and what happened before and while it was made.
+    fn listed(&mut self) -> Result<Vec<Observation>, EbpfError> {
+        let mut observations = self.drain();
+        let (sockets, listener) = self.sockets()?;
+        observations.extend(self.own_addresses());
+        observations.push(Observation::Listed { sockets, listener });
+        observations.extend(self.drain());
+        Ok(observations)
+    }
+
+    fn sockets(&mut self) -> Result<(Vec<Socket>, Option<ConnectionId>), EbpfError> {
+        let (established, listening): (Vec<_>, Vec<_>) =
+            self.list()?.into_iter().partition(|record| record.state == ESTABLISHED);
+        let listener = listening.iter().map(|record| ConnectionId(record.cookie)).max();
+        Ok((established.iter().map(socket).collect(), listener))
+    }
+
+    /// The node's addresses, when they are others than before.
+    fn own_addresses(&mut self) -> Option<Observation> {
+        super::changed_addresses(&mut self.own, addresses::own())
+    }
+
+    /// Attaches the program that reads ClientHellos where the listening sockets are; what is to be told of that.
+    fn place_hook(&mut self) -> Option<Observation> {
+        let hook = self.hook.as_mut()?;
+        let listeners = sockdiag::listeners(self.port).unwrap_or_default();
+        let hello: Result<&mut CgroupSkb, _> = program(&mut self.ebpf, "client_hello");
+        let reading = hello
+            .map_err(|error| error.to_string())
+            .and_then(|hello| hello.fd().map_err(|error| error.to_string()))
+            .and_then(|descriptor| hook.follow(descriptor.as_fd(), &listeners));
+        if self.reading.as_ref() == Some(&reading) {
+            return None;
+        }
+        match &reading {
+            Ok(place) => tracing::info!("ClientHellos are read at {place}"),
+            Err(why) => tracing::warn!(
+                "which connections speak HTTP/2 is not seen, and nothing is done until a shim says: {why}"
+            ),
+        }
+        let why = reading.as_ref().err().map(|why| Arc::from(why.as_str()));
+        self.reading = Some(reading);
+        Some(Observation::Blind(why))
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
     /// Reads the iterator to its end.
@@ -294,81 +377,127 @@ impl Programs {
             .collect())
     }
 
-    /// Looks at the loss counters, and now and then at the byte counters.
+    /// Looks at the loss counters, and now and then at the complete list.
     fn check(&mut self) -> Result<Vec<Observation>, EbpfError> {
-        let mut newly = [0; 3];
-        for (index, name) in [LOST_EVENTS, LOST_HELLOS, LOST_STORAGE].into_iter().enumerate() {
+        self.tick += 1;
+        self.hellos_begun.expire(self.now());
+        let mut newly = [0; LOST_COUNTERS as usize];
+        for name in 0..LOST_COUNTERS {
             let total: u64 = self
                 .lost
                 .get(&name, 0)
                 .map_err(|error| refused("to read a counter")(&error))?
                 .iter()
                 .sum();
-            newly[index] = total - mem::replace(&mut self.counted_lost[index], total);
+            newly[name as usize] = total - mem::replace(&mut self.counted_lost[name as usize], total);
         }
-        if newly[1] + newly[2] > 0 {
-            tracing::warn!(
-                hellos = newly[1],
-                storage = newly[2],
-                "ClientHellos were lost: these connections stay unknown until the shim names their protocol"
-            );
+        let given_up = self.hellos_begun.given_up();
+        let given_up = given_up - mem::replace(&mut self.counted_given_up, given_up);
+        let lost = [
+            (HelloLoss::Ring, newly[LOST_HELLOS as usize]),
+            (HelloLoss::Storage, newly[LOST_STORAGE as usize]),
+            (HelloLoss::Pieces, newly[LOST_PIECES as usize]),
+            (HelloLoss::Unfinished, given_up),
+            (HelloLoss::Malformed, mem::take(&mut self.malformed)),
+        ];
+        let mut observations = Vec::new();
+        for (how, count) in lost.into_iter().filter(|(_, count)| *count > 0) {
+            *self.unsaid.entry(how).or_default() += count;
+            observations.push(Observation::HellosLost { how, count });
         }
-        if newly[0] > 0 {
+        self.say_lost();
+        let misses = self.misses();
+        let missed = misses.saturating_sub(mem::replace(&mut self.counted_misses, misses));
+        let events = newly[LOST_EVENTS as usize] + missed;
+        if events > 0 {
             tracing::warn!(
-                events = newly[0],
+                no_room = newly[LOST_EVENTS as usize],
+                not_run = missed,
                 "socket events were lost: asking for the complete list"
             );
-            return Ok(vec![Observation::Lost { events: newly[0] }]);
+            observations.push(Observation::Lost { events });
+            return Ok(observations);
         }
         if mem::take(&mut self.listener_moved) {
-            return self.complete();
+            observations.extend(self.complete()?);
+        } else if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) {
+            observations.extend(self.listed()?);
         }
-        self.tick += 1;
-        if !self.tick.is_multiple_of(COUNTERS_EVERY) {
-            return Ok(Vec::new());
+        Ok(observations)
+    }
+
+    /// Says which hellos were lost, at most one line in a while: strangers can cause it.
+    fn say_lost(&mut self) {
+        if self.unsaid.is_empty() || !self.tick.is_multiple_of(SAY_EVERY) {
+            return;
         }
-        let counters = self.list()?;
-        let counters = counters
-            .iter()
-            .filter(|record| record.state == ESTABLISHED)
-            .map(|record| (ConnectionId(record.cookie), record.bytes_in, record.bytes_out))
+        let lost: Vec<String> = mem::take(&mut self.unsaid)
+            .into_iter()
+            .map(|(how, count)| format!("{} {count}", how.name()))
             .collect();
-        Ok(vec![Observation::Counters(counters)])
+        tracing::warn!(
+            lost = lost.join(", "),
+            "ClientHellos were lost: these connections stay unknown until a shim names their protocol"
+        );
+    }
+
+    /// Runs of the program that counts which the kernel left out, because an event happened while another was told on the
+    /// same processor (`recursion_misses`, kernel/bpf/syscall.c); 0 where it does not tell.
+    fn misses(&mut self) -> u64 {
+        let state: Result<&mut BtfTracePoint, _> = program(&mut self.ebpf, "socket_state");
+        let Some(descriptor) = state
+            .ok()
+            .and_then(|state| state.fd().ok().map(|fd| fd.as_fd().as_raw_fd()))
+        else {
+            return 0;
+        };
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+        text.lines()
+            .find_map(|line| line.strip_prefix("recursion_misses:"))
+            .and_then(|count| count.trim().parse().ok())
+            .unwrap_or(0)
     }
 
     /// Takes all that is in the rings.
     fn drain(&mut self) -> Vec<Observation> {
-        // The hellos first: whatever opened before them is in the other ring by then.
-        let mut classified = Vec::new();
-        while let Some(item) = self.hellos.get_mut().next() {
-            let Some((cookie, offset, payload)) = hello(&item) else {
-                continue;
-            };
-            if !self.assemblies.contains_key(&cookie) && self.assemblies.len() == ASSEMBLIES {
-                continue;
-            }
-            let assembly = self.assemblies.entry(cookie).or_default();
-            if let Some(protocol) = assembly.add(offset, payload) {
-                self.assemblies.remove(&cookie);
-                if protocol != Protocol::Unknown {
-                    classified.push(Observation::Classified {
-                        id: ConnectionId(cookie),
-                        protocol,
-                    });
-                }
+        let now = self.now();
+        // The events are taken first and told last: what a connection said before it opened, or before it closed, is in
+        // the other ring by then.
+        let mut events = Vec::new();
+        while let Some(item) = self.events.get_mut().next() {
+            match record(&item) {
+                Some(event) => events.push(event),
+                None => self.malformed += 1,
             }
         }
         let mut observations = Vec::new();
-        while let Some(item) = self.events.get_mut().next() {
-            let Some(event) = record(&item) else {
+        while let Some(item) = self.hellos.get_mut().next() {
+            let Some(hello) = hello(&item) else {
+                self.malformed += 1;
                 continue;
             };
+            if hello.id.0 == 0 {
+                let local = SocketAddr::new(hello.local, self.port);
+                self.hellos_begun
+                    .before_connection(local, hello.remote, hello.offset, hello.payload, now);
+            } else if let Some(protocol) = self.hellos_begun.piece(hello.id, hello.offset, hello.payload, now) {
+                observations.push(Observation::Classified { id: hello.id, protocol });
+            }
+        }
+        for event in events {
             match event.kind {
-                KIND_OPENED => observations.push(Observation::Opened(socket(&event))),
+                KIND_OPENED => {
+                    let socket = socket(&event);
+                    let offered = self.hellos_begun.opened(&socket, now);
+                    let id = socket.id;
+                    observations.push(Observation::Opened(socket));
+                    observations.extend(offered.map(|protocol| Observation::Classified { id, protocol }));
+                }
                 KIND_CLOSED => {
-                    self.assemblies.remove(&event.cookie);
+                    let id = ConnectionId(event.cookie);
+                    self.hellos_begun.closed(id);
                     observations.push(Observation::Closed {
-                        id: ConnectionId(event.cookie),
+                        id,
                         bytes_in: event.bytes_in,
                         bytes_out: event.bytes_out,
                     });
@@ -378,10 +507,9 @@ impl Programs {
                     self.resync = true;
                     self.listener_moved = true;
                 }
-                _ => {}
+                _ => self.malformed += 1,
             }
         }
-        observations.extend(classified);
         observations
     }
 }
@@ -435,7 +563,7 @@ where
 }
 
 /// Where the kernel's members are, and what is watched.
-fn offsets(blob: &[u8], port: u16) -> Result<Offsets, EbpfError> {
+fn offsets(blob: &[u8], options: &Options) -> Result<Offsets, EbpfError> {
     let btf = btf::Btf::parse(blob)?;
     let common = |member| btf.offset("sock_common", member);
     let tcp = |member| btf.offset("tcp_sock", member);
@@ -443,6 +571,9 @@ fn offsets(blob: &[u8], port: u16) -> Result<Offsets, EbpfError> {
         what: "/proc/self/ns/net",
         source,
     })?;
+    // A kernel built without MPTCP has no such member.
+    let is_mptcp = tcp("is_mptcp").unwrap_or(0);
+    let mp_join_bit = btf.bits("mptcp_subflow_context", "mp_join");
     Ok(Offsets {
         family: common("skc_family")?,
         state: common("skc_state")?,
@@ -454,25 +585,17 @@ fn offsets(blob: &[u8], port: u16) -> Result<Offsets, EbpfError> {
         v6_rcv_saddr: common("skc_v6_rcv_saddr")?,
         net: common("skc_net")?,
         inum: btf.offset("net", "ns")? + btf.offset("ns_common", "inum")?,
+        sport: btf.offset("inet_sock", "inet_sport")?,
         bytes_received: tcp("bytes_received")?,
         bytes_acked: tcp("bytes_acked")?,
-        port: u32::from(port),
+        rcv_nxt: tcp("rcv_nxt")?,
+        is_mptcp: if mp_join_bit.is_ok() { is_mptcp } else { 0 },
+        ulp_data: btf.offset("inet_connection_sock", "icsk_ulp_data")?,
+        mp_join_bit: mp_join_bit.unwrap_or(0),
+        classify: u32::from(options.classify),
+        port: u32::from(options.port),
         netns: u32::try_from(netns.ino()).unwrap_or(0),
     })
-}
-
-/// Where cgroup v2 is mounted.
-fn cgroup2() -> Result<PathBuf, EbpfError> {
-    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|source| EbpfError::Io {
-        what: "/proc/self/mounts",
-        source,
-    })?;
-    let mount = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ').skip(1);
-        let (path, kind) = (words.next()?, words.next()?);
-        (kind == "cgroup2").then(|| PathBuf::from(path))
-    });
-    mount.ok_or(EbpfError::NoCgroup)
 }
 
 /// Reads a record; `None` when it is not whole.
@@ -492,25 +615,45 @@ fn record(bytes: &[u8]) -> Option<SocketRecord> {
     })
 }
 
-/// Reads a hello's cookie, offset and payload; `None` when it is not whole.
-fn hello(bytes: &[u8]) -> Option<(u64, usize, &[u8])> {
+/// The payload of an early packet.
+struct Hello<'a> {
+    id: ConnectionId,
+    offset: usize,
+    payload: &'a [u8],
+    local: IpAddr,
+    remote: SocketAddr,
+}
+
+/// Reads a hello; `None` when it is not whole.
+fn hello(bytes: &[u8]) -> Option<Hello<'_>> {
     let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
-    let cookie = u64::from_ne_bytes(*bytes.first_chunk()?);
-    let offset = half(mem::offset_of!(HelloRecord, offset))? as usize;
+    let ip = |at: usize| bytes.get(at..)?.first_chunk::<16>().map(|octets| address(*octets));
     let length = half(mem::offset_of!(HelloRecord, length))? as usize;
     let data = bytes.get(mem::offset_of!(HelloRecord, data)..)?;
-    Some((cookie, offset, data.get(..length)?))
+    let remote_port = half(mem::offset_of!(HelloRecord, remote_port))?;
+    Some(Hello {
+        id: ConnectionId(u64::from_ne_bytes(*bytes.first_chunk()?)),
+        offset: half(mem::offset_of!(HelloRecord, offset))? as usize,
+        payload: data.get(..length)?,
+        local: ip(mem::offset_of!(HelloRecord, local))?,
+        remote: SocketAddr::new(
+            ip(mem::offset_of!(HelloRecord, remote))?,
+            u16::try_from(remote_port).unwrap_or(0),
+        ),
+    })
+}
+
+/// An address as the programs write it.
+fn address(octets: [u8; 16]) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
 }
 
 fn socket(record: &SocketRecord) -> Socket {
-    let address = |octets: [u8; 16], port: u32| {
-        let ip = IpAddr::V6(Ipv6Addr::from(octets)).to_canonical();
-        SocketAddr::new(ip, u16::try_from(port).unwrap_or(0))
-    };
+    let port = |port: u32| u16::try_from(port).unwrap_or(0);
     Socket {
         id: ConnectionId(record.cookie),
-        local: address(record.local, record.local_port),
-        remote: address(record.remote, record.remote_port),
+        local: SocketAddr::new(address(record.local), port(record.local_port)),
+        remote: SocketAddr::new(address(record.remote), port(record.remote_port)),
         bytes_in: record.bytes_in,
         bytes_out: record.bytes_out,
     }

@@ -3,14 +3,20 @@
 //! Job: tell the agent of every connection on the watched port, and say when something was missed.
 //! Output: [`Observation`]s, the first of which is a complete list. Must never invent what was not seen.
 
+mod addresses;
 mod ebpf;
+mod hook;
+mod refusal;
 mod release;
 mod sockdiag;
+
+use std::{io, net::IpAddr, path::PathBuf};
 
 use clap::ValueEnum;
 use rebalancer_core::observation::Observation;
 use serde::{Deserialize, Serialize};
 
+pub use refusal::{Lockdown, hint};
 pub use release::OLDEST;
 pub use sockdiag::list;
 
@@ -46,6 +52,32 @@ pub enum KernelLog {
     Debug = 4,
     /// Each step.
     Trace = 5,
+}
+
+/// Whether what clients offer is read from their packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Classify {
+    /// Unless the shim names the protocol of every connection, as a relay does.
+    #[default]
+    Auto,
+    /// No packet is looked at.
+    Off,
+}
+
+/// What is watched, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which source.
+    pub source: SourceKind,
+    /// The watched port, in this process's network namespace.
+    pub port: u16,
+    /// What the kernel programs log.
+    pub kernel_log: KernelLog,
+    /// Whether ClientHellos are read.
+    pub classify: bool,
+    /// Where the host's cgroup2 hierarchy is; found where it is not named.
+    pub cgroup_root: Option<PathBuf>,
 }
 
 /// Why a source cannot be had, or has failed.
@@ -86,17 +118,18 @@ impl Source {
     /// # Errors
     ///
     /// What the kernel refuses, and what to do about it.
-    pub fn open(kind: SourceKind, port: u16, log: KernelLog) -> Result<Self, SourceError> {
-        match kind {
-            SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(port, log)?))),
-            SourceKind::Sockdiag => Ok(Self::Sockdiag(sockdiag::Sockdiag::open(port)?)),
-            SourceKind::Auto => match ebpf::Programs::open(port, log) {
+    pub fn open(options: &Options) -> Result<Self, SourceError> {
+        let sockdiag = || sockdiag::Sockdiag::open(options.port, options.classify);
+        match options.source {
+            SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(options)?))),
+            SourceKind::Sockdiag => Ok(Self::Sockdiag(sockdiag()?)),
+            SourceKind::Auto => match ebpf::Programs::open(options) {
                 Ok(programs) => Ok(Self::Ebpf(Box::new(programs))),
                 Err(error) => {
                     tracing::warn!(
                         "counting by the socket list (sockdiag), because kernel programs cannot be used: {error}"
                     );
-                    Ok(Self::Sockdiag(sockdiag::Sockdiag::open(port)?))
+                    Ok(Self::Sockdiag(sockdiag()?))
                 }
             },
         }
@@ -127,6 +160,37 @@ impl Source {
         match self {
             Self::Ebpf(source) => source.resync(),
             Self::Sockdiag(source) => source.resync(),
+        }
+    }
+
+    /// Lists once more soon, beside the events.
+    pub fn confirm(&mut self) {
+        match self {
+            Self::Ebpf(source) => source.confirm(),
+            Self::Sockdiag(source) => source.confirm(),
+        }
+    }
+
+    /// Where ClientHellos are read, or why they are not; `None` when they are not to be, or nobody has looked yet.
+    pub fn reading(&self) -> Option<Result<String, String>> {
+        match self {
+            Self::Ebpf(source) => source.reading().cloned(),
+            Self::Sockdiag(_) => Some(Err(sockdiag::BLIND.to_owned())),
+        }
+    }
+}
+
+/// The node's addresses, when they are others than before.
+fn changed_addresses(known: &mut Vec<IpAddr>, found: io::Result<Vec<IpAddr>>) -> Option<Observation> {
+    match found {
+        Ok(found) if found != *known => {
+            known.clone_from(&found);
+            Some(Observation::Addresses(found))
+        }
+        Ok(_) => None,
+        Err(error) => {
+            tracing::debug!(%error, "this node's addresses cannot be read: those that were known hold");
+            None
         }
     }
 }

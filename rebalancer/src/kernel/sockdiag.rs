@@ -4,13 +4,15 @@
 //! Must never take a partial list for a complete one.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     io::{self, Read as _, Write as _},
     mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
+use super::addresses;
 use rebalancer_core::{
     ids::ConnectionId,
     observation::{Observation, Socket},
@@ -21,8 +23,11 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 /// How often the list is read.
 const POLL: Duration = Duration::from_millis(500);
 
-/// How often the byte counters are told.
-const COUNTERS_EVERY: u32 = 10;
+/// How often the list is told as it is: it brings the byte counters.
+const LIST_EVERY: u32 = 10;
+
+/// Why no protocol is known.
+pub const BLIND: &str = "the kernel's socket list says nothing of protocols: only a shim can";
 
 const NETLINK_SOCK_DIAG: i32 = 4;
 /// include/uapi/linux/sock_diag.h
@@ -32,6 +37,16 @@ const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
 /// include/uapi/linux/inet_diag.h: the attribute with `struct tcp_info`.
 const INET_DIAG_INFO: u16 = 2;
+/// The attribute of what lies above TCP, in it MPTCP's, and in that the flags of a subflow (include/uapi/linux/mptcp.h).
+const INET_DIAG_ULP_INFO: u16 = 19;
+const INET_ULP_INFO_MPTCP: u16 = 3;
+const MPTCP_SUBFLOW_ATTR_FLAGS: u16 = 8;
+/// The client made it to join its first one.
+const MPTCP_SUBFLOW_FLAG_JOIN_REM: u32 = 1 << 2;
+/// The attribute with the id of the socket's cgroup.
+const INET_DIAG_CGROUP_ID: u16 = 21;
+/// The flags of an attribute's kind (include/uapi/linux/netlink.h).
+const NLA_TYPE_MASK: u16 = 0x3fff;
 /// Where `struct tcp_info` has tcpi_bytes_acked and tcpi_bytes_received (include/uapi/linux/tcp.h).
 const BYTES_ACKED: usize = 120;
 const BYTES_RECEIVED: usize = 128;
@@ -71,6 +86,8 @@ pub struct List {
     pub sockets: Vec<Socket>,
     /// Who listens.
     pub listener: Option<ConnectionId>,
+    /// The cgroups of all sockets that listen, by id.
+    pub cgroups: BTreeSet<u64>,
 }
 
 /// Reads the complete list of one port, IPv4 and IPv6.
@@ -79,9 +96,22 @@ pub struct List {
 ///
 /// See [`SockdiagError`].
 pub fn list(port: u16) -> Result<List, SockdiagError> {
+    all(port, 1 << ESTABLISHED | 1 << LISTEN)
+}
+
+/// The cgroups of the sockets that listen on a port, by id.
+///
+/// # Errors
+///
+/// See [`SockdiagError`].
+pub fn listeners(port: u16) -> Result<BTreeSet<u64>, SockdiagError> {
+    Ok(all(port, 1 << LISTEN)?.cgroups)
+}
+
+fn all(port: u16, states: u32) -> Result<List, SockdiagError> {
     const ATTEMPTS: u32 = 5;
     for _ in 0..ATTEMPTS {
-        if let Some(list) = dump(port)? {
+        if let Some(list) = dump(port, states)? {
             return Ok(list);
         }
     }
@@ -89,7 +119,7 @@ pub fn list(port: u16) -> Result<List, SockdiagError> {
 }
 
 /// One attempt; `None` when the kernel says that the list changed under its hands.
-fn dump(port: u16) -> Result<Option<List>, SockdiagError> {
+fn dump(port: u16, states: u32) -> Result<Option<List>, SockdiagError> {
     let mut socket = socket2::Socket::new(
         Domain::from(libc::AF_NETLINK),
         Type::DGRAM,
@@ -98,7 +128,7 @@ fn dump(port: u16) -> Result<Option<List>, SockdiagError> {
     let mut found = List::default();
     let mut buffer = vec![0; 64 * 1024];
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        socket.write_all(&request(family, port))?;
+        socket.write_all(&request(family, port, states))?;
         let mut done = false;
         while !done {
             let length = socket.read(&mut buffer)?;
@@ -113,13 +143,12 @@ fn dump(port: u16) -> Result<Option<List>, SockdiagError> {
 }
 
 /// A dump request (`struct nlmsghdr` and `struct inet_diag_req_v2`).
-fn request(family: u8, port: u16) -> Vec<u8> {
+fn request(family: u8, port: u16, states: u32) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEADER + REQUEST);
     out.extend_from_slice(&((HEADER + REQUEST) as u32).to_ne_bytes());
     out.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     out.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
     out.extend_from_slice(&[0; 8]);
-    let states: u32 = 1 << ESTABLISHED | 1 << LISTEN;
     out.extend_from_slice(&[family, libc::IPPROTO_TCP as u8, 1 << (INET_DIAG_INFO - 1), 0]);
     out.extend_from_slice(&states.to_ne_bytes());
     // struct inet_diag_sockid: a source port that is not zero filters in the kernel.
@@ -176,10 +205,16 @@ fn read_socket(message: &[u8], port: u16, found: &mut List) -> Option<()> {
         return Some(());
     }
     let id = ConnectionId(cookie);
+    let attributes = message.get(MESSAGE..)?;
     match state {
-        LISTEN => found.listener = found.listener.max(Some(id)),
+        LISTEN => {
+            found.listener = found.listener.max(Some(id));
+            let cgroup = attribute(attributes, INET_DIAG_CGROUP_ID).and_then(|value| u64_at(value, 0));
+            found.cgroups.extend(cgroup);
+        }
+        ESTABLISHED if is_joined(attributes) => {}
         ESTABLISHED => {
-            let info = attribute(message.get(MESSAGE..)?, INET_DIAG_INFO).unwrap_or_default();
+            let info = attribute(attributes, INET_DIAG_INFO).unwrap_or_default();
             found.sockets.push(Socket {
                 id,
                 local: SocketAddr::new(local, local_port),
@@ -191,6 +226,15 @@ fn read_socket(message: &[u8], port: u16, found: &mut List) -> Option<()> {
         _ => {}
     }
     Some(())
+}
+
+/// Whether it is one more subflow of a client's MPTCP connection, whose first is in the list as well.
+fn is_joined(attributes: &[u8]) -> bool {
+    attribute(attributes, INET_DIAG_ULP_INFO)
+        .and_then(|above| attribute(above, INET_ULP_INFO_MPTCP))
+        .and_then(|subflow| attribute(subflow, MPTCP_SUBFLOW_ATTR_FLAGS))
+        .and_then(|flags| u32_at(flags, 0))
+        .is_some_and(|flags| flags & MPTCP_SUBFLOW_FLAG_JOIN_REM != 0)
 }
 
 /// IPv4 addresses are in the first four octets; v4-mapped ones are given as IPv4.
@@ -205,7 +249,7 @@ fn address(family: u8, octets: &[u8]) -> Option<IpAddr> {
 fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = usize::from(u16_at(attributes, 0)?);
-        let kind = u16_at(attributes, 2)?;
+        let kind = u16_at(attributes, 2)? & NLA_TYPE_MASK;
         let value = attributes.get(4..length)?;
         if kind == wanted {
             return Some(value);
@@ -238,11 +282,18 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 /// The polling source.
 pub struct Sockdiag {
     port: u16,
+    /// Whether somebody would want to know protocols.
+    classify: bool,
     ticks: Interval,
     tick: u32,
     known: HashMap<ConnectionId, (u64, u64)>,
+    /// Those that the last list lacked: a list is not made at one instant, and may lack what is there.
+    missing: HashSet<ConnectionId>,
     listener: Option<ConnectionId>,
+    own: Vec<IpAddr>,
     resync: bool,
+    confirm: bool,
+    said: bool,
 }
 
 impl Sockdiag {
@@ -251,23 +302,33 @@ impl Sockdiag {
     /// # Errors
     ///
     /// See [`SockdiagError`].
-    pub fn open(port: u16) -> Result<Self, SockdiagError> {
+    pub fn open(port: u16, classify: bool) -> Result<Self, SockdiagError> {
         list(port)?;
         let mut ticks = interval_at(Instant::now(), POLL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             port,
+            classify,
             ticks,
             tick: 0,
             known: HashMap::new(),
+            missing: HashSet::new(),
             listener: None,
+            own: Vec::new(),
             resync: true,
+            confirm: false,
+            said: false,
         })
     }
 
     /// Makes the next observation a complete list.
     pub fn resync(&mut self) {
         self.resync = true;
+    }
+
+    /// Tells the next list as it is.
+    pub fn confirm(&mut self) {
+        self.confirm = true;
     }
 
     /// Waits until the list has changed.
@@ -289,6 +350,13 @@ impl Sockdiag {
 
     fn compare(&mut self, found: List) -> Vec<Observation> {
         self.tick += 1;
+        let mut observations = Vec::new();
+        if !mem::replace(&mut self.said, true) && self.classify {
+            tracing::warn!("which connections speak HTTP/2 is not seen: {BLIND}");
+            observations.push(Observation::Blind(Some(Arc::from(BLIND))));
+        }
+        observations.extend(super::changed_addresses(&mut self.own, addresses::own()));
+        let another_listener = mem::replace(&mut self.listener, found.listener) != found.listener;
         let mut before = mem::take(&mut self.known);
         let mut opened = Vec::new();
         for socket in &found.sockets {
@@ -297,27 +365,34 @@ impl Sockdiag {
             }
             self.known.insert(socket.id, (socket.bytes_in, socket.bytes_out));
         }
-        let another_listener = mem::replace(&mut self.listener, found.listener) != found.listener;
         if mem::take(&mut self.resync) || another_listener {
-            return vec![Observation::Resync {
+            self.missing.clear();
+            observations.push(Observation::Resync {
                 sockets: found.sockets,
                 listener: found.listener,
-            }];
-        }
-        let closed = before
-            .into_iter()
-            .map(|(id, (bytes_in, bytes_out))| Observation::Closed {
-                id,
-                bytes_in,
-                bytes_out,
             });
-        let mut observations: Vec<_> = closed.chain(opened.into_iter().map(Observation::Opened)).collect();
-        if self.tick.is_multiple_of(COUNTERS_EVERY) && !self.known.is_empty() {
-            let counters = self
-                .known
-                .iter()
-                .map(|(id, (bytes_in, bytes_out))| (*id, *bytes_in, *bytes_out));
-            observations.push(Observation::Counters(counters.collect()));
+            return observations;
+        }
+        // Whoever is missing in two lists is gone.
+        let missing_before = mem::take(&mut self.missing);
+        for (id, (bytes_in, bytes_out)) in before {
+            if missing_before.contains(&id) {
+                observations.push(Observation::Closed {
+                    id,
+                    bytes_in,
+                    bytes_out,
+                });
+            } else {
+                self.missing.insert(id);
+                self.known.insert(id, (bytes_in, bytes_out));
+            }
+        }
+        observations.extend(opened.into_iter().map(Observation::Opened));
+        if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) {
+            observations.push(Observation::Listed {
+                sockets: found.sockets,
+                listener: found.listener,
+            });
         }
         observations
     }
@@ -357,16 +432,32 @@ mod tests {
     async fn lists_are_compared() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
-        let mut source = Sockdiag::open(address.port()).expect("a source");
+        let mut source = Sockdiag::open(address.port(), true).expect("a source");
         let first = source.next().await.expect("a list");
-        assert!(matches!(&first[..], [Observation::Resync { sockets, listener: Some(_) }] if sockets.is_empty()));
+        let [
+            Observation::Blind(Some(_)),
+            Observation::Addresses(own),
+            Observation::Resync {
+                sockets,
+                listener: Some(_),
+            },
+        ] = &first[..]
+        else {
+            panic!("{first:?}");
+        };
+        assert!(sockets.is_empty() && own.contains(&address.ip()));
         let client = TcpStream::connect(address).expect("a connection");
         let (accepted, _) = listener.accept().expect("a connection");
         let opened = source.next().await.expect("a change");
         assert!(matches!(&opened[..], [Observation::Opened(socket), ..] if socket.local == address));
         drop((client, accepted));
-        let closed = source.next().await.expect("a change");
-        assert!(matches!(closed[0], Observation::Closed { .. }));
+        let gone = loop {
+            let told = source.next().await.expect("a change");
+            if told.iter().any(|told| matches!(told, Observation::Closed { .. })) {
+                break told;
+            }
+        };
+        assert_eq!(gone.len(), 1, "{gone:?}");
     }
 
     #[test]

@@ -1,154 +1,20 @@
 //! Counting in the kernel: an agent on one host, clients on another, and what its API says of them.
 
+mod ends;
+mod hellos;
 mod too_old;
+mod where_it_runs;
+mod who_counts;
+mod world;
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    path::PathBuf,
-    process::Command,
-    sync::Arc,
-    thread,
-    time::Duration,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
 };
 
-use rebalancer_tests::{
-    binary,
-    netns::{Namespace, Network},
-    node::{ask, ask_text},
-    process::{Process, log_directory, wait_for},
-    skip,
-};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, pki_types::ServerName};
+use rebalancer_tests::{node::ask_text, process::wait_for};
 use serde_json::Value;
-
-const PORT: u16 = 6443;
-/// An emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(90);
-
-/// A node with an agent, and a server that only accepts.
-struct Host {
-    network: Network,
-    directory: PathBuf,
-    agent: Option<Process>,
-    source: &'static str,
-    kernel_log: &'static str,
-}
-
-impl Host {
-    fn new(source: &'static str) -> Self {
-        let network = Network::new(1).expect("namespaces need root");
-        Self {
-            network,
-            directory: log_directory("rebalancer-kernel-").expect("a directory"),
-            agent: None,
-            source,
-            kernel_log: "off",
-        }
-    }
-
-    fn node(&self) -> &Namespace {
-        &self.network.nodes[0]
-    }
-
-    fn address(&self) -> SocketAddr {
-        SocketAddr::new(Network::node_address(0), PORT)
-    }
-
-    fn start_agent(&mut self) {
-        let mut command = Command::new(binary());
-        command
-            .args(["agent", "--node-name=node-1", "--interval=200ms"])
-            .arg(format!("--source={}", self.source))
-            .arg(format!("--kernel-log={}", self.kernel_log))
-            .arg(format!("--apiserver-port={PORT}"))
-            .arg(format!("--api=unix:{}", self.directory.join("agent.sock").display()));
-        let agent = Process::start("agent", command, Some(self.node().fd()), &self.directory).expect("an agent");
-        self.agent = Some(agent);
-        self.expect("the agent answers", |_| true);
-    }
-
-    fn ask(&mut self, path: &str) -> Option<Value> {
-        if let Some(Err(error)) = self.agent.as_mut().map(Process::is_running) {
-            panic!("{error:#}");
-        }
-        ask(&self.directory.join("agent.sock"), path).ok()
-    }
-
-    /// Waits until the connections are as expected, and gives them.
-    fn expect(&mut self, what: &str, wanted: impl Fn(&[Value]) -> bool) -> Vec<Value> {
-        let mut last = None;
-        let found = wait_for(PATIENCE, || {
-            let answer = self.ask("/v1/connections?limit=100000")?;
-            let list = answer["connections"].as_array()?.clone();
-            let done = wanted(&list);
-            last = Some(list);
-            done.then(|| last.clone()).flatten()
-        });
-        found.unwrap_or_else(|| panic!("{what}: never seen with {}; the last was {last:#?}", self.source))
-    }
-
-    /// Runs something on a thread inside a namespace.
-    fn inside<T: Send + 'static>(namespace: &Namespace, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let namespace = namespace.clone();
-        thread::spawn(move || {
-            namespace.enter().expect("its own namespace");
-            job()
-        })
-        .join()
-        .expect("the thread ends well")
-    }
-
-    /// Listens on the node, on that address.
-    fn listen(&self, address: &str) -> TcpListener {
-        let address: SocketAddr = format!("{address}:{PORT}").parse().expect("an address");
-        Self::inside(self.node(), move || {
-            TcpListener::bind(address).expect("the port is free")
-        })
-    }
-
-    /// Connects from the hub.
-    fn connect(&self, to: SocketAddr, listener: &TcpListener) -> (TcpStream, TcpStream) {
-        let client = Self::inside(&self.network.hub, move || {
-            TcpStream::connect(to).expect("the node answers")
-        });
-        let (accepted, _) = listener.accept().expect("a connection");
-        (client, accepted)
-    }
-}
-
-/// A ClientHello as rustls sends it, with a post-quantum key share: more than one segment long.
-fn client_hello(alpn: &[&str]) -> Vec<u8> {
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_root_certificates(RootCertStore::empty())
-        .with_no_client_auth();
-    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-    let name = ServerName::try_from("kubernetes").expect("a name");
-    let mut client = ClientConnection::new(Arc::new(config), name).expect("a client");
-    let mut hello = Vec::new();
-    client.write_tls(&mut hello).expect("a hello");
-    hello
-}
-
-fn protocols(list: &[Value]) -> Vec<&str> {
-    let mut found: Vec<_> = list
-        .iter()
-        .filter_map(|connection| connection["protocol"].as_str())
-        .collect();
-    found.sort_unstable();
-    found
-}
-
-/// What the binary finds by trying.
-fn features() -> Value {
-    let output = Command::new(binary())
-        .args(["system-info", "--output=json"])
-        .output()
-        .expect("the binary runs");
-    serde_json::from_slice(&output.stdout).expect("JSON")
-}
+use world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip, features, protocols};
 
 #[test]
 fn the_program_that_steers_new_connections_is_taken() {
@@ -157,16 +23,6 @@ fn the_program_that_steers_new_connections_is_taken() {
     }
     let intercept = &features()["intercept"];
     assert_eq!(intercept["ok"], true, "{intercept}");
-}
-
-/// Whether the kernel takes the programs; when not, the reason is a counted skip.
-fn ebpf_or_skip() -> bool {
-    let features = features();
-    let ebpf = &features["source-ebpf"];
-    if ebpf["ok"] != true {
-        skip(&format!("the kernel programs do not load here: {}", ebpf["why"]));
-    }
-    ebpf["ok"] == true
 }
 
 #[test]
@@ -237,7 +93,7 @@ fn offers_are_seen_on_every_kind_of_address_and_in_pieces() {
 }
 
 #[test]
-fn connections_from_before_are_seeded_and_loopback_is_left_out() {
+fn connections_from_before_are_seeded_and_loopback_is_counted_apart() {
     for source in ["ebpf", "sockdiag"] {
         if source == "ebpf" && !ebpf_or_skip() {
             continue;
@@ -254,10 +110,13 @@ fn connections_from_before_are_seeded_and_loopback_is_left_out() {
             (client, listener.accept().expect("a connection"))
         };
         host.start_agent();
-        let list = host.expect("the seeds", |list| list.len() == 5);
+        let list = host.expect("the seeds", |list| list.len() == 6);
         assert!(list.iter().all(|connection| connection["seeded"] == true), "{list:#?}");
+        let own = list.iter().filter(|connection| connection["node_local"] == true);
+        assert_eq!(own.count(), 1, "{list:#?}");
+        assert_eq!((host.figure("/view/0/connections"), host.figure("/node_local")), (5, 1));
         let after = host.connect(address, &listener);
-        let list = host.expect("one more", |list| list.len() == 6);
+        let list = host.expect("one more", |list| list.len() == 7);
         assert_eq!(
             list.iter().filter(|connection| connection["seeded"] == false).count(),
             1
@@ -269,7 +128,7 @@ fn connections_from_before_are_seeded_and_loopback_is_left_out() {
         };
         let mut unique = cookie(&list);
         unique.dedup();
-        assert_eq!(unique.len(), 6);
+        assert_eq!(unique.len(), 7);
         drop((before, after, local));
         host.expect("all closed", <[Value]>::is_empty);
     }
@@ -347,34 +206,4 @@ fn the_programs_log_what_they_see_only_when_asked() {
             assert!(!said(&host));
         }
     }
-}
-
-#[test]
-fn a_storm_of_connections_is_counted_to_the_last_one() {
-    if !ebpf_or_skip() {
-        return;
-    }
-    let mut host = Host::new("ebpf");
-    host.start_agent();
-    let listener = host.listen("0.0.0.0");
-    let address = host.address();
-    // More events than the ring holds, in case the agent is slow: then the list must set it right.
-    const ROUNDS: usize = 40;
-    const AT_ONCE: usize = 250;
-    for _ in 0..ROUNDS {
-        let listener = listener.try_clone().expect("a clone");
-        let server = thread::spawn(move || {
-            (0..AT_ONCE)
-                .map(|_| listener.accept().expect("a connection").0)
-                .collect::<Vec<_>>()
-        });
-        let clients = Host::inside(&host.network.hub, move || {
-            (0..AT_ONCE)
-                .map(|_| TcpStream::connect(address).expect("the node answers"))
-                .collect::<Vec<_>>()
-        });
-        drop((clients, server.join().expect("the server")));
-    }
-    let kept: Vec<_> = (0..7).map(|_| host.connect(address, &listener)).collect();
-    host.expect("the seven that are open", |list| list.len() == kept.len());
 }

@@ -1,0 +1,334 @@
+//! Every way a connection can end, and events that are lost: the table is the kernel's list.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsRawFd as _, FromRawFd as _},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use rebalancer_tests::skip;
+use socket2::SockRef;
+
+use crate::world::{Host, InNamespace as _, PORT, client_hello, ebpf_or_skip, protocols};
+
+/// How a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    ByClient,
+    ByServer,
+    ResetByClient,
+    ResetByServer,
+    WithUnreadData,
+}
+
+const ENDS: [End; 5] = [
+    End::ByClient,
+    End::ByServer,
+    End::ResetByClient,
+    End::ResetByServer,
+    End::WithUnreadData,
+];
+
+impl End {
+    fn carry_out(self, mut client: TcpStream, accepted: TcpStream) {
+        let reset = |stream: &TcpStream| {
+            SockRef::from(stream)
+                .set_linger(Some(Duration::ZERO))
+                .expect("an option");
+        };
+        match self {
+            Self::ByClient => drop(client),
+            Self::ByServer => drop(accepted),
+            Self::ResetByClient => {
+                reset(&client);
+                drop(client);
+            }
+            Self::ResetByServer => {
+                reset(&accepted);
+                drop(accepted);
+            }
+            Self::WithUnreadData => {
+                client.write_all(b"unread").expect("a write");
+                accepted.peek(&mut [0; 6]).expect("it arrives");
+                drop(accepted);
+                // The server's RST is there.
+                let _ = client.read(&mut [0]);
+            }
+        }
+    }
+}
+
+/// Connects so many times at once.
+fn crowd(host: &Host, to: SocketAddr, listener: &TcpListener, count: usize) -> Vec<(TcpStream, TcpStream)> {
+    let listener = listener.try_clone().expect("a clone");
+    let server = thread::spawn(move || {
+        (0..count)
+            .map(|_| listener.accept().expect("a connection").0)
+            .collect::<Vec<_>>()
+    });
+    let clients = Host::inside(&host.network.hub, move || {
+        let connect = |_| TcpStream::connect(to).expect("the node answers");
+        (0..count).map(connect).collect::<Vec<_>>()
+    });
+    // Who is who: in what order they are accepted is the kernel's.
+    let mut accepted = server.join().expect("the server");
+    let port = |address: SocketAddr| address.port();
+    accepted.sort_by_key(|stream| port(stream.peer_addr().expect("an address")));
+    let mut clients = clients;
+    clients.sort_by_key(|stream| port(stream.local_addr().expect("an address")));
+    clients.into_iter().zip(accepted).collect()
+}
+
+/// A node that listens on both families, and its addresses.
+fn dual(host: &Host) -> (TcpListener, [SocketAddr; 2]) {
+    host.node()
+        .ip("addr add fd00::11/64 dev eth0 nodad")
+        .expect("an address");
+    host.network
+        .hub
+        .ip("addr add fd00::1/64 dev br0 nodad")
+        .expect("an address");
+    let v6: Ipv6Addr = "fd00::11".parse().expect("an address");
+    let addresses = [host.address(), SocketAddr::new(IpAddr::V6(v6), PORT)];
+    (host.listen("[::]"), addresses)
+}
+
+#[test]
+fn however_connections_end_the_table_is_the_kernels_list() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.start_agent();
+        let (listener, addresses) = dual(&host);
+        let mut kept = Vec::new();
+        for (round, to) in [0, 1, 2, 3].into_iter().zip(addresses.into_iter().cycle()) {
+            let opened = crowd(&host, to, &listener, 60);
+            for (index, (client, accepted)) in opened.into_iter().enumerate() {
+                match ENDS.get((index + round) % (ENDS.len() + 1)) {
+                    Some(end) => end.carry_out(client, accepted),
+                    None => kept.push((client, accepted)),
+                }
+            }
+            let list = host.expect_the_truth("after a round");
+            assert_eq!(list.len(), kept.len());
+        }
+        if source == "ebpf" {
+            assert_eq!(host.figure("/lost_events_total"), 0);
+            assert_eq!(host.figure("/table_repairs/closed"), 0, "each end is an event");
+            assert_eq!(host.figure("/table_repairs/opened"), 0);
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_is_dead_and_sockets_that_are_destroyed_are_seen() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.start_agent();
+        let (listener, [v4, v6]) = dual(&host);
+        let opened: Vec<_> = [v4, v6, v4, v6].map(|to| host.connect(to, &listener)).into();
+        assert_eq!(host.expect_the_truth("all are open").len(), 4);
+
+        // By keep-alive and by the user timeout, with the link down.
+        for (_, accepted) in &opened[..2] {
+            let keepalive = socket2::TcpKeepalive::new()
+                .with_time(Duration::from_secs(1))
+                .with_interval(Duration::from_secs(1))
+                .with_retries(2);
+            SockRef::from(accepted)
+                .set_tcp_keepalive(&keepalive)
+                .expect("an option");
+        }
+        for (_, accepted) in &opened[2..] {
+            SockRef::from(accepted)
+                .set_tcp_user_timeout(Some(Duration::from_secs(1)))
+                .expect("an option");
+        }
+        host.network.hub.ip("link set n0 down").expect("a link");
+        for (_, accepted) in &opened[2..] {
+            let mut accepted = accepted;
+            accepted.write_all(b"into the void").expect("a write");
+        }
+        host.expect("the dead are gone", <[_]>::is_empty);
+        host.network.hub.ip("link set n0 up").expect("a link");
+        drop(opened);
+
+        // By an administrator, or Cilium.
+        let opened = [v4, v6].map(|to| host.connect(to, &listener));
+        assert_eq!(host.expect_the_truth("all are open").len(), 2);
+        if let Err(why) = destroy_all(&host) {
+            skip(&format!("sockets cannot be destroyed here: {why}"));
+            continue;
+        }
+        host.expect("the destroyed are gone", <[_]>::is_empty);
+        drop(opened);
+    }
+}
+
+/// `ss -K`, in the node's namespace.
+fn destroy_all(host: &Host) -> Result<(), String> {
+    let output = Command::new("ss")
+        .args(["-K", "-t", "state", "established", "sport", "=", &PORT.to_string()])
+        .in_namespace(host)
+        .output()
+        .map_err(|error| format!("ss (iproute2): {error}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() && said.trim().is_empty() {
+        Ok(())
+    } else {
+        Err(format!("{} {}", output.status, said.trim()))
+    }
+}
+
+#[test]
+fn lost_events_are_made_good_by_the_list_and_whole_hellos_are_known() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.start_agent();
+        let (listener, addresses) = dual(&host);
+        let mut open: Vec<_> = crowd(&host, addresses[0], &listener, 50);
+        host.expect_the_truth("before");
+
+        // More events than the ring holds, while nobody takes them: some opened before end, some that open stay.
+        host.agent.as_ref().expect("it runs").signal(libc::SIGSTOP);
+        for (index, (client, accepted)) in open.drain(..25).enumerate() {
+            ENDS[index % ENDS.len()].carry_out(client, accepted);
+        }
+        for round in 0..32 {
+            for (index, (client, accepted)) in crowd(&host, addresses[round % 2], &listener, 250)
+                .into_iter()
+                .enumerate()
+            {
+                ENDS[(index + round) % ENDS.len()].carry_out(client, accepted);
+            }
+        }
+        let hello = client_hello(&["h2"]);
+        let mut said = crowd(&host, addresses[1], &listener, 200);
+        for (client, accepted) in &mut said {
+            client.write_all(&hello).expect("a hello");
+            accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+        }
+        host.agent.as_ref().expect("it runs").signal(libc::SIGCONT);
+
+        let list = host.expect_the_truth("after the storm");
+        assert_eq!(list.len(), 225);
+        if source == "ebpf" {
+            assert!(host.figure("/lost_events_total") > 0, "the storm was too small");
+            assert!(host.figure("/table_repairs/opened") >= 200, "those that stay were lost");
+            let list = host.expect("every hello that was whole", |list| {
+                protocols(list)
+                    .iter()
+                    .filter(|protocol| **protocol == "offered")
+                    .count()
+                    == 200
+            });
+            assert_eq!(list.len(), 225);
+            assert_eq!(host.metric("rebalancer_bpf_hellos_lost_total{kind=\"ring\"}"), 0);
+        }
+        drop((open, said));
+        host.expect_the_truth("in the end");
+    }
+}
+
+#[test]
+fn a_client_with_several_subflows_is_one_connection() {
+    const IPPROTO_MPTCP: i32 = 262;
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.start_agent();
+        host.network
+            .hub
+            .ip("addr add 10.77.0.2/24 dev br0")
+            .expect("an address");
+        let endpoint = host
+            .network
+            .hub
+            .ip("mptcp limits set subflow 2 add_addr_accepted 2")
+            .and_then(|()| host.node().ip("mptcp limits set subflow 2 add_addr_accepted 2"))
+            .and_then(|()| host.network.hub.ip("mptcp endpoint add 10.77.0.2 dev br0 subflow"));
+        if let Err(why) = endpoint {
+            skip(&format!("no MPTCP here: {why:#}"));
+            return;
+        }
+        let socket = || {
+            // SAFETY: socket takes three integers; what it answers is a new descriptor or an error.
+            let descriptor =
+                unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, IPPROTO_MPTCP) };
+            assert!(descriptor >= 0, "{}", std::io::Error::last_os_error());
+            // SAFETY: the call has just made it, and nobody else knows it.
+            unsafe { socket2::Socket::from_raw_fd(descriptor) }
+        };
+        let address = host.address();
+        let listener: TcpListener = Host::inside(host.node(), move || {
+            let listener = socket();
+            listener.bind(&address.into()).expect("the port is free");
+            listener.listen(16).expect("it listens");
+            listener.into()
+        });
+        let open = || {
+            let client: TcpStream = Host::inside(&host.network.hub, move || {
+                let client = socket();
+                client.connect(&address.into()).expect("the node answers");
+                client.into()
+            });
+            let (mut accepted, _) = listener.accept().expect("a connection");
+            let mut client = client;
+            // Further subflows come once data went both ways.
+            for _ in 0..3 {
+                client.write_all(b"?").expect("a write");
+                accepted.read_exact(&mut [0]).expect("a read");
+                accepted.write_all(b"!").expect("a write");
+                client.read_exact(&mut [0]).expect("a read");
+            }
+            (client, accepted)
+        };
+        let opened: Vec<_> = (0..3).map(|_| open()).collect();
+        for (_, accepted) in &opened {
+            let subflows = rebalancer_tests::process::wait_for(crate::world::PATIENCE, || {
+                let mut info = [0_u8; 8];
+                let mut length = 8;
+                // SAFETY: the pointers are to values that live through the call, of which it fills as much as it is told.
+                let failed = unsafe {
+                    libc::getsockopt(accepted.as_raw_fd(), 284, 1, info.as_mut_ptr().cast(), &raw mut length)
+                };
+                // `mptcpi_subflows` (include/uapi/linux/mptcp.h) counts those beside the first.
+                (failed == 0 && info[0] >= 1).then_some(())
+            });
+            assert!(subflows.is_some(), "no second subflow came");
+        }
+        let list = host.expect("three clients", |list| list.len() == 3);
+        assert!(
+            list.iter().all(|one| one["client"]
+                .as_str()
+                .is_some_and(|client| client.starts_with("10.77.0.1:"))),
+            "{list:#?}"
+        );
+        // A list that is read beside does not bring the others either.
+        let lists = host
+            .find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")
+            .unwrap_or(0);
+        rebalancer_tests::process::wait_for(crate::world::PATIENCE, || {
+            let now = host.find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")?;
+            (now > lists + 1).then_some(())
+        })
+        .expect("two more lists");
+        assert_eq!(host.expect("three clients", |list| list.len() == 3).len(), 3);
+        assert_eq!(host.figure("/table_repairs/opened"), 0);
+        drop(opened);
+        host.expect("none", <[_]>::is_empty);
+    }
+}

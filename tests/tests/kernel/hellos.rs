@@ -1,0 +1,215 @@
+//! ClientHellos as the field sends them: with the end of the TCP handshake, behind a load balancer's header, twice, in
+//! pieces, and from strangers who never finish.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::fd::AsRawFd as _,
+    process::Command,
+};
+
+use rebalancer_tests::{process::wait_for, skip};
+use socket2::{Domain, Socket, Type};
+
+use crate::world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, protocols};
+
+/// Connects so that the packet that ends the TCP handshake waits for data to carry (tcp(7), TCP_QUICKACK).
+fn lazy(to: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
+    let off: libc::c_int = 0;
+    // SAFETY: the pointer is to an integer that lives through the call, whose size is given.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_QUICKACK,
+            (&raw const off).cast(),
+            size_of_val(&off) as libc::socklen_t,
+        )
+    };
+    assert_eq!(failed, 0, "{}", std::io::Error::last_os_error());
+    socket.connect(&to.into()).expect("the node answers");
+    socket.into()
+}
+
+#[test]
+fn a_hello_that_comes_with_the_end_of_the_handshake_is_seen() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let to = host.address();
+    let mut open = Vec::new();
+    // Small ones are whole at once, long ones need a second packet, which finds the connection.
+    for hello in [
+        client_hello(&["h2"]),
+        client_hello(&["http/1.1"]),
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+    ] {
+        for _ in 0..4 {
+            let sent = hello.clone();
+            let client = Host::inside(&host.network.hub, move || {
+                let mut client = lazy(to);
+                client.write_all(&sent).expect("a hello");
+                client
+            });
+            let (mut accepted, _) = listener.accept().expect("a connection");
+            accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+            open.push((client, accepted));
+        }
+    }
+    let expected = [["http/1.1"; 8].as_slice(), &["offered"; 4]].concat();
+    host.expect("every offer", |list| protocols(list) == expected);
+}
+
+#[test]
+fn a_load_balancers_header_is_no_protocol() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let line = b"PROXY TCP4 192.0.2.7 198.51.100.1 56324 6443\r\n".to_vec();
+    let binary = [
+        &b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"[..],
+        &[192, 0, 2, 7, 198, 51, 100, 1, 0xdc, 4, 0x19, 0x2b],
+    ]
+    .concat();
+    let local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0".to_vec();
+    let mut open = Vec::new();
+    for header in [line, binary, local] {
+        for protocol in ["h2", "http/1.1"] {
+            let hello = client_hello(&[protocol]);
+            // In one packet, and the header alone.
+            for pieces in [
+                vec![[&header[..], &hello].concat()],
+                vec![header.clone(), hello.clone()],
+            ] {
+                let (mut client, mut accepted) = host.connect(host.address(), &listener);
+                client.set_nodelay(true).expect("an option");
+                for piece in pieces {
+                    client.write_all(&piece).expect("a piece");
+                    accepted.read_exact(&mut vec![0; piece.len()]).expect("it arrives");
+                }
+                open.push((client, accepted));
+            }
+        }
+        // The header alone says nothing.
+        let (mut client, accepted) = host.connect(host.address(), &listener);
+        client.write_all(&header).expect("a header");
+        open.push((client, accepted));
+    }
+    let expected = [["http/1.1"; 6].as_slice(), &["offered"; 6], &["unknown"; 3]].concat();
+    host.expect("every offer", |list| protocols(list) == expected);
+}
+
+#[test]
+fn packets_that_come_twice_end_no_hello_early() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let hello = client_hello(&["h2"]);
+    let (first, second) = hello.split_at(900);
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        let (mut client, mut accepted) = host.connect(host.address(), &listener);
+        client.set_nodelay(true).expect("an option");
+        client.write_all(first).expect("a piece");
+        accepted.read_exact(&mut vec![0; first.len()]).expect("it arrives");
+        open.push((client, accepted));
+    }
+    // What the clients send comes, and nothing of what the node answers: they send it again until it is.
+    let drop_answers = Command::new("tc")
+        .args([
+            "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "8bit", "burst", "10", "limit", "10",
+        ])
+        .in_namespace(&host)
+        .output();
+    let Some(true) = drop_answers.ok().map(|output| output.status.success()) else {
+        skip("packets cannot be dropped here: tc (iproute2) or the kernel's token bucket filter is missing");
+        return;
+    };
+    let half = second.len() / 2;
+    for (client, _) in &mut open {
+        client.write_all(&second[..half]).expect("a piece");
+    }
+    for (client, _) in &open {
+        wait_for(PATIENCE, || (retransmitted(client) >= 2).then_some(())).expect("it is sent again");
+    }
+    assert_eq!(
+        protocols(&host.expect("all of them", |list| list.len() == 8)),
+        ["unknown"; 8]
+    );
+    let restored = Command::new("tc")
+        .args(["qdisc", "del", "dev", "eth0", "root"])
+        .in_namespace(&host)
+        .output();
+    assert!(restored.expect("tc runs").status.success());
+    for (client, _) in &mut open {
+        client.write_all(&second[half..]).expect("a piece");
+    }
+    host.expect("every offer", |list| protocols(list) == ["offered"; 8]);
+}
+
+/// `tcpi_total_retrans` (include/uapi/linux/tcp.h).
+fn retransmitted(client: &TcpStream) -> u32 {
+    let mut info = [0_u8; 104];
+    let mut length = info.len() as libc::socklen_t;
+    // SAFETY: the pointers are to values that live through the call, of which it fills as much as it is told.
+    let failed = unsafe {
+        libc::getsockopt(
+            client.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(failed, 0, "{}", std::io::Error::last_os_error());
+    u32::from_ne_bytes([info[100], info[101], info[102], info[103]])
+}
+
+#[test]
+fn strangers_who_send_octet_by_octet_take_nothing_from_others() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let hello = client_hello(&["h2"]);
+    let mut strangers: Vec<_> = (0..16).map(|_| host.connect(host.address(), &listener)).collect();
+    for (client, _) in &strangers {
+        client.set_nodelay(true).expect("an option");
+    }
+    for octet in hello[..200].chunks(1) {
+        for (client, accepted) in &mut strangers {
+            client.write_all(octet).expect("an octet");
+            accepted.read_exact(&mut [0]).expect("it arrives");
+        }
+    }
+    let mut others: Vec<_> = (0..16).map(|_| host.connect(host.address(), &listener)).collect();
+    for (client, accepted) in &mut others {
+        client.write_all(&hello).expect("a hello");
+        accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+    }
+    let expected = [["offered"; 16].as_slice(), &["unknown"; 16]].concat();
+    host.expect("the others' offers", |list| protocols(list) == expected);
+    // Each is counted, once.
+    wait_for(PATIENCE, || {
+        (host.metric("rebalancer_bpf_hellos_lost_total{kind=\"pieces\"}") == 16).then_some(())
+    })
+    .expect("the strangers are counted");
+    assert_eq!(host.figure("/unknown"), 16);
+    // What never ends is given up, and counted.
+    wait_for(PATIENCE, || {
+        (host.metric("rebalancer_bpf_hellos_lost_total{kind=\"unfinished\"}") == 16).then_some(())
+    })
+    .expect("the unfinished are counted");
+}

@@ -1,0 +1,174 @@
+//! Protocols are seen wherever the agent and the apiserver run, or it is said at once that they are not.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{self, Command},
+};
+
+use rebalancer_tests::{binary, process::wait_for, skip};
+
+use crate::world::{Host, PATIENCE, client_hello, ebpf_or_skip, protocols};
+
+/// A cgroup of this test's own, below where it runs.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// `None`, and a counted skip, where there is no cgroup2.
+    fn new(name: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let root = mounts.lines().find_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            (words[2] == "cgroup2").then(|| PathBuf::from(words[1]))
+        });
+        let Some(root) = root else {
+            skip("no cgroup2 is mounted");
+            return None;
+        };
+        let path = root.join(format!("rebalancer-test-{name}-{}", process::id()));
+        fs::create_dir(&path).expect("a cgroup");
+        Some(Self(path))
+    }
+
+    fn enter(path: &Path) {
+        fs::write(path.join("cgroup.procs"), process::id().to_string()).expect("this process moves");
+    }
+
+    /// Does something as one of its processes: what sockets it makes are the cgroup's.
+    fn within<T>(&self, job: impl FnOnce() -> T) -> T {
+        Self::enter(&self.0);
+        let done = job();
+        Self::enter(self.0.parent().expect("a cgroup's parent"));
+        done
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Its last process may not be reaped yet.
+        wait_for(PATIENCE, || fs::remove_dir(&self.0).ok());
+    }
+}
+
+fn says_hello(host: &mut Host, listener: &TcpListener) {
+    let (mut client, mut accepted) = host.connect(host.address(), listener);
+    let hello = client_hello(&["h2"]);
+    client.write_all(&hello).expect("a hello");
+    accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+    host.expect("the offer", |list| protocols(list) == ["offered"]);
+    drop((client, accepted));
+    host.expect("none", <[_]>::is_empty);
+}
+
+#[test]
+fn the_program_follows_the_apiserver_into_its_cgroup() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let Some(cgroup) = Cgroup::new("server") else { return };
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let reads_at = |host: &Host, place: &str| {
+        wait_for(PATIENCE, || {
+            let log = host.agent.as_ref().expect("it runs").log();
+            log.lines()
+                .rfind(|line| line.contains("ClientHellos are read at"))
+                .filter(|line| line.contains(place))
+                .map(drop)
+        })
+        .unwrap_or_else(|| panic!("never read at {place}: {}", host.agent.as_ref().expect("it runs").log()));
+    };
+    // Nobody listens: it is at the root, and the first client of whoever comes is seen.
+    reads_at(&host, "the root of all cgroups");
+    let listener = cgroup.within(|| host.listen("0.0.0.0"));
+    says_hello(&mut host, &listener);
+    reads_at(&host, "rebalancer-test-server");
+    says_hello(&mut host, &listener);
+    // It comes back elsewhere: once it is down, the program waits at the root for whoever comes.
+    drop(listener);
+    reads_at(&host, "the root of all cgroups");
+    let listener = host.listen("0.0.0.0");
+    says_hello(&mut host, &listener);
+    reads_at(&host, "the root of all cgroups");
+    says_hello(&mut host, &listener);
+}
+
+/// The agent in a cgroup namespace of its own, as a container has it, with a mount of its own; `more` runs it.
+fn contained(cgroup: &Cgroup, more: &str) -> Command {
+    let mount = &cgroup.0.parent().expect("a cgroup's parent").display().to_string();
+    let script = format!(
+        "echo $$ > {}/cgroup.procs && exec unshare --cgroup --mount sh -c 'umount -l {mount} 2>/dev/null; mount -t \
+         cgroup2 none {mount} && exec {more} \"$0\" \"$@\"' \"$0\" \"$@\"",
+        cgroup.0.display()
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).arg(binary());
+    command
+}
+
+#[test]
+fn in_a_cgroup_namespace_of_its_own_the_hosts_hierarchy_is_found() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let Some(cgroup) = Cgroup::new("agent") else { return };
+    let mut host = Host::new("ebpf");
+    host.start_agent_by(contained(&cgroup, ""));
+    let listener = host.listen("0.0.0.0");
+    says_hello(&mut host, &listener);
+    drop(host);
+    drop(cgroup);
+}
+
+#[test]
+fn where_the_hosts_hierarchy_cannot_be_found_it_is_said_at_once() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let Some(cgroup) = Cgroup::new("blind") else { return };
+    let mut host = Host::new("ebpf");
+    // Neither a handle nor the host's first process leads out.
+    let alone = "unshare --pid --fork --kill-child --mount-proc setpriv --bounding-set=-dac_read_search";
+    host.start_agent_by(contained(&cgroup, alone));
+    let listener = host.listen("0.0.0.0");
+    let (mut client, _accepted) = host.connect(host.address(), &listener);
+    client.write_all(&client_hello(&["h2"])).expect("a hello");
+    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
+    let warning = wait_for(PATIENCE, || {
+        let status = host.ask("/v1/status")?;
+        status["warnings"][0].as_str().map(str::to_owned)
+    });
+    let warning = warning.expect("a warning");
+    assert!(
+        warning.contains("--cgroup-root") && warning.contains("cgroup namespace"),
+        "{warning}"
+    );
+    let log = host.agent.as_ref().expect("it runs").log();
+    assert!(log.contains("which connections speak HTTP/2 is not seen"), "{log}");
+    drop(host);
+    drop(cgroup);
+}
+
+#[test]
+fn without_classification_no_packet_is_looked_at() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.flags = vec!["--classify=off".to_owned()];
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let (mut client, _accepted) = host.connect(host.address(), &listener);
+    client.write_all(&client_hello(&["h2"])).expect("a hello");
+    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
+    let agent = host.agent.as_ref().expect("it runs").id();
+    let links: Vec<String> = fs::read_dir(format!("/proc/{agent}/fdinfo"))
+        .expect("its descriptors")
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
+        .filter(|text| text.contains("link_type:\tcgroup"))
+        .collect();
+    assert_eq!(links, Vec::<String>::new());
+}

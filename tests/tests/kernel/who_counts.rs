@@ -1,0 +1,63 @@
+//! Who is load and who is not: the node's own connections, and those that only call.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+};
+
+use rebalancer_tests::process::wait_for;
+
+use crate::world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip};
+
+#[test]
+fn the_nodes_own_connections_are_counted_apart_unless_told_otherwise() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        for (flag, load) in [("exclude", 2), ("count", 5), ("move", 5)] {
+            let mut host = Host::new(source);
+            host.flags = vec![format!("--node-local={flag}")];
+            host.node().ip("addr add 10.77.0.99/32 dev lo").expect("an address");
+            host.start_agent();
+            let listener = host.listen("0.0.0.0");
+            let own = host.address();
+            let node = host.node().clone();
+            let mut open: Vec<_> = (0..2).map(|_| host.connect(own, &listener)).collect();
+            // From the address it is accepted on, from another of the node's own, and by loopback.
+            for (from, to) in [
+                ("0.0.0.0", own),
+                ("10.77.0.99", own),
+                ("0.0.0.0", SocketAddr::from(([127, 0, 0, 1], PORT))),
+            ] {
+                let from: SocketAddr = format!("{from}:0").parse().expect("an address");
+                let client: TcpStream = Host::inside(&node, move || {
+                    let socket =
+                        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+                    socket.bind(&from.into()).expect("an address of the node");
+                    socket.connect(&to.into()).expect("the node answers itself");
+                    socket.into()
+                });
+                open.push((client, listener.accept().expect("a connection").0));
+            }
+            let hello = client_hello(&["h2"]);
+            for (client, accepted) in &mut open {
+                client.write_all(&hello).expect("a hello");
+                accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+            }
+            wait_for(PATIENCE, || {
+                let figures = (host.figure("/view/0/connections"), host.figure("/node_local"));
+                (figures == (load, 3)).then_some(())
+            })
+            .unwrap_or_else(|| panic!("{source} {flag}: {:#}", host.ask("/v1/status").unwrap_or_default()));
+            if source == "ebpf" {
+                wait_for(PATIENCE, || (host.figure("/landings_total") == load).then_some(())).expect("the landings");
+            }
+            let warnings = host.ask("/v1/status").expect("a status")["warnings"].to_string();
+            assert_eq!(warnings.contains("--node-local move"), flag == "exclude", "{warnings}");
+            let list = host.expect("all of them", |list| list.len() == 5);
+            let local = list.iter().filter(|one| one["node_local"] == true).count();
+            assert_eq!(local, 3);
+        }
+    }
+}
