@@ -181,10 +181,14 @@ fn remove_left_over(path: &Path) {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return;
     };
-    let begins = [name.as_bytes(), BESIDE.as_bytes()].concat();
+    let is_left_over = |other: &[u8]| {
+        // By this release, and by those that put the process's id behind the name.
+        let behind = other.strip_prefix(name.as_bytes()).unwrap_or_default();
+        let by_id = behind.strip_prefix(b".").unwrap_or_default();
+        behind.starts_with(BESIDE.as_bytes()) || !by_id.is_empty() && by_id.iter().all(u8::is_ascii_digit)
+    };
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let is_one =
-            entry.file_name().as_bytes().starts_with(&begins) && entry.file_type().is_ok_and(|kind| kind.is_socket());
+        let is_one = is_left_over(entry.file_name().as_bytes()) && entry.file_type().is_ok_and(|kind| kind.is_socket());
         let refuses =
             || UnixStream::connect(entry.path()).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
         if is_one && refuses() {

@@ -151,6 +151,8 @@ fn a_request_cannot_be_dressed_as_trailers() {
             client.send(&request(stream, "/smuggled"));
             let last = client.expect(kind::GOAWAY);
             assert_eq!((last.word(0), last.word(4)), (1, code::PROTOCOL_ERROR));
+            // The relay reads until the client has closed.
+            drop(client);
             assert_eq!(server.rest(), [], "the server hears nothing of either");
         }
     }
