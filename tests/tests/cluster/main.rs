@@ -1,5 +1,6 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
+mod health_checks;
 mod operator;
 
 use std::{
