@@ -11,7 +11,7 @@ use rebalancer_core::{
 
 use crate::{
     balancer::LoadBalancer,
-    setup::{Admission, Group, Horizon, Incident, Placement, Setup, Spread, Strangers},
+    setup::{Admission, Group, Horizon, Incident, Placement, Role, Setup, Spread, Strangers},
 };
 
 /// One of the built-in scenarios.
@@ -26,7 +26,7 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const SCENARIOS: [Scenario; 14] = [
+pub const SCENARIOS: [Scenario; 21] = [
     Scenario {
         name: "restart",
         about: "300 clients; one of three apiservers dies and comes back empty",
@@ -96,6 +96,41 @@ pub const SCENARIOS: [Scenario; 14] = [
         name: "steady",
         about: "5,000 clients behind a random load balancer, a quarter of them restarts every hour: nothing to do",
         build: steady,
+    },
+    Scenario {
+        name: "late-admission",
+        about: "a restart behind a load balancer that admits the apiserver 45 s after it is ready",
+        build: late_admission,
+    },
+    Scenario {
+        name: "slow-start",
+        about: "a restart behind round robin that admits after 10 s and gives full weight a minute later",
+        build: slow_start,
+    },
+    Scenario {
+        name: "agent-restarts",
+        about: "a restart; one agent is started anew in the middle of the rebalancing, and another one later",
+        build: agent_restarts,
+    },
+    Scenario {
+        name: "canary",
+        about: "a restart; one agent acts, one is a dry run, one is paused",
+        build: canary,
+    },
+    Scenario {
+        name: "flapping",
+        about: "an apiserver that comes and goes four times in six minutes",
+        build: flapping,
+    },
+    Scenario {
+        name: "two-apiservers",
+        about: "two apiservers behind round robin, 600 clients, half of them restart every hour, for a day",
+        build: two_apiservers,
+    },
+    Scenario {
+        name: "uneven",
+        about: "1054, 81 and 518 clients: the third becomes a donor on the way",
+        build: uneven,
     },
 ];
 
@@ -296,5 +331,59 @@ fn steady() -> Setup {
     Setup {
         churn_per_hour: 0.25,
         ..cluster(vec![agents(5_000)], LoadBalancer::Random, minutes(180))
+    }
+}
+
+fn late_admission() -> Setup {
+    let mut setup = restart();
+    setup.admission.lag = Duration::from_secs(45);
+    setup
+}
+
+fn slow_start() -> Setup {
+    let mut setup = restart();
+    setup.admission = Admission {
+        lag: Duration::from_secs(10),
+        slow_start: minutes(1),
+    };
+    setup
+}
+
+fn agent_restarts() -> Setup {
+    let mut setup = restart();
+    for (at, server) in [(104, 0), (112, 1)] {
+        setup
+            .incidents
+            .push((Duration::from_secs(at), Incident::RestartAgent(server)));
+    }
+    setup
+}
+
+fn canary() -> Setup {
+    let mut setup = cluster(vec![agents(900)], LoadBalancer::Leastconn, minutes(20));
+    setup.placement = Placement::Counts(vec![600, 300, 0]);
+    setup.roles = vec![Role::Active, Role::DryRun, Role::Paused];
+    setup
+}
+
+fn flapping() -> Setup {
+    let mut setup = cluster(vec![agents(300)], LoadBalancer::Leastconn, minutes(20));
+    for turn in 0..4 {
+        setup.incidents.extend(dies_and_returns(2, 60 + 90 * turn, 25));
+    }
+    setup
+}
+
+fn two_apiservers() -> Setup {
+    let mut setup = cluster(vec![agents(600)], LoadBalancer::RoundRobin, minutes(24 * 60));
+    setup.apiservers = 2;
+    setup.churn_per_hour = 0.5;
+    setup
+}
+
+fn uneven() -> Setup {
+    Setup {
+        placement: Placement::Counts(vec![1_054, 81, 518]),
+        ..cluster(vec![agents(1_653)], LoadBalancer::RoundRobin, minutes(20))
     }
 }
