@@ -109,7 +109,7 @@ pub struct Policy {
 }
 
 /// The age from which on a connection counts, in intervals.
-const STAYS_AFTER: f64 = 0.6;
+const STAYS_AFTER: f64 = 0.3;
 
 /// What connections from the node itself are: from one of its own addresses, loopback included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -296,7 +296,7 @@ fn a_relays_files_and_addresses() {
     let address = taken.local_addr().expect("an address");
     check(
         &changed(&[format!("--listen={address}")]),
-        &["--listen", &address.to_string(), "port free"],
+        &["--listen", &address.to_string(), "another process listens there"],
     );
     check(&changed(&["--idle-timeout=5".to_owned()]), &["--idle-timeout", "30s"]);
 }

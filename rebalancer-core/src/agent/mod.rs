@@ -46,7 +46,7 @@ use crate::{
 const HISTORY: usize = 1_000;
 
 /// While clients are in transit anywhere, it is looked so often where they land.
-const CLOSE_LOOK: Duration = Duration::from_secs(1);
+const CLOSE_LOOK: Duration = Duration::from_millis(500);
 
 /// So often at most the agent looks whether connections are old enough to count.
 const AGEING: Duration = Duration::from_millis(250);

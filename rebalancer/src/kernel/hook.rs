@@ -138,7 +138,11 @@ impl Hierarchy {
         if unsafe { libc::fstatfs(directory.as_raw_fd(), &raw mut kind) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        #[allow(clippy::unnecessary_cast, clippy::allow_attributes, reason = "its width differs between architectures")]
+        #[allow(
+            clippy::unnecessary_cast,
+            clippy::allow_attributes,
+            reason = "its width differs between architectures"
+        )]
         if kind.f_type as i64 != CGROUP2_SUPER_MAGIC {
             return Err(io::Error::other("it is not on a cgroup2 filesystem"));
         }

@@ -73,7 +73,15 @@ impl Host {
             .args(&self.flags);
         let agent = Process::start("agent", command, Some(self.node().fd()), &self.directory).expect("an agent");
         self.agent = Some(agent);
-        self.expect("the agent answers", |_| true);
+        // It answers before its programs are in place, and is ready once they are.
+        let socket = self.directory.join("agent.sock");
+        let ready = wait_for(PATIENCE, || {
+            if let Some(Err(error)) = self.agent.as_mut().map(Process::is_running) {
+                panic!("{error:#}");
+            }
+            ask_text(&socket, "/readyz").ok().filter(|said| said == "ok\n")
+        });
+        ready.unwrap_or_else(|| panic!("the agent is never ready with {}", self.source));
     }
 
     pub fn ask(&mut self, path: &str) -> Option<Value> {
