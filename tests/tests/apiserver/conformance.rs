@@ -308,7 +308,8 @@ fn the_relay_takes_everything_no_worse_than_the_apiserver() {
                 frame(kind::DATA, END_STREAM, 1, b"test"),
             ]),
         ),
-        ("a plain request", after(&[ask(1), ask(3)])),
+        // One: the apiserver says GOAWAY with its answer to a stranger, and may or may not have read the next by then.
+        ("a plain request", after(&[ask(1)])),
     ];
     let mut stricter = Vec::new();
     for (name, octets) in &cases {
