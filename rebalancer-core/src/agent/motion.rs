@@ -199,13 +199,17 @@ impl Motion {
 /// A window in which those who come anyway are counted.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Windows that are remembered. Their median counts: the rush after a crash is shorter than half of them.
+/// Windows that are remembered. The quietest counts: the rush after a start or a crash is no rate at which clients come
+/// anyway, and to take too many for strangers would leave those who were told in transit for ever.
 const WINDOWS: usize = 7;
+
+/// Fewer say nothing: an agent that just started has seen little else than a rush.
+const FEWEST_WINDOWS: usize = 3;
 
 /// No more than the strangers of this time are set off at once: the rest of a long look is not theirs.
 const OWED: Duration = Duration::from_secs(30);
 
-/// Clients that come for reasons of their own, as many a second as came while nobody was told.
+/// Clients that come for reasons of their own, as many a second as came at the least while nobody was told.
 #[derive(Clone, Debug, Default)]
 struct Strangers {
     windows: VecDeque<f64>,
@@ -231,9 +235,8 @@ impl Strangers {
     /// How many of so many landings are left when those who come anyway are taken off.
     fn taken_off(&mut self, landings: u64, passed: Duration) -> u64 {
         (self.counted, self.passed) = (0, Duration::ZERO);
-        let mut rates: Vec<f64> = self.windows.iter().copied().collect();
-        rates.sort_by(f64::total_cmp);
-        let rate = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
+        let quietest = self.windows.iter().copied().min_by(f64::total_cmp);
+        let rate = quietest.filter(|_| self.windows.len() >= FEWEST_WINDOWS).unwrap_or(0.0);
         self.owed = (self.owed + rate * passed.as_secs_f64()).min(rate * OWED.as_secs_f64());
         let theirs = (self.owed.floor() as u64).min(landings);
         self.owed -= theirs as f64;
@@ -314,6 +317,18 @@ mod tests {
             0,
             "another instance begins anew"
         );
+    }
+
+    #[test]
+    fn a_rush_before_the_first_plan_is_no_rate_at_which_clients_come_anyway() {
+        let mut motion = Motion::default();
+        // All clients connect, one apiserver dies and its own follow: 30 s later the first are told.
+        for (second, accepted) in [(0, 0), (10, 200), (20, 300), (33, 300)] {
+            motion.look(&view(&[("a", 1, 0, accepted, 0, 0)]), 1, SETTLE, at(second));
+        }
+        let told = motion.look(&view(&[("a", 1, 6, 300, 6, 0)]), 1, SETTLE, at(35));
+        let moves = motion.look(&view(&[("a", 1, 6, 305, 1, 0)]), 1, SETTLE, at(39));
+        assert_eq!((told.told, moves.landed, motion.in_transit()), (6, 5, 1));
     }
 
     #[test]
