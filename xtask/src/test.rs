@@ -137,8 +137,8 @@ struct Run {
     only: Vec<String>,
 }
 
-/// Everything there is; counting also on the oldest and the newest of Debian's kernels and on long-term ones between, on
-/// one of them locked down, and steer on the first that takes it and the newest.
+/// Everything there is, within CI's time: counting also on the oldest of Debian's kernels that can and on the first that
+/// takes steer, on one that is too old, on one that is locked down; and steer. All others are a matter of `--kernel`.
 pub fn run_all() -> anyhow::Result<ExitCode> {
     let groups: Vec<Group> = Group::ALL.into_iter().filter(|group| group.exists()).collect();
     let plain = |group: Group, version: &str| Run {
@@ -154,14 +154,14 @@ pub fn run_all() -> anyhow::Result<ExitCode> {
         },
         only: vec![ONLY_IN_MODES.to_owned()],
     };
-    let counting = ["6.1", "6.12", "6.18", vm::NEWEST];
+    let counting = ["6.1", "6.18"];
     let mut runs: Vec<Run> = counting.map(|version| plain(Group::Kernel, version)).into();
     runs.push(Run {
         only: vec![ONLY_ON_OLD_ONES.to_owned()],
         ..plain(Group::Kernel, "5.10")
     });
     runs.extend(MODES.iter().map(in_mode));
-    runs.extend(["6.18", vm::NEWEST].map(|version| plain(Group::Steer, version)));
+    runs.push(plain(Group::Steer, "6.18"));
     run_selected(&groups, &runs)
 }
 

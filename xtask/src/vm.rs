@@ -36,10 +36,6 @@ const SUITES: [(&str, &[&str]); 7] = [
     ("7.2", &["trixie-backports", "sid", "forky"]),
     ("7.3", &["trixie-backports", "sid", "experimental"]),
 ];
-
-/// The newest of Debian's kernels.
-pub const NEWEST: &str = SUITES[SUITES.len() - 1].0;
-
 /// What a VM is besides a kernel: each is what some distribution or cluster has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
