@@ -19,23 +19,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 ///
 /// What getsockopt(2) says.
 pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut cookie = 0_u64;
-    let mut length = mem::size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the pointers are to a u64 and to its length, which live through the call; the descriptor is open.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(cookie)
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    cookie(socket, libc::SO_COOKIE)
 }
 
 /// Which network namespace a socket is in (`SO_NETNS_COOKIE`, Linux 5.14).
@@ -44,6 +28,11 @@ pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
 ///
 /// What getsockopt(2) says.
 pub fn namespace_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    cookie(socket, libc::SO_NETNS_COOKIE)
+}
+
+/// An option of a socket that is a u64.
+fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     let mut cookie = 0_u64;
     let mut length = mem::size_of::<u64>() as libc::socklen_t;
     // SAFETY: the pointers are to a u64 and to its length, which live through the call; the descriptor is open.
@@ -51,7 +40,7 @@ pub fn namespace_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
+            option,
             (&raw mut cookie).cast(),
             &raw mut length,
         )
