@@ -156,10 +156,20 @@ where
     if let End::Protocol(error) = &end {
         pump.relay.fail(*error, &mut pump.out);
     }
+    // On the heap for as long as it lasts: what goes before, which lasts, is small.
+    Box::pin(finish(&mut client, &mut server, &pump, &end)).await;
+    end
+}
+
+/// Writes what is due to each side, and ends both in order.
+async fn finish<C, S>(client: &mut C, server: &mut S, pump: &Pump, end: &End)
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     // A server that ends or a failure of ours: what the client can still get, it gets.
     let last_words = async {
-        let rest = &pump.out.to_client[pump.to_client.sent..];
-        client.write_all(rest).await?;
+        client.write_all(&pump.out.to_client[pump.to_client.sent..]).await?;
         client.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
         let mut discarded = [0; 512];
@@ -172,12 +182,18 @@ where
         }
         io::Result::Ok(())
     };
-    if !matches!(end, End::Client | End::ClientIo(_)) {
-        // However it goes, the connection is over.
-        let _ = timeout(LINGER, last_words).await;
-    }
-    let _ = timeout(LINGER, server.shutdown()).await;
-    end
+    // What the client had sent by then is the server's, as it is without a relay.
+    let last_requests = async {
+        server.write_all(&pump.out.to_server[pump.to_server.sent..]).await?;
+        server.shutdown().await
+    };
+    // However it goes, the connection is over.
+    let last_words = async {
+        if !matches!(end, End::Client | End::ClientIo(_)) {
+            let _ = timeout(LINGER, last_words).await;
+        }
+    };
+    let _ = tokio::join!(last_words, timeout(LINGER, last_requests));
 }
 
 struct Pump {

@@ -222,3 +222,18 @@ fn curl_with_a_limited_rate_gets_everything() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(String::from_utf8_lossy(&output.stdout), BODY.to_string());
 }
+
+#[test]
+fn what_a_client_sent_before_its_end_reaches_the_server() {
+    let world = World::start(&[]);
+    // A fault, and the end of the connection, each in one write with a request.
+    let (mut client, mut server) = world.open(None);
+    client.send(&[request(1, "/last"), frame(kind::CONTINUATION, 0, 1, b"")].concat());
+    assert_eq!(server.expect(kind::HEADERS).stream, 1);
+    assert_eq!(server.rest(), []);
+    let (mut client, mut server) = world.open(None);
+    client.send(&request(1, "/last"));
+    client.shut_down();
+    assert_eq!(server.expect(kind::HEADERS).stream, 1);
+    assert_eq!(server.rest(), []);
+}
