@@ -49,6 +49,10 @@ pub struct SocketRecord {
     pub kind: u32,
     /// The TCP state (include/net/tcp_states.h), in the list.
     pub state: u32,
+    /// The token of the MPTCP connection it is a subflow of, in opens and in the list; 0 for plain TCP.
+    pub token: u32,
+    /// Not 0: it joined other subflows.
+    pub joined: u32,
 }
 
 /// The payload of one early packet of a connection, or a part of it.
@@ -76,7 +80,7 @@ pub struct HelloRecord {
 /// Size of a [`HelloRecord`] without its data.
 pub const HELLO_HEADER: usize = size_of::<HelloRecord>() - HELLO_OCTETS;
 
-/// What the kernel programs keep with a socket.
+/// What the kernel programs keep with a socket whose first octets they look at.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Early {
@@ -128,16 +132,14 @@ pub struct Offsets {
     pub bytes_received: u32,
     /// `tcp_sock.bytes_acked`
     pub bytes_acked: u32,
-    /// `tcp_sock.rcv_nxt`
-    pub rcv_nxt: u32,
     /// `tcp_sock.is_mptcp`; 0 where it is not asked
     pub is_mptcp: u32,
     /// `inet_connection_sock.icsk_ulp_data`, which is where a `tcp_sock` begins
     pub ulp_data: u32,
     /// `mptcp_subflow_context.mp_join`, in bits
     pub mp_join_bit: u32,
-    /// Not 0: what clients offer is read.
-    pub classify: u32,
+    /// `mptcp_subflow_context.token`
+    pub token: u32,
     /// The watched port.
     pub port: u32,
     /// The watched network namespace (inode number of /proc/self/ns/net).

@@ -26,6 +26,7 @@ pub mod policy;
 pub mod proxy_protocol;
 pub mod rho;
 pub mod shim;
+pub mod subflows;
 pub mod table;
 pub mod view;
 pub mod weight;

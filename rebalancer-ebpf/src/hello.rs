@@ -5,10 +5,11 @@
 //! Must never let one connection take more of the ring than [`PIECES`] packets and [`OCTETS`] octets.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_tcp_sock},
+    cty::c_void,
     helpers::generated::{
         bpf_get_socket_cookie, bpf_ringbuf_output, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes,
-        bpf_skc_to_tcp_sock, bpf_tcp_sock,
+        bpf_skc_to_tcp_sock, bpf_tcp_sock as tcp_of,
     },
     macros::cgroup_skb,
     programs::SkBuffContext,
@@ -63,15 +64,17 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
         if socket.is_null() || core::ptr::read_volatile(&raw const (*socket).src_port) != offset!(port) {
             return PASS;
         }
-        let full = bpf_sk_fullsock(socket);
-        if full.is_null() {
+        let tcp = tcp_of(socket);
+        // What most connections pay ends here: their beginning is long past.
+        if tcp.is_null() || (*tcp).bytes_received > u64::from(LONGEST) {
             return PASS;
         }
-        let early = storage(full, 0);
+        let mut early = storage(tcp.cast(), 0);
         if early.is_null() {
-            unseen(&ctx, full);
-        } else if (*early).done == 0 {
-            of_connection(&ctx, full, early);
+            early = beginning(&ctx, socket, tcp);
+        }
+        if !early.is_null() && (*early).done == 0 {
+            of_connection(&ctx, tcp, early);
         }
     }
     PASS
@@ -79,14 +82,14 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
 
 /// # Safety
 ///
-/// `full` is a full socket, as the verifier knows.
+/// `socket` is a socket, as the verifier knows.
 #[inline(always)]
-unsafe fn storage(full: *mut bpf_sock, flags: u32) -> *mut Early {
-    // SAFETY: the helper takes a full socket.
+unsafe fn storage(socket: *mut c_void, flags: u32) -> *mut Early {
+    // SAFETY: the helper takes any kind of socket.
     unsafe {
         bpf_sk_storage_get(
             (&raw const EARLY).cast_mut().cast(),
-            full.cast(),
+            socket,
             core::ptr::null_mut(),
             u64::from(flags),
         )
@@ -94,42 +97,55 @@ unsafe fn storage(full: *mut bpf_sock, flags: u32) -> *mut Early {
     }
 }
 
-/// A packet of a socket whose opening was not seen: of the listening one, or of a connection that opened just before the
-/// programs were attached.
+/// A packet of a socket of which nothing is kept: what to keep of it from now on, or null when it is none whose beginning
+/// is to be seen. Storage is made here and not when the connection opens, where it would be most of what an open costs.
 ///
 /// # Safety
 ///
-/// `full` is a full socket, as the verifier knows.
+/// `socket` is a socket and `tcp` what TCP has of it, as the verifier knows.
 #[inline(always)]
-unsafe fn unseen(ctx: &SkBuffContext, full: *mut bpf_sock) {
-    // SAFETY: the helpers take a full socket; what they answer is checked for null before it is read or written.
+unsafe fn beginning(ctx: &SkBuffContext, socket: *mut bpf_sock, tcp: *mut bpf_tcp_sock) -> *mut Early {
+    const NOTHING: *mut Early = core::ptr::null_mut();
+    // SAFETY: the helpers take a socket; what they answer is checked for null before it is read or written.
     unsafe {
+        let full = bpf_sk_fullsock(socket);
+        if full.is_null() {
+            return NOTHING;
+        }
+        let state = (*full).state;
+        // The packet that ends the TCP handshake may have brought data: then no segment came without. Any other stream
+        // that has begun did so before the programs were there.
+        let begun = (*tcp).bytes_received != 0;
+        let with_handshake = begun && (*tcp).segs_in == (*tcp).data_segs_in;
+        if state != LISTEN && (state != ESTABLISHED || (begun && !with_handshake)) {
+            return NOTHING;
+        }
         let kernel = bpf_skc_to_tcp_sock(full.cast()) as *const u8;
         if kernel.is_null() || !read::in_namespace(kernel) {
-            return;
+            return NOTHING;
         }
-        if (*full).state == LISTEN {
-            // The packet that ends the TCP handshake may bring the hello; it is filtered before there is a connection.
-            if let Some(segment) = segment(ctx)
-                && segment.flags & (SYN_OR_RST | ACK) == ACK
-            {
-                before_connection(ctx, &segment);
+        if !with_handshake {
+            let Some(segment) = segment(ctx) else {
+                return NOTHING;
+            };
+            if state == LISTEN {
+                // It is filtered before there is a connection.
+                if segment.flags & (SYN_OR_RST | ACK) == ACK {
+                    before_connection(ctx, &segment);
+                }
+                return NOTHING;
             }
-            return;
         }
-        let tcp = bpf_tcp_sock(full);
-        if (*full).state != ESTABLISHED || tcp.is_null() || (*tcp).bytes_received != 0 {
-            // Its stream has begun already.
-            return;
+        if !read::is_first(kernel) {
+            return NOTHING;
         }
-        let start = (*tcp).rcv_nxt;
-        let early = storage(full, BPF_SK_STORAGE_GET_F_CREATE);
+        let early = storage(full.cast(), BPF_SK_STORAGE_GET_F_CREATE);
         if early.is_null() {
             lost(LOST_STORAGE);
-            return;
+        } else {
+            (*early).start = (*tcp).rcv_nxt.wrapping_sub((*tcp).bytes_received as u32);
         }
-        (*early).start = start;
-        of_connection(ctx, full, early);
+        early
     }
 }
 
@@ -137,19 +153,11 @@ unsafe fn unseen(ctx: &SkBuffContext, full: *mut bpf_sock) {
 ///
 /// # Safety
 ///
-/// `full` is a full socket, as the verifier knows, and `early` its storage.
+/// `tcp` is what TCP has of a socket, as the verifier knows, and `early` that socket's storage.
 #[inline(always)]
-unsafe fn of_connection(ctx: &SkBuffContext, full: *mut bpf_sock, early: *mut Early) {
-    // SAFETY: what the helper answers is checked for null.
-    let received = unsafe {
-        let tcp = bpf_tcp_sock(full);
-        if tcp.is_null() {
-            return;
-        }
-        (*tcp).rcv_nxt
-    };
-    // SAFETY: `early` is a storage of this socket.
-    let early = unsafe { &mut *early };
+unsafe fn of_connection(ctx: &SkBuffContext, tcp: *mut bpf_tcp_sock, early: *mut Early) {
+    // SAFETY: both pointers were checked for null.
+    let (received, early) = unsafe { ((*tcp).rcv_nxt, &mut *early) };
     // What TCP has taken has passed here: retransmissions of it bring nothing.
     let received = received.wrapping_sub(early.start);
     if received > LONGEST || (early.wanted != 0 && received >= early.wanted) {
@@ -296,7 +304,7 @@ fn hand_over(ctx: &SkBuffContext, segment: &Segment, cookie: u64, offset: u32, e
                 (&raw const HELLOS).cast_mut().cast(),
                 (&raw mut *record).cast(),
                 u64::from(HELLO_HEADER as u32 + taken),
-                wake_beyond(&HELLOS, 1 << 19),
+                wake_beyond(&HELLOS, 1 << 19, 1 << 14),
             )
         };
         if full != 0 {

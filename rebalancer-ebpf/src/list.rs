@@ -49,7 +49,7 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
             return 0;
         }
         let tcp = read::watched(socket);
-        if tcp.is_null() || !read::is_first(tcp) {
+        if tcp.is_null() {
             return 0;
         }
         let mut record = SocketRecord {
@@ -60,6 +60,7 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
             ..SocketRecord::default()
         };
         read::addresses(common, &mut record);
+        read::group(tcp, &mut record);
         bpf_seq_write(
             seq,
             (&raw mut record).cast(),

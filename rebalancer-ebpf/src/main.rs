@@ -34,11 +34,10 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     sport: 0,
     bytes_received: 0,
     bytes_acked: 0,
-    rcv_nxt: 0,
     is_mptcp: 0,
     ulp_data: 0,
     mp_join_bit: 0,
-    classify: 0,
+    token: 0,
     port: 0,
     netns: 0,
 });
@@ -72,10 +71,13 @@ pub struct Scratch {
 static EARLY: SkStorage<Early> = SkStorage::new();
 
 /// How to submit to a ring: the agent looks every tenth of a second, and is woken only when more than `octets` wait.
-/// Waking it for each event costs more than all the rest, an interrupt to itself from wherever the event happened.
+/// Waking it costs more than all the rest, an interrupt to itself from wherever the event happened: it is woken when what
+/// waits passes `octets`, a power of two, or a multiple of it, and not again for each event until it comes.
+/// The records of `window` octets may each find that they passed it, since other processors reserve meanwhile.
 #[inline(always)]
-fn wake_beyond(ring: &RingBuf, octets: u64) -> u64 {
-    if ring.query(u64::from(BPF_RB_AVAIL_DATA)) > octets {
+fn wake_beyond(ring: &RingBuf, octets: u64, window: u64) -> u64 {
+    let waiting = ring.query(u64::from(BPF_RB_AVAIL_DATA));
+    if waiting >= octets && waiting & (octets - 1) < window {
         u64::from(BPF_RB_FORCE_WAKEUP)
     } else {
         u64::from(BPF_RB_NO_WAKEUP)

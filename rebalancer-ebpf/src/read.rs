@@ -70,6 +70,34 @@ pub unsafe fn watched(socket: *mut c_void) -> *const u8 {
     }
 }
 
+/// What MPTCP keeps of the socket; 0 for plain TCP, and where it is not asked.
+///
+/// # Safety
+///
+/// `tcp` is a `tcp_sock` that the verifier knows.
+#[inline(always)]
+unsafe fn mptcp(tcp: *const u8) -> u64 {
+    // The offset is a constant: where it is 0 the verifier never sees what follows, nor the helper below, which a kernel
+    // in lockdown (confidentiality) refuses.
+    // SAFETY: see `direct`.
+    unsafe {
+        if offset!(is_mptcp) == 0 || direct::<u8>(tcp, offset!(is_mptcp)) == 0 {
+            return 0;
+        }
+        direct(tcp, offset!(ulp_data))
+    }
+}
+
+/// Reads what MPTCP keeps, which has no type there, so that a helper must, which checks the address and copies.
+#[inline(always)]
+fn kept<T>(subflow: u64, offset: u32) -> Option<T> {
+    if offset!(is_mptcp) == 0 {
+        return None;
+    }
+    // SAFETY: the helper takes any address.
+    unsafe { bpf_probe_read_kernel((subflow + u64::from(offset)) as *const T) }.ok()
+}
+
 /// Whether a client's connection is this one: with MPTCP it has further ones, which have joined the first.
 ///
 /// # Safety
@@ -77,21 +105,29 @@ pub unsafe fn watched(socket: *mut c_void) -> *const u8 {
 /// `tcp` is a `tcp_sock` that the verifier knows.
 #[inline(always)]
 pub unsafe fn is_first(tcp: *const u8) -> bool {
-    // The offset is a constant: where it is 0 the verifier never sees what follows, whose helper a kernel in lockdown
-    // (confidentiality) refuses.
-    if offset!(is_mptcp) == 0 {
-        return true;
-    }
-    // SAFETY: see `direct`; what MPTCP keeps of a subflow has no type there, so that a helper must read it, which checks
-    // the address and copies.
-    unsafe {
-        if direct::<u8>(tcp, offset!(is_mptcp)) == 0 {
-            return true;
-        }
-        let subflow: u64 = direct(tcp, offset!(ulp_data));
-        let bit = offset!(mp_join_bit);
-        let flags = bpf_probe_read_kernel((subflow + u64::from(bit / 8)) as *const u8).unwrap_or(0);
-        flags >> (bit % 8) & 1 == 0
+    // SAFETY: as the caller says.
+    let subflow = unsafe { mptcp(tcp) };
+    subflow == 0 || !has_joined(subflow)
+}
+
+#[inline(always)]
+fn has_joined(subflow: u64) -> bool {
+    let bit = offset!(mp_join_bit);
+    kept::<u8>(subflow, bit / 8).unwrap_or(0) >> (bit % 8) & 1 == 1
+}
+
+/// Which MPTCP connection it is of.
+///
+/// # Safety
+///
+/// `tcp` is a `tcp_sock` that the verifier knows.
+#[inline(always)]
+pub unsafe fn group(tcp: *const u8, record: &mut SocketRecord) {
+    // SAFETY: as the caller says.
+    let subflow = unsafe { mptcp(tcp) };
+    if subflow != 0 {
+        record.token = kept(subflow, offset!(token)).unwrap_or(0);
+        record.joined = u32::from(has_joined(subflow));
     }
 }
 

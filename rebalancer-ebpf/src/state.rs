@@ -4,16 +4,16 @@
 //! TCP_USER_TIMEOUT, by `ss -K`. Whatever comes after ESTABLISHED is its end.
 
 use aya_ebpf::{
-    bindings::{BPF_RB_FORCE_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE},
+    bindings::BPF_RB_FORCE_WAKEUP,
     cty::c_void,
-    helpers::generated::{bpf_get_socket_cookie, bpf_sk_storage_get},
+    helpers::generated::bpf_get_socket_cookie,
     macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{Early, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, LOST_STORAGE, SocketRecord};
+use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketRecord};
 
-use crate::{EARLY, EVENTS, lost, offset, read, wake_beyond};
+use crate::{EVENTS, lost, offset, read, wake_beyond};
 
 /// include/net/tcp_states.h
 const ESTABLISHED: i32 = 1;
@@ -42,17 +42,6 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     if tcp.is_null() || !unsafe { read::in_namespace(common) } {
         return 0;
     }
-    if kind == KIND_OPENED {
-        // SAFETY: as above.
-        unsafe {
-            if !read::is_first(tcp) {
-                return 0;
-            }
-            if offset!(classify) != 0 {
-                expect_hello(socket, tcp);
-            }
-        }
-    }
     let Some(mut entry) = EVENTS.reserve::<SocketRecord>(0) else {
         lost(LOST_EVENTS);
         warn!(&ctx, "no room for the event of a socket on port {}", offset!(port));
@@ -71,7 +60,10 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     } else {
         // Who it is with is told once.
         // SAFETY: as above.
-        unsafe { read::addresses(common, &mut record) };
+        unsafe {
+            read::addresses(common, &mut record);
+            read::group(tcp, &mut record);
+        }
     }
     // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
     record.cookie = unsafe { bpf_get_socket_cookie(socket) };
@@ -81,33 +73,8 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     entry.submit(if kind == KIND_LISTENER {
         u64::from(BPF_RB_FORCE_WAKEUP)
     } else {
-        wake_beyond(&EVENTS, 1 << 17)
+        wake_beyond(&EVENTS, 1 << 17, 1 << 10)
     });
     debug!(&ctx, "socket {:x}: state {} to {}", cookie, old, new);
     0
-}
-
-/// Notes where the client's stream begins. What comes with the end of the TCP handshake itself is still to be taken, so
-/// that the next octet TCP expects is the first.
-///
-/// # Safety
-///
-/// `socket` and `tcp` are the same socket, as the verifier knows.
-#[inline(always)]
-unsafe fn expect_hello(socket: *mut c_void, tcp: *const u8) {
-    // SAFETY: the helper takes the tracepoint's socket; what it answers is checked for null before it is written.
-    unsafe {
-        let early: *mut Early = bpf_sk_storage_get(
-            (&raw const EARLY).cast_mut().cast(),
-            socket,
-            core::ptr::null_mut(),
-            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
-        )
-        .cast();
-        if early.is_null() {
-            lost(LOST_STORAGE);
-        } else {
-            (*early).start = read::direct(tcp, offset!(rcv_nxt));
-        }
-    }
 }

@@ -3,6 +3,7 @@
 pub mod apiserver;
 pub mod balancer;
 pub mod bench;
+pub mod cgroup;
 pub mod demo;
 pub mod fixture;
 pub mod h2client;

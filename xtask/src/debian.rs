@@ -3,7 +3,7 @@
 //! Must never change what the system has installed, nor its own package lists.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -166,13 +166,7 @@ impl Suite {
 ///
 /// It is still missing then.
 pub fn install(program: &str, package: &str) -> anyhow::Result<()> {
-    let there = || {
-        Command::new(program)
-            .arg("--version")
-            .output()
-            .is_ok_and(|output| output.status.success())
-    };
-    if there() {
+    if on_path(program).is_some() {
         return Ok(());
     }
     eprintln!("{program} is needed and missing: installing Debian's package {package}");
@@ -189,10 +183,18 @@ pub fn install(program: &str, package: &str) -> anyhow::Result<()> {
     };
     apt(&["update", "-qq"])?;
     apt(&["install", "-qq", "--yes", "--no-install-recommends", package])?;
-    if !there() {
+    if on_path(program).is_none() {
         bail!("{program} is still missing; install it by hand");
     }
     Ok(())
+}
+
+/// Where a program is that a shell would run. Debian's servers are in `sbin`, which is not on everybody's PATH.
+pub fn on_path(program: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file())
 }
 
 /// The Debian mirror that apt is configured with.

@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::arch::Arch;
+use crate::debian;
 use crate::ebpf;
 use crate::run::{cargo, is_root, root, run, shown, target};
 use crate::vm::{self, Machine, Mode};
@@ -180,6 +181,9 @@ const MODES_ON: &str = "6.12";
 /// What each mode is tried with: whether the programs load, and what they see.
 const ONLY_IN_MODES: &str = "offers";
 
+/// Programs that tests have for peers, and Debian's packages of them: installed where they are missing, as qemu is.
+const PEERS: [(Group, &str, &str); 2] = [(Group::Cluster, "haproxy", "haproxy"), (Group::Cluster, "curl", "curl")];
+
 /// Runs groups here, and others in VMs; the last line counts all of it.
 fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
     for group in groups.iter().chain(runs.iter().map(|run| &run.group)) {
@@ -203,6 +207,12 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
             "rebalancer-tests",
             "--bins",
         ]))?;
+    }
+
+    for (_, program, package) in PEERS.iter().filter(|(group, ..)| groups.contains(group)) {
+        if let Err(error) = debian::install(program, package) {
+            eprintln!("{error:#}: the tests that need it are skipped");
+        }
     }
 
     let mut total = Counts::default();

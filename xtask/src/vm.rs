@@ -97,8 +97,8 @@ impl Machine {
     }
 }
 
-/// Modules the tests need, in the order they are loaded: namespaces on a bridge, and sock_diag.
-const MODULES: [&str; 6] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag"];
+/// Modules the tests need, in the order they are loaded: namespaces on a bridge, sock_diag, and a queue that drops packets.
+const MODULES: [&str; 7] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag", "sch_tbf"];
 
 /// No run takes longer, emulated as it is.
 const SECONDS: &str = "1800";
@@ -147,8 +147,10 @@ fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &
     guest.pack(&image, extras, &initramfs)?;
     let (emulated, console) = arch.machine();
     // What follows `--` is the first process's: what it is to run.
+    // The long form of tests is asked for in the guest as it is here.
+    let long = std::env::var_os("REBALANCER_LONG").map_or("", |_| "REBALANCER_LONG=1 ");
     let append = format!(
-        "{console} panic=-1 quiet {} -- /{} {}",
+        "{console} panic=-1 quiet {long}{} -- /{} {}",
         mode.map(Mode::append).unwrap_or_default(),
         guest.path,
         arguments.join(" ")

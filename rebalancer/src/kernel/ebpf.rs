@@ -7,11 +7,8 @@ use std::{
     fs,
     io::{self, Read as _},
     mem,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::{
-        fd::{AsFd as _, AsRawFd},
-        unix::fs::MetadataExt as _,
-    },
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,14 +20,14 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rebalancer_common::{
-    HelloRecord, KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES,
-    LOST_STORAGE, Offsets, SocketRecord,
+    KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES, LOST_STORAGE,
+    Offsets, SocketRecord,
 };
 use rebalancer_core::{
-    btf,
     hellos::Hellos,
     ids::{ConnectionId, Timestamp},
     observation::{HelloLoss, Observation, Socket},
+    subflows::Subflows,
 };
 use tokio::{
     io::{
@@ -40,12 +37,17 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 
-use super::{KernelLog, Options, addresses, hook::Hook, refusal::hint, sockdiag};
+use super::{
+    KernelLog, Options, addresses,
+    ebpf_error::{BTF, EbpfError, refused},
+    hook::Hook,
+    offsets::offsets,
+    records::{hello, record, subflow},
+    sockdiag,
+};
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-ebpf.o"));
-
-const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// How often the rings are looked at: the programs wake nobody for a few events.
 const LOOK: Duration = Duration::from_millis(100);
@@ -61,70 +63,6 @@ const SAY_EVERY: u32 = 10;
 
 const ESTABLISHED: u32 = 1;
 
-/// Why the kernel programs cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum EbpfError {
-    /// The binary carries none.
-    #[error("this build carries no kernel programs: run `cargo xtask build-ebpf` before `cargo build`")]
-    NotBuilt,
-    /// The kernel has no type information.
-    #[error("cannot read {BTF}: {0}; the kernel must be built with CONFIG_DEBUG_INFO_BTF, as distributions' are")]
-    NoBtf(io::Error),
-    /// The type information lacks something.
-    #[error(transparent)]
-    Btf(#[from] btf::BtfError),
-    /// The kernel refused.
-    #[error("the kernel refuses {what}: {why}{}{}", hint(.why), super::release::hint())]
-    Refused {
-        /// What.
-        what: &'static str,
-        /// What it said.
-        why: String,
-    },
-    /// A file or ring failed.
-    #[error("{what}: {source}")]
-    Io {
-        /// What.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-fn refused(what: &'static str) -> impl FnOnce(&dyn std::error::Error) -> EbpfError {
-    move |error| {
-        let mut why = error.to_string();
-        let mut cause = error.source();
-        while let Some(inner) = cause {
-            let said = inner.to_string();
-            // Some errors show their cause themselves.
-            if !why.contains(&said) {
-                why = format!("{why}: {said}");
-            }
-            cause = inner.source();
-        }
-        EbpfError::Refused {
-            what,
-            why: shortened(&why),
-        }
-    }
-}
-
-/// The verifier's log can be thousands of lines: its beginning names the call, its end the reason.
-fn shortened(why: &str) -> String {
-    const LINES: usize = 6;
-    let lines: Vec<&str> = why.lines().collect();
-    if lines.len() <= 2 * LINES {
-        return why.to_owned();
-    }
-    let left_out = lines.len() - 1 - LINES;
-    format!(
-        "{}\n  … {left_out} lines …\n{}",
-        lines[0],
-        lines[lines.len() - LINES..].join("\n")
-    )
-}
-
 /// The loaded programs.
 pub struct Programs {
     ebpf: Ebpf,
@@ -137,6 +75,7 @@ pub struct Programs {
     /// Runs of the program that counts which the kernel left out.
     counted_misses: u64,
     hellos_begun: Hellos,
+    subflows: Subflows,
     counted_given_up: u64,
     malformed: u64,
     /// Hellos that were lost since the last line about them.
@@ -224,6 +163,7 @@ impl Programs {
             counted_lost: [0; LOST_COUNTERS as usize],
             counted_misses: 0,
             hellos_begun: Hellos::default(),
+            subflows: Subflows::default(),
             counted_given_up: 0,
             malformed: 0,
             unsaid: BTreeMap::new(),
@@ -294,7 +234,7 @@ impl Programs {
     /// The complete list for the truth, and what happened before and while it was made.
     fn complete(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
-        let (sockets, listener) = self.sockets()?;
+        let (sockets, listener) = self.sockets(true)?;
         let live: HashSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
         self.hellos_begun.keep(&live);
         observations.extend(self.place_hook());
@@ -309,18 +249,22 @@ impl Programs {
     /// The list beside the events, and what happened before and while it was made.
     fn listed(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
-        let (sockets, listener) = self.sockets()?;
+        let (sockets, listener) = self.sockets(false)?;
         observations.extend(self.own_addresses());
         observations.push(Observation::Listed { sockets, listener });
         observations.extend(self.drain());
         Ok(observations)
     }
 
-    fn sockets(&mut self) -> Result<(Vec<Socket>, Option<ConnectionId>), EbpfError> {
+    /// The connections, as the list has them; with `complete` it is the truth of which subflows there are.
+    fn sockets(&mut self, complete: bool) -> Result<(Vec<Socket>, Option<ConnectionId>), EbpfError> {
         let (established, listening): (Vec<_>, Vec<_>) =
             self.list()?.into_iter().partition(|record| record.state == ESTABLISHED);
         let listener = listening.iter().map(|record| ConnectionId(record.cookie)).max();
-        Ok((established.iter().map(socket).collect(), listener))
+        let connections = self
+            .subflows
+            .listed(established.iter().map(subflow).collect(), complete);
+        Ok((connections, listener))
     }
 
     /// The node's addresses, when they are others than before.
@@ -487,7 +431,10 @@ impl Programs {
         for event in events {
             match event.kind {
                 KIND_OPENED => {
-                    let socket = socket(&event);
+                    // One more subflow of a client that is there is none of its own.
+                    let Some(socket) = self.subflows.opened(subflow(&event)) else {
+                        continue;
+                    };
                     let offered = self.hellos_begun.opened(&socket, now);
                     let id = socket.id;
                     observations.push(Observation::Opened(socket));
@@ -496,11 +443,12 @@ impl Programs {
                 KIND_CLOSED => {
                     let id = ConnectionId(event.cookie);
                     self.hellos_begun.closed(id);
-                    observations.push(Observation::Closed {
+                    let ended = self.subflows.closed(id).map(|id| Observation::Closed {
                         id,
                         bytes_in: event.bytes_in,
                         bytes_out: event.bytes_out,
                     });
+                    observations.extend(ended);
                 }
                 // The state changes a moment before the socket can be listed: the list is taken now and once more.
                 KIND_LISTENER => {
@@ -560,101 +508,4 @@ where
         .ok_or_else(missing)?
         .try_into()
         .map_err(|error: ProgramError| refused("a program")(&error))
-}
-
-/// Where the kernel's members are, and what is watched.
-fn offsets(blob: &[u8], options: &Options) -> Result<Offsets, EbpfError> {
-    let btf = btf::Btf::parse(blob)?;
-    let common = |member| btf.offset("sock_common", member);
-    let tcp = |member| btf.offset("tcp_sock", member);
-    let netns = fs::metadata("/proc/self/ns/net").map_err(|source| EbpfError::Io {
-        what: "/proc/self/ns/net",
-        source,
-    })?;
-    // A kernel built without MPTCP has no such member.
-    let is_mptcp = tcp("is_mptcp").unwrap_or(0);
-    let mp_join_bit = btf.bits("mptcp_subflow_context", "mp_join");
-    Ok(Offsets {
-        family: common("skc_family")?,
-        state: common("skc_state")?,
-        num: common("skc_num")?,
-        dport: common("skc_dport")?,
-        daddr: common("skc_daddr")?,
-        rcv_saddr: common("skc_rcv_saddr")?,
-        v6_daddr: common("skc_v6_daddr")?,
-        v6_rcv_saddr: common("skc_v6_rcv_saddr")?,
-        net: common("skc_net")?,
-        inum: btf.offset("net", "ns")? + btf.offset("ns_common", "inum")?,
-        sport: btf.offset("inet_sock", "inet_sport")?,
-        bytes_received: tcp("bytes_received")?,
-        bytes_acked: tcp("bytes_acked")?,
-        rcv_nxt: tcp("rcv_nxt")?,
-        is_mptcp: if mp_join_bit.is_ok() { is_mptcp } else { 0 },
-        ulp_data: btf.offset("inet_connection_sock", "icsk_ulp_data")?,
-        mp_join_bit: mp_join_bit.unwrap_or(0),
-        classify: u32::from(options.classify),
-        port: u32::from(options.port),
-        netns: u32::try_from(netns.ino()).unwrap_or(0),
-    })
-}
-
-/// Reads a record; `None` when it is not whole.
-fn record(bytes: &[u8]) -> Option<SocketRecord> {
-    let word = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u64::from_ne_bytes(*chunk));
-    let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
-    Some(SocketRecord {
-        cookie: word(mem::offset_of!(SocketRecord, cookie))?,
-        bytes_in: word(mem::offset_of!(SocketRecord, bytes_in))?,
-        bytes_out: word(mem::offset_of!(SocketRecord, bytes_out))?,
-        local: *bytes.get(mem::offset_of!(SocketRecord, local)..)?.first_chunk()?,
-        remote: *bytes.get(mem::offset_of!(SocketRecord, remote)..)?.first_chunk()?,
-        local_port: half(mem::offset_of!(SocketRecord, local_port))?,
-        remote_port: half(mem::offset_of!(SocketRecord, remote_port))?,
-        kind: half(mem::offset_of!(SocketRecord, kind))?,
-        state: half(mem::offset_of!(SocketRecord, state))?,
-    })
-}
-
-/// The payload of an early packet.
-struct Hello<'a> {
-    id: ConnectionId,
-    offset: usize,
-    payload: &'a [u8],
-    local: IpAddr,
-    remote: SocketAddr,
-}
-
-/// Reads a hello; `None` when it is not whole.
-fn hello(bytes: &[u8]) -> Option<Hello<'_>> {
-    let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
-    let ip = |at: usize| bytes.get(at..)?.first_chunk::<16>().map(|octets| address(*octets));
-    let length = half(mem::offset_of!(HelloRecord, length))? as usize;
-    let data = bytes.get(mem::offset_of!(HelloRecord, data)..)?;
-    let remote_port = half(mem::offset_of!(HelloRecord, remote_port))?;
-    Some(Hello {
-        id: ConnectionId(u64::from_ne_bytes(*bytes.first_chunk()?)),
-        offset: half(mem::offset_of!(HelloRecord, offset))? as usize,
-        payload: data.get(..length)?,
-        local: ip(mem::offset_of!(HelloRecord, local))?,
-        remote: SocketAddr::new(
-            ip(mem::offset_of!(HelloRecord, remote))?,
-            u16::try_from(remote_port).unwrap_or(0),
-        ),
-    })
-}
-
-/// An address as the programs write it.
-fn address(octets: [u8; 16]) -> IpAddr {
-    IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
-}
-
-fn socket(record: &SocketRecord) -> Socket {
-    let port = |port: u32| u16::try_from(port).unwrap_or(0);
-    Socket {
-        id: ConnectionId(record.cookie),
-        local: SocketAddr::new(address(record.local), port(record.local_port)),
-        remote: SocketAddr::new(address(record.remote), port(record.remote_port)),
-        bytes_in: record.bytes_in,
-        bytes_out: record.bytes_out,
-    }
 }

@@ -5,7 +5,10 @@
 
 mod addresses;
 mod ebpf;
+mod ebpf_error;
 mod hook;
+mod offsets;
+mod records;
 mod refusal;
 mod release;
 mod sockdiag;
@@ -16,7 +19,7 @@ use clap::ValueEnum;
 use rebalancer_core::observation::Observation;
 use serde::{Deserialize, Serialize};
 
-pub use refusal::{Lockdown, hint};
+pub use refusal::{Lockdown, hint, probe_hint};
 pub use release::OLDEST;
 pub use sockdiag::list;
 
@@ -92,8 +95,8 @@ pub enum SourceError {
 }
 
 // The whole chain is in the message: a verifier's answer should be read once, not once a layer.
-impl From<ebpf::EbpfError> for SourceError {
-    fn from(error: ebpf::EbpfError) -> Self {
+impl From<ebpf_error::EbpfError> for SourceError {
+    fn from(error: ebpf_error::EbpfError) -> Self {
         Self::Ebpf(error.to_string().into())
     }
 }
@@ -109,7 +112,7 @@ pub enum Source {
     /// The kernel programs.
     Ebpf(Box<ebpf::Programs>),
     /// The polled socket list.
-    Sockdiag(sockdiag::Sockdiag),
+    Sockdiag(Box<sockdiag::Sockdiag>),
 }
 
 impl Source {
@@ -119,7 +122,7 @@ impl Source {
     ///
     /// What the kernel refuses, and what to do about it.
     pub fn open(options: &Options) -> Result<Self, SourceError> {
-        let sockdiag = || sockdiag::Sockdiag::open(options.port, options.classify);
+        let sockdiag = || sockdiag::Sockdiag::open(options.port, options.classify).map(Box::new);
         match options.source {
             SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(options)?))),
             SourceKind::Sockdiag => Ok(Self::Sockdiag(sockdiag()?)),

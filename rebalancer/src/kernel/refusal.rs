@@ -60,6 +60,9 @@ struct Circumstances {
     seccomp: bool,
     /// `RLIMIT_MEMLOCK` in octets, where it counts: before Linux 5.11 maps were charged to it.
     memlock: Option<u64>,
+    /// `kernel.perf_event_paranoid`, where it counts: for probes, above 2, which is Debian's and Ubuntu's own, and asks
+    /// for CAP_SYS_ADMIN.
+    paranoid: Option<i64>,
 }
 
 impl Circumstances {
@@ -85,6 +88,7 @@ impl Circumstances {
             selinux: fs::read_to_string("/sys/fs/selinux/enforce").is_ok_and(|text| text.trim() == "1"),
             seccomp: field("Seccomp:") == Some("2"),
             memlock: is_before_5_11(&release).then(memlock).flatten(),
+            paranoid: (!has(21)).then(paranoid).flatten(),
         }
     }
 
@@ -126,11 +130,17 @@ impl Circumstances {
                 "this kernel charges maps to the memory that may be locked, {octets} octets: raise `ulimit -l` (LimitMEMLOCK=)"
             ));
         }
+        if let Some(level) = self.paranoid {
+            causes.push(format!(
+                "kernel.perf_event_paranoid is {level}, and above 2 this kernel may ask for CAP_SYS_ADMIN: set it to 2, or \
+                 add the capability"
+            ));
+        }
         if self.selinux {
             causes.push("SELinux is enforcing: its log (ausearch -m avc) says whether it was that".to_owned());
         }
         if self.seccomp {
-            causes.push("a seccomp filter is on: it must let bpf(2) pass".to_owned());
+            causes.push("a seccomp filter is on: it must let bpf(2) and perf_event_open(2) pass".to_owned());
         }
         if causes.is_empty() {
             return "; the process has the capabilities it needs: a container's user namespace, or a security module \
@@ -141,9 +151,24 @@ impl Circumstances {
     }
 }
 
-/// What to do about a refusal.
+/// What to do about a refusal of a program that counts: no such program is a perf event.
 pub fn hint(why: &str) -> String {
+    let circumstances = Circumstances {
+        paranoid: None,
+        ..Circumstances::here()
+    };
+    circumstances.hint(why)
+}
+
+/// What to do about a refusal of a probe, which is a perf event (perf_event_open(2)).
+pub fn probe_hint(why: &str) -> String {
     Circumstances::here().hint(why)
+}
+
+/// The level, where it is above what Linux itself knows.
+fn paranoid() -> Option<i64> {
+    let text = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").ok()?;
+    text.trim().parse().ok().filter(|level| *level > 2)
 }
 
 fn is_before_5_11(release: &str) -> bool {
@@ -176,6 +201,7 @@ mod tests {
             selinux: false,
             seccomp: false,
             memlock: None,
+            paranoid: None,
         }
     }
 
@@ -219,6 +245,14 @@ mod tests {
             ),
             (
                 Circumstances {
+                    paranoid: Some(3),
+                    ..nothing()
+                },
+                "`perf_event_open` failed: Permission denied (os error 13)",
+                "perf_event_paranoid is 3",
+            ),
+            (
+                Circumstances {
                     lockdown: Lockdown::Unknown,
                     ..nothing()
                 },
@@ -240,6 +274,7 @@ mod tests {
             "SELinux",
             "seccomp",
             "octets",
+            "perf_event_paranoid",
             "locked down",
         ];
         for (circumstances, why, named) in cases {

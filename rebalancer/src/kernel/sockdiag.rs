@@ -16,6 +16,7 @@ use super::addresses;
 use rebalancer_core::{
     ids::ConnectionId,
     observation::{Observation, Socket},
+    subflows::{Subflow, Subflows},
 };
 use socket2::{Domain, Protocol, Type};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
@@ -37,9 +38,11 @@ const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
 /// include/uapi/linux/inet_diag.h: the attribute with `struct tcp_info`.
 const INET_DIAG_INFO: u16 = 2;
-/// The attribute of what lies above TCP, in it MPTCP's, and in that the flags of a subflow (include/uapi/linux/mptcp.h).
+/// The attribute of what lies above TCP, in it MPTCP's, and in that a subflow's own token and its flags
+/// (include/uapi/linux/mptcp.h).
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_ULP_INFO_MPTCP: u16 = 3;
+const MPTCP_SUBFLOW_ATTR_TOKEN_LOC: u16 = 2;
 const MPTCP_SUBFLOW_ATTR_FLAGS: u16 = 8;
 /// The client made it to join its first one.
 const MPTCP_SUBFLOW_FLAG_JOIN_REM: u32 = 1 << 2;
@@ -82,8 +85,8 @@ pub enum SockdiagError {
 /// A complete list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct List {
-    /// Established connections on the port.
-    pub sockets: Vec<Socket>,
+    /// Established connections on the port, each subflow of MPTCP by itself.
+    pub sockets: Vec<Subflow>,
     /// Who listens.
     pub listener: Option<ConnectionId>,
     /// The cgroups of all sockets that listen, by id.
@@ -212,29 +215,33 @@ fn read_socket(message: &[u8], port: u16, found: &mut List) -> Option<()> {
             let cgroup = attribute(attributes, INET_DIAG_CGROUP_ID).and_then(|value| u64_at(value, 0));
             found.cgroups.extend(cgroup);
         }
-        ESTABLISHED if is_joined(attributes) => {}
         ESTABLISHED => {
             let info = attribute(attributes, INET_DIAG_INFO).unwrap_or_default();
-            found.sockets.push(Socket {
+            let socket = Socket {
                 id,
                 local: SocketAddr::new(local, local_port),
                 remote: SocketAddr::new(remote, remote_port),
                 bytes_in: u64_at(info, BYTES_RECEIVED).unwrap_or(0),
                 bytes_out: u64_at(info, BYTES_ACKED).unwrap_or(0),
-            });
+            };
+            let (token, joined) = group(attributes);
+            found.sockets.push(Subflow { socket, token, joined });
         }
         _ => {}
     }
     Some(())
 }
 
-/// Whether it is one more subflow of a client's MPTCP connection, whose first is in the list as well.
-fn is_joined(attributes: &[u8]) -> bool {
-    attribute(attributes, INET_DIAG_ULP_INFO)
+/// The token of the MPTCP connection it is a subflow of, 0 for plain TCP; and whether the client made it to join others.
+fn group(attributes: &[u8]) -> (u32, bool) {
+    let subflow = attribute(attributes, INET_DIAG_ULP_INFO)
         .and_then(|above| attribute(above, INET_ULP_INFO_MPTCP))
-        .and_then(|subflow| attribute(subflow, MPTCP_SUBFLOW_ATTR_FLAGS))
-        .and_then(|flags| u32_at(flags, 0))
-        .is_some_and(|flags| flags & MPTCP_SUBFLOW_FLAG_JOIN_REM != 0)
+        .unwrap_or_default();
+    let word = |kind| attribute(subflow, kind).and_then(|value| u32_at(value, 0)).unwrap_or(0);
+    (
+        word(MPTCP_SUBFLOW_ATTR_TOKEN_LOC),
+        word(MPTCP_SUBFLOW_ATTR_FLAGS) & MPTCP_SUBFLOW_FLAG_JOIN_REM != 0,
+    )
 }
 
 /// IPv4 addresses are in the first four octets; v4-mapped ones are given as IPv4.
@@ -287,6 +294,7 @@ pub struct Sockdiag {
     ticks: Interval,
     tick: u32,
     known: HashMap<ConnectionId, (u64, u64)>,
+    subflows: Subflows,
     /// Those that the last list lacked: a list is not made at one instant, and may lack what is there.
     missing: HashSet<ConnectionId>,
     listener: Option<ConnectionId>,
@@ -312,6 +320,7 @@ impl Sockdiag {
             ticks,
             tick: 0,
             known: HashMap::new(),
+            subflows: Subflows::default(),
             missing: HashSet::new(),
             listener: None,
             own: Vec::new(),
@@ -357,9 +366,10 @@ impl Sockdiag {
         }
         observations.extend(super::changed_addresses(&mut self.own, addresses::own()));
         let another_listener = mem::replace(&mut self.listener, found.listener) != found.listener;
+        let sockets = self.subflows.listed(found.sockets, true);
         let mut before = mem::take(&mut self.known);
         let mut opened = Vec::new();
-        for socket in &found.sockets {
+        for socket in &sockets {
             if before.remove(&socket.id).is_none() {
                 opened.push(socket.clone());
             }
@@ -368,7 +378,7 @@ impl Sockdiag {
         if mem::take(&mut self.resync) || another_listener {
             self.missing.clear();
             observations.push(Observation::Resync {
-                sockets: found.sockets,
+                sockets,
                 listener: found.listener,
             });
             return observations;
@@ -390,7 +400,7 @@ impl Sockdiag {
         observations.extend(opened.into_iter().map(Observation::Opened));
         if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) {
             observations.push(Observation::Listed {
-                sockets: found.sockets,
+                sockets,
                 listener: found.listener,
             });
         }
@@ -421,7 +431,8 @@ mod tests {
         let found = list(address.port()).expect("a list");
         assert_eq!(found.listener, Some(cookie(listener.as_fd())));
         assert_eq!(found.sockets.len(), 1);
-        let socket = &found.sockets[0];
+        let Subflow { socket, token, .. } = &found.sockets[0];
+        assert_eq!(*token, 0, "plain TCP");
         assert_eq!(socket.id, cookie(accepted.as_fd()));
         assert_eq!(socket.local, address);
         assert_eq!(socket.remote, client.local_addr().expect("an address"));

@@ -196,7 +196,7 @@ pub enum SteerError {
         octets: String,
     },
     /// The kernel refuses the probe itself.
-    #[error("the probe cannot be put on process {pid}: {why}")]
+    #[error("the probe cannot be put on process {pid}: {why}{}", crate::kernel::probe_hint(.why))]
     Attach {
         /// The process.
         pid: u32,

@@ -10,6 +10,7 @@ pub mod load;
 pub mod machine;
 pub mod peers;
 pub mod planner;
+pub mod reconcile;
 pub mod relay;
 pub mod report;
 pub mod steer;

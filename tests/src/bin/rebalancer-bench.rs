@@ -11,7 +11,7 @@ use rebalancer_tests::{
     bench::{
         crowd, floor, kernel,
         peers::Programs,
-        planner,
+        planner, reconcile,
         relay::{self, Effort},
         steer::{self, Measured},
     },
@@ -141,10 +141,14 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Kernel(arguments) => {
             let directory = directory()?;
             let programs = kernel::run(&arguments.rebalancer, &directory, say)?;
+            say("the table is held against lists");
+            let table = reconcile::run()?;
             let agent = crowd::run(&arguments.rebalancer, &directory, say)?;
             let mut json = programs.json();
+            json["reconciliation"] = table.json();
             json["agent"] = agent.json();
-            (json, format!("{}\n{}", programs.page(), agent.page()), arguments.page)
+            let page = [programs.page(), table.page(), agent.page()].join("\n");
+            (json, page, arguments.page)
         }
         Command::Steer(arguments) => {
             let part = if arguments.silent { Part::Silent } else { Part::Steer };

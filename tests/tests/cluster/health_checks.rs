@@ -22,13 +22,34 @@ use serde_json::Value;
 /// A busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// For so long it is looked; three minutes by `REBALANCER_LONG`.
-fn span() -> Duration {
-    Duration::from_secs(if env::var_os("REBALANCER_LONG").is_some() {
-        180
-    } else {
-        20
-    })
+/// For how long it is looked, and how often load balancer and kubelet come meanwhile: as in the field by
+/// `REBALANCER_LONG`, else for a short while and so often that as many come.
+struct Pace {
+    span: Duration,
+    /// haproxy's `inter`.
+    checks: &'static str,
+    probes: Duration,
+}
+
+impl Pace {
+    fn chosen() -> Self {
+        if env::var_os("REBALANCER_LONG").is_some() {
+            Self {
+                span: Duration::from_secs(180),
+                checks: "1s",
+                probes: Duration::from_secs(1),
+            }
+        } else {
+            eprintln!(
+                "the short form, of 20 s: REBALANCER_LONG=1 looks for three minutes, with a check and a probe a second"
+            );
+            Self {
+                span: Duration::from_secs(20),
+                checks: "100ms",
+                probes: Duration::from_millis(200),
+            }
+        }
+    }
 }
 
 /// haproxy, as Debian packages it: `HAPROXY`, else on PATH.
@@ -164,19 +185,15 @@ fn health_checks_by_reset_and_probes_from_the_node_are_no_landings() {
         .iter()
         .map(|address| SocketAddr::new(*address, PORT))
         .collect();
-    let inter = if env::var_os("REBALANCER_LONG").is_some() {
-        "1s"
-    } else {
-        "100ms"
-    };
+    let pace = Pace::chosen();
     let file = directory.join("haproxy.cfg");
-    fs::write(&file, configuration(&directory, inter, &servers)).expect("a file");
+    fs::write(&file, configuration(&directory, pace.checks, &servers)).expect("a file");
     let mut command = Command::new(haproxy);
     command.arg("-db").arg("-f").arg(&file);
     let mut balancer = Process::start("haproxy", command, Some(network.hub.fd()), &directory).expect("haproxy");
 
     // The kubelet's probes: each second, from the node's own address.
-    let until = Instant::now() + span();
+    let until = Instant::now() + pace.span;
     let probes: Vec<_> = servers
         .iter()
         .zip(&network.nodes)
@@ -187,11 +204,7 @@ fn health_checks_by_reset_and_probes_from_the_node_are_no_landings() {
                 while Instant::now() < until {
                     probe(to);
                     made += 1;
-                    thread::park_timeout(Duration::from_millis(if env::var_os("REBALANCER_LONG").is_some() {
-                        1_000
-                    } else {
-                        200
-                    }));
+                    thread::park_timeout(pace.probes);
                 }
                 made
             })
@@ -211,6 +224,10 @@ fn health_checks_by_reset_and_probes_from_the_node_are_no_landings() {
         // The checks came: with the kernel programs each was seen. haproxy makes ten a second, or one.
         if status["source"] == "ebpf" {
             let seen: u64 = events.expect("checks were seen").parse().expect("a number");
+            eprintln!(
+                "cp-{index} in {:?}: {seen} opened, {} by probes, the rest by checks",
+                pace.span, made[index]
+            );
             assert!(
                 seen > made[index] + 10,
                 "{seen} opened, of which {} are probes",

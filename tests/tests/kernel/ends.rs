@@ -3,7 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsRawFd as _, FromRawFd as _},
+    os::fd::FromRawFd as _,
     process::Command,
     thread,
     time::Duration,
@@ -12,7 +12,7 @@ use std::{
 use rebalancer_tests::skip;
 use socket2::SockRef;
 
-use crate::world::{Host, InNamespace as _, PORT, client_hello, ebpf_or_skip, protocols};
+use crate::world::{Host, InNamespace as _, PORT, client_hello, ebpf_or_skip, established, option, protocols};
 
 /// How a connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,6 +244,10 @@ fn lost_events_are_made_good_by_the_list_and_whole_hellos_are_known() {
 #[test]
 fn a_client_with_several_subflows_is_one_connection() {
     const IPPROTO_MPTCP: i32 = 262;
+    /// include/linux/socket.h
+    const SOL_MPTCP: i32 = 284;
+    /// include/uapi/linux/mptcp.h
+    const MPTCP_INFO: i32 = 1;
     for source in ["ebpf", "sockdiag"] {
         if source == "ebpf" && !ebpf_or_skip() {
             continue;
@@ -299,14 +303,9 @@ fn a_client_with_several_subflows_is_one_connection() {
         let opened: Vec<_> = (0..3).map(|_| open()).collect();
         for (_, accepted) in &opened {
             let subflows = rebalancer_tests::process::wait_for(crate::world::PATIENCE, || {
-                let mut info = [0_u8; 8];
-                let mut length = 8;
-                // SAFETY: the pointers are to values that live through the call, of which it fills as much as it is told.
-                let failed = unsafe {
-                    libc::getsockopt(accepted.as_raw_fd(), 284, 1, info.as_mut_ptr().cast(), &raw mut length)
-                };
-                // `mptcpi_subflows` (include/uapi/linux/mptcp.h) counts those beside the first.
-                (failed == 0 && info[0] >= 1).then_some(())
+                // `struct mptcp_info`: its first octet counts the subflows beside the first (include/uapi/linux/mptcp.h).
+                let info: [u8; 8] = option(accepted, SOL_MPTCP, MPTCP_INFO)?;
+                (info[0] >= 1).then_some(())
             });
             assert!(subflows.is_some(), "no second subflow came");
         }
@@ -318,17 +317,45 @@ fn a_client_with_several_subflows_is_one_connection() {
             "{list:#?}"
         );
         // A list that is read beside does not bring the others either.
-        let lists = host
-            .find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")
-            .unwrap_or(0);
-        rebalancer_tests::process::wait_for(crate::world::PATIENCE, || {
-            let now = host.find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")?;
-            (now > lists + 1).then_some(())
-        })
-        .expect("two more lists");
+        let listed = |host: &Host| {
+            host.find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")
+                .unwrap_or(0)
+        };
+        let lists = listed(&host);
+        rebalancer_tests::process::wait_for(crate::world::PATIENCE, || (listed(&host) > lists + 1).then_some(()))
+            .expect("two more lists");
         assert_eq!(host.expect("three clients", |list| list.len() == 3).len(), 3);
         assert_eq!(host.figure("/table_repairs/opened"), 0);
-        drop(opened);
+        // The first subflow of each goes, as when a path is lost: the clients stay, by the subflows that are left.
+        host.network
+            .hub
+            .ip("mptcp endpoint del id 0 10.77.0.1")
+            .expect("the first subflows end");
+        let node = host.node().clone();
+        let left = rebalancer_tests::process::wait_for(crate::world::PATIENCE, || {
+            let left = Host::inside(&node, established);
+            left.iter()
+                .all(|client| client.starts_with("10.77.0.2:"))
+                .then_some(left)
+        });
+        assert_eq!(left.expect("the first subflows are gone").len(), 3);
+        let lists = listed(&host);
+        rebalancer_tests::process::wait_for(crate::world::PATIENCE, || (listed(&host) > lists + 1).then_some(()))
+            .expect("two more lists");
+        let list = host.expect("three clients", |list| list.len() == 3);
+        assert!(
+            list.iter().all(|one| one["client"]
+                .as_str()
+                .is_some_and(|client| client.starts_with("10.77.0.1:"))),
+            "each is known as it came: {list:#?}"
+        );
+        for kind in ["opened", "closed"] {
+            assert_eq!(host.figure(&format!("/table_repairs/{kind}")), 0);
+        }
+        for (mut client, mut accepted) in opened {
+            client.write_all(b"?").expect("it is alive");
+            accepted.read_exact(&mut [0]).expect("it is alive");
+        }
         host.expect("none", <[_]>::is_empty);
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use rebalancer_tests::{process::wait_for, skip};
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, protocols};
+use crate::world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, option, protocols};
 
 /// Connects so that the packet that ends the TCP handshake waits for data to carry (tcp(7), TCP_QUICKACK).
 fn lazy(to: SocketAddr) -> TcpStream {
@@ -159,19 +159,7 @@ fn packets_that_come_twice_end_no_hello_early() {
 
 /// `tcpi_total_retrans` (include/uapi/linux/tcp.h).
 fn retransmitted(client: &TcpStream) -> u32 {
-    let mut info = [0_u8; 104];
-    let mut length = info.len() as libc::socklen_t;
-    // SAFETY: the pointers are to values that live through the call, of which it fills as much as it is told.
-    let failed = unsafe {
-        libc::getsockopt(
-            client.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    assert_eq!(failed, 0, "{}", std::io::Error::last_os_error());
+    let info: [u8; 104] = option(client, libc::IPPROTO_TCP, libc::TCP_INFO).expect("TCP's state");
     u32::from_ne_bytes([info[100], info[101], info[102], info[103]])
 }
 

@@ -4,52 +4,20 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpListener,
-    path::{Path, PathBuf},
-    process::{self, Command},
+    process::Command,
 };
 
-use rebalancer_tests::{binary, process::wait_for, skip};
+use rebalancer_tests::{binary, cgroup::Cgroup, process::wait_for, skip};
 
 use crate::world::{Host, PATIENCE, client_hello, ebpf_or_skip, protocols};
 
-/// A cgroup of this test's own, below where it runs.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    /// `None`, and a counted skip, where there is no cgroup2.
-    fn new(name: &str) -> Option<Self> {
-        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
-        let root = mounts.lines().find_map(|line| {
-            let words: Vec<&str> = line.split(' ').collect();
-            (words[2] == "cgroup2").then(|| PathBuf::from(words[1]))
-        });
-        let Some(root) = root else {
-            skip("no cgroup2 is mounted");
-            return None;
-        };
-        let path = root.join(format!("rebalancer-test-{name}-{}", process::id()));
-        fs::create_dir(&path).expect("a cgroup");
-        Some(Self(path))
+/// A cgroup of this test's own; `None`, and a counted skip, where there is no cgroup2.
+fn cgroup(name: &str) -> Option<Cgroup> {
+    let made = Cgroup::new(name).expect("a cgroup");
+    if made.is_none() {
+        skip("no cgroup2 is mounted");
     }
-
-    fn enter(path: &Path) {
-        fs::write(path.join("cgroup.procs"), process::id().to_string()).expect("this process moves");
-    }
-
-    /// Does something as one of its processes: what sockets it makes are the cgroup's.
-    fn within<T>(&self, job: impl FnOnce() -> T) -> T {
-        Self::enter(&self.0);
-        let done = job();
-        Self::enter(self.0.parent().expect("a cgroup's parent"));
-        done
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // Its last process may not be reaped yet.
-        wait_for(PATIENCE, || fs::remove_dir(&self.0).ok());
-    }
+    made
 }
 
 fn says_hello(host: &mut Host, listener: &TcpListener) {
@@ -67,7 +35,7 @@ fn the_program_follows_the_apiserver_into_its_cgroup() {
     if !ebpf_or_skip() {
         return;
     }
-    let Some(cgroup) = Cgroup::new("server") else { return };
+    let Some(cgroup) = cgroup("server") else { return };
     let mut host = Host::new("ebpf");
     host.start_agent();
     let reads_at = |host: &Host, place: &str| {
@@ -82,9 +50,9 @@ fn the_program_follows_the_apiserver_into_its_cgroup() {
     };
     // Nobody listens: it is at the root, and the first client of whoever comes is seen.
     reads_at(&host, "the root of all cgroups");
-    let listener = cgroup.within(|| host.listen("0.0.0.0"));
+    let listener = cgroup.within(|| host.listen("0.0.0.0")).expect("this process moves");
     says_hello(&mut host, &listener);
-    reads_at(&host, "rebalancer-test-server");
+    reads_at(&host, "rebalancer-server");
     says_hello(&mut host, &listener);
     // It comes back elsewhere: once it is down, the program waits at the root for whoever comes.
     drop(listener);
@@ -95,7 +63,7 @@ fn the_program_follows_the_apiserver_into_its_cgroup() {
     says_hello(&mut host, &listener);
 }
 
-/// Whether util-linux and a shell are there to make namespaces with, else a counted skip: the VM's guest has neither.
+/// Whether util-linux and a shell are there to make namespaces with, else a counted skip.
 fn can_contain() -> bool {
     let is_there = Command::new("sh")
         .args(["-c", "command -v unshare setpriv mount umount"])
@@ -109,11 +77,11 @@ fn can_contain() -> bool {
 
 /// The agent in a cgroup namespace of its own, as a container has it, with a mount of its own; `more` runs it.
 fn contained(cgroup: &Cgroup, more: &str) -> Command {
-    let mount = &cgroup.0.parent().expect("a cgroup's parent").display().to_string();
+    let mount = &cgroup.root().display().to_string();
     let script = format!(
         "echo $$ > {}/cgroup.procs && exec unshare --cgroup --mount sh -c 'umount -l {mount} 2>/dev/null; mount -t \
          cgroup2 none {mount} && exec {more} \"$0\" \"$@\"' \"$0\" \"$@\"",
-        cgroup.0.display()
+        cgroup.path().display()
     );
     let mut command = Command::new("sh");
     command.args(["-c", &script]).arg(binary());
@@ -125,7 +93,7 @@ fn in_a_cgroup_namespace_of_its_own_the_hosts_hierarchy_is_found() {
     if !ebpf_or_skip() || !can_contain() {
         return;
     }
-    let Some(cgroup) = Cgroup::new("agent") else { return };
+    let Some(cgroup) = cgroup("agent") else { return };
     let mut host = Host::new("ebpf");
     host.start_agent_by(contained(&cgroup, ""));
     let listener = host.listen("0.0.0.0");
@@ -139,7 +107,7 @@ fn where_the_hosts_hierarchy_cannot_be_found_it_is_said_at_once() {
     if !ebpf_or_skip() || !can_contain() {
         return;
     }
-    let Some(cgroup) = Cgroup::new("blind") else { return };
+    let Some(cgroup) = cgroup("blind") else { return };
     let mut host = Host::new("ebpf");
     // Neither a handle nor the host's first process leads out.
     let alone = "unshare --pid --fork --kill-child --mount-proc setpriv --bounding-set=-dac_read_search";

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     env, fs,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::unix::process::CommandExt as _,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::PathBuf,
     process::Command,
     sync::Arc,
@@ -225,6 +225,23 @@ pub fn ebpf_or_skip() -> bool {
     ebpf["ok"] == true
 }
 
+/// The first octets of what the kernel says of a socket by that option; `None` where it refuses.
+pub fn option<const OCTETS: usize>(socket: &TcpStream, level: i32, name: i32) -> Option<[u8; OCTETS]> {
+    let mut value = [0; OCTETS];
+    let mut length = OCTETS as libc::socklen_t;
+    // SAFETY: the pointers are to values that live through the call, of which it fills as much as it is told.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    (failed == 0).then_some(value)
+}
+
 /// A command in the node's network namespace.
 pub trait InNamespace {
     fn in_namespace(&mut self, host: &Host) -> &mut Self;
@@ -240,7 +257,7 @@ impl InNamespace for Command {
 
 /// The clients of the established connections on the port in this thread's network namespace, as the kernel prints them
 /// (proc_net(5)): another way than any source's.
-fn established() -> BTreeSet<String> {
+pub fn established() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (file, words) in [("tcp", 1), ("tcp6", 4)] {
         let Ok(text) = fs::read_to_string(format!("/proc/thread-self/net/{file}")) else {

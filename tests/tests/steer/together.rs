@@ -2,6 +2,7 @@
 //! lives, and nobody but victims is told.
 
 use std::{
+    env,
     fs::File,
     io,
     os::fd::{FromRawFd as _, OwnedFd},
@@ -19,8 +20,14 @@ use crate::world::{PORT, World};
 /// The highest that kube-apiserver takes: a lottery that ran would be heard.
 const CHANCE: &str = "0.02";
 
-/// Requests while two are there.
-const WHILE: u64 = 3_000;
+/// Requests while two are there: those of minutes by `REBALANCER_LONG`.
+fn many() -> u64 {
+    if env::var_os("REBALANCER_LONG").is_some() {
+        10_000
+    } else {
+        600
+    }
+}
 
 /// Clients that ask without a pause, and must never be told to go.
 struct Load<'a> {
@@ -125,10 +132,10 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     world.start_agent("steer:auto", &[]);
     world.wait_until_ready();
     let (refusals, requests) = Load::during(&world, |pass| {
-        pass(WHILE / 10);
+        pass(many() / 10);
         // As the first one was started, and as one that has nothing in common with it but the apiserver.
         let refusals = ["agent.sock", "other.sock"].map(|socket| world.refused_at("steer:auto", socket));
-        pass(WHILE);
+        pass(many());
         refusals
     });
     let [same, other] = refusals;
@@ -153,9 +160,9 @@ fn a_program_that_comes_after_the_agents_hurts_nobody_and_is_noticed() {
     world.start_agent("steer:auto", &[]);
     world.wait_until_ready();
     let (other, requests) = Load::during(&world, |pass| {
-        pass(WHILE / 10);
+        pass(many() / 10);
         let other = careless(&world);
-        pass(WHILE);
+        pass(many());
         other
     });
     expect_life(&mut world);
@@ -185,16 +192,16 @@ fn a_program_that_was_there_before_is_not_joined_and_two_of_them_hurt_nobody() {
             said.contains("there is a breakpoint on the decider of process"),
             "{said}"
         );
-        pass(WHILE / 10);
+        pass(many() / 10);
         let second = careless(&world);
-        pass(WHILE);
+        pass(many());
         // Whichever goes first.
         drop(first);
-        pass(WHILE / 10);
+        pass(many() / 10);
         let third = careless(&world);
-        pass(WHILE);
+        pass(many());
         drop(third);
-        pass(WHILE / 10);
+        pass(many() / 10);
         // Until the load is over somebody answers, so that no lottery runs.
         std::mem::forget(second);
     });
@@ -269,7 +276,7 @@ fn other_tools_probes_are_borne_or_refused() {
 
     // After it, on the entry: nobody notices.
     let probe = foreign_probe(&world.program, offset, false).expect("a probe");
-    let ((), requests) = Load::during(&world, |pass| pass(WHILE));
+    let ((), requests) = Load::during(&world, |pass| pass(many()));
     expect_obedience(&mut world);
     assert_eq!(answers(&mut world, "taken") + answers(&mut world, "return_probe"), 0.0);
     eprintln!("{requests} requests with another tool's probe on the entry");

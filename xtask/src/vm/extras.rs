@@ -12,6 +12,7 @@ use anyhow::Context as _;
 
 use crate::{
     arch::Arch,
+    debian::on_path,
     run::{root, run, target},
 };
 
@@ -123,10 +124,4 @@ fn fixture(name: &str, variable: &str, arch: Arch) -> Option<PathBuf> {
             .filter(|path| path.is_file())
             .max()
     })
-}
-
-fn on_path(program: &str) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?)
-        .map(|directory| directory.join(program))
-        .find(|path| path.is_file())
 }

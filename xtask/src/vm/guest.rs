@@ -1,6 +1,7 @@
 //! What runs in a VM: built without shared libraries, and packed with what it needs.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -20,8 +21,16 @@ use crate::{
     run::{cargo, run, shown, target},
 };
 
-/// Whose `ip` a guest of another processor gets.
+/// Whose programs a guest of another processor gets.
 const SUITE: &str = "bookworm";
+
+/// What the tests in a guest run beside their own, by Debian's packages.
+const PROGRAMS: [(&str, &[&str]); 4] = [
+    ("dash", &["sh"]),
+    ("iproute2", &["ip", "ss", "tc"]),
+    ("util-linux", &["unshare", "setpriv"]),
+    ("mount", &["mount", "umount"]),
+];
 
 /// What a VM is booted for.
 #[derive(Clone, Copy)]
@@ -95,7 +104,7 @@ impl Guest {
 
     /// Writes the initramfs.
     pub fn pack(&self, image: &Image, extras: &Extras, to: &Path) -> anyhow::Result<()> {
-        let (ip, needed) = self.ip()?;
+        let Programs { programs, libraries } = Programs::of(self.arch)?;
         let mut archive = Archive::create(to)?;
         for directory in ["bin", "modules", "proc", "sys", "dev", "tmp", "run"] {
             archive.directory(directory)?;
@@ -103,13 +112,15 @@ impl Guest {
         archive.file("init", &fs::read(&self.init)?)?;
         archive.file(&self.path, &fs::read(&self.program)?)?;
         archive.file("bin/rebalancer", &fs::read(&self.rebalancer)?)?;
-        archive.file("bin/ip", &fs::read(&ip)?)?;
+        for (name, program) in &programs {
+            archive.file(&format!("bin/{name}"), &fs::read(program)?)?;
+        }
         for (name, path) in &extras.files {
             let content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
             archive.file(name, &content)?;
         }
         let mut made = vec!["bin".to_owned()];
-        for (name, library) in needed {
+        for (name, library) in libraries {
             archive.parents(&name, &mut made)?;
             archive.file(&name, &fs::read(&library)?)?;
         }
@@ -123,44 +134,80 @@ impl Guest {
 /// No shared libraries, and nothing that nobody reads.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static -Cstrip=symbols";
 
-impl Guest {
-    /// `ip`, and the names and files of the libraries it needs.
-    fn ip(&self) -> anyhow::Result<(PathBuf, Vec<(String, PathBuf)>)> {
-        if self.arch.is_host() {
-            let ip = Command::new("which").arg("ip").output().context("which")?;
-            let ip = PathBuf::from(String::from_utf8_lossy(&ip.stdout).trim());
-            if !ip.is_file() {
-                bail!("`ip` is missing: install iproute2");
+/// The programs of [`PROGRAMS`], and the libraries they need by where the loader looks for them.
+struct Programs {
+    programs: Vec<(&'static str, PathBuf)>,
+    libraries: BTreeMap<String, PathBuf>,
+}
+
+impl Programs {
+    fn of(arch: Arch) -> anyhow::Result<Self> {
+        if arch.is_host() {
+            Self::of_this_machine()
+        } else {
+            Self::of_debian(arch)
+        }
+    }
+
+    fn of_this_machine() -> anyhow::Result<Self> {
+        let mut found = Self {
+            programs: Vec::new(),
+            libraries: BTreeMap::new(),
+        };
+        for (package, names) in PROGRAMS {
+            for name in names {
+                let program =
+                    debian::on_path(name).with_context(|| format!("`{name}` is missing: install {package}"))?;
+                for library in libraries(&program)? {
+                    let inside = library.to_string_lossy().trim_start_matches('/').to_owned();
+                    found.libraries.insert(inside, library);
+                }
+                found.programs.push((name, program));
             }
-            let named = |library: PathBuf| (library.to_string_lossy().trim_start_matches('/').to_owned(), library);
-            let needed = libraries(&ip)?.into_iter().map(named).collect();
-            return Ok((ip, needed));
         }
-        let suite = Suite::open(SUITE, self.arch)?;
-        let mut trees = Vec::new();
-        for package in suite.closure("iproute2")? {
-            trees.push(suite.unpacked(&package, None)?);
+        Ok(found)
+    }
+
+    fn of_debian(arch: Arch) -> anyhow::Result<Self> {
+        let suite = Suite::open(SUITE, arch)?;
+        let mut packages = BTreeSet::new();
+        for (package, _) in PROGRAMS {
+            packages.extend(suite.closure(package)?);
         }
+        let trees = packages
+            .iter()
+            .map(|package| suite.unpacked(package, None))
+            .collect::<anyhow::Result<Vec<_>>>()?;
         let find = |name: &str| {
             trees
                 .iter()
                 .find_map(|tree| debian::find(tree, name))
                 .and_then(|path| path.canonicalize().ok())
         };
-        let ip = find("bin/ip")
-            .or_else(|| find("sbin/ip"))
-            .context("the package iproute2 has no `ip`")?;
-        let needed = foreign_libraries(&ip, find)?;
-        // The loader looks for libraries here.
-        let place = |(name, file): (String, PathBuf)| {
-            let inside = if name.contains('/') {
-                name
-            } else {
-                format!("lib/{}-linux-gnu/{name}", self.arch.rust())
-            };
-            (inside, file)
+        let mut found = Self {
+            programs: Vec::new(),
+            libraries: BTreeMap::new(),
         };
-        Ok((ip, needed.into_iter().map(place).collect()))
+        for (package, names) in PROGRAMS {
+            for name in names {
+                // Debian's `sh` is a link to it that its scripts make.
+                let file = if *name == "sh" { package } else { name };
+                let program = find(&format!("bin/{file}"))
+                    .or_else(|| find(&format!("sbin/{file}")))
+                    .with_context(|| format!("the package {package} has no `{file}`"))?;
+                for (library, path) in foreign_libraries(&program, find)? {
+                    // The loader is named by its path, the others are looked for here.
+                    let inside = if library.contains('/') {
+                        library
+                    } else {
+                        format!("lib/{}-linux-gnu/{library}", arch.rust())
+                    };
+                    found.libraries.insert(inside, path);
+                }
+                found.programs.push((name, program));
+            }
+        }
+        Ok(found)
     }
 }
 

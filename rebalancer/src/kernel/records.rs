@@ -1,0 +1,80 @@
+//! What the kernel programs write, read: records of the rings and of the list.
+//!
+//! Must never take a record that is not whole for one that is.
+
+use std::{
+    mem,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
+
+use rebalancer_common::{HelloRecord, SocketRecord};
+use rebalancer_core::{ids::ConnectionId, observation::Socket, subflows::Subflow};
+
+/// Reads a record; `None` when it is not whole.
+pub fn record(bytes: &[u8]) -> Option<SocketRecord> {
+    let word = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u64::from_ne_bytes(*chunk));
+    let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
+    Some(SocketRecord {
+        cookie: word(mem::offset_of!(SocketRecord, cookie))?,
+        bytes_in: word(mem::offset_of!(SocketRecord, bytes_in))?,
+        bytes_out: word(mem::offset_of!(SocketRecord, bytes_out))?,
+        local: *bytes.get(mem::offset_of!(SocketRecord, local)..)?.first_chunk()?,
+        remote: *bytes.get(mem::offset_of!(SocketRecord, remote)..)?.first_chunk()?,
+        local_port: half(mem::offset_of!(SocketRecord, local_port))?,
+        remote_port: half(mem::offset_of!(SocketRecord, remote_port))?,
+        kind: half(mem::offset_of!(SocketRecord, kind))?,
+        state: half(mem::offset_of!(SocketRecord, state))?,
+        token: half(mem::offset_of!(SocketRecord, token))?,
+        joined: half(mem::offset_of!(SocketRecord, joined))?,
+    })
+}
+
+/// The payload of an early packet.
+pub struct Hello<'a> {
+    pub id: ConnectionId,
+    pub offset: usize,
+    pub payload: &'a [u8],
+    pub local: IpAddr,
+    pub remote: SocketAddr,
+}
+
+/// Reads a hello; `None` when it is not whole.
+pub fn hello(bytes: &[u8]) -> Option<Hello<'_>> {
+    let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
+    let ip = |at: usize| bytes.get(at..)?.first_chunk::<16>().map(|octets| address(*octets));
+    let length = half(mem::offset_of!(HelloRecord, length))? as usize;
+    let data = bytes.get(mem::offset_of!(HelloRecord, data)..)?;
+    let remote_port = half(mem::offset_of!(HelloRecord, remote_port))?;
+    Some(Hello {
+        id: ConnectionId(u64::from_ne_bytes(*bytes.first_chunk()?)),
+        offset: half(mem::offset_of!(HelloRecord, offset))? as usize,
+        payload: data.get(..length)?,
+        local: ip(mem::offset_of!(HelloRecord, local))?,
+        remote: SocketAddr::new(
+            ip(mem::offset_of!(HelloRecord, remote))?,
+            u16::try_from(remote_port).unwrap_or(0),
+        ),
+    })
+}
+
+/// An address as the programs write it.
+fn address(octets: [u8; 16]) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
+}
+
+/// The socket a record is of.
+pub fn subflow(record: &SocketRecord) -> Subflow {
+    let port = |port: u32| u16::try_from(port).unwrap_or(0);
+    let socket = Socket {
+        id: ConnectionId(record.cookie),
+        local: SocketAddr::new(address(record.local), port(record.local_port)),
+        remote: SocketAddr::new(address(record.remote), port(record.remote_port)),
+        bytes_in: record.bytes_in,
+        bytes_out: record.bytes_out,
+    };
+    Subflow {
+        socket,
+        token: record.token,
+        joined: record.joined != 0,
+    }
+}
