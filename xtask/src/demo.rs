@@ -17,23 +17,31 @@ use crate::vm;
 #[command(disable_help_flag = true)]
 pub struct Arguments {
     /// Flags of the demo; `cargo xtask demo --help` lists them. With --vm VERSION it runs in a virtual machine with that
-    /// Debian kernel
+    /// Debian kernel; with --release everything is built as it is installed, which takes minutes longer
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     flags: Vec<String>,
 }
 
 /// Builds, and replaces this process by the demo: Ctrl-C reaches it directly.
 pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let (version, flags) = without_vm(&arguments.flags)?;
+    let (version, mut flags) = without_vm(&arguments.flags)?;
+    let given = flags.len();
+    flags.retain(|flag| flag != "--release");
+    let release = flags.len() < given;
     if let Some(version) = version {
         return in_vm(&version, &flags);
     }
     if let Err(error) = ebpf::build(Arch::host()) {
         eprintln!("the kernel programs cannot be built, so the agents count by the socket list: {error:#}");
     }
-    run(&mut cargo([
+    // As the tests are built: the first look at it should not take longer than the scene.
+    let (profile, built): (&[&str], _) = if release {
+        (&["--release"], "release")
+    } else {
+        (&[], "debug")
+    };
+    let mut build = cargo([
         "build",
-        "--release",
         "--package",
         "rebalancer",
         "--package",
@@ -42,8 +50,9 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         "rebalancer",
         "--bin",
         "rebalancer-demo",
-    ]))?;
-    let demo = target().join("release/rebalancer-demo");
+    ]);
+    run(build.args(profile))?;
+    let demo = target().join(built).join("rebalancer-demo");
     let mut command = if is_root() {
         Command::new(&demo)
     } else {

@@ -7,7 +7,9 @@ mod debian;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod release;
 mod run;
+mod standard;
 mod test;
 mod vm;
 
@@ -38,6 +40,10 @@ enum Command {
     },
     /// Give the parsers and the relay's state machine inputs that nobody thought of
     Fuzz(fuzz::Arguments),
+    /// Make the container image: one static program, for `ctr images import` and `podman load`
+    Image(release::Arguments),
+    /// Make a tarball and a Debian package: program, systemd units, manual, completions
+    Package(release::Arguments),
     /// Formatting, lints, a short fuzz, then the tests: what CI runs
     Ci,
 }
@@ -49,6 +55,8 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run_bench(&arguments),
         Command::BuildEbpf { arch } => ebpf::build(arch.unwrap_or_else(arch::Arch::host)).map(|_| ExitCode::SUCCESS),
         Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
+        Command::Image(arguments) => release::image(&arguments),
+        Command::Package(arguments) => release::package(&arguments),
         Command::Ci => ci::run(),
     };
     match outcome {

@@ -5,6 +5,8 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    sync::mpsc,
+    thread,
     time::Instant,
 };
 
@@ -73,6 +75,11 @@ impl Group {
             .to_owned()
     }
 
+    /// Whether its tests start kube-apiserver and etcd.
+    fn has_real_apiservers(self) -> bool {
+        matches!(self, Self::Apiserver | Self::Cluster)
+    }
+
     fn exists(self) -> bool {
         self == Self::Core || root().join("tests/tests").join(self.name()).join("main.rs").is_file()
     }
@@ -83,6 +90,17 @@ impl Group {
 struct Counts {
     passed: usize,
     failed: usize,
+}
+
+impl std::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+        }
+    }
 }
 
 /// Runs what was asked for.
@@ -215,31 +233,11 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
         }
     }
 
-    let mut total = Counts::default();
-    for group in groups {
-        let counts = run_group(*group, &skips)?;
-        total.passed += counts.passed;
-        total.failed += counts.failed;
-    }
-
-    for Run { group, machine, only } in runs {
-        eprintln!("the group `{}` on {}, in a VM", group.name(), machine.name());
-        let only: Vec<&str> = only.iter().map(String::as_str).collect();
-        let mut command = vm::command(machine, &group.name(), &only)?;
-        let (began, processor) = (Instant::now(), processor_seconds());
-        let counts = counted(&mut command, &skips)?;
-        println!(
-            "{} on {}: {} passed, {} failed, in {} s, {:.0} s of them on a processor",
-            group.name(),
-            machine.name(),
-            counts.passed,
-            counts.failed,
-            began.elapsed().as_secs(),
-            processor_seconds() - processor
-        );
-        total.passed += counts.passed;
-        total.failed += counts.failed;
-    }
+    let total = if groups.is_empty() || runs.is_empty() {
+        run_groups(groups, &skips, build_apiserver)? + run_in_vms(runs, &skips)?
+    } else {
+        side_by_side(groups, runs, &skips)?
+    };
 
     let reasons = fs::read_to_string(&skips).with_context(|| format!("cannot read {}", skips.display()))?;
     let skipped = reasons.lines().count();
@@ -256,18 +254,70 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// What the processes that were waited for have used so far: a busy machine does not change it much.
-fn processor_seconds() -> f64 {
-    // SAFETY: a rusage is integers only, so that zero is one; getrusage fills it in.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage);
-        usage
-    };
-    [usage.ru_utime, usage.ru_stime]
-        .iter()
-        .map(|time| time.tv_sec as f64 + time.tv_usec as f64 / 1e6)
-        .sum()
+/// Groups here wait for most of their time, and a VM has one processor: run at the same moment they take half as long.
+/// The real apiserver is built beside them too, before those that need it.
+fn side_by_side(groups: &[Group], runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
+    let needs_apiserver = groups.iter().any(|group| group.has_real_apiservers());
+    let (built, is_built) = mpsc::channel();
+    thread::scope(|scope| {
+        let beside = scope.spawn(move || {
+            if needs_apiserver {
+                build_apiserver();
+                // Nobody listens where the groups have failed already.
+                let _ = built.send(());
+            }
+            run_in_vms(runs, skips)
+        });
+        // It can only fail when the other has ended, whose panic is shown below.
+        let here = run_groups(groups, skips, || is_built.recv().unwrap_or_default());
+        let there = beside.join().expect("the thread that runs VMs does not panic");
+        Ok(here? + there?)
+    })
+}
+
+/// Builds kube-apiserver, etcd and the client-go swarm where they are not at hand; tests that lack them say so.
+fn build_apiserver() {
+    if let Err(error) = run(Command::new(target().join("debug/rebalancer-demo")).arg("prepare")) {
+        eprintln!("there is no real apiserver to test with: {error:#}");
+    }
+}
+
+/// Runs groups here, one after the other; `ready` returns when the real apiserver is there.
+fn run_groups(groups: &[Group], skips: &Path, ready: impl Fn()) -> anyhow::Result<Counts> {
+    let mut total = Counts::default();
+    let mut is_ready = false;
+    for group in groups {
+        if group.has_real_apiservers() && !is_ready {
+            ready();
+            is_ready = true;
+        }
+        let began = Instant::now();
+        total = total + run_group(*group, skips)?;
+        eprintln!("the group `{}` took {} s", group.name(), began.elapsed().as_secs());
+    }
+    Ok(total)
+}
+
+/// Runs groups in VMs, one after the other.
+fn run_in_vms(runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
+    let mut total = Counts::default();
+    for Run { group, machine, only } in runs {
+        eprintln!("the group `{}` on {}, in a VM", group.name(), machine.name());
+        let only: Vec<&str> = only.iter().map(String::as_str).collect();
+        let mut command = vm::command(machine, &group.name(), &only)?;
+        let began = Instant::now();
+        let counts = counted(&mut command, skips, &format!("{}| ", machine.version))?;
+        println!(
+            "{} on {}: {} passed, {} failed, in {} s",
+            group.name(),
+            machine.name(),
+            counts.passed,
+            counts.failed,
+            began.elapsed().as_secs(),
+        );
+        total = total + counts;
+    }
+    Ok(total)
 }
 
 fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
@@ -287,11 +337,12 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
         command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }
     command.env("REBALANCER_SKIPS", absolute(skips)?);
-    counted(&mut command, skips)
+    counted(&mut command, skips, "")
 }
 
-/// Runs `cargo test` or a VM, shows what it prints and adds up its result lines; a VM's skips are added to the file.
-fn counted(command: &mut Command, skips: &Path) -> anyhow::Result<Counts> {
+/// Runs `cargo test` or a VM, shows what it prints, each line behind `prefix`, and adds up its result lines; a VM's skips
+/// are added to the file.
+fn counted(command: &mut Command, skips: &Path, prefix: &str) -> anyhow::Result<Counts> {
     let line = shown(command);
     eprintln!("+ {line}");
     let mut child = command
@@ -318,7 +369,7 @@ fn counted(command: &mut Command, skips: &Path) -> anyhow::Result<Counts> {
             counts.passed += result.passed;
             counts.failed += result.failed;
         }
-        writeln!(std::io::stdout(), "{text}")?;
+        writeln!(std::io::stdout(), "{prefix}{text}")?;
     }
     if let Some(runaway) = clock.runaway() {
         println!("{runaway}");

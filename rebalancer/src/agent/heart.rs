@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::service;
+
 /// How often the loop beats when nothing else happens.
 pub const BEAT: Duration = Duration::from_secs(1);
 
@@ -35,6 +37,7 @@ impl Heart {
         let watched = Arc::downgrade(&heart);
         thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
             let mut stood = false;
+            let is_awaited = service::watchdog().is_some();
             while let Some(heart) = watched.upgrade() {
                 let stands = heart.standstill();
                 match stands {
@@ -46,6 +49,9 @@ impl Heart {
                     _ => {}
                 }
                 stood = stands.is_some();
+                if is_awaited && !stood {
+                    service::alive();
+                }
                 drop(heart);
                 thread::sleep(BEAT);
             }

@@ -10,7 +10,7 @@ use crate::{
         run,
         wire::{agreement, shim_name},
     },
-    sys,
+    service, sys,
 };
 
 /// Count the local apiserver's connections, compare with the peers, and move clients when the skew asks for it
@@ -32,6 +32,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     sys::survive_full_files();
     runtime()?.block_on(async {
         let running = run::start(config).await.map_err(Failure::Configuration)?;
+        service::ready();
         running.run().await.map_err(Failure::Job)
     })
 }

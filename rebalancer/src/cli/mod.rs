@@ -13,6 +13,8 @@ mod agent;
 mod client;
 mod completions;
 mod follow;
+mod man;
+mod manifest;
 mod relay;
 mod show;
 mod simulate;
@@ -51,6 +53,9 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Show what this machine lets the agent do, each feature by really trying it
     SystemInfo(system_info::Arguments),
+    Manifest(manifest::Arguments),
+    /// Print the manual
+    Man(man::Arguments),
     /// Print a shell's completion script.
     Completions(completions::Arguments),
 }
@@ -96,6 +101,8 @@ pub fn run() -> ExitCode {
         Command::Ask(question) => runtime().and_then(|runtime| runtime.block_on(client::run(question))),
         Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
+        Command::Man(arguments) => man::run(&arguments),
+        Command::Manifest(arguments) => manifest::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
     };
     let (error, code) = match outcome {

@@ -247,7 +247,10 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) {
             }
         }
     };
-    let routes = Router::new().route("/metrics", get(scrape)).with_state(metrics);
+    let routes = Router::new()
+        .route("/metrics", get(scrape))
+        .route("/livez", get(|| async { "ok\n" }))
+        .with_state(metrics);
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the metrics cannot be served any more");
     }

@@ -47,7 +47,7 @@ use tokio::{
 use crate::{
     listen,
     local::{self, SocketPath},
-    random,
+    random, service,
     shim::wire::Upstream,
 };
 use accept::{Door, Stop};
@@ -193,6 +193,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stopping,
     ));
     let (control, lending) = (control.commit()?, lending.commit()?);
+    service::ready();
     let files = [control.guard, lending.guard];
     let control = tokio::spawn({
         let routes = control::router(Arc::clone(&registry));
@@ -243,6 +244,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         taken_over = why == Stop::Taken,
         "ending: no new connections, GOAWAY to the open ones"
     );
+    service::stopping();
     stop.send_replace(why);
     if why == Stop::Ending {
         // Who takes over from now on finds nobody, and listens as soon as the port is closed.
@@ -312,6 +314,7 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Comp
     let mut failing = false;
     loop {
         ticks.tick().await;
+        service::alive();
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
         complaints.summarise();
         registry.tell_distrusted();

@@ -41,6 +41,9 @@ enum Part {
     /// The stand-in's clients
     #[command(hide = true)]
     Swarm(Swarm),
+    /// Builds kube-apiserver, etcd and the client-go clients where they are not at hand, and ends
+    #[command(hide = true)]
+    Prepare,
 }
 
 #[derive(Args)]
@@ -111,6 +114,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.part {
         Some(Part::Standin(options)) => run_standin(options).map(|()| ExitCode::SUCCESS),
         Some(Part::Swarm(options)) => run_swarm(options).map(|()| ExitCode::SUCCESS),
+        Some(Part::Prepare) => Fixture::get(|step| eprintln!("{step}")).map(|_| ExitCode::SUCCESS),
         None => run_demo(&arguments.demo),
     };
     match outcome {

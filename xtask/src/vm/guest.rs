@@ -19,6 +19,7 @@ use crate::{
     debian::{self, Suite},
     ebpf,
     run::{cargo, run, shown, target},
+    standard::Standard,
 };
 
 /// Whose programs a guest of another processor gets.
@@ -52,8 +53,38 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Builds everything without shared libraries.
+    /// Tests for this machine's processor are those that run here too, with the libraries they need; everything else is
+    /// built without shared libraries.
     pub fn build(payload: Payload<'_>, arch: Arch) -> anyhow::Result<Self> {
+        match payload {
+            Payload::Tests(group) if arch.is_host() => Self::as_here(group),
+            _ => Self::without_libraries(payload, arch),
+        }
+    }
+
+    /// What `cargo test` runs here: a second build of everything would take longer than the tests.
+    fn as_here(group: &str) -> anyhow::Result<Self> {
+        run(&mut cargo([
+            "build",
+            "--package",
+            "rebalancer",
+            "--package",
+            "rebalancer-tests",
+            "--bins",
+        ]))?;
+        let mut tests = cargo(["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
+        let program = test_binary(&mut tests, group)?;
+        let built = target().join("debug");
+        Ok(Self {
+            init: stripped(&built.join("vm-init"))?,
+            rebalancer: stripped(&built.join("rebalancer"))?,
+            program: stripped(&program)?,
+            arch: Arch::host(),
+            path: "tests".to_owned(),
+        })
+    }
+
+    fn without_libraries(payload: Payload<'_>, arch: Arch) -> anyhow::Result<Self> {
         let objects = ebpf::build(arch)?;
         let directory = target().join("vm/build");
         let triple = arch.triple();
@@ -104,7 +135,15 @@ impl Guest {
 
     /// Writes the initramfs.
     pub fn pack(&self, image: &Image, extras: &Extras, to: &Path) -> anyhow::Result<()> {
-        let Programs { programs, libraries } = Programs::of(self.arch)?;
+        let Programs {
+            programs,
+            libraries: mut needed,
+        } = Programs::of(self.arch)?;
+        if self.arch.is_host() {
+            for program in [&self.init, &self.rebalancer, &self.program] {
+                needed.extend(libraries(program)?.into_iter().map(as_here));
+            }
+        }
         let mut archive = Archive::create(to)?;
         for directory in ["bin", "modules", "proc", "sys", "dev", "tmp", "run"] {
             archive.directory(directory)?;
@@ -120,7 +159,7 @@ impl Guest {
             archive.file(name, &content)?;
         }
         let mut made = vec!["bin".to_owned()];
-        for (name, library) in libraries {
+        for (name, library) in needed {
             archive.parents(&name, &mut made)?;
             archive.file(&name, &fs::read(&library)?)?;
         }
@@ -129,6 +168,20 @@ impl Guest {
         }
         archive.end()
     }
+}
+
+/// A file of this machine, in the same place in the guest.
+fn as_here(file: PathBuf) -> (String, PathBuf) {
+    (file.to_string_lossy().trim_start_matches('/').to_owned(), file)
+}
+
+/// A program without what nobody reads in a guest: its memory holds every file of it.
+fn stripped(program: &Path) -> anyhow::Result<PathBuf> {
+    let directory = target().join("vm/stripped");
+    fs::create_dir_all(&directory)?;
+    let to = directory.join(program.file_name().context("a program has a name")?);
+    run(Command::new("strip").arg("-o").arg(&to).arg(program))?;
+    Ok(to)
 }
 
 /// No shared libraries, and nothing that nobody reads.
@@ -158,10 +211,7 @@ impl Programs {
             for name in names {
                 let program =
                     debian::on_path(name).with_context(|| format!("`{name}` is missing: install {package}"))?;
-                for library in libraries(&program)? {
-                    let inside = library.to_string_lossy().trim_start_matches('/').to_owned();
-                    found.libraries.insert(inside, library);
-                }
+                found.libraries.extend(libraries(&program)?.into_iter().map(as_here));
                 found.programs.push((name, program));
             }
         }
@@ -208,55 +258,6 @@ impl Programs {
             }
         }
         Ok(found)
-    }
-}
-
-/// Where the standard library for a processor comes from.
-enum Standard {
-    /// The toolchain has it.
-    There,
-    /// It is built from its source; the directory of that, where it is not the toolchain's own.
-    Built(Option<PathBuf>),
-}
-
-impl Standard {
-    fn of(arch: Arch) -> anyhow::Result<Self> {
-        let triple = arch.triple();
-        let is_there = || {
-            let printed = Command::new("rustc")
-                .args(["--print", "target-libdir", "--target", &triple])
-                .output();
-            printed.is_ok_and(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
-        };
-        if !arch.is_host() {
-            let (compiler, package) = arch.cross_compiler();
-            debian::install(&compiler, &package)?;
-        }
-        if is_there() {
-            return Ok(Self::There);
-        }
-        eprintln!("the standard library for {triple} is needed: `rustup target add {triple}`");
-        let added = Command::new("rustup").args(["target", "add", &triple]).status();
-        if added.is_ok_and(|status| status.success()) && is_there() {
-            return Ok(Self::There);
-        }
-        eprintln!("rustup cannot add it here: building it from its source instead");
-        ebpf::standard_library().map(Self::Built)
-    }
-
-    fn prepare(&self, command: &mut Command, arch: Arch) {
-        if !arch.is_host() {
-            let variable = arch.triple().to_uppercase().replace('-', "_");
-            command.env(format!("CARGO_TARGET_{variable}_LINKER"), arch.cross_compiler().0);
-        }
-        if let Self::Built(library) = self {
-            command
-                .arg("-Zbuild-std=std,panic_abort,test")
-                .env("RUSTC_BOOTSTRAP", "1");
-            if let Some(library) = library {
-                command.env("__CARGO_TESTS_ONLY_SRC_ROOT", library);
-            }
-        }
     }
 }
 

@@ -1,0 +1,128 @@
+//! `rebalancer manifest`: prints what puts agent and relay onto a node.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, Command, ValueEnum};
+
+use super::{Failure, agent, print, relay};
+use crate::manifest::{Flags, ManifestError, Part, Pods, Topology, daemonset, static_pod, units};
+
+/// Print what puts agent and relay onto a node, for the flags given
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// What is printed
+    #[arg(value_enum)]
+    kind: Kind,
+    /// Whose files and ports are taken for flags that are not given
+    #[arg(long, value_enum, default_value = "kubeadm")]
+    topology: Topology,
+    /// A flag of the agent, for example --agent-flag=--dry-run; may be given several times
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    agent_flag: Vec<String>,
+    /// A flag of the relay, for example --relay-flag=--listen=[::]:6443; may be given several times
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    relay_flag: Vec<String>,
+    /// The image that the pods run
+    #[arg(long, default_value = concat!("rebalancer:", env!("CARGO_PKG_VERSION")))]
+    image: String,
+    /// The namespace that the pods are in
+    #[arg(long, default_value = "kube-system")]
+    namespace: String,
+    /// Write a file each into this directory instead
+    #[arg(long, value_name = "PATH")]
+    directory: Option<PathBuf>,
+}
+
+/// What is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Units: rebalancer-agent.service and rebalancer-relay@.service
+    Systemd,
+    /// A pod of one node, for the kubelet's directory of manifests
+    StaticPod,
+    /// Pods on all control-plane nodes, with the rights they need, for kubectl apply
+    Daemonset,
+}
+
+/// Prints it.
+pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let refused = |error: ManifestError| Failure::Configuration(error.into());
+    let (agent, relay) = flags(arguments).map_err(refused)?;
+    let files: Vec<(String, String)> = match arguments.kind {
+        Kind::Systemd => units(&agent, relay.as_ref())
+            .into_iter()
+            .map(|unit| (unit.name.to_owned(), unit.text))
+            .collect(),
+        Kind::StaticPod | Kind::Daemonset => {
+            let pods = Pods {
+                image: arguments.image.clone(),
+                namespace: arguments.namespace.clone(),
+                agent,
+                relay,
+            };
+            let text = match arguments.kind {
+                Kind::Daemonset => daemonset(&pods).map_err(refused)?,
+                _ => static_pod(&pods),
+            };
+            vec![("rebalancer.yaml".to_owned(), text)]
+        }
+    };
+    let Some(directory) = &arguments.directory else {
+        let alone = files.len() == 1;
+        let shown = files.iter().map(|(name, text)| {
+            if alone {
+                text.clone()
+            } else {
+                format!("# {name}\n{text}")
+            }
+        });
+        return print(&shown.collect::<Vec<_>>().join("\n"));
+    };
+    for (name, text) in files {
+        let path = directory.join(name);
+        fs::write(&path, text).with_context(|| format!("--directory: cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The flags of both, the topology's first; where the agent's shim is no relay there is none.
+fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError> {
+    let are_none_given = arguments.agent_flag.is_empty() && arguments.relay_flag.is_empty();
+    if arguments.kind == Kind::Systemd && arguments.topology == Topology::None && are_none_given {
+        // The units' files of variables have them.
+        return Ok((Flags::none(Part::Agent), Some(Flags::none(Part::Relay))));
+    }
+    let steers = arguments.agent_flag.iter().any(|flag| flag.contains("steer"));
+    let topology = if steers { Topology::None } else { arguments.topology };
+    let agent = Flags::parse(
+        Part::Agent,
+        <agent::Arguments as Args>::augment_args(Command::new("")),
+        merged(topology.agent(), &arguments.agent_flag),
+    )?;
+    let is_relayed = agent.value("shim").is_some_and(|shim| shim.starts_with("relay:"));
+    if !is_relayed {
+        if !arguments.relay_flag.is_empty() {
+            return Err(ManifestError::Contradiction(
+                "--relay-flag is given, and the agent's --shim is no relay: leave one of them out",
+            ));
+        }
+        return Ok((agent, None));
+    }
+    let relay = Flags::parse(
+        Part::Relay,
+        <relay::Arguments as Args>::augment_args(Command::new("")),
+        merged(topology.relay(), &arguments.relay_flag),
+    )?;
+    Ok((agent, Some(relay)))
+}
+
+/// A topology's flags without those that are given, and the given ones.
+fn merged(known: &[&str], given: &[String]) -> Vec<String> {
+    let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
+    let known = known
+        .iter()
+        .filter(|known| given.iter().all(|flag| name(flag) != name(known)))
+        .map(|known| (*known).to_owned());
+    known.chain(given.iter().cloned()).collect()
+}
