@@ -191,3 +191,32 @@ pub fn interface_index(name: &std::ffi::CStr) -> io::Result<u32> {
         index => Ok(index),
     }
 }
+
+/// The running kernel's release, as `uname -r` has it (uname(2)): where /proc has processes only, it is nowhere else.
+pub fn release() -> String {
+    text(&names().release)
+}
+
+/// The host's name (uname(2)).
+pub fn host_name() -> String {
+    text(&names().nodename)
+}
+
+fn names() -> libc::utsname {
+    // SAFETY: a utsname is octets only, so that zero is one; uname fills it in, and fails for a bad address only.
+    unsafe {
+        let mut names: libc::utsname = std::mem::zeroed();
+        libc::uname(&raw mut names);
+        names
+    }
+}
+
+/// Text up to its zero.
+fn text(field: &[libc::c_char]) -> String {
+    let octets: Vec<u8> = field
+        .iter()
+        .take_while(|octet| **octet != 0)
+        .map(|octet| *octet as u8)
+        .collect();
+    String::from_utf8_lossy(&octets).into_owned()
+}

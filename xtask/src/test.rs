@@ -52,16 +52,19 @@ enum Group {
     Apiserver,
     /// Several nodes in network namespaces
     Cluster,
+    /// What is installed
+    Deploy,
 }
 
 impl Group {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Core,
         Self::Kernel,
         Self::Relay,
         Self::Steer,
         Self::Apiserver,
         Self::Cluster,
+        Self::Deploy,
     ];
 
     /// Those that `--kernel` runs in a VM.
@@ -330,6 +333,11 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
             eprintln!("the group `{}` needs root: its tests run under sudo", group.name());
             command.env(runner_variable(), "sudo -E");
         }
+    }
+    if group == Group::Deploy
+        && let Err(error) = debian::install("systemd-analyze", "systemd")
+    {
+        eprintln!("what judges the units is missing: {error:#}");
     }
     if group == Group::Steer
         && let Some(server) = vm::extras::goaway_server(Arch::host())?

@@ -26,6 +26,7 @@ use crate::{
     kernel::{Classify, KernelLog, Options, SourceKind},
     local::SocketPath,
     span::Span,
+    sys,
 };
 
 /// The file format's version.
@@ -471,10 +472,7 @@ impl Raw {
     fn checked(self) -> anyhow::Result<Config> {
         let node = match self.node_name {
             Some(name) => name,
-            None => fs::read_to_string("/proc/sys/kernel/hostname")
-                .context("--node-name is not given and the host name cannot be read")?
-                .trim()
-                .to_owned(),
+            None => sys::host_name(),
         };
         ensure!(
             !node.is_empty(),

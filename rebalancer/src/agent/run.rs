@@ -39,6 +39,7 @@ use crate::{
     local::{self, SocketFile},
     random,
     relay::takeover,
+    service,
     shim::link,
     span::Short,
     steer::Steer,
@@ -309,6 +310,7 @@ impl Loop {
                 () = sleep_until(wake) => self.turn(Input::Tick, &mut source),
             }
         }
+        service::stopping();
         self.save();
         tracing::info!("ending: nothing more is sent; clients that were told are on their way");
         Ok(())

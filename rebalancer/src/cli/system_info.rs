@@ -15,7 +15,7 @@ use super::{Failure, print, runtime, table::Table};
 use crate::{
     intercept::Intercept,
     kernel::{KernelLog, Lockdown, OLDEST, Options, Source, SourceKind},
-    steer,
+    steer, sys,
 };
 
 /// How the answer is shown.
@@ -54,12 +54,12 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut checks = vec![
         Check {
             name: "kernel",
-            found: read("/proc/sys/kernel/osrelease").map(|release| {
-                let (major, minor) = OLDEST;
-                format!(
-                    "{release}; counting with kernel programs needs {major}.{minor} or what that brought, steer 6.18"
-                )
-            }),
+            found: Ok(format!(
+                "{}; counting with kernel programs needs {}.{} or what that brought, steer 6.18",
+                sys::release(),
+                OLDEST.0,
+                OLDEST.1
+            )),
         },
         Check {
             name: "architecture",

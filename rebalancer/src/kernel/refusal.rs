@@ -5,6 +5,8 @@
 
 use std::{fs, path::Path};
 
+use crate::sys;
+
 /// How the kernel is locked down (kernel_lockdown(7)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lockdown {
@@ -81,7 +83,7 @@ impl Circumstances {
         .filter(|(_, bit, admin)| !(has(*bit) || *admin && has(21)))
         .map(|(name, ..)| name)
         .collect();
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let release = sys::release();
         Self {
             lockdown: Lockdown::here(),
             missing,

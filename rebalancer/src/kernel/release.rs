@@ -3,7 +3,7 @@
 //! Output: words. Must never refuse anything by a number: distributions bring what they need to older kernels, so the
 //! programs are tried, and only what was refused is explained.
 
-use std::fs;
+use crate::sys;
 
 /// Major and minor number.
 pub type Release = (u32, u32);
@@ -20,7 +20,7 @@ pub const OLDEST: Release = NEEDS[NEEDS.len() - 1].0;
 
 /// The running kernel's release; `None` when it does not say one.
 pub fn running() -> Option<Release> {
-    parsed(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+    parsed(&sys::release())
 }
 
 fn parsed(text: &str) -> Option<Release> {

@@ -5,6 +5,8 @@
 
 mod flags;
 mod pods;
+#[cfg(test)]
+mod tests;
 mod units;
 
 use std::fmt;

@@ -177,31 +177,17 @@ fn container(text: &mut String, flags: &Flags, image: &str) {
         let _ = writeln!(text, "      - {}", quoted(word));
     }
     if part == Part::Agent && flags.value("node-name").is_none() {
-        *text += "\
-    env:
-      - name: REBALANCER_NODE_NAME
-        valueFrom:
-          fieldRef:
-            fieldPath: spec.nodeName
-";
+        *text += block(NODE_NAME);
     }
-    *text += "\
-    securityContext:
-      # A user of its own would get no capabilities: Kubernetes sets no ambient ones.
-      runAsUser: 0
-      allowPrivilegeEscalation: false
-      readOnlyRootFilesystem: true
-      capabilities:
-        drop: [ALL]
-";
+    *text += block(CONFINED);
     let capabilities = flags.capabilities();
     if !capabilities.is_empty() {
         let _ = writeln!(text, "        add: [{}]", capabilities.join(", "));
     }
-    *text += match part {
+    *text += block(match part {
         Part::Agent => AGENT_RESOURCES,
         Part::Relay => RELAY_RESOURCES,
-    };
+    });
     probes(text, flags);
     *text += "    volumeMounts:\n";
     for mount in mounts(flags) {
@@ -215,15 +201,38 @@ fn container(text: &mut String, flags: &Flags, image: &str) {
     }
 }
 
+/// Lines that are indented: a line end after the quotation mark keeps the first line's place.
+fn block(lines: &str) -> &str {
+    lines.strip_prefix('\n').unwrap_or(lines)
+}
+
+const NODE_NAME: &str = "
+    env:
+      - name: REBALANCER_NODE_NAME
+        valueFrom:
+          fieldRef:
+            fieldPath: spec.nodeName
+";
+
+const CONFINED: &str = "
+    securityContext:
+      # A user of its own would get no capabilities: Kubernetes sets no ambient ones.
+      runAsUser: 0
+      allowPrivilegeEscalation: false
+      readOnlyRootFilesystem: true
+      capabilities:
+        drop: [ALL]
+";
+
 /// Measured: 31 MiB and 0.4 % of a core with 20,000 connections (docs/bench.md).
-const AGENT_RESOURCES: &str = "\
+const AGENT_RESOURCES: &str = "
     resources:
       requests: {cpu: 20m, memory: 64Mi}
       limits: {memory: 256Mi}
 ";
 
 /// Measured: 15 KiB a watching client (docs/bench.md); a limit would cut every client at once.
-const RELAY_RESOURCES: &str = "\
+const RELAY_RESOURCES: &str = "
     resources:
       requests: {cpu: 100m, memory: 128Mi}
 ";

@@ -56,12 +56,16 @@ RestartPreventExitStatus=2
     text += HARDENED;
     let capabilities = capabilities(flags);
     let _ = writeln!(text, "CapabilityBoundingSet={capabilities}");
-    if flags.steers() {
-        // The apiserver's process is looked into.
-        text += "ProtectProc=default\n";
+    if !flags.steers() {
+        // No other process is looked into.
+        text += "ProcSubset=pid\nProtectProc=invisible\n";
     }
     text += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\n";
-    text += "SystemCallFilter=@system-service bpf perf_event_open\n";
+    text += "SystemCallFilter=@system-service\nSystemCallFilter=~@privileged @resources\nSystemCallFilter=bpf\n";
+    if flags.steers() {
+        // A uprobe is a perf event.
+        text += "SystemCallFilter=perf_event_open\n";
+    }
     text += "MemoryMax=256M\n";
     writable(&mut text, flags);
     text + INSTALL
@@ -96,7 +100,7 @@ LimitNOFILE=131072
     text += HARDENED;
     text += "CapabilityBoundingSet=\n";
     text += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
-    text += "SystemCallFilter=@system-service\n";
+    text += "SystemCallFilter=@system-service\nSystemCallFilter=~@privileged @resources\n";
     writable(&mut text, flags);
     text + INSTALL
 }
@@ -112,6 +116,7 @@ NoNewPrivileges=yes
 LockPersonality=yes
 MemoryDenyWriteExecute=yes
 PrivateDevices=yes
+PrivateMounts=yes
 PrivateTmp=yes
 ProtectClock=yes
 ProtectControlGroups=yes

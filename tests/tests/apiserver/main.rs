@@ -3,6 +3,7 @@
 mod conformance;
 mod differential;
 mod identity;
+mod manifests;
 mod overload;
 mod world;
 

@@ -1,0 +1,165 @@
+use clap::{Arg, Command};
+use serde_json::Value;
+
+use super::*;
+
+/// As the parts' parsers are, with a flag of each kind.
+fn parser() -> Command {
+    let flag = |name: &'static str, value: &'static str| Arg::new(name).long(name).value_name(value);
+    Command::new("")
+        .arg(flag("shim", "SHIM"))
+        .arg(flag("api", "unix:PATH"))
+        .arg(flag("tls-cert", "FILE"))
+        .arg(flag("state", "FILE"))
+        .arg(flag("config", "FILE"))
+        .arg(flag("peer", "NAME=URL"))
+        .arg(flag("source", "SOURCE"))
+        .arg(flag("metrics", "ADDRESS"))
+        .arg(flag("tls-sni-cert-key", "CERT,KEY[:NAME,...]"))
+}
+
+fn flags(part: Part, line: &str) -> Result<Flags, ManifestError> {
+    Flags::parse(part, parser(), line.split_whitespace().map(str::to_owned).collect())
+}
+
+fn mounts(line: &str) -> Vec<(String, bool)> {
+    let flags = flags(Part::Relay, line).expect("good flags");
+    let shown = |mount: &Mount| (mount.path.to_string_lossy().into_owned(), mount.written);
+    flags.mounts().iter().map(shown).collect()
+}
+
+#[test]
+fn what_is_mounted_follows_from_the_flags() {
+    let run = ("/run/rebalancer".to_owned(), true);
+    assert_eq!(mounts(""), [run.clone()]);
+    assert_eq!(
+        mounts("--tls-cert=/pki/a.crt --tls-sni-cert-key /sni/b.crt,/keys/b.key:x.example --state /var/lib/r/state"),
+        [
+            run.clone(),
+            ("/pki".to_owned(), false),
+            ("/var/lib/r".to_owned(), true),
+            ("/sni".to_owned(), false),
+            ("/keys".to_owned(), false),
+        ]
+    );
+    // What is written in a directory makes all of it writable, in whatever order they are named.
+    for line in ["--tls-cert /d/a --state /d/b", "--state /d/b --tls-cert /d/a"] {
+        assert_eq!(mounts(line), [run.clone(), ("/d".to_owned(), true)]);
+    }
+    assert_eq!(mounts("--shim relay:unix:/run/other/relay.sock").len(), 2);
+}
+
+#[test]
+fn what_cannot_be_mounted_is_refused_by_name() {
+    let why = |line: &str| flags(Part::Agent, line).expect_err("refused").to_string();
+    assert!(why("--tls-cert a.crt").contains("--tls-cert a.crt"));
+    assert!(why("--tls-cert /a.crt").contains("--tls-cert /a.crt"));
+    assert!(why("--tls-cert /pki/../etc/shadow").contains("absolute path"));
+    assert!(why("--config /etc/rebalancer/agent.yaml").contains("--config"));
+    let unknown = why("--no-such-flag");
+    assert!(unknown.contains("agent") && unknown.contains("--no-such-flag") && !unknown.contains("Usage"));
+}
+
+#[test]
+fn capabilities_are_those_that_the_flags_need() {
+    let of = |part, line| flags(part, line).expect("good flags").capabilities();
+    assert_eq!(of(Part::Relay, ""), Vec::<&str>::new());
+    assert_eq!(of(Part::Agent, ""), ["BPF", "NET_ADMIN", "PERFMON"]);
+    assert_eq!(of(Part::Agent, "--source sockdiag"), ["NET_ADMIN"]);
+    assert_eq!(
+        of(Part::Agent, "--shim steer:auto"),
+        ["BPF", "NET_ADMIN", "PERFMON", "SYS_PTRACE"]
+    );
+}
+
+fn pods(agent: &str, relay: Option<&str>) -> Pods {
+    Pods {
+        image: "registry.example/rebalancer:1".to_owned(),
+        namespace: "kube-system".to_owned(),
+        agent: flags(Part::Agent, agent).expect("good flags"),
+        relay: relay.map(|relay| flags(Part::Relay, relay).expect("good flags")),
+    }
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    let documents = text.split("\n---\n").filter(|part| !part.trim().is_empty());
+    documents
+        .map(|text| serde_yaml_ng::from_str(text).expect("YAML"))
+        .collect()
+}
+
+#[test]
+fn every_container_mounts_what_the_pod_has() {
+    let text = static_pod(&pods(
+        "--shim relay:unix:/run/rebalancer/relay.sock",
+        Some("--tls-cert /etc/kubernetes/pki/a.crt --metrics 127.0.0.1:9471"),
+    ));
+    let pod = &documents(&text)[0];
+    let names = |list: &Value, key: &str| -> Vec<String> {
+        let list = list.as_array().expect("a list");
+        list.iter()
+            .map(|item| item[key].as_str().expect("a name").to_owned())
+            .collect()
+    };
+    let volumes = names(&pod["spec"]["volumes"], "name");
+    assert_eq!(volumes, ["run-rebalancer", "sys-fs-cgroup", "etc-kubernetes-pki"]);
+    for container in pod["spec"]["containers"].as_array().expect("containers") {
+        for name in names(&container["volumeMounts"], "name") {
+            assert!(volumes.contains(&name), "{name}");
+        }
+        assert_eq!(container["securityContext"]["capabilities"]["drop"][0], "ALL");
+        assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    }
+    let relay = &pod["spec"]["containers"][1];
+    assert_eq!(relay["livenessProbe"]["httpGet"]["port"], 9471);
+    assert_eq!(
+        relay["readinessProbe"],
+        Value::Null,
+        "a relay without an apiserver closes its port itself"
+    );
+    assert_eq!(relay["securityContext"]["capabilities"]["add"], Value::Null);
+    // The certificates' directory is read by the relay alone.
+    assert_eq!(names(&pod["spec"]["containers"][0]["volumeMounts"], "name").len(), 2);
+}
+
+#[test]
+fn a_pod_sees_the_hosts_processes_only_to_steer() {
+    let host_pid = |agent: &str| documents(&static_pod(&pods(agent, None)))[0]["spec"]["hostPID"].clone();
+    assert_eq!(host_pid("--shim steer:auto"), true);
+    assert_eq!(host_pid(""), Value::Null);
+}
+
+#[test]
+fn a_daemonset_has_no_flag_of_one_node() {
+    let error = daemonset(&pods("--peer cp-2=https://10.0.0.2:9443", None)).expect_err("refused");
+    assert!(error.to_string().contains("--peer"));
+    let text = daemonset(&pods("", Some(""))).expect("a DaemonSet");
+    let kinds: Vec<_> = documents(&text)
+        .iter()
+        .map(|document| document["kind"].clone())
+        .collect();
+    assert_eq!(kinds, ["ServiceAccount", "RoleBinding", "DaemonSet"]);
+}
+
+#[test]
+fn words_reach_the_process_as_they_were_given() {
+    let agent = Flags::parse(
+        Part::Agent,
+        parser(),
+        vec!["--api=unix:/run/r/50%\"$x y.sock".to_owned()],
+    )
+    .expect("good flags");
+    let unit = &units(&agent, None)[0].text;
+    assert!(
+        unit.contains("ExecStart=/usr/bin/rebalancer agent \"--api=unix:/run/r/50%%\\\"$$x y.sock\"\n"),
+        "{unit}"
+    );
+    let text = static_pod(&Pods {
+        agent,
+        ..pods("", None)
+    });
+    assert_eq!(
+        documents(&text)[0]["spec"]["containers"][0]["args"][1],
+        "--api=unix:/run/r/50%\"$x y.sock"
+    );
+}

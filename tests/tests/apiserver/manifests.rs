@@ -1,0 +1,52 @@
+//! A real kube-apiserver judges what `rebalancer manifest` prints.
+
+use std::{fs, process::Command};
+
+use rebalancer_tests::{
+    binary,
+    kubectl::{Kubectl, Who},
+    process::log_directory,
+};
+
+use crate::world::World;
+
+#[test]
+fn the_apiserver_takes_the_manifests() {
+    let Some(world) = World::get() else { return };
+    let admin = Who::Certificate(world.pki.pair("admin"));
+    let kubectl = Kubectl::new(&world.pki, world.apiserver, &admin).expect("a kubeconfig");
+    let directory = log_directory("manifests").expect("a directory");
+    for (name, arguments) in [
+        ("daemonset", &["daemonset"][..]),
+        ("static-pod", &["static-pod"]),
+        ("steer", &["static-pod", "--agent-flag=--shim=steer:auto"]),
+        (
+            "many-files",
+            &[
+                "static-pod",
+                "--relay-flag=--tls-sni-cert-key=/etc/very/long/path/of/some/certificates/that/is/longer/than/a/label/may/be/x.crt,/k/x.key",
+            ],
+        ),
+    ] {
+        let output = Command::new(binary())
+            .arg("manifest")
+            .args(arguments)
+            .output()
+            .expect("it starts");
+        assert!(
+            output.status.success(),
+            "{name}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let path = directory.join(format!("{name}.yaml"));
+        fs::write(&path, &output.stdout).expect("a file");
+        let path = path.display().to_string();
+        // Unknown fields are errors, too.
+        let answer = kubectl
+            .run(&["apply", "--dry-run=server", "--validate=strict", "-f", &path])
+            .expect("kubectl runs");
+        let said = answer.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(said.contains("rebalancer created"), "{name}: {said}");
+    }
+    fs::remove_dir_all(directory).expect("it is there");
+}

@@ -1,0 +1,202 @@
+//! What is installed: judged by systemd, and run with what a unit or a pod leaves it.
+
+use std::{fs, os::unix::net::UnixDatagram, path::Path, process::Command, time::Duration};
+
+use rebalancer_tests::{
+    binary,
+    process::{Process, log_directory},
+    skip,
+};
+use serde_json::Value;
+
+/// Whether a program is there, else a counted skip.
+fn has(program: &str) -> bool {
+    let is_there = Command::new("sh")
+        .args(["-c", &format!("command -v {program}")])
+        .output()
+        .is_ok_and(|output| output.status.success());
+    if !is_there {
+        skip(&format!("there is no {program}"));
+    }
+    is_there
+}
+
+fn succeeds(command: &mut Command) -> String {
+    let output = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
+    said
+}
+
+/// The units of a topology in a directory; their program is the one under test, which need not be installed.
+fn units(directory: &Path) {
+    succeeds(
+        Command::new(binary())
+            .args(["manifest", "systemd", "--directory"])
+            .arg(directory),
+    );
+    for entry in fs::read_dir(directory).expect("a directory").flatten() {
+        let text = fs::read_to_string(entry.path()).expect("a unit");
+        let here = binary().display().to_string();
+        fs::write(entry.path(), text.replace("/usr/bin/rebalancer", &here)).expect("a unit");
+    }
+}
+
+#[test]
+fn systemd_takes_the_units_and_calls_them_confined() {
+    if !has("systemd-analyze") {
+        return;
+    }
+    let directory = log_directory("units").expect("a directory");
+    units(&directory);
+    // In tenths, as `--threshold` takes them: how exposed a service is, from 0 to 10.
+    for (name, most) in [("rebalancer-agent.service", 20), ("rebalancer-relay@.service", 30)] {
+        let unit = directory.join(name);
+        let said = succeeds(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit));
+        assert_eq!(said.trim(), "", "{name}");
+        succeeds(
+            Command::new("systemd-analyze")
+                .args([
+                    "security",
+                    "--no-pager",
+                    "--offline=true",
+                    &format!("--threshold={most}"),
+                ])
+                .arg(&unit),
+        );
+    }
+    fs::remove_dir_all(directory).expect("it is there");
+}
+
+/// What `system-info` finds in a process that has these capabilities at most, no more privileges ever, and sees of /proc
+/// what `ProcSubset=pid` and `ProtectProc=invisible` leave.
+fn confined(capabilities: &str) -> Value {
+    let bounds = if capabilities.is_empty() {
+        "-all".to_owned()
+    } else {
+        format!("-all,{capabilities}")
+    };
+    let script = format!(
+        "mount -t proc -o subset=pid,hidepid=invisible proc /proc && exec setpriv --no-new-privs --bounding-set={bounds} \
+         --inh-caps={bounds} \"$0\" system-info --output json"
+    );
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .arg(binary())
+        .output()
+        .expect("unshare starts");
+    assert!(
+        output.status.success(),
+        "{capabilities}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[test]
+fn the_agent_counts_with_just_the_capabilities_of_its_unit_and_not_with_fewer() {
+    if !has("unshare") || !has("setpriv") {
+        return;
+    }
+    let works = |found: &Value, feature: &str| found[feature]["ok"] == true;
+    if !works(&confined("+bpf,+perfmon,+net_admin,+sys_admin"), "source-ebpf") {
+        skip("this kernel takes no programs");
+        return;
+    }
+    let found = confined("+bpf,+net_admin,+perfmon");
+    for feature in ["source-ebpf", "client-hellos", "source-sockdiag", "intercept"] {
+        assert!(works(&found, feature), "{feature}: {found:#}");
+    }
+    for (fewer, lost) in [
+        ("+net_admin,+perfmon", "source-ebpf"),
+        ("+bpf,+net_admin", "source-ebpf"),
+        ("+bpf,+perfmon", "intercept"),
+    ] {
+        let found = confined(fewer);
+        assert!(!works(&found, lost), "{lost} with {fewer}: {found:#}");
+        let why = found[lost]["why"].as_str().expect("a reason");
+        assert!(why.contains("CAP_"), "{lost} with {fewer}: {why}");
+    }
+    // The socket list wants one only.
+    assert!(works(&confined("+net_admin"), "source-sockdiag"));
+}
+
+#[test]
+fn what_contradicts_itself_is_refused_in_a_sentence() {
+    for (arguments, expected) in [
+        (&["daemonset", "--agent-flag=--peer=a=https://h:1"][..], "--peer"),
+        (&["static-pod", "--agent-flag=--no-such-flag"], "--no-such-flag"),
+        (
+            &[
+                "static-pod",
+                "--agent-flag=--shim=none",
+                "--relay-flag=--listen=[::1]:1",
+            ],
+            "--relay-flag",
+        ),
+        (
+            &["static-pod", "--relay-flag=--tls-cert=server.crt"],
+            "--tls-cert server.crt",
+        ),
+        (&["static-pod", "--topology=elsewhere"], "kubeadm"),
+        (&["systemd", "--directory=/no/such/directory"], "/no/such/directory"),
+    ] {
+        let output = Command::new(binary())
+            .arg("manifest")
+            .args(arguments)
+            .output()
+            .expect("it starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains(expected),
+            "{arguments:?}: {said}"
+        );
+        assert_eq!(output.stdout, b"", "{arguments:?}");
+    }
+}
+
+#[test]
+fn the_service_manager_hears_that_the_agent_is_ready_alive_and_ending() {
+    let directory = log_directory("notify").expect("a directory");
+    let socket = directory.join("notify");
+    let heard = UnixDatagram::bind(&socket).expect("a socket");
+    heard
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("a time limit");
+    let mut command = Command::new(binary());
+    command
+        .args([
+            "agent",
+            "--source=sockdiag",
+            "--apiserver-port=1",
+            "--metrics=127.0.0.1:0",
+        ])
+        .arg(format!("--api=unix:{}", directory.join("agent.sock").display()))
+        .env("NOTIFY_SOCKET", &socket)
+        .env("WATCHDOG_USEC", "30000000");
+    let mut agent = Process::start("agent", command, None, &directory).expect("it starts");
+    let hears = |expected: &str| {
+        let mut octets = [0; 256];
+        loop {
+            let length = heard
+                .recv(&mut octets)
+                .unwrap_or_else(|error| panic!("no {expected}: {error}"));
+            let said = String::from_utf8_lossy(&octets[..length]).trim().to_owned();
+            if said == expected {
+                return;
+            }
+            assert!(["READY=1", "WATCHDOG=1"].contains(&said.as_str()), "{said}");
+        }
+    };
+    hears("READY=1");
+    hears("WATCHDOG=1");
+    hears("WATCHDOG=1");
+    agent.signal(libc::SIGTERM);
+    hears("STOPPING=1");
+    assert!(
+        agent
+            .terminate(Duration::from_secs(60))
+            .is_some_and(|status| status.success())
+    );
+    fs::remove_dir_all(directory).expect("it is there");
+}
