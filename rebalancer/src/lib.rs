@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod doctor;
 pub mod intercept;
 pub mod kernel;
 mod listen;

@@ -220,3 +220,17 @@ fn text(field: &[libc::c_char]) -> String {
         .collect();
     String::from_utf8_lossy(&octets).into_owned()
 }
+
+/// What the file system of a directory has left for who is not root, in octets (statvfs(3)).
+pub fn free_octets(directory: &std::path::Path) -> io::Result<u64> {
+    let path = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the path ends in zero and lives through the call; a statvfs is integers only, so that zero is one.
+    let (result, found) = unsafe {
+        let mut found: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut found), found)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}

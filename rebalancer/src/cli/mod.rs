@@ -12,6 +12,7 @@ use crate::log::{self, Format};
 mod agent;
 mod client;
 mod completions;
+mod doctor;
 mod follow;
 mod man;
 mod manifest;
@@ -53,6 +54,7 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Show what this machine lets the agent do, each feature by really trying it
     SystemInfo(system_info::Arguments),
+    Doctor(doctor::Arguments),
     Manifest(manifest::Arguments),
     /// Print the manual
     Man(man::Arguments),
@@ -102,6 +104,10 @@ pub fn run() -> ExitCode {
         Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),
+        Command::Doctor(arguments) => match doctor::run(&arguments) {
+            Ok(code) => return ExitCode::from(code),
+            Err(failure) => Err(failure),
+        },
         Command::Manifest(arguments) => manifest::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
     };

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};
 use crate::{
+    doctor::Check,
     intercept::Intercept,
     kernel::{KernelLog, Lockdown, OLDEST, Options, Source, SourceKind},
     steer, sys,
@@ -40,18 +41,9 @@ enum Output {
     Json,
 }
 
-/// One feature.
-struct Check {
-    name: &'static str,
-    /// `Ok` with what was found, or why it cannot be used.
-    found: Result<String, String>,
-}
-
-/// Tries each feature.
-pub fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let runtime = runtime()?;
-    let _inside = runtime.enter();
-    let mut checks = vec![
+/// Tries each feature; needs a runtime.
+pub(super) fn checks(port: u16) -> Vec<Check> {
+    vec![
         Check {
             name: "kernel",
             found: Ok(format!(
@@ -89,7 +81,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         },
         Check {
             name: "client-hellos",
-            found: client_hellos(arguments.apiserver_port).map(|place| format!("read at {place}")),
+            found: client_hellos(port).map(|place| format!("read at {place}")),
         },
         Check {
             name: "source-sockdiag",
@@ -109,9 +101,16 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         },
         Check {
             name: "steer-apiserver",
-            found: apiserver(arguments.apiserver_port).map_err(|error| error.to_string()),
+            found: apiserver(port).map_err(|error| error.to_string()),
         },
-    ];
+    ]
+}
+
+/// Tries each feature, and shows it.
+pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let runtime = runtime()?;
+    let _inside = runtime.enter();
+    let mut checks = checks(arguments.apiserver_port);
     if let Some(path) = &arguments.apiserver_binary {
         let began = Instant::now();
         let found = steer::inspect(path)

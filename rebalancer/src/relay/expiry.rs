@@ -18,7 +18,7 @@ const SOON: i64 = 14 * 24 * 3600;
 const DAY: i64 = 24 * 3600;
 
 /// The earliest end of a certificate in a file, in seconds since 1970.
-fn earliest(path: &Path) -> Option<i64> {
+pub fn earliest(path: &Path) -> Option<i64> {
     let certificates = CertificateDer::pem_file_iter(path).ok()?.flatten();
     let ends = certificates.filter_map(|der| {
         let (_, parsed) = X509Certificate::from_der(&der).ok()?;

@@ -53,6 +53,7 @@ use crate::{
 use accept::{Door, Stop};
 use admission::{Admission, Bounds};
 use complaints::Complaints;
+pub(crate) use expiry::earliest as earliest_end;
 use metrics::Metrics;
 pub use pacing::WatchHandover;
 use registry::Registry;

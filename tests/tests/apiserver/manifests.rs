@@ -15,6 +15,8 @@ fn the_apiserver_takes_the_manifests() {
     let Some(world) = World::get() else { return };
     let admin = Who::Certificate(world.pki.pair("admin"));
     let kubectl = Kubectl::new(&world.pki, world.apiserver, &admin).expect("a kubeconfig");
+    // A kubelet's static pods have none; the apiserver asks for one of every pod it is given.
+    let _ = kubectl.run(&["create", "serviceaccount", "default", "--namespace", "kube-system"]);
     let directory = log_directory("manifests").expect("a directory");
     for (name, arguments) in [
         ("daemonset", &["daemonset"][..]),

@@ -4,7 +4,7 @@ use std::{fs, os::unix::net::UnixDatagram, path::Path, process::Command, time::D
 
 use rebalancer_tests::{
     binary,
-    process::{Process, log_directory},
+    process::{Process, log_directory, wait_for},
     skip,
 };
 use serde_json::Value;
@@ -198,5 +198,63 @@ fn the_service_manager_hears_that_the_agent_is_ready_alive_and_ending() {
             .terminate(Duration::from_secs(60))
             .is_some_and(|status| status.success())
     );
+    fs::remove_dir_all(directory).expect("it is there");
+}
+
+/// What the doctor says and ends with.
+fn doctor(directory: &Path, more: &[&str]) -> (Option<i32>, Value) {
+    let socket = |name: &str| format!("unix:{}", directory.join(name).display());
+    let output = Command::new(binary())
+        .args(["doctor", "--output=json", "--apiserver-port=1"])
+        .arg(format!("--api={}", socket("agent.sock")))
+        .arg(format!("--control={}", socket("relay.sock")))
+        .args(more)
+        .output()
+        .expect("it starts");
+    let said = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.code(), said)
+}
+
+/// The finding of a name.
+fn finding<'a>(said: &'a Value, what: &str) -> &'a Value {
+    let mut findings = said["findings"].as_array().expect("findings").iter();
+    findings
+        .find(|finding| finding["what"].as_str().is_some_and(|name| name.starts_with(what)))
+        .unwrap_or_else(|| panic!("no {what}: {said:#}"))
+}
+
+#[test]
+fn the_doctor_says_what_to_do_before_and_after_the_agent_runs() {
+    let directory = log_directory("doctor").expect("a directory");
+    let none = directory.join("none.crt").display().to_string();
+    let (code, said) = doctor(&directory, &["--certificate", &none]);
+    assert_eq!(code, Some(1), "{said:#}");
+    for what in ["agent", "certificate"] {
+        let found = finding(&said, what);
+        assert!(found["gravity"] == "wrong" && found["fix"].is_string(), "{found:#}");
+    }
+
+    let mut command = Command::new(binary());
+    command
+        .args([
+            "agent",
+            "--source=sockdiag",
+            "--dry-run",
+            "--apiserver-port=1",
+            "--metrics=127.0.0.1:0",
+        ])
+        .arg(format!("--api=unix:{}", directory.join("agent.sock").display()));
+    let _agent = Process::start("agent", command, None, &directory).expect("it starts");
+    wait_for(Duration::from_secs(60), || {
+        directory.join("agent.sock").exists().then_some(())
+    })
+    .expect("its socket");
+    let bundle = directory.join("bundle.json");
+    let (_, said) = doctor(&directory, &["--bundle", &bundle.display().to_string()]);
+    assert_eq!(finding(&said, "agent")["gravity"], "good", "{said:#}");
+    assert_eq!(finding(&said, "dry run")["gravity"], "note");
+    let bundle: Value = serde_json::from_slice(&fs::read(&bundle).expect("a bundle")).expect("JSON");
+    assert_eq!(bundle["status"]["Ok"]["mode"], "dry-run", "{bundle:#}");
     fs::remove_dir_all(directory).expect("it is there");
 }

@@ -1,0 +1,220 @@
+//! The processes of this node: agent, relay, apiserver.
+//!
+//! Input: what they answer, as JSON, and their command lines.
+
+use serde_json::Value;
+
+use super::{Finding, Gravity};
+
+/// Holds that are as it should be, or an operator's own doing.
+const CALM: [&str; 5] = ["below_threshold", "noise", "paused", "cooling_down", "plan_in_flight"];
+
+/// A hold for another reason than these is worth a look after so many seconds.
+const LONG: u64 = 30 * 60;
+
+/// Judges what the agent says of itself (`/v1/status`).
+pub fn agent(status: &Result<Value, String>) -> Vec<Finding> {
+    let status = match status {
+        Ok(status) => status,
+        Err(why) => {
+            return vec![Finding::mend(
+                "agent",
+                Gravity::Wrong,
+                why,
+                "start it (systemctl start rebalancer-agent), or name its socket by --api",
+            )];
+        }
+    };
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let mut findings = vec![Finding::good(
+        "agent",
+        format!(
+            "{}, source {}, shim {}",
+            text(&status["mode"]),
+            text(&status["source"]),
+            text(&status["shim"])
+        ),
+    )];
+    if status["mode"] == "dry-run" {
+        findings.push(Finding::note(
+            "dry run",
+            "it decides and sends nothing; --mode active sends",
+        ));
+    }
+    for warning in list(&status["warnings"]) {
+        findings.push(Finding::mend(
+            "warning",
+            Gravity::Soon,
+            text(warning),
+            "docs/agent.md says what to do about it",
+        ));
+    }
+    let hold = &status["hold"];
+    if let Some(reason) = hold["reason"].as_str() {
+        let since = status["hold_since_s"].as_u64().unwrap_or(0);
+        let found = format!("{} (since {since} s)", text(&hold["message"]));
+        findings.push(if CALM.contains(&reason) || since < LONG {
+            Finding::note("hold", found)
+        } else {
+            Finding::mend(
+                "hold",
+                Gravity::Soon,
+                found,
+                format!("docs/agent.md says what to do about the hold `{reason}`"),
+            )
+        });
+    }
+    for peer in list(&status["peers"]) {
+        let what = format!("peer {}", text(&peer["apiserver"]));
+        findings.push(match peer["fault"].as_str() {
+            Some(fault) => Finding::mend(
+                &what,
+                Gravity::Wrong,
+                fault,
+                "until it is mended this node's agent moves nobody",
+            ),
+            None => Finding::good(&what, "it answers"),
+        });
+    }
+    findings
+}
+
+/// Judges what the relay says of itself (`/v1/connections`), where the agent has one.
+pub fn relay(listing: &Result<Value, String>) -> Finding {
+    match listing {
+        Err(why) => Finding::mend(
+            "relay",
+            Gravity::Wrong,
+            why,
+            "start it (systemctl start rebalancer-relay@1), or name its socket by --control; clients reach the apiserver \
+             itself meanwhile if the agent intercepts",
+        ),
+        Ok(listing) => match listing["upstream"].as_str().unwrap_or("unknown") {
+            "ready" => Finding::good("relay", "it serves, and its apiserver is ready"),
+            "overloaded" => Finding::mend(
+                "relay",
+                Gravity::Soon,
+                "its apiserver answers too late",
+                "see what loads the apiserver; clients are served as they would be without a relay",
+            ),
+            state => Finding::mend(
+                "relay",
+                Gravity::Wrong,
+                format!("its apiserver is {state}, so it takes no connections"),
+                "its log says why; docs/relay.md says what it asks the apiserver",
+            ),
+        },
+    }
+}
+
+/// Judges the apiserver's flags by what the agent's shim needs of them.
+pub fn apiserver(arguments: &[String], shim: Option<&str>) -> Vec<Finding> {
+    let value = |name: &str| flag(arguments, name);
+    let chance = value("goaway-chance").or_else(|| value("goaway_chance"));
+    let chance = chance.and_then(|chance| chance.parse::<f64>().ok()).unwrap_or(0.0);
+    let mut findings = Vec::new();
+    findings.push(match shim {
+        Some("steer") if chance == 0.0 => Finding::mend(
+            "apiserver --goaway-chance",
+            Gravity::Wrong,
+            "0: it never asks, so steer cannot answer",
+            "start it with --goaway-chance=0.000001",
+        ),
+        Some("relay") if chance > 0.0 => Finding::mend(
+            "apiserver --goaway-chance",
+            Gravity::Soon,
+            format!("{chance}: its lottery goes on beside the plans"),
+            "start it without the flag",
+        ),
+        _ => Finding::good("apiserver --goaway-chance", chance.to_string()),
+    });
+    if shim == Some("relay") {
+        findings.push(match value("requestheader-client-ca-file") {
+            Some(file) => Finding::good("apiserver --requestheader-client-ca-file", file),
+            None => Finding::mend(
+                "apiserver --requestheader-client-ca-file",
+                Gravity::Wrong,
+                "it is not given, so the apiserver believes no relay",
+                "start it with the authority of the front-proxy certificate, as kubeadm does",
+            ),
+        });
+    }
+    findings
+}
+
+/// The last value of `--name=value` or `--name value`: the one that holds.
+fn flag(arguments: &[String], name: &str) -> Option<String> {
+    let mut found = None;
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let Some(after) = argument.trim_start_matches('-').strip_prefix(name) else {
+            continue;
+        };
+        match after.strip_prefix('=') {
+            Some(value) => found = Some(value.to_owned()),
+            None if after.is_empty() => found = rest.next().cloned(),
+            None => {}
+        }
+    }
+    found
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn worst(findings: &[Finding]) -> Gravity {
+        findings.iter().map(|finding| finding.gravity).max().expect("findings")
+    }
+
+    #[test]
+    fn an_agent_is_judged_by_what_it_says() {
+        let well = json!({"mode": "active", "source": "ebpf", "shim": "relay", "warnings": [],
+            "hold": {"reason": "below_threshold", "message": "level"}, "hold_since_s": 90_000,
+            "peers": [{"apiserver": "cp-2", "fault": null}]});
+        assert_eq!(worst(&agent(&Ok(well.clone()))), Gravity::Note);
+        let with = |key: &str, value: Value| {
+            let mut status = well.clone();
+            status[key] = value;
+            worst(&agent(&Ok(status)))
+        };
+        let futile = json!({"reason": "futile", "message": "nobody moves"});
+        assert_eq!(with("hold", futile.clone()), Gravity::Soon);
+        assert_eq!(with("warnings", json!(["most clients are node-local"])), Gravity::Soon);
+        assert_eq!(
+            with("peers", json!([{"apiserver": "cp-2", "fault": "connection refused"}])),
+            Gravity::Wrong
+        );
+        let mut early = well.clone();
+        early["hold"] = futile;
+        early["hold_since_s"] = json!(60);
+        assert_eq!(worst(&agent(&Ok(early))), Gravity::Note);
+        assert_eq!(worst(&agent(&Err("nobody answers".to_owned()))), Gravity::Wrong);
+    }
+
+    #[test]
+    fn the_last_of_a_flag_holds() {
+        let arguments = |line: &str| -> Vec<String> { line.split_whitespace().map(str::to_owned).collect() };
+        let chance = |line: &str| flag(&arguments(line), "goaway-chance");
+        assert_eq!(
+            chance("kube-apiserver --goaway-chance=0.1 --goaway-chance 0.2"),
+            Some("0.2".to_owned())
+        );
+        assert_eq!(chance("kube-apiserver --goaway-chances=0.1"), None);
+        let found = |line: &str, shim| worst(&apiserver(&arguments(line), Some(shim)));
+        assert_eq!(
+            found("--goaway-chance=0.001 --requestheader-client-ca-file=/a", "relay"),
+            Gravity::Soon
+        );
+        assert_eq!(found("--requestheader-client-ca-file=/a", "relay"), Gravity::Good);
+        assert_eq!(found("", "relay"), Gravity::Wrong);
+        assert_eq!(found("", "steer"), Gravity::Wrong);
+        assert_eq!(found("--goaway-chance=0.001", "steer"), Gravity::Good);
+    }
+}
