@@ -203,7 +203,11 @@ const MODES_ON: &str = "6.12";
 const ONLY_IN_MODES: &str = "offers";
 
 /// Programs that tests have for peers, and Debian's packages of them: installed where they are missing, as qemu is.
-const PEERS: [(Group, &str, &str); 2] = [(Group::Cluster, "haproxy", "haproxy"), (Group::Cluster, "curl", "curl")];
+const PEERS: [(Group, &str, &str); 3] = [
+    (Group::Cluster, "haproxy", "haproxy"),
+    (Group::Cluster, "curl", "curl"),
+    (Group::Deploy, "systemd-analyze", "systemd"),
+];
 
 /// Runs groups here, and others in VMs; the last line counts all of it.
 fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
@@ -333,11 +337,6 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
             eprintln!("the group `{}` needs root: its tests run under sudo", group.name());
             command.env(runner_variable(), "sudo -E");
         }
-    }
-    if group == Group::Deploy
-        && let Err(error) = debian::install("systemd-analyze", "systemd")
-    {
-        eprintln!("what judges the units is missing: {error:#}");
     }
     if group == Group::Steer
         && let Some(server) = vm::extras::goaway_server(Arch::host())?
