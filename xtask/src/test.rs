@@ -183,7 +183,7 @@ pub fn run_all() -> anyhow::Result<ExitCode> {
     });
     runs.extend(MODES.iter().map(in_mode));
     runs.push(Run {
-        only: vec![ONLY_STEER.to_owned()],
+        only: ONLY_STEER.map(str::to_owned).to_vec(),
         ..plain(Group::Steer, "6.18")
     });
     run_selected(&groups, &runs)
@@ -192,8 +192,9 @@ pub fn run_all() -> anyhow::Result<ExitCode> {
 /// What a kernel without what the programs need is tried with: how it refuses, and what works all the same.
 const ONLY_ON_OLD_ONES: &str = "too_old";
 
-/// What CI runs of steer's tests, emulated as they are: the answer itself. The others are a matter of `--kernel`.
-const ONLY_STEER: &str = "probe::";
+/// What CI runs of steer's tests, emulated as they are: the answer itself, and two who answer, in both orders and by
+/// mistake. The others are a matter of `--kernel`.
+const ONLY_STEER: [&str; 3] = ["probe::", "together::a_program", "together::a_second_agent"];
 
 /// The modes that are tried, and the kernel; the others are for `--mode`.
 const MODES: [Mode; 1] = [Mode::LockdownIntegrity];
