@@ -115,6 +115,30 @@ pub fn goaway_server() -> anyhow::Result<PathBuf> {
     }
 }
 
+/// What answers for a node's kubelet (tests/go/kubelet), built whenever its source has changed.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn kubelet() -> anyhow::Result<PathBuf> {
+    let Some(go) = on_path("go") else {
+        bail!("there is no `go` on PATH to build a kubelet's streams with: install Go 1.26 or later");
+    };
+    let cache = cache()?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let to = cache.join("kubelet");
+    let status = Command::new(go)
+        .current_dir(module().join("kubelet"))
+        .env("CGO_ENABLED", "0")
+        .args(["build", "-trimpath", "-o"])
+        .arg(&to)
+        .arg(".")
+        .status()
+        .context("cannot start go")?;
+    anyhow::ensure!(status.success(), "`go build` of tests/go/kubelet failed ({status})");
+    Ok(to)
+}
+
 fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
     let Some(go) = on_path("go") else {
         bail!(

@@ -66,6 +66,10 @@ enum Target {
     Golang,
     /// The kernel's type information
     Btf,
+    /// Heads of HTTP/1.1 requests
+    Http1,
+    /// Certificates and chains of them
+    X509,
 }
 
 impl Target {

@@ -132,11 +132,12 @@ impl Answers {
         if block.flags & flag::PRIORITY != 0 {
             first = first.get(5..)?;
         }
-        if rest.is_empty() {
-            self.decoder.decode(first, MAX_BLOCK).ok()
+        let list = if rest.is_empty() {
+            self.decoder.decode(first, MAX_BLOCK)
         } else {
-            self.decoder.decode(&[first, rest].concat(), MAX_BLOCK).ok()
-        }
+            self.decoder.decode(&[first, rest].concat(), MAX_BLOCK)
+        };
+        list.ok().filter(|list| !list.is_cut())
     }
 
     fn lose(&mut self) -> Answer {

@@ -111,7 +111,7 @@ impl ClientHalf {
                 "a request on a stream that is not the client's",
             ));
         }
-        if header.length as usize > self.max_header_bytes {
+        if frame::HEADER_LEN + header.length as usize > self.max_block() {
             return Err(ConnectionError::calm("a header block is larger than allowed"));
         }
         self.scanner.collect(header);
@@ -124,11 +124,12 @@ impl ClientHalf {
     ///
     /// It is another frame, or the block becomes too large.
     pub fn begin_continuation(&mut self, header: FrameHeader) -> Result<(), ConnectionError> {
+        let max = self.max_block();
         let Some(block) = &mut self.block else {
             return Err(ConnectionError::protocol("CONTINUATION without HEADERS"));
         };
         block.spent += frame::HEADER_LEN + header.length as usize;
-        if block.spent > self.max_header_bytes {
+        if block.spent > max {
             return Err(ConnectionError::calm("a header block is larger than allowed"));
         }
         self.scanner.collect(header);
@@ -169,11 +170,18 @@ impl ClientHalf {
         Ok(None)
     }
 
-    /// Reads a block. Every block of the client's is read, whatever becomes of it: later ones refer to it.
+    /// How many octets a block's frames may have: a list that is larger than allowed is answered 431, and must be read for
+    /// that; one that is by far ends the connection (golang.org/x/net/http2/frame.go, `readMetaFrame`, has the same two).
+    fn max_block(&self) -> usize {
+        self.max_header_bytes * 2
+    }
+
+    /// Reads a block. Every block of the client's is read, whatever becomes of it: later ones refer to it. A list that is
+    /// too large is cut.
     ///
     /// # Errors
     ///
-    /// A compression error, or a list that is too large.
+    /// A compression error.
     pub fn decode(&mut self, block: &Block) -> Result<FieldList, ConnectionError> {
         self.decoder.decode(&block.fragment, self.max_header_bytes)
     }

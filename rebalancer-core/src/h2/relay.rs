@@ -322,9 +322,10 @@ impl Relay {
             return self.server.bound_own();
         }
         let size = list.size() + self.policy.size();
+        let is_too_large = list.is_cut() || self.server.allowed.list.is_some_and(|allowed| size > allowed);
         let rewrite = match self.trust {
             Trust::Withdrawn => Err(b"401"),
-            Trust::Given if self.server.allowed.list.is_some_and(|allowed| size > allowed) => Err(b"431"),
+            Trust::Given if is_too_large => Err(b"431"),
             Trust::Given => self.policy.request(|name| list.get(name.as_bytes())).ok_or(b"401"),
         };
         let rewrite = match rewrite {
@@ -358,7 +359,7 @@ impl Relay {
     }
 
     fn trailers(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
-        if !block.end_stream || request::check_trailers(list).is_err() {
+        if !block.end_stream || list.is_cut() || request::check_trailers(list).is_err() {
             self.reset(block.stream, ErrorCode::ProtocolError, out);
             return self.server.bound_own();
         }

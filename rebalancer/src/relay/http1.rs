@@ -20,14 +20,11 @@ use std::{
 
 use rebalancer_core::{
     h1::{
-        body::{Body, Framing, Passing},
-        head::{AnswerHead, Field, Finder, HeadError, RequestHead, write_field},
+        body::{Body, Passing},
+        head::{AnswerHead, Finder, HeadError},
+        request::{Passed, Stays, pass},
     },
-    h2::{
-        policy::{Fate, Policy, user_agent},
-        relay::is_refusal,
-        watch::Watch,
-    },
+    h2::{policy::Policy, relay::is_refusal},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, ReadHalf, WriteHalf},
@@ -52,6 +49,10 @@ const LEAVING: Duration = Duration::from_secs(10);
 
 /// How much of a client's next requests is read while one is answered.
 const AHEAD: usize = 64 * 1024;
+
+/// How many octets of line ends Go's server skips before the next request, behind a POST alone (net/http/server.go,
+/// `readRequest`).
+const AFTER_POST: usize = 4;
 
 /// How much is read at once.
 const READ: usize = 32 * 1024;
@@ -100,6 +101,7 @@ where
         },
         to_client,
         to_server,
+        skippable: 0,
         settings,
     };
     let leaving = Leaving::default();
@@ -172,6 +174,18 @@ impl<R: AsyncRead + Unpin> Side<R> {
             return std::mem::take(&mut self.ahead);
         }
         self.ahead.drain(..count).collect()
+    }
+
+    /// Drops up to so many line ends at its front; how many more may still come.
+    fn skip_line_ends(&mut self, most: usize) -> usize {
+        let ends = self
+            .ahead
+            .iter()
+            .take(most)
+            .take_while(|octet| b"\r\n".contains(octet))
+            .count();
+        self.ahead.drain(..ends);
+        if self.ahead.is_empty() { most - ends } else { 0 }
     }
 
     /// Lets a body take what it wants, and appends what goes on.
@@ -256,6 +270,8 @@ struct Exchanges<'s, C, S> {
     server: Side<ReadHalf<S>>,
     to_client: WriteHalf<C>,
     to_server: WriteHalf<S>,
+    /// How many octets of line ends may stand before the next head.
+    skippable: usize,
     settings: Settings<'s>,
 }
 
@@ -326,6 +342,9 @@ where
         let mut begun = false;
         let mut hurried = false;
         loop {
+            if self.skippable > 0 && !self.client.ahead.is_empty() {
+                self.skippable = self.client.skip_line_ends(self.skippable);
+            }
             if !begun && !self.client.ahead.is_empty() {
                 begun = true;
                 until = Instant::now() + HEAD;
@@ -372,6 +391,7 @@ where
         drop(head);
 
         let sent = AtomicBool::new(false);
+        self.skippable = if request.posts { AFTER_POST } else { 0 };
         let (is_upgrade, to_head) = (request.upgrades, request.to_head);
         let (client, to_server) = (&mut self.client, &mut self.to_server);
         let mut sending = pin!(send_request(client, to_server, request, &connection, &sent));
@@ -405,39 +425,20 @@ where
     }
 
     /// What goes on to the server.
-    fn request(&self, head: &[u8]) -> Result<Request, Refusal> {
+    fn request(&self, head: &[u8]) -> Result<Passed, Refusal> {
         let Settings { policy, connection, .. } = &self.settings;
-        let parsed = RequestHead::parse(head).map_err(Refusal::Malformed)?;
-        let framing = parsed.framing().map_err(Refusal::Malformed)?;
-        if let Some(agent) = parsed.values("user-agent").last() {
-            connection.set_user_agent(&user_agent(agent));
-        }
+        let passed = pass(head, policy).map_err(|stays| match stays {
+            Stays::Malformed(error) => Refusal::Malformed(error),
+            Stays::Nobody => Refusal::Withdrawn,
+        })?;
         // The upstream connection may be the front proxy's: nothing goes over it that names nobody.
-        let first = |name: &str| parsed.value(name);
-        let rewrite = policy
-            .request(first)
-            .filter(|_| connection.is_believed())
-            .ok_or(Refusal::Withdrawn)?;
-        let came = parsed
-            .fields
-            .iter()
-            .filter(|field| rewrite.fate(field.name) == Fate::Merged);
-        let chain = policy.forwarded_for(came.map(|field| &*field.value));
-        let mut more = Vec::new();
-        write_field(b"X-Forwarded-For", &chain, &mut more);
-        for (name, value) in rewrite.adds() {
-            write_field(name.as_bytes(), value.as_bytes(), &mut more);
+        if !connection.is_believed() {
+            return Err(Refusal::Withdrawn);
         }
-        let mut out = Vec::with_capacity(head.len() + more.len());
-        let passes = |field: &Field<'_>| rewrite.fate(field.name) == Fate::Passes;
-        parsed.write(framing, passes, &more, &mut out);
-        Ok(Request {
-            out,
-            framing,
-            upgrades: parsed.upgrades(),
-            to_head: parsed.method == b"HEAD",
-            watch: Watch::of(parsed.method, parsed.target).is_some(),
-        })
+        if let Some(agent) = &passed.user_agent {
+            connection.set_user_agent(agent);
+        }
+        Ok(passed)
     }
 
     /// Passes octets after `101`, until both sides have ended: it is this connection's to the end, in figures and in the
@@ -462,20 +463,11 @@ where
     }
 }
 
-/// A request as it goes on.
-struct Request {
-    out: Vec<u8>,
-    framing: Framing,
-    upgrades: bool,
-    to_head: bool,
-    watch: bool,
-}
-
 /// Sends a request's head and body, and then watches whether the client leaves. It ends only when the client does.
 async fn send_request<C, S>(
     client: &mut Side<ReadHalf<C>>,
     to_server: &mut WriteHalf<S>,
-    request: Request,
+    request: Passed,
     connection: &Connection,
     sent: &AtomicBool,
 ) -> Result<Infallible, End>
@@ -483,7 +475,9 @@ where
     C: AsyncRead + Unpin,
     S: AsyncWrite + Unpin,
 {
-    let Request { mut out, framing, .. } = request;
+    let Passed {
+        head: mut out, framing, ..
+    } = request;
     let mut body = Body::new(framing, Passing::Bare);
     loop {
         client.feed(&mut body, &mut out).map_err(End::ClientIo)?;

@@ -1,7 +1,8 @@
 //! The threads that serve connections, each with an event loop of its own: a connection stays on one thread, and no
 //! byte wakes another.
 //!
-//! Input: connections' tasks. Must never move a task, nor let one thread have many more than another.
+//! Input: connections' tasks. Must never move a task, nor let one thread have many more than another, nor have a timer
+//! while connections are idle: with one, each wait for events sets the processor's clock and takes it back.
 
 use std::{
     io,
@@ -13,13 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    runtime::{Builder, Handle},
-    time::{MissedTickBehavior, interval},
-};
-
-/// How often a thread says that it moves.
-const BEAT: Duration = Duration::from_secs(1);
+use tokio::runtime::{Builder, Handle};
 
 /// All threads.
 #[derive(Debug)]
@@ -32,9 +27,12 @@ struct Worker {
     /// Tasks it has.
     tasks: Arc<AtomicUsize>,
     began: Instant,
-    /// Milliseconds from its beginning to when it moved last.
-    beat: Arc<AtomicU64>,
+    /// Milliseconds from its beginning to when it was asked whether it moves; [`ANSWERED`] once it has said so.
+    asked: Arc<AtomicU64>,
 }
+
+/// A thread owes no answer.
+const ANSWERED: u64 = u64::MAX;
 
 impl Workers {
     /// One thread a processor that this process may use.
@@ -47,13 +45,12 @@ impl Workers {
         (0..count).map(Worker::start).collect::<io::Result<_>>().map(Self)
     }
 
-    /// A thread that has not moved for longer than that, if there is one.
+    /// A thread that owes an answer for longer than that, if there is one. Every other is asked anew: whoever wants to
+    /// know asks again and again.
     pub fn standing_still(&self, limit: Duration) -> Option<&str> {
-        let still = self.0.iter().find(|worker| {
-            let last = Duration::from_millis(worker.beat.load(Relaxed));
-            worker.began.elapsed().saturating_sub(last) > limit
-        });
-        still.map(|worker| worker.name.as_str())
+        // Each is asked, also behind one that stands still.
+        let still: Vec<&Worker> = self.0.iter().filter(|worker| !worker.moves(limit)).collect();
+        still.first().map(|worker| worker.name.as_str())
     }
 
     /// Runs a task on the thread that has the fewest.
@@ -77,26 +74,30 @@ impl Worker {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let name = format!("relay-{index}");
-        let began = Instant::now();
-        let beat = Arc::new(AtomicU64::new(0));
-        let beats = Arc::clone(&beat);
-        thread::Builder::new().name(name.clone()).spawn(move || {
-            runtime.block_on(async {
-                let mut ticks = interval(BEAT);
-                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                loop {
-                    ticks.tick().await;
-                    beats.store(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), Relaxed);
-                }
-            })
-        })?;
+        thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
         Ok(Self {
             runtime: handle,
             name,
             tasks: Arc::default(),
-            began,
-            beat,
+            began: Instant::now(),
+            asked: Arc::new(AtomicU64::new(ANSWERED)),
         })
+    }
+
+    /// Whether it does not owe an answer for longer than that; asks it when it owes none.
+    fn moves(&self, limit: Duration) -> bool {
+        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(ANSWERED - 1);
+        match self.asked.load(Relaxed) {
+            ANSWERED => {
+                self.asked.store(now, Relaxed);
+                let asked = Arc::clone(&self.asked);
+                self.runtime.spawn(async move { asked.store(ANSWERED, Relaxed) });
+                true
+            }
+            since => Duration::from_millis(now.saturating_sub(since)) <= limit,
+        }
     }
 }
 
@@ -130,7 +131,7 @@ mod tests {
             // It blocks the thread, until the test has seen it.
             let _ = held.recv();
         });
-        let limit = 3 * BEAT;
+        let limit = Duration::from_secs(2);
         let began = Instant::now();
         let mut noticed = None;
         while noticed.is_none() && began.elapsed() < Duration::from_secs(60) {

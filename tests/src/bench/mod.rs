@@ -3,6 +3,7 @@
 //! Output: figures. Must never compare figures of different runs.
 
 pub mod bpf;
+pub mod counts;
 pub mod crowd;
 pub mod floor;
 pub mod kernel;

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 use anyhow::Context as _;
 
 use super::{
+    counts::{Counters, Tracepoints},
     load::{Load, Running, Served, Shape, Transfer},
     machine::{self, Busy, Cores, cpu_ns, pss_kib, sleeps},
     peers::{BACKEND, FIGURES, Peer, Programs, Start},
@@ -53,6 +54,9 @@ const WATCHES: u64 = 50;
 /// Between two events of one watch: 10,000 events a second in all.
 const EVENT_PERIOD: Duration = Duration::from_millis(5);
 
+/// How long system calls and timers are counted, once for each shape and proxy.
+const COUNTED: Duration = Duration::from_millis(500);
+
 /// Descriptors that the relay needs beside its connections.
 const SPARE_FILES: u64 = 128;
 
@@ -69,6 +73,15 @@ pub struct Sample {
     pub sleeps: f64,
 }
 
+/// What a proxy did for each request.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted {
+    /// System calls.
+    pub calls: f64,
+    /// Timers of the kernel.
+    pub timers: f64,
+}
+
 /// What a proxy held for each client with an open watch.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
@@ -83,6 +96,8 @@ pub struct Held {
 pub struct Figures {
     /// By shape and proxy.
     pub requests: BTreeMap<(&'static str, Peer), Vec<Sample>>,
+    /// By shape and proxy; empty where the kernel does not count for us.
+    pub counted: BTreeMap<(&'static str, Peer), Counted>,
     /// By direction and proxy, for each MiB.
     pub transfers: BTreeMap<(&'static str, Peer), Vec<Sample>>,
     /// By proxy.
@@ -109,6 +124,7 @@ struct Bench<'a> {
     effort: Effort,
     figures: Figures,
     open_files: u64,
+    tracepoints: Option<Tracepoints>,
 }
 
 /// A moment of a turn.
@@ -151,6 +167,9 @@ pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&
         effort,
         figures: Figures::default(),
         open_files,
+        tracepoints: Tracepoints::find()
+            .inspect_err(|error| say(&format!("system calls and timers are not counted: {error:#}")))
+            .ok(),
     };
     let libraries = Some(&*programs.libraries);
     bench.figures.versions = vec![
@@ -238,6 +257,19 @@ impl Bench<'_> {
         let sample = self.turn(proxy, &mut client, |served| served.requests)?;
         let key = (shape.name(), peer);
         self.figures.requests.entry(key).or_default().push(sample);
+        if let (Some(tracepoints), false) = (self.tracepoints, self.figures.counted.contains_key(&key)) {
+            // A window of its own: to be counted costs something.
+            let mut counters = Counters::start(proxy.id(), tracepoints)?;
+            let (before, began) = (counters.read()?, self.load.served()?.requests);
+            thread::sleep(COUNTED);
+            let (after, ended) = (counters.read()?, self.load.served()?.requests);
+            let each = |count: u64| count as f64 / (ended - began).max(1) as f64;
+            let counted = Counted {
+                calls: each(after.calls - before.calls),
+                timers: each(after.timers - before.timers),
+            };
+            self.figures.counted.insert(key, counted);
+        }
         if shape == Shape::Sequential {
             self.latency(Some(peer), client)?;
         } else {

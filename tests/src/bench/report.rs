@@ -10,7 +10,7 @@ use super::{
     load::{Shape, Transfer},
     machine::{kernel_release, processor},
     peers::Peer,
-    relay::{Figures, Sample},
+    relay::{Counted, Figures, Sample},
 };
 
 /// What the relay may spend of what haproxy spends, by shape.
@@ -18,7 +18,7 @@ const BOUNDS: [(Shape, f64); 4] = [
     (Shape::Batched, 0.85),
     (Shape::Spread, 0.7),
     (Shape::Paced, 0.6),
-    (Shape::Sequential, 0.4),
+    (Shape::Sequential, 0.75),
 ];
 
 /// What the relay may spend of what the floor spends.
@@ -55,6 +55,10 @@ impl Figures {
     }
 
     /// How often the proxy slept for a request.
+    fn counted(&self, shape: Shape, peer: Peer, figure: impl Fn(&Counted) -> f64) -> f64 {
+        self.counted.get(&(shape.name(), peer)).map_or(f64::NAN, figure)
+    }
+
     fn sleeps(&self, shape: Shape, peer: Peer) -> f64 {
         of(self.requests.get(&(shape.name(), peer)), |sample| sample.sleeps)
     }
@@ -124,6 +128,8 @@ impl Figures {
             })),
             "cpu_seconds_per_gib": by_peer(&|peer| by_transfer(&|transfer| self.gib_seconds(transfer, peer))),
             "sleeps_per_request": by_peer(&|peer| by_shape(&|shape| self.sleeps(shape, peer))),
+            "calls_per_request": by_peer(&|peer| by_shape(&|shape| self.counted(shape, peer, |each| each.calls))),
+            "timers_per_request": by_peer(&|peer| by_shape(&|shape| self.counted(shape, peer, |each| each.timers))),
             "cpu_per_watch_event_vs": others(&|peer| json!(rounded(self.event_us(Peer::Relay) / self.event_us(peer)))),
             "added_latency_vs": others(&|peer| json!(rounded(self.added_us(Peer::Relay) / self.added_us(peer)))),
             "kib_per_watch_connection": rounded(self.kib()),
@@ -239,6 +245,26 @@ impl Figures {
             )?;
         }
 
+        if !self.counted.is_empty() {
+            writeln!(
+                page,
+                "\nSystem calls and timers of the kernel for a request, calls / timers:\n"
+            )?;
+            writeln!(page, "| shape | relay | floor | passthrough | haproxy | Envoy |")?;
+            writeln!(page, "|---|--:|--:|--:|--:|--:|")?;
+            for shape in Shape::ALL {
+                let [relay, floor, passthrough, haproxy, envoy] = Peer::ALL.map(|peer| {
+                    let counted = self.counted.get(&(shape.name(), peer));
+                    counted.map_or_else(String::new, |each| format!("{:.2} / {:.2}", each.calls, each.timers))
+                });
+                writeln!(
+                    page,
+                    "| {} | {relay} | {floor} | {passthrough} | {haproxy} | {envoy} |",
+                    shape.name()
+                )?;
+            }
+        }
+
         writeln!(page, "\nThe rest:\n")?;
         writeln!(
             page,
@@ -255,7 +281,7 @@ impl Figures {
         writeln!(
             page,
             "| median latency added to {:.0} µs, sequential, in microseconds | {relay:.0} | {floor:.0} | {passthrough:.0} | {haproxy:.0} | \
-             {envoy:.0} | {} | 0.4 |",
+             {envoy:.0} | {} | |",
             self.latency_us(None),
             rounded(relay / haproxy)
         )?;
@@ -271,7 +297,7 @@ impl Figures {
         if let (Some(held), Some(worked)) = (self.held_relay, self.while_held) {
             writeln!(
                 page,
-                "| the same with {} clients | {:.1} | | | | | | 25 KiB |",
+                "| the same with {} clients | {:.1} | | | | | | 15 KiB |",
                 held.clients, held.kib_per_client
             )?;
             writeln!(

@@ -5,6 +5,8 @@ mod differential;
 mod identity;
 mod manifests;
 mod overload;
+mod streams;
+mod streams_clients;
 mod world;
 
 use std::time::Duration;

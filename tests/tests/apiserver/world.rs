@@ -4,7 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, OnceLock},
     time::Duration,
@@ -90,6 +90,10 @@ impl World {
                     format!("--audit-policy-file={}", policy.display()),
                     format!("--audit-log-path={}", audit.display()),
                     "--audit-log-mode=blocking".to_owned(),
+                    format!("--kubelet-client-certificate={}", pki.file("admin.crt").display()),
+                    format!("--kubelet-client-key={}", pki.file("admin.key").display()),
+                    format!("--kubelet-certificate-authority={}", pki.file("ca.crt").display()),
+                    "--kubelet-preferred-address-types=InternalIP".to_owned(),
                     // Added to those of the standard flags.
                     "--requestheader-group-headers=X-Auth-Group".to_owned(),
                 ],
@@ -97,21 +101,7 @@ impl World {
             None,
         )?);
         let control = logs.join("relay.sock");
-        let mut relay = Command::new(binary());
-        relay
-            .args(["relay", "--listen=127.0.0.1:6443", "--upstream=127.0.0.1:6444"])
-            .args(pki.relay_flags())
-            .args([
-                "--requestheader-group-headers=X-Remote-Group,X-Auth-Group",
-                "--requestheader-allowed-names=front-proxy-client",
-            ])
-            .arg(format!(
-                "--requestheader-client-ca-file={}",
-                pki.file("front-proxy-ca.crt").display()
-            ))
-            .arg(format!("--control=unix:{}", control.display()))
-            .env("REBALANCER_LOG", "debug");
-        processes.push(Process::start("relay", relay, None, &logs)?);
+        processes.push(start_relay("relay", at(6443), &control, &pki, &logs)?);
         let world = Self {
             pki,
             apiserver: at(6444),
@@ -161,22 +151,52 @@ impl World {
 
     /// Asks the control socket.
     pub fn control(&self, request: &str, body: &str) -> serde_json::Value {
-        let answer = self.control_raw(request, body);
-        let (_, json) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
-        serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {answer}"))
+        control(&self.control, request, body)
     }
 
     /// Asks the control socket: the whole answer.
     pub fn control_raw(&self, request: &str, body: &str) -> String {
-        let mut socket = UnixStream::connect(&self.control).expect("the control socket");
-        write!(
-            socket,
-            "{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .expect("a request");
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer).expect("an answer");
-        answer
+        control_raw(&self.control, request, body)
     }
+}
+
+/// Starts a relay before the apiserver.
+pub fn start_relay(name: &str, listen: SocketAddr, control: &Path, pki: &Pki, logs: &Path) -> anyhow::Result<Process> {
+    let mut relay = Command::new(binary());
+    relay
+        .args(["relay", "--upstream=127.0.0.1:6444"])
+        .arg(format!("--listen={listen}"))
+        .args(pki.relay_flags())
+        .args([
+            "--requestheader-group-headers=X-Remote-Group,X-Auth-Group",
+            "--requestheader-allowed-names=front-proxy-client",
+        ])
+        .arg(format!(
+            "--requestheader-client-ca-file={}",
+            pki.file("front-proxy-ca.crt").display()
+        ))
+        .arg(format!("--control=unix:{}", control.display()))
+        .env("REBALANCER_LOG", "debug");
+    Process::start(name, relay, None, logs)
+}
+
+/// Asks a relay's control socket.
+pub fn control(socket: &Path, request: &str, body: &str) -> serde_json::Value {
+    let answer = control_raw(socket, request, body);
+    let (_, json) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+    serde_json::from_str(json).unwrap_or_else(|error| panic!("{error}: {answer}"))
+}
+
+/// The same: the whole answer.
+fn control_raw(socket: &Path, request: &str, body: &str) -> String {
+    let mut socket = UnixStream::connect(socket).expect("the control socket");
+    write!(
+        socket,
+        "{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("a request");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("an answer");
+    answer
 }

@@ -124,6 +124,39 @@ fn trailers_and_what_asks_for_them_do_not_pass() {
 }
 
 #[test]
+fn a_line_too_much_is_skipped_behind_a_post_alone_as_go_does() {
+    let world = World::start(&[]);
+    for (first, too_much, passes) in [
+        (
+            "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx",
+            "\r\n",
+            true,
+        ),
+        (
+            "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx",
+            "\r\n\r\n\r\n",
+            false,
+        ),
+        ("GET /a HTTP/1.1\r\nHost: a\r\n\r\n", "\r\n", false),
+    ] {
+        let mut client = connect(&world, None);
+        client.send(first.as_bytes());
+        let mut server = world.accept().peer;
+        if first.starts_with("POST") {
+            server.read(1);
+        }
+        server.send(NO_CONTENT);
+        client.read_head();
+        client.send(format!("{too_much}GET /b HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes());
+        if passes {
+            assert!(server.read_head().starts_with("GET /b "));
+        } else {
+            assert!(client.read_head().starts_with("HTTP/1.1 400 "), "{first}{too_much}");
+        }
+    }
+}
+
+#[test]
 fn what_two_readers_could_take_differently_reaches_nobody() {
     let world = World::start(&[]);
     for request in [

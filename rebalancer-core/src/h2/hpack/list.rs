@@ -39,9 +39,10 @@ struct Field {
 #[derive(Clone, Default)]
 pub struct FieldList {
     /// Every name and its value, one behind the other.
-    octets: Vec<u8>,
+    pub(super) octets: Vec<u8>,
     fields: Vec<Field>,
     resized: bool,
+    cut: bool,
 }
 
 impl PartialEq for FieldList {
@@ -59,15 +60,24 @@ impl FieldList {
             octets: Vec::with_capacity(512),
             fields: Vec::with_capacity(16),
             resized: false,
+            cut: false,
         }
     }
 
-    /// Adds the field whose octets `write` appends; it says where the name ends, and how it came.
+    /// Adds the field whose octets `write` appends, or cuts the list there when it would be longer than `limit`; `write`
+    /// says where the name ends, and how the field came.
     pub(super) fn push_with<E>(
         &mut self,
+        limit: usize,
         write: impl FnOnce(&mut Vec<u8>) -> Result<(usize, Coding), E>,
     ) -> Result<(), E> {
+        let begin = self.octets.len();
         let (name_end, coding) = write(&mut self.octets)?;
+        if self.cut || self.size() + OVERHEAD > limit {
+            self.cut = true;
+            self.octets.truncate(begin);
+            return Ok(());
+        }
         self.fields.push(Field {
             name_end,
             end: self.octets.len(),
@@ -79,6 +89,11 @@ impl FieldList {
     /// The block changed the size of its sender's table.
     pub(super) fn set_resized(&mut self) {
         self.resized = true;
+    }
+
+    /// Whether its block stands for more than was allowed: the fields that are here are the first of it.
+    pub fn is_cut(&self) -> bool {
+        self.cut
     }
 
     /// Whether its block left its sender's table as it was: a receiver that never sees it reads the next one all the same.

@@ -41,11 +41,12 @@ impl Decoder {
     }
 
     /// Decodes one complete block, whose list may have `limit` octets, 32 for each field included (RFC 9113, section
-    /// 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE).
+    /// 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE). One that stands for more is cut ([`FieldList::is_cut`]) and followed to its
+    /// end all the same, since later blocks refer to it: what that costs goes by its own length, not by what it stands for.
     ///
     /// # Errors
     ///
-    /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2), or a list that is larger than the bound.
+    /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2).
     pub fn decode(&mut self, block: &[u8], limit: usize) -> Result<FieldList, ConnectionError> {
         let mut reader = Reader { rest: block };
         let mut list = FieldList::with_room();
@@ -64,11 +65,13 @@ impl Decoder {
                 list.set_resized();
                 continue;
             }
-            let left = limit.saturating_sub(list.size() + OVERHEAD);
             if first & 0x80 != 0 {
                 let index = reader.integer(7)?;
                 let (name, value) = self.indexed(index)?;
-                list.push_with(|out| {
+                if list.is_cut() {
+                    continue;
+                }
+                list.push_with(limit, |out| {
                     out.extend_from_slice(name);
                     let name_end = out.len();
                     out.extend_from_slice(value);
@@ -77,15 +80,15 @@ impl Decoder {
             } else {
                 let adding = first & 0x40 != 0;
                 let index = reader.integer(if adding { 6 } else { 4 })?;
-                list.push_with(|out| {
+                list.push_with(limit, |out| {
                     let begin = out.len();
                     if index == 0 {
-                        reader.string(left, out)?;
+                        reader.string(out)?;
                     } else {
                         out.extend_from_slice(self.indexed(index)?.0);
                     }
                     let name_end = out.len();
-                    reader.string(left.saturating_sub(name_end - begin), out)?;
+                    reader.string(out)?;
                     let coding = if adding {
                         let entry = Entry::new(&out[begin..name_end], &out[name_end..]);
                         self.fields.insert(entry.clone());
@@ -99,10 +102,8 @@ impl Decoder {
                     Ok((name_end, coding))
                 })?;
             }
-            if list.size() > limit {
-                return Err(ConnectionError::calm("a header list is larger than allowed"));
-            }
         }
+        debug_assert!(list.size() <= limit);
         Ok(list)
     }
 
@@ -151,8 +152,8 @@ impl Reader<'_> {
         ))
     }
 
-    /// Appends a string literal (RFC 7541, section 5.2) of at most `limit` octets once decoded.
-    fn string(&mut self, limit: usize, out: &mut Vec<u8>) -> Result<(), ConnectionError> {
+    /// Appends a string literal (RFC 7541, section 5.2): no more than eight octets for each five of the block's.
+    fn string(&mut self, out: &mut Vec<u8>) -> Result<(), ConnectionError> {
         let huffman = self.rest.first().is_some_and(|first| first & 0x80 != 0);
         let length = self.integer(7)?;
         let (text, rest) = self
@@ -161,10 +162,8 @@ impl Reader<'_> {
             .ok_or(ConnectionError::compression("a string in a header block ends early"))?;
         self.rest = rest;
         if huffman {
-            huffman::decode(text, limit, out)
-                .map_err(|huffman::Invalid| ConnectionError::compression("a Huffman code is invalid or too long"))
-        } else if length > limit {
-            Err(ConnectionError::calm("a header list is larger than allowed"))
+            huffman::decode(text, out)
+                .map_err(|huffman::Invalid| ConnectionError::compression("a Huffman code is invalid"))
         } else {
             out.extend_from_slice(text);
             Ok(())
@@ -237,7 +236,7 @@ mod tests {
 
     #[test]
     fn faults_are_refused_with_their_code() {
-        use super::super::error::ErrorCode::{CompressionError, EnhanceYourCalm};
+        use super::super::error::ErrorCode::CompressionError;
         let refused = |block: &[u8]| Decoder::default().decode(block, 64).expect_err("a fault").code;
         assert_eq!(refused(&[0x80]), CompressionError, "index zero");
         assert_eq!(refused(&[0xff, 0x20]), CompressionError, "an index beyond the table");
@@ -249,9 +248,36 @@ mod tests {
             "an integer"
         );
         assert_eq!(refused(&[0x00, 0x01]), CompressionError, "an early end");
-        let mut long = vec![0x00, 0x01, b'a', 0x7f, 0x00];
-        long.extend([b'x'; 127]);
-        assert_eq!(refused(&long), EnhanceYourCalm, "a list beyond the bound");
+    }
+
+    #[test]
+    fn a_list_beyond_its_bound_is_cut_and_followed_to_its_end() {
+        let mut decoder = Decoder::default();
+        // A literal that is too long, and behind it one that goes into the table.
+        let mut block = vec![0x82, 0x00, 0x01, b'a', 0x7f, 0x00];
+        block.extend([b'x'; 127]);
+        block.extend([0x40, 1, b'b', 1, b'c']);
+        let list = decoder.decode(&block, 80).expect("a block");
+        assert!(list.is_cut());
+        assert_eq!(text(&list), [(":method".to_owned(), "GET".to_owned())]);
+        let list = decoder.decode(&[0xbe], 80).expect("a block");
+        assert!(!list.is_cut());
+        assert_eq!(text(&list), [("b".to_owned(), "c".to_owned())]);
+        // What few octets stand for, many times.
+        let mut bomb = vec![0x40, 1, b'l'];
+        write_integer(4000, 7, 0, &mut bomb);
+        bomb.extend([b'x'; 4000]);
+        bomb.extend([0xbe; 10_000]);
+        let list = decoder.decode(&bomb, 10_000).expect("a block");
+        assert!(list.is_cut());
+        assert_eq!(list.iter().count(), 2);
+        assert_eq!(
+            list.octets.capacity().next_power_of_two(),
+            16_384,
+            "no more than it may hold, and one field"
+        );
+        let after_cut = [&[0xbe; 10][..], &[0x80]].concat();
+        assert!(decoder.decode(&after_cut, 64).is_err(), "a fault behind the cut is one");
     }
 
     proptest! {

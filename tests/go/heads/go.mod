@@ -1,0 +1,3 @@
+module rebalancer.test/heads
+
+go 1.26.0
