@@ -33,10 +33,17 @@ fuzz_target!(|data: &[u8]| {
     let policy = Policy::new(Default::default(), IpAddr::from([192, 0, 2, 7]))
         .with_identity([("x-remote-user".into(), "alice".to_owned())]);
     let Ok(passed) = pass(head, &policy) else { return };
-    assert_eq!(Finder::default().find(&passed.head), Some(passed.head.len()), "it is one head");
+    assert_eq!(
+        Finder::default().find(&passed.head),
+        Some(passed.head.len()),
+        "it is one head"
+    );
     let came = RequestHead::parse(head).expect("it passed");
     let went = RequestHead::parse(&passed.head).expect("a head goes on");
-    assert_eq!((went.method, went.target, went.minor), (came.method, came.target, came.minor));
+    assert_eq!(
+        (went.method, went.target, went.minor),
+        (came.method, came.target, came.minor)
+    );
     assert_eq!(went.framing(), Ok(passed.framing));
     assert_eq!(came.framing(), Ok(passed.framing));
     assert_eq!(went.upgrades(), came.upgrades());

@@ -31,17 +31,26 @@ fn certificates(mut data: &[u8]) -> Vec<Certificate> {
     while let [high, low, rest @ ..] = data {
         let (der, after) = rest.split_at(usize::from(u16::from_be_bytes([*high, *low])).min(rest.len()));
         data = after;
-        let Ok(certificate) = Certificate::parse(der, &Gullible::default()) else { continue };
+        let Ok(certificate) = Certificate::parse(der, &Gullible::default()) else {
+            continue;
+        };
         assert_eq!(certificate.raw(), der, "nothing is left over");
         let (from, until) = certificate.validity();
-        let _ = (from, until, certificate.is_for_host("a.example"), certificate.name().common_name());
+        let _ = (
+            from,
+            until,
+            certificate.is_for_host("a.example"),
+            certificate.name().common_name(),
+        );
         found.push(certificate);
     }
     found
 }
 
 fuzz_target!(|data: &[u8]| {
-    let [day_high, day_low, split, data @ ..] = data else { return };
+    let [day_high, day_low, split, data @ ..] = data else {
+        return;
+    };
     // Any day from 1970 to 2149.
     let now = i128::from(u16::from_be_bytes([*day_high, *day_low])) * 86_400_000_000_000;
     let mut all = certificates(data);

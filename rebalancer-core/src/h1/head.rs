@@ -139,7 +139,9 @@ fn fields<'h>(lines: impl Iterator<Item = &'h [u8]>) -> Result<Vec<Field<'h>>, H
             if more.is_empty() {
                 return Err(HeadError::Field);
             }
-            value.push(b' ');
+            if !value.is_empty() {
+                value.push(b' ');
+            }
             value.extend_from_slice(more);
             continue;
         }

@@ -179,7 +179,7 @@ fn version(fields: &mut Der<'_>) -> Option<u8> {
         return Some(1);
     };
     let version = content.number(tag::INTEGER)?;
-    (content.is_empty() && (0..=2).contains(&version)).then_some(version as u8 + 1)
+    (content.is_empty() && (0..=2).contains(&version)).then(|| version as u8 + 1)
 }
 
 fn public_key(mut spki: Der<'_>, crypto: &dyn Crypto) -> Option<PublicKey> {
