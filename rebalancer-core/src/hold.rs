@@ -32,6 +32,16 @@ pub enum Hold {
         /// Why.
         why: String,
     },
+    /// Who the apiservers are is not known, or this agent is not one of them by its Lease.
+    MembershipUnknown {
+        /// Why, and what to grant or to repair.
+        why: String,
+    },
+    /// An apiserver has left the set without a word: the others go on from the next decision.
+    ApiserverGone {
+        /// Which.
+        apiserver: ApiserverName,
+    },
     /// A peer's snapshot is too old.
     SnapshotStale {
         /// Which.
@@ -193,6 +203,8 @@ impl Hold {
         match self {
             Self::FewerThanTwoApiservers { .. } => "fewer_than_two_apiservers",
             Self::PeerUnknown { .. } => "peer_unknown",
+            Self::MembershipUnknown { .. } => "membership_unknown",
+            Self::ApiserverGone { .. } => "apiserver_gone",
             Self::SnapshotStale { .. } => "snapshot_stale",
             Self::BelowThreshold { .. } => "below_threshold",
             Self::Noise { .. } => "noise",
@@ -227,6 +239,12 @@ impl fmt::Display for Hold {
                 )
             }
             Self::PeerUnknown { peer, why } => write!(f, "nothing is known of peer {peer}: {why}"),
+            Self::MembershipUnknown { why } => write!(f, "who the apiservers are is not certain: {why}"),
+            Self::ApiserverGone { apiserver } => write!(
+                f,
+                "apiserver {apiserver} is gone: its Leases stand still and its agent does not answer; the others go on \
+                 without it until it is back"
+            ),
             Self::SnapshotStale { peer, age, limit } => write!(
                 f,
                 "the snapshot of peer {peer} is {:.1} s old, {:.1} s is allowed",

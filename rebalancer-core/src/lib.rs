@@ -19,6 +19,7 @@ pub mod hello;
 pub mod hellos;
 pub mod hold;
 pub mod ids;
+pub mod membership;
 pub mod observation;
 pub mod pace;
 pub mod planner;

@@ -11,6 +11,7 @@ use std::{
 use crate::{
     hold::Hold,
     ids::{ApiserverName, Timestamp},
+    membership::Roll,
 };
 
 /// How an apiserver is, as its own node's agent sees it.
@@ -96,6 +97,8 @@ pub enum PeerFault {
 pub struct Peers {
     own: Option<ApiserverName>,
     known: BTreeMap<ApiserverName, Peer>,
+    /// Who is who by the cluster's Leases, where peers are found by them.
+    roll: Option<Roll>,
 }
 
 /// What is known of one peer.
@@ -107,6 +110,25 @@ pub struct Peer {
     pub fault: Option<PeerFault>,
     /// When it was first heard to be down after it had been up.
     down_since: Option<Timestamp>,
+    /// Why nothing it says may be believed, by the cluster's Leases.
+    member_fault: Option<String>,
+}
+
+impl Peer {
+    /// What stands against it: what its Lease says before what became of the last attempt.
+    pub fn trouble(&self) -> Option<String> {
+        let fault = self.fault.as_ref().map(PeerFault::to_string);
+        self.member_fault.clone().or(fault)
+    }
+}
+
+/// How the set of apiservers changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// These have left without a word.
+    pub gone: Vec<ApiserverName>,
+    /// These have come back.
+    pub back: Vec<ApiserverName>,
 }
 
 /// One apiserver in a view.
@@ -131,12 +153,71 @@ impl Peers {
         Self {
             own: Some(own),
             known: names.into_iter().map(|name| (name, Peer::default())).collect(),
+            roll: None,
         }
+    }
+
+    /// Expects the members of that roll from now on and no others, and says who has gone and who has come back.
+    pub fn call(&mut self, roll: Roll) -> Changes {
+        let before = |roll: &Option<Roll>| roll.as_ref().map(|roll| roll.gone.clone()).unwrap_or_default();
+        let gone_before = before(&self.roll);
+        self.known.retain(|name, _| roll.members.contains_key(name));
+        for (name, member) in &roll.members {
+            let peer = self.known.entry(name.clone()).or_default();
+            peer.member_fault.clone_from(&member.fault);
+        }
+        let changes = Changes {
+            gone: roll.gone.difference(&gone_before).cloned().collect(),
+            back: gone_before
+                .iter()
+                .filter(|name| roll.members.contains_key(*name))
+                .cloned()
+                .collect(),
+        };
+        self.roll = Some(roll);
+        changes
+    }
+
+    /// Who is who by the cluster's Leases; `None` where peers are named by flags.
+    pub fn roll(&self) -> Option<&Roll> {
+        self.roll.as_ref()
+    }
+
+    /// The names of all apiservers, the own included.
+    pub fn names(&self) -> BTreeSet<ApiserverName> {
+        self.known.keys().chain(&self.own).cloned().collect()
+    }
+
+    /// Why another set of names is not this one's, in words; `None` when it is the same.
+    fn differs(&self, names: &[ApiserverName]) -> Option<String> {
+        let (here, there) = (self.names(), names.iter().cloned().collect::<BTreeSet<_>>());
+        let by_leases = self.roll.is_some();
+        if let Some(name) = here.difference(&there).next() {
+            let why = if by_leases {
+                "its agent sees other Leases, or has just seen them change"
+            } else {
+                "its --peer flags lack it, or it has another --node-name"
+            };
+            let there: Vec<_> = there.iter().map(ApiserverName::as_str).collect();
+            return Some(format!(
+                "it does not know the apiserver {name}, but {}: {why}",
+                there.join(", ")
+            ));
+        }
+        let name = there.difference(&here).next()?;
+        let what = if by_leases {
+            "its agent sees other Leases, or has just seen them change".to_owned()
+        } else {
+            format!("give this one --peer {name}=URL, or take it from the others")
+        };
+        Some(format!(
+            "it knows an apiserver {name}, which this agent does not: {what}"
+        ))
     }
 
     /// Takes what one peer answered, or why it did not.
     pub fn hear(&mut self, name: &ApiserverName, answer: Result<Snapshot, PeerFault>, now: Timestamp) {
-        let expected: BTreeSet<ApiserverName> = self.known.keys().chain(&self.own).cloned().collect();
+        let differs = answer.as_ref().ok().and_then(|snapshot| self.differs(&snapshot.names));
         let Some(peer) = self.known.get_mut(name) else {
             return;
         };
@@ -145,17 +226,7 @@ impl Peers {
                 let said = format!("it calls itself {}", snapshot.apiserver);
                 peer.fault = Some(PeerFault::Disagrees(said));
             }
-            Ok(snapshot) if snapshot.names.iter().cloned().collect::<BTreeSet<_>>() != expected => {
-                let theirs = snapshot
-                    .names
-                    .iter()
-                    .map(ApiserverName::as_str)
-                    .collect::<Vec<_>>()
-                    .join(", ");
-                peer.fault = Some(PeerFault::Disagrees(format!(
-                    "it knows the apiservers {theirs}: name the same ones on every node"
-                )));
-            }
+            Ok(_) if differs.is_some() => peer.fault = differs.map(PeerFault::Disagrees),
             Ok(snapshot) => {
                 let is_down = |snapshot: &Snapshot| snapshot.state == ServerState::Down;
                 let was_up = peer.snapshot.as_ref().is_some_and(|(_, before)| !is_down(before));
@@ -170,6 +241,7 @@ impl Peers {
                     snapshot: Some((now, snapshot)),
                     fault: None,
                     down_since,
+                    member_fault: peer.member_fault.take(),
                 }
             }
             Err(fault) => peer.fault = Some(fault),
@@ -211,10 +283,35 @@ impl Peers {
     ///
     /// While the clients of an apiserver that just went down look for another, loads say nothing: that takes `settle`.
     pub fn hold(&self, stale_after: Duration, settle: Duration, now: Timestamp) -> Option<Hold> {
+        if let Some(why) = self.roll.as_ref().and_then(|roll| roll.doubt.clone()) {
+            return Some(Hold::MembershipUnknown { why });
+        }
+        let hold = self.peers_hold(stale_after, settle, now);
+        // Who does not answer may be gone, which only the API can say.
+        match (&hold, self.roll.as_ref().and_then(|roll| roll.blind.as_ref())) {
+            (Some(Hold::PeerUnknown { .. } | Hold::SnapshotStale { .. }), Some(blind)) => {
+                Some(Hold::MembershipUnknown {
+                    why: format!(
+                        "{blind}; the set of apiservers is as it was, and not all answer: {}",
+                        hold.as_ref().map(Hold::to_string).unwrap_or_default()
+                    ),
+                })
+            }
+            _ => hold,
+        }
+    }
+
+    fn peers_hold(&self, stale_after: Duration, settle: Duration, now: Timestamp) -> Option<Hold> {
         if self.known.is_empty() {
             return Some(Hold::FewerThanTwoApiservers { apiservers: 1 });
         }
         for (name, peer) in &self.known {
+            if let Some(why) = peer.member_fault.clone() {
+                return Some(Hold::PeerUnknown {
+                    peer: name.clone(),
+                    why,
+                });
+            }
             if let Some(fault @ PeerFault::Disagrees(_)) = &peer.fault {
                 return Some(Hold::PeerUnknown {
                     peer: name.clone(),

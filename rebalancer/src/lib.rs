@@ -8,6 +8,7 @@ pub mod cli;
 pub mod doctor;
 pub mod intercept;
 pub mod kernel;
+pub mod kubernetes;
 mod listen;
 pub mod local;
 pub mod log;

@@ -4,7 +4,11 @@
 
 use std::{fs, net::SocketAddr, os::fd::OwnedFd, path::Path, process::Command, sync::Arc};
 
-use crate::{fixture::Fixture, pki::Pki, process::Process};
+use crate::{
+    fixture::Fixture,
+    pki::Pki,
+    process::{Process, on_host},
+};
 
 /// Starts etcd on that client address (plain HTTP), with its data in `directory`.
 ///
@@ -50,6 +54,8 @@ pub struct Settings<'a> {
     pub name: &'a str,
     /// `--goaway-chance`.
     pub goaway_chance: f64,
+    /// The name of its host, where it is to have one of its own: it goes by it in its identity Lease.
+    pub host: Option<&'a str>,
     /// More flags.
     pub extra: &'a [String],
 }
@@ -97,6 +103,9 @@ pub fn start_apiserver(settings: &Settings<'_>, namespace: Option<&Arc<OwnedFd>>
         .arg(format!("--goaway-chance={}", settings.goaway_chance))
         .arg("--v=1")
         .args(settings.extra);
+    if let Some(host) = settings.host {
+        on_host(&mut command, host);
+    }
     Process::start(settings.name, command, namespace, settings.directory)
 }
 

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod fixture;
 pub mod h2client;
 pub mod h2wire;
+pub mod kube;
 pub mod kubectl;
 pub mod netns;
 pub mod node;

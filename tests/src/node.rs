@@ -17,7 +17,12 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::{netns::Namespace, pki::Pki, process::Process};
+use crate::{
+    kube::kubeconfig,
+    netns::{Namespace, Network},
+    pki::Pki,
+    process::{Process, on_host},
+};
 
 /// Where the apiserver listens, behind the relay.
 pub const APISERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6444);
@@ -72,12 +77,23 @@ impl Shim {
     }
 }
 
+/// How agents find each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Finding {
+    /// By a flag for each, with certificates
+    Static,
+    /// By Leases: real apiservers only
+    Kubernetes,
+}
+
 /// What all nodes share.
 pub struct Shared<'a> {
     /// The binary.
     pub rebalancer: &'a Path,
     /// What sends the GOAWAY.
     pub shim: Shim,
+    /// How agents find each other.
+    pub peers: Finding,
     /// The certificates.
     pub pki: &'a Pki,
     /// Names and addresses of all nodes.
@@ -109,7 +125,6 @@ impl Node {
             Shim::Steer => (None, "steer:auto".to_owned()),
         };
 
-        let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
         let mut agent = Command::new(shared.rebalancer);
         agent
             .arg("agent")
@@ -122,19 +137,30 @@ impl Node {
                 directory.join("decisions.jsonl").display()
             ))
             .arg(format!("--peer-listen={address}:{PEER_PORT}"))
-            .arg("--peer-cert")
-            .arg(&identity.certificate)
-            .arg("--peer-key")
-            .arg(&identity.key)
-            .arg("--peer-ca")
-            .arg(shared.pki.file("ca.crt"))
             .args(shared.agent_flags);
-        for (peer, at) in shared.nodes {
-            if peer != name {
-                agent.arg(format!("--peer={peer}=https://{at}:{PEER_PORT}"));
+        match shared.peers {
+            Finding::Static => {
+                let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
+                agent
+                    .arg("--peer-cert")
+                    .arg(&identity.certificate)
+                    .arg("--peer-key")
+                    .arg(&identity.key)
+                    .arg("--peer-ca")
+                    .arg(shared.pki.file("ca.crt"));
+                for (peer, at) in shared.nodes {
+                    if peer != name {
+                        agent.arg(format!("--peer={peer}=https://{at}:{PEER_PORT}"));
+                    }
+                }
+            }
+            Finding::Kubernetes => {
+                let credentials = kubeconfig(shared.pki, name, SocketAddr::new(Network::HUB, PORT))?;
+                agent.arg("--peers=kubernetes").arg("--kubeconfig").arg(credentials);
             }
         }
         let agent_flags = agent.get_args().map(OsString::from).collect();
+        on_host(&mut agent, name);
         let agent = Process::start("agent", agent, Some(namespace.fd()), &directory)?;
         Ok(Self {
             name: name.clone(),
@@ -162,6 +188,7 @@ impl Node {
     pub fn start_agent(&mut self, more: &[&str]) -> anyhow::Result<()> {
         let mut agent = Command::new(&self.rebalancer);
         agent.args(&self.agent_flags).args(more);
+        on_host(&mut agent, &self.name);
         self.agent = Process::start("agent", agent, Some(&self.namespace), &self.directory)?;
         Ok(())
     }

@@ -206,6 +206,22 @@ fn spawn(name: &str, mut command: Command, namespace: Option<&Arc<OwnedFd>>) -> 
         .with_context(|| format!("cannot start {name} ({program})"))
 }
 
+/// Has the command run on a host of that name: in a UTS namespace of its own.
+pub fn on_host(command: &mut Command, name: &str) {
+    let name = name.to_owned().into_bytes();
+    // SAFETY: the closure makes two system calls, with integers and with octets that live in it; it does not allocate but
+    // for an error's message when all is lost.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::unshare(libc::CLONE_NEWUTS) == 0 && libc::sethostname(name.as_ptr().cast(), name.len()) == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
+        });
+    }
+}
+
 /// Looks until something is there, or `patience` is over.
 pub fn wait_for<T>(patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + patience;

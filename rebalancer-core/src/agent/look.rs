@@ -31,7 +31,7 @@ impl Agent {
     /// Looks, and learns from what happened since the last look.
     pub(super) fn look(&mut self, now: Timestamp) -> Look {
         let view = self.peers.view(self.snapshot(now), now);
-        let apiservers = self.policy.peers.len() + 1;
+        let apiservers = self.peers.names().len();
         let expected = self.motion.in_transit();
         let figures = self.motion.figures();
         let moves = self

@@ -33,6 +33,7 @@ use crate::{
     decision::{Decision, Outcomes},
     hold::Hold,
     ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
+    membership::Roll,
     observation::Observation,
     planner::{self, Cooldowns, Spread, Unmovable},
     policy::{Mode, Policy},
@@ -64,6 +65,8 @@ pub enum Input {
     ShimFailed(String),
     /// A peer answered, or did not.
     Peer(ApiserverName, Result<Snapshot, PeerFault>),
+    /// Who is who by the cluster's Leases.
+    Roll(Roll),
     /// The shim carried out an order.
     GoawayAnswered(Vec<(ConnectionId, GoawayResult)>),
     /// The shim did not carry out an order, or nobody knows.
@@ -193,6 +196,11 @@ impl Agent {
         }
     }
 
+    /// Peers are found by Leases: until a roll comes, nothing is known. Before the first input.
+    pub fn call_first(&mut self, roll: Roll) {
+        self.peers.call(roll);
+    }
+
     /// Takes one input and says what to do.
     pub fn handle(&mut self, now: Timestamp, input: Input) -> Vec<Effect> {
         let mut effects = Vec::new();
@@ -202,6 +210,7 @@ impl Agent {
             Input::Shim(report) => self.shim_answered(now, &report),
             Input::ShimFailed(why) => self.shim_fault = Some(why),
             Input::Peer(name, answer) => self.peers.hear(&name, answer, now),
+            Input::Roll(roll) => self.call(now, roll, &mut effects),
             Input::GoawayAnswered(results) => self.goaway_answered(now, &results),
             Input::GoawayFailed(victims, why) => {
                 self.shim_fault = Some(why);
@@ -252,7 +261,7 @@ impl Agent {
 
     /// This apiserver's snapshot, as the peers get it.
     pub fn snapshot(&self, now: Timestamp) -> Snapshot {
-        let names = self.policy.peers.iter().chain([&self.policy.node]).cloned().collect();
+        let names = self.peers.names().into_iter().collect();
         let part = self.part(now);
         let acts = part == Part::Acts;
         let is_ordered = self.plan.as_ref().is_some_and(|plan| plan.is_ordered);
@@ -491,6 +500,23 @@ impl Agent {
         debug_assert_eq!(decision.hold.is_none(), !decision.victims.is_empty());
         self.remember(decision.clone());
         effects.push(Effect::Record(decision));
+    }
+
+    /// Takes another roll; that somebody is gone is a decision, and the next one is without them.
+    fn call(&mut self, now: Timestamp, roll: Roll, effects: &mut Vec<Effect>) {
+        let changes = self.peers.call(roll);
+        for apiserver in changes.gone {
+            let (mut decision, _) = self.decide(now, self.still(now));
+            decision.id = self.next_id();
+            decision.generation = self.generation;
+            decision.victims.clear();
+            decision.outcomes = Outcomes::default();
+            let hold = Hold::ApiserverGone { apiserver };
+            decision.explanation = format!("nothing is done: {hold}");
+            decision.hold = Some(hold);
+            self.remember(decision.clone());
+            effects.push(Effect::Record(decision));
+        }
     }
 
     /// Follows the plan in flight, and closes it when it has settled: whether what it left over is to be decided at once.

@@ -186,6 +186,7 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "hold": decision["hold"],
             "hold_since_s": held_since.map(|since| now.since(since).as_secs()),
             "peers": wire::peers(agent, now)["peers"],
+            "membership": wire::peers(agent, now)["membership"],
             "goaways_total": agent.goaways_total(),
             "budget_tokens": agent.budget_tokens(now),
             "outcomes": wire::outcomes(agent.outcomes_total()),

@@ -17,6 +17,7 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use rebalancer_core::{
     ids::{ApiserverName, ShimKind},
+    membership::can_have_a_lease,
     policy::{Exclusions, GoawayRate, Mode, NodeLocal, Policy, Weight},
 };
 use rustls::pki_types::ServerName;
@@ -91,6 +92,16 @@ pub struct Raw {
     /// CA bundle (PEM) that signs every agent's certificate
     #[arg(long, env = "REBALANCER_PEER_CA", value_name = "FILE")]
     peer_ca: Option<PathBuf>,
+    /// With --peers kubernetes: the address the peers reach this node by [default: that of --peer-listen, else the one this
+    /// node speaks to the cluster from]
+    #[arg(long, env = "REBALANCER_PEER_ADVERTISE", value_name = "ADDRESS")]
+    peer_advertise: Option<IpAddr>,
+    /// With --peers kubernetes: credentials for the Kubernetes API [default: the pod's service account]
+    #[arg(long, env = "REBALANCER_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// With --peers kubernetes: where the agents' Leases are [default: kube-system]
+    #[arg(long, env = "REBALANCER_LEASE_NAMESPACE", value_name = "NAMESPACE")]
+    lease_namespace: Option<String>,
     /// Skew above which clients are moved, as a share of the mean [default: 0.10]
     #[arg(long, env = "REBALANCER_SKEW_THRESHOLD", value_name = "SHARE")]
     skew_threshold: Option<f64>,
@@ -373,6 +384,38 @@ pub struct PeerConfig {
     pub ca: PathBuf,
 }
 
+/// How agents find each other by the cluster's Leases.
+#[derive(Clone, Debug)]
+pub struct KubernetesConfig {
+    /// Where this one answers.
+    pub listen: SocketAddr,
+    /// The address the others reach it by, where it is given.
+    pub advertise: Option<IpAddr>,
+    /// Credentials; the pod's own without.
+    pub kubeconfig: Option<PathBuf>,
+    /// Where the agents' Leases are.
+    pub namespace: String,
+}
+
+/// How peers are found, with what that takes.
+#[derive(Clone, Debug)]
+pub enum Peering {
+    /// By flags.
+    Static(PeerConfig),
+    /// By Leases.
+    Kubernetes(KubernetesConfig),
+}
+
+impl Peering {
+    /// Where this agent answers its peers.
+    pub fn listen(&self) -> SocketAddr {
+        match self {
+            Self::Static(config) => config.listen,
+            Self::Kubernetes(config) => config.listen,
+        }
+    }
+}
+
 /// What the agent runs with.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -387,7 +430,7 @@ pub struct Config {
     /// Whether new connections are steered to the relay.
     pub intercept: bool,
     /// The other agents; `None` when there are none.
-    pub peers: Option<PeerConfig>,
+    pub peers: Option<Peering>,
     /// The local API.
     pub api: SocketPath,
     /// The state file.
@@ -447,6 +490,9 @@ impl Raw {
             peer_cert: self.peer_cert.or(file.peer_cert),
             peer_key: self.peer_key.or(file.peer_key),
             peer_ca: self.peer_ca.or(file.peer_ca),
+            peer_advertise: self.peer_advertise.or(file.peer_advertise),
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
+            lease_namespace: self.lease_namespace.or(file.lease_namespace),
             skew_threshold: self.skew_threshold.or(file.skew_threshold),
             skew_target: self.skew_target.or(file.skew_target),
             weight: self.weight.or(file.weight),
@@ -478,9 +524,6 @@ impl Raw {
             !node.is_empty(),
             "--node-name is empty: give the name the peers know this node by"
         );
-        if self.peers == Some(Discovery::Kubernetes) {
-            bail!("--peers kubernetes is not available in this version; name each peer by --peer NAME=URL");
-        }
         let mut names = BTreeSet::new();
         for peer in &self.peer {
             ensure!(
@@ -489,19 +532,63 @@ impl Raw {
                 peer.name
             );
         }
-        let peers = if self.peer.is_empty() {
-            None
+        let listen = self.peer_listen.unwrap_or(SocketAddr::new([0_u16; 8].into(), 9443));
+        let peers = if self.peers == Some(Discovery::Kubernetes) {
+            for (flag, is_given) in [
+                ("--peer", !self.peer.is_empty()),
+                ("--peer-cert", self.peer_cert.is_some()),
+                ("--peer-key", self.peer_key.is_some()),
+                ("--peer-ca", self.peer_ca.is_some()),
+            ] {
+                ensure!(
+                    !is_given,
+                    "{flag} is given with --peers kubernetes: peers and their keys are found by Leases; leave it away, or \
+                     give --peers static"
+                );
+            }
+            let name = ApiserverName::new(node.as_str());
+            ensure!(
+                can_have_a_lease(&name),
+                "--node-name {node}: with --peers kubernetes it is part of a Lease's name, in lower-case letters, digits, \
+                 `-` and `.`; give the name `kubectl get nodes` shows"
+            );
+            let namespace = self.lease_namespace.unwrap_or_else(|| "kube-system".to_owned());
+            ensure!(
+                can_have_a_lease(&ApiserverName::new(namespace.as_str())) && !namespace.contains('.'),
+                "--lease-namespace {namespace}: it is not the name of a namespace"
+            );
+            ensure!(
+                listen.port() != 0,
+                "--peer-listen {listen}: the peers need to know its port; allowed is 1 to 65535"
+            );
+            Some(Peering::Kubernetes(KubernetesConfig {
+                listen,
+                advertise: self.peer_advertise,
+                kubeconfig: self.kubeconfig,
+                namespace,
+            }))
         } else {
+            for (flag, is_given) in [
+                ("--peer-advertise", self.peer_advertise.is_some()),
+                ("--kubeconfig", self.kubeconfig.is_some()),
+                ("--lease-namespace", self.lease_namespace.is_some()),
+            ] {
+                ensure!(!is_given, "{flag} is given without --peers kubernetes, which it is for");
+            }
             let needed = |value: Option<PathBuf>, flag: &str| {
                 value.with_context(|| format!("{flag} is missing: agents talk to their peers over mutual TLS"))
             };
-            Some(PeerConfig {
-                addresses: self.peer,
-                listen: self.peer_listen.unwrap_or(SocketAddr::new([0_u16; 8].into(), 9443)),
-                certificate: needed(self.peer_cert, "--peer-cert")?,
-                key: needed(self.peer_key, "--peer-key")?,
-                ca: needed(self.peer_ca, "--peer-ca")?,
-            })
+            if self.peer.is_empty() {
+                None
+            } else {
+                Some(Peering::Static(PeerConfig {
+                    addresses: self.peer,
+                    listen,
+                    certificate: needed(self.peer_cert, "--peer-cert")?,
+                    key: needed(self.peer_key, "--peer-key")?,
+                    ca: needed(self.peer_ca, "--peer-ca")?,
+                }))
+            }
         };
         let apiserver_port = self.apiserver_port.unwrap_or(6443);
         ensure!(apiserver_port != 0, "--apiserver-port is 0: allowed is 1 to 65535");
@@ -638,7 +725,16 @@ mod tests {
                 &["--weight streams", "--shim steer"],
             ),
             ("intercept: true", &["--intercept", "--shim relay:unix:PATH"]),
-            ("peers: kubernetes", &["--peers kubernetes"]),
+            (
+                "peers: kubernetes\nnode-name: CP_1",
+                &["--node-name CP_1", "kubectl get nodes"],
+            ),
+            (
+                "peers: kubernetes\npeer: ['b=https://10.0.0.1:1']",
+                &["--peer", "--peers kubernetes"],
+            ),
+            ("peers: kubernetes\nlease-namespace: A", &["--lease-namespace A"]),
+            ("kubeconfig: /k", &["--kubeconfig", "--peers kubernetes"]),
             ("settle: 0s", &["--settle is 0s", "1s to 1h"]),
             ("goaway-rate: 1.0e-20", &["--goaway-rate", "0.01 to 10000"]),
             ("exclude-user-agent: ['']", &["--exclude-user-agent is empty"]),

@@ -24,7 +24,7 @@ use rebalancer_core::{
 };
 
 use super::wire::{mode_name, protocol_name, shim_name};
-use crate::steer::Answers;
+use crate::{kubernetes::Requests, steer::Answers};
 
 /// How old a look may be that a scrape is answered with.
 const FRESH: Duration = Duration::from_secs(1);
@@ -110,6 +110,8 @@ pub struct Metrics {
     counted_repairs: Repairs,
     unknown: Gauge,
     node_local: Gauge,
+    /// There is none where peers are named by flags.
+    membership: Family<KindLabel, Gauge>,
 }
 
 impl Metrics {
@@ -145,6 +147,22 @@ impl Metrics {
             counter.clone(),
         );
         counter
+    }
+
+    /// One more counter, for an agent whose peers are found by Leases.
+    pub fn kubernetes_requests(&mut self) -> Requests {
+        let requests = Requests::default();
+        self.registry.register(
+            "kubernetes_requests",
+            "Requests to the Kubernetes API by what became of them; a watch is one request for as long as it lasts",
+            requests.clone(),
+        );
+        self.registry.register(
+            "membership_troubles",
+            "What stands against the set of apiservers: doubt, which holds; blind, when the API cannot be read; Leases refused",
+            self.membership.clone(),
+        );
+        requests
     }
 
     /// One more gauge, for an agent with a shim: 1 while it answers.
@@ -203,6 +221,7 @@ impl Metrics {
             counted_repairs: Repairs::default(),
             unknown: Gauge::default(),
             node_local: Gauge::default(),
+            membership: Family::default(),
             registry: Registry::default(),
         };
         // Nothing is known before the first decision.
@@ -410,8 +429,22 @@ impl Metrics {
             "unreachable",
             "refused",
             "disagrees",
+            "gone",
         ] {
             self.peers.get_or_create(&StateLabel { state }).set(0);
+        }
+        self.snapshot_age.clear();
+        if let Some(roll) = agent.peers().roll() {
+            let gone = i64::try_from(roll.gone.len()).unwrap_or(i64::MAX);
+            self.peers.get_or_create(&StateLabel { state: "gone" }).set(gone);
+            for (kind, count) in [
+                ("doubt", usize::from(roll.doubt.is_some())),
+                ("blind", usize::from(roll.blind.is_some())),
+                ("refused", roll.refused.len()),
+            ] {
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                self.membership.get_or_create(&KindLabel { kind }).set(count);
+            }
         }
         for (name, peer) in agent.peers().iter() {
             let age = peer.snapshot.as_ref().map(|(at, _)| now.since(*at).as_secs_f64());
@@ -497,7 +530,7 @@ fn known_skew(decision: &Decision, agent: &Agent) -> Option<f64> {
         (knows && entry.age <= stale_after).then_some(entry.snapshot.state)
     };
     let takes = is_known(&policy.node) == Some(ServerState::Ready);
-    let all_known = policy.peers.iter().all(|peer| is_known(peer).is_some());
+    let all_known = agent.peers().iter().all(|(peer, _)| is_known(peer).is_some());
     (takes && all_known && decision.skew.is_finite()).then_some(decision.skew)
 }
 

@@ -11,6 +11,7 @@ use std::{
 use anyhow::Context as _;
 use rebalancer_core::{
     agent::{Agent, Effect, Input},
+    membership::Roll,
     observation::Observation,
     policy::Mode,
     shim::GoawayOrder,
@@ -24,11 +25,14 @@ use tokio::{
 
 use super::{
     api::{self, Context as ApiContext},
-    config::{Config, Shim},
+    config::{Config, Peering, Shim},
     handle::{AgentHandle, Clock, Request},
     heart::{BEAT, Heart},
     metrics::Metrics,
-    peers::{self, Asker, TlsListener, tls::PeerTls},
+    peers::{
+        self, Asker, TlsListener,
+        tls::{FileTls, PeerTls},
+    },
     record::Recorder,
     state::{self, StateFile},
     watch::{Observe, Watch},
@@ -36,6 +40,7 @@ use super::{
 use crate::{
     intercept::Intercept,
     kernel::Source,
+    kubernetes,
     local::{self, SocketFile},
     random,
     relay::takeover,
@@ -74,11 +79,17 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let peers = match &config.peers {
         None => None,
         Some(peers) => {
-            let tls = Arc::new(PeerTls::load(peers)?);
-            let hosts = peers.addresses.iter().map(|peer| peer.server_name.clone()).collect();
+            let (tls, key) = match peers {
+                Peering::Static(files) => (PeerTls::Files(FileTls::load(files)?), None),
+                Peering::Kubernetes(_) => {
+                    let (tls, key) = kubernetes::identity()?;
+                    (tls, Some(key))
+                }
+            };
+            let tls = Arc::new(tls);
             let refused = metrics.refused_handshakes();
-            let listener = TlsListener::bind(peers.listen, Arc::clone(&tls), hosts, refused).await?;
-            Some((peers, tls, metrics.certificate_expiry(), listener))
+            let listener = TlsListener::bind(peers.listen(), Arc::clone(&tls), refused).await?;
+            Some((peers, tls, key, listener))
         }
     };
     let metrics_listener = TcpListener::bind(config.metrics)
@@ -110,22 +121,45 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         intercepts: config.intercept,
     };
 
-    if let Some((peers, tls, expiry, listener)) = peers {
-        let routes = peers::router(handle.clone()).into_make_service_with_connect_info::<Asker>();
+    let (policy, instance) = (config.policy.clone(), random::u64());
+    let mut roll = None;
+    if let Some((peers, tls, key, listener)) = peers {
+        let routes = peers::router(handle.clone(), Arc::clone(&tls)).into_make_service_with_connect_info::<Asker>();
         tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
                 tracing::error!(%error, "the peers' port failed");
             }
         });
-        tokio::spawn(peers::tls::keep_fresh(Arc::clone(&tls), expiry));
-        let policy = Arc::new(config.policy.clone());
-        for address in &peers.addresses {
-            tokio::spawn(peers::follow(
-                address.clone(),
-                Arc::clone(&tls),
-                Arc::clone(&policy),
-                inputs_sender.clone(),
-            ));
+        let policy = Arc::new(policy.clone());
+        match (peers, key) {
+            (Peering::Kubernetes(kubernetes), Some(key)) => {
+                roll = Some(Roll::unread("the Leases have not been read yet"));
+                let requests = metrics
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .kubernetes_requests();
+                kubernetes::start(kubernetes::Parts {
+                    policy,
+                    apiserver_port: config.apiserver_port,
+                    config: kubernetes.clone(),
+                    clock,
+                    requests,
+                    tls,
+                    key,
+                    instance,
+                    inputs: inputs_sender.clone(),
+                })
+                .await?;
+            }
+            (Peering::Static(files), _) => {
+                let expiry = metrics
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .certificate_expiry();
+                tokio::spawn(peers::tls::keep_fresh(Arc::clone(&tls), expiry));
+                peers::ask_all(&files.addresses, &tls, &policy, &inputs_sender);
+            }
+            (Peering::Kubernetes(_), None) => anyhow::bail!("--peers kubernetes has no key"),
         }
     }
     serve(
@@ -141,12 +175,15 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         source = source_name,
         shim = super::wire::shim_name(config.policy.shim),
         mode = super::wire::mode_name(config.policy.mode),
-        peers = config.policy.peers.len(),
+        peers = %match &config.peers {
+            Some(Peering::Kubernetes(_)) => "by Leases".to_owned(),
+            _ => policy.peers.len().to_string(),
+        },
         api = %config.api.0.display(),
         "watching"
     );
-    let (policy, instance, now) = (config.policy.clone(), random::u64(), clock.now());
-    let agent = match remembered {
+    let now = clock.now();
+    let mut agent = match remembered {
         None => Agent::new(policy, instance, now),
         Some((memory, ago)) => {
             tracing::info!(
@@ -159,6 +196,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             Agent::with_memory(policy, instance, now, &memory, ago)
         }
     };
+    if let Some(roll) = roll {
+        agent.call_first(roll);
+    }
     let saved = agent.memory_version();
     Ok(Running {
         agent: Loop {

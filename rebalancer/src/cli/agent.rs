@@ -5,11 +5,12 @@ use clap::Args;
 use super::{Failure, runtime};
 use crate::{
     agent::{
-        config::{Config, Raw},
-        peers::tls::PeerTls,
+        config::{Config, Peering, Raw},
+        peers::tls::FileTls,
         run,
         wire::{agreement, shim_name},
     },
+    kubernetes::credentials,
     service, sys,
 };
 
@@ -40,10 +41,19 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
 fn check(config: &Config) -> Result<(), Failure> {
     let policy = &config.policy;
     let mut said = format!("node {}, shim {}", policy.node, shim_name(policy.shim));
-    if let Some(peers) = &config.peers {
-        PeerTls::load(peers).map_err(Failure::Configuration)?;
-        let names: Vec<_> = policy.peers.iter().map(ToString::to_string).collect();
-        said += &format!(", peers {}", names.join(", "));
+    match &config.peers {
+        None => {}
+        Some(Peering::Static(peers)) => {
+            FileTls::load(peers).map_err(Failure::Configuration)?;
+            let names: Vec<_> = policy.peers.iter().map(ToString::to_string).collect();
+            said += &format!(", peers {}", names.join(", "));
+        }
+        Some(Peering::Kubernetes(peers)) => {
+            let credentials = credentials(peers.kubeconfig.as_deref());
+            let credentials = runtime()?.block_on(credentials).map_err(Failure::Configuration)?;
+            let (namespace, url) = (&peers.namespace, credentials.cluster_url);
+            said += &format!(", peers by Leases in {namespace} of {url}");
+        }
     }
     said += "\nthe same for all agents:";
     for (flag, value) in agreement(policy) {

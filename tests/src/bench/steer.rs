@@ -232,6 +232,7 @@ fn start_real(
         directory,
         name: "kube-apiserver",
         goaway_chance: CHANCE,
+        host: None,
         extra: &[],
     };
     let apiserver = start_apiserver(&settings, Some(namespace.fd()))?;

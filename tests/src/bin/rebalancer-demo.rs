@@ -14,7 +14,7 @@ use rebalancer_tests::{
         screen::Screen,
     },
     fixture::Fixture,
-    node::Shim,
+    node::{Finding, Shim},
     pki::Pair,
     process::{log_directory, open_files},
     standin,
@@ -57,6 +57,9 @@ struct Demo {
     /// What sends the GOAWAY
     #[arg(long, value_enum, default_value = "relay")]
     shim: Shim,
+    /// How agents find each other
+    #[arg(long, value_enum, default_value = "static")]
+    peers: Finding,
     /// How the load balancer chooses
     #[arg(long, value_enum, default_value = "roundrobin")]
     lb: Policy,
@@ -178,6 +181,10 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         takes_the_probe()?;
     }
     let fixture = fixture(demo.apiserver)?;
+    anyhow::ensure!(
+        demo.peers == Finding::Static || fixture.is_some(),
+        "--peers kubernetes needs Leases, which the stand-in does not have: give --apiserver real"
+    );
     // The load balancer, the clients and the relays hold two descriptors a connection, draining ones included.
     open_files().context("cannot ask how many files may be open")?;
     let directory = log_directory("rebalancer-demo-")?;
@@ -198,6 +205,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         policy: demo.lb,
         fixture,
         shim: demo.shim,
+        peers: demo.peers,
         rebalancer: binary(),
         agent_flags: demo.agent_flag.clone(),
         relay_flags: demo

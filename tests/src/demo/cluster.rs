@@ -17,8 +17,9 @@ use crate::{
     balancer::{Balancer, Policy},
     demo_binary,
     fixture::{Fixture, goaway_server},
+    kube::Admin,
     netns::{Namespace, Network},
-    node::{APISERVER, Node, PORT, Shared, Shim},
+    node::{APISERVER, Finding, Node, PORT, Shared, Shim},
     pki::Pki,
     process::{Process, wait_for},
     swarm::Driver,
@@ -50,6 +51,8 @@ pub struct Options {
     pub fixture: Option<Fixture>,
     /// What sends the GOAWAY.
     pub shim: Shim,
+    /// How agents find each other.
+    pub peers: Finding,
     /// The product.
     pub rebalancer: PathBuf,
     /// More flags for the agents.
@@ -140,8 +143,15 @@ impl Cluster {
             _runtime: runtime,
             _etcd: etcd,
         };
+        let mut apiservers = Vec::new();
         for index in 0..count {
-            let mut apiserver = cluster.start_apiserver(index)?;
+            apiservers.push(cluster.start_apiserver(index)?);
+        }
+        if cluster.options.peers == Finding::Kubernetes {
+            let names: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+            cluster.let_agents(&names, &mut apiservers[0])?;
+        }
+        for (index, mut apiserver) in apiservers.into_iter().enumerate() {
             if cluster.options.shim == Shim::Steer {
                 // The agent puts its probe on a process that listens.
                 cluster.wait_until_it_listens(index, &mut apiserver)?;
@@ -149,6 +159,7 @@ impl Cluster {
             let shared = Shared {
                 rebalancer: &cluster.options.rebalancer,
                 shim: cluster.options.shim,
+                peers: cluster.options.peers,
                 pki: &cluster.pki,
                 nodes: &names,
                 directory: &cluster.options.directory,
@@ -159,6 +170,25 @@ impl Cluster {
             cluster.nodes.push(node);
         }
         Ok(cluster)
+    }
+
+    /// Lets the agents use Leases, as an administrator does once for a cluster, when its first apiserver is ready.
+    fn let_agents(&self, names: &[&str], apiserver: &mut Process) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.options.fixture.is_some(),
+            "--peers kubernetes needs Leases, which the stand-in does not have: give --apiserver real"
+        );
+        let address = self.options.shim.apiserver(Network::node_address(0));
+        let admin = Admin::new(&self.pki, self.namespace(0), address)?;
+        let ready = wait_for(START, || {
+            if let Err(ended) = apiserver.is_running() {
+                return Some(Err(ended));
+            }
+            let (status, _) = admin.ask_text("GET", "/readyz", None).ok()?;
+            (status == 200).then_some(Ok(()))
+        });
+        ready.context("the first apiserver does not become ready")??;
+        admin.let_agents(names)
     }
 
     fn wait_until_it_listens(&self, index: usize, apiserver: &mut Process) -> anyhow::Result<()> {
@@ -194,6 +224,7 @@ impl Cluster {
                         // Enough to be asked, and a lottery nobody wins.
                         Shim::Steer => 0.000_001,
                     },
+                    host: Some(&format!("node-{}", index + 1)),
                     extra: &[],
                 },
                 Some(namespace.fd()),

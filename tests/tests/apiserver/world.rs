@@ -86,6 +86,7 @@ impl World {
                 directory: &logs,
                 name: "kube-apiserver",
                 goaway_chance: 0.0,
+                host: None,
                 extra: &[
                     format!("--audit-policy-file={}", policy.display()),
                     format!("--audit-log-path={}", audit.display()),

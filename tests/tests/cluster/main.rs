@@ -1,6 +1,7 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
 mod health_checks;
+mod membership;
 mod operator;
 
 use std::{
@@ -18,7 +19,7 @@ use rebalancer_tests::{
     },
     demo_binary,
     fixture::Fixture,
-    node::Shim,
+    node::{Finding, Shim},
     process::{Process, log_directory, wait_for},
     skip,
 };
@@ -117,6 +118,7 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
         policy: Policy::Leastconn,
         fixture: None,
         shim: Shim::Relay,
+        peers: Finding::Static,
         rebalancer: binary(),
         agent_flags: vec!["--dry-run".to_owned(), "--settle=3s".to_owned()],
         relay_flags: Vec::new(),

@@ -14,7 +14,7 @@ use rebalancer_tests::{
         report::Report,
         scene::{Event, Scene},
     },
-    node::{Node, Shim},
+    node::{Finding, Node, Shim},
     process::{log_directory, wait_for},
     swarm::Driver,
 };
@@ -28,6 +28,7 @@ pub fn cluster(clients: usize, policy: Policy, agent_flags: &[&str]) -> Cluster 
         policy,
         fixture: None,
         shim: Shim::Relay,
+        peers: Finding::Static,
         rebalancer: binary(),
         agent_flags: agent_flags.iter().map(|flag| (*flag).to_owned()).collect(),
         relay_flags: Vec::new(),

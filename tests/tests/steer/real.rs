@@ -47,6 +47,7 @@ fn a_real_apiserver_tells_only_the_victims() {
         directory: &world.directory,
         name: "server",
         goaway_chance: 0.02,
+        host: None,
         extra: &[],
     };
     let server = start_apiserver(&settings, Some(world.node().fd())).expect("kube-apiserver");

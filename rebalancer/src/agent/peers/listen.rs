@@ -1,6 +1,6 @@
 //! The peers' port: handshakes, each in a task of its own, and who may read.
 //!
-//! Output: connections whose client certificate the peers' CA signed, and whether it is one of the peers'.
+//! Output: connections that proved who they are as TLS checks it, and whether they are one of the peers'.
 //! Must never let strangers hold more than a few places, nor fill the log: a refusal is counted, and said every ten seconds.
 
 use std::{
@@ -18,11 +18,7 @@ use axum::{
     serve::{IncomingStream, Listener},
 };
 use prometheus_client::metrics::counter::Counter;
-use rustls::{
-    client::verify_server_name,
-    pki_types::{CertificateDer, ServerName},
-    server::ParsedCertificate,
-};
+use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -48,8 +44,8 @@ const QUIET: Duration = Duration::from_secs(10);
 pub struct Asker {
     /// Where from.
     pub address: SocketAddr,
-    /// Why not.
-    pub may_read: Result<(), String>,
+    /// What it showed, and proved to have the key of.
+    pub certificate: Option<CertificateDer<'static>>,
 }
 
 impl Connected<IncomingStream<'_, TlsListener>> for Asker {
@@ -65,17 +61,12 @@ pub struct TlsListener {
 }
 
 impl TlsListener {
-    /// Listens; `hosts` are the peers' hosts, for one of which a client's certificate must be.
+    /// Listens.
     ///
     /// # Errors
     ///
     /// Names the address and what the system says.
-    pub async fn bind(
-        address: SocketAddr,
-        tls: Arc<PeerTls>,
-        hosts: Vec<ServerName<'static>>,
-        refused: Counter,
-    ) -> anyhow::Result<Self> {
+    pub async fn bind(address: SocketAddr, tls: Arc<PeerTls>, refused: Counter) -> anyhow::Result<Self> {
         let mut listener = listen::listen(address).map_err(|error| {
             let hint = listen::hint(address, &error);
             anyhow::Error::new(error).context(format!("--peer-listen {address}: cannot listen there; {hint}"))
@@ -85,7 +76,6 @@ impl TlsListener {
             counter: refused,
             unsaid: Mutex::default(),
         });
-        let hosts: Arc<[ServerName<'static>]> = hosts.into();
         tokio::spawn(async move {
             let places = Arc::new(Places::default());
             loop {
@@ -94,19 +84,19 @@ impl TlsListener {
                     refusals.refuse(from, &"there is no place: too many connections at once");
                     continue;
                 };
-                let acceptor = TlsAcceptor::from(Arc::clone(&tls.current().server));
-                let (accepted, refusals, hosts) = (accepted.clone(), Arc::clone(&refusals), Arc::clone(&hosts));
+                let acceptor = TlsAcceptor::from(tls.server());
+                let (accepted, refusals, tls) = (accepted.clone(), Arc::clone(&refusals), Arc::clone(&tls));
                 tokio::spawn(async move {
                     match timeout(PATIENCE, acceptor.accept(stream)).await {
                         Ok(Ok(stream)) => {
                             let certificates = stream.get_ref().1.peer_certificates();
-                            let may_read = is_a_peer(certificates.and_then(<[_]>::first), &hosts);
-                            if let Err(why) = &may_read {
-                                refusals.refuse(from, why);
+                            let certificate = certificates.and_then(<[_]>::first).cloned();
+                            if let Err(why) = tls.admits(certificate.as_ref()) {
+                                refusals.refuse(from, &why);
                             }
                             let asker = Asker {
                                 address: from,
-                                may_read,
+                                certificate: certificate.map(CertificateDer::into_owned),
                             };
                             let admitted = Admitted { stream, _place: place };
                             // Nobody takes it any more when the agent ends.
@@ -137,24 +127,9 @@ impl Listener for TlsListener {
     fn local_addr(&self) -> io::Result<Self::Addr> {
         Ok(Asker {
             address: self.address,
-            may_read: Ok(()),
+            certificate: None,
         })
     }
-}
-
-/// Whether the certificate is for one of the hosts: the one an agent answers with is the one it asks with.
-fn is_a_peer(certificate: Option<&CertificateDer<'_>>, hosts: &[ServerName<'_>]) -> Result<(), String> {
-    let certificate = certificate.ok_or("it shows no certificate")?;
-    let parsed = ParsedCertificate::try_from(certificate).map_err(|error| error.to_string())?;
-    if hosts.iter().any(|host| verify_server_name(&parsed, host).is_ok()) {
-        return Ok(());
-    }
-    let hosts: Vec<_> = hosts.iter().map(ServerName::to_str).collect();
-    Err(format!(
-        "the client's certificate is for none of this agent's peers ({}): each agent's certificate names the host its \
-         peers reach it by",
-        hosts.join(", ")
-    ))
 }
 
 /// How many connections each address has.
@@ -268,20 +243,5 @@ mod tests {
             places.0.lock().expect("nobody panics").is_empty(),
             "nothing is kept of who has gone"
         );
-    }
-
-    #[test]
-    fn a_certificate_is_a_peers_when_it_names_a_peers_host() {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let names = vec!["cp-2.example.test".to_owned(), "192.0.2.2".to_owned()];
-        let parameters = rcgen::CertificateParams::new(names).expect("parameters");
-        let certificate = parameters.self_signed(&key).expect("a certificate");
-        let host = |text: &str| ServerName::try_from(text.to_owned()).expect("a host");
-        let check = |hosts: &[ServerName<'_>]| is_a_peer(Some(certificate.der()), hosts);
-        assert_eq!(check(&[host("192.0.2.3"), host("192.0.2.2")]), Ok(()));
-        assert_eq!(check(&[host("cp-2.example.test")]), Ok(()));
-        let said = check(&[host("cp-3.example.test"), host("2001:db8::1")]).expect_err("a kubelet's");
-        assert!(said.contains("cp-3.example.test, 2001:db8::1"), "{said}");
-        assert!(is_a_peer(None, &[host("cp-2.example.test")]).is_err());
     }
 }

@@ -1,10 +1,12 @@
 //! Agents talk to each other: `GET /v1/snapshot` over HTTP/1.1 with mutual TLS.
 //!
 //! Job: answer with this apiserver's snapshot, and ask each peer for its own once a second.
-//! Must never answer or believe anyone whose certificate the peers' CA did not sign for one of the peers' hosts.
+//! Must never answer or believe anyone who is not known by the peers' CA for one of the peers' hosts, or by a key that an
+//! agent's Lease names.
 
 mod dial;
 mod listen;
+pub mod pin;
 pub mod tls;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -21,6 +23,7 @@ use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rebalancer_core::{
     agent::Input,
+    membership::KeyHash,
     policy::Policy,
     view::{PeerFault, Snapshot},
 };
@@ -48,15 +51,18 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const LARGEST: usize = 64 * 1024;
 
 /// The routes peers may ask.
-pub fn router(agent: AgentHandle) -> Router {
-    Router::new().route("/v1/snapshot", get(snapshot)).with_state(agent)
+pub fn router(agent: AgentHandle, tls: Arc<PeerTls>) -> Router {
+    Router::new()
+        .route("/v1/snapshot", get(snapshot))
+        .with_state((agent, tls))
 }
 
 async fn snapshot(
     ConnectInfo(asker): ConnectInfo<Asker>,
-    State(agent): State<AgentHandle>,
+    State((agent, tls)): State<(AgentHandle, Arc<PeerTls>)>,
 ) -> Result<Json<WireSnapshot>, Problem> {
-    if let Err(why) = asker.may_read {
+    // With each request: who has left since the handshake may not read any more.
+    if let Err(why) = tls.admits(asker.certificate.as_ref()) {
         return Err(Problem::new(StatusCode::FORBIDDEN, why));
     }
     agent
@@ -74,24 +80,42 @@ struct Link {
     generation: u64,
 }
 
+/// A peer to be asked.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its name and where it answers.
+    pub at: PeerAddress,
+    /// The key it is known by; by its certificate without.
+    pub pin: Option<KeyHash>,
+}
+
+/// What a peer answered, or why it did not.
+#[derive(Debug)]
+pub struct Answer {
+    /// Who was asked.
+    pub target: Target,
+    /// The answer.
+    pub said: Result<Snapshot, PeerFault>,
+}
+
 /// Asks one peer, for as long as somebody listens.
-pub async fn follow(address: PeerAddress, tls: Arc<PeerTls>, policy: Arc<Policy>, inputs: mpsc::Sender<Input>) {
+pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answers: mpsc::Sender<Answer>) {
     let mut ticks = interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut link: Option<Link> = None;
     loop {
         ticks.tick().await;
-        let generation = tls.current().generation;
+        let generation = tls.generation();
         // A renewed certificate is shown at once, or the peer would see the old one until it has expired.
         let usable = link
             .take()
             .filter(|link| !link.sender.is_closed() && link.generation == generation);
-        let answer = async {
+        let said = async {
             let mut connected = match usable {
                 Some(link) => link,
-                None => connect(&address, &tls).await?,
+                None => connect(&target, &tls).await?,
             };
-            let asked = timeout(PATIENCE, ask(&address, &mut connected, &policy)).await;
+            let asked = timeout(PATIENCE, ask(&target.at, &mut connected, &policy)).await;
             let snapshot = asked.unwrap_or_else(|_| {
                 let why = format!("{} gave no answer within {} s", connected.at, PATIENCE.as_secs());
                 Err(PeerFault::Unreachable(why))
@@ -100,16 +124,40 @@ pub async fn follow(address: PeerAddress, tls: Arc<PeerTls>, policy: Arc<Policy>
             Ok(snapshot)
         }
         .await;
-        if inputs.send(Input::Peer(address.name.clone(), answer)).await.is_err() {
+        let target = target.clone();
+        if answers.send(Answer { target, said }).await.is_err() {
             return;
         }
     }
 }
 
-async fn connect(address: &PeerAddress, tls: &PeerTls) -> Result<Link, PeerFault> {
-    let current = tls.current();
+/// Asks the peers that flags name, and tells the loop what they answer.
+pub fn ask_all(addresses: &[PeerAddress], tls: &Arc<PeerTls>, policy: &Arc<Policy>, inputs: &mpsc::Sender<Input>) {
+    let (answers, mut answered) = mpsc::channel::<Answer>(64);
+    for at in addresses {
+        let target = Target {
+            at: at.clone(),
+            pin: None,
+        };
+        tokio::spawn(follow(target, Arc::clone(tls), Arc::clone(policy), answers.clone()));
+    }
+    let inputs = inputs.clone();
+    tokio::spawn(async move {
+        while let Some(Answer { target, said }) = answered.recv().await {
+            if inputs.send(Input::Peer(target.at.name, said)).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+async fn connect(target: &Target, tls: &PeerTls) -> Result<Link, PeerFault> {
+    let address = &target.at;
+    let (client, generation) = tls
+        .client(target.pin)
+        .map_err(|error| PeerFault::Refused(format!("{error:#}")))?;
     let attempt = |to: SocketAddr| {
-        let connector = TlsConnector::from(Arc::clone(&current.client));
+        let connector = TlsConnector::from(Arc::clone(&client));
         let name = address.server_name.clone();
         async move {
             let stream = TcpStream::connect(to)
@@ -131,11 +179,7 @@ async fn connect(address: &PeerAddress, tls: &PeerTls) -> Result<Link, PeerFault
         .await
         .map_err(|error| PeerFault::Refused(format!("{at}: {error}")))?;
     tokio::spawn(connection);
-    Ok(Link {
-        sender,
-        at,
-        generation: current.generation,
-    })
+    Ok(Link { sender, at, generation })
 }
 
 async fn ask(address: &PeerAddress, link: &mut Link, policy: &Policy) -> Result<Snapshot, PeerFault> {

@@ -1,6 +1,7 @@
-//! Certificate, key and CA of the agents' talk, read again when the files change.
+//! How agents know each other: by certificates of a CA, in files that are read again when they change, or by keys.
 //!
-//! Input: the files of `--peer-cert`, `--peer-key` and `--peer-ca`. Output: both ends' TLS configurations.
+//! Input: the files of `--peer-cert`, `--peer-key` and `--peer-ca`, or the keys of the Leases. Output: both ends' TLS
+//! configurations, and whether who asks is a peer.
 //! Must never go on without a certificate: new files that cannot be used leave the old ones in use, and the log says so.
 
 use std::{
@@ -11,16 +12,19 @@ use std::{
 };
 
 use anyhow::Context as _;
+use rebalancer_core::membership::KeyHash;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    client::verify_server_name,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
+    server::{ParsedCertificate, WebPkiClientVerifier},
 };
 use tokio::{
     task::spawn_blocking,
     time::{MissedTickBehavior, interval},
 };
 
+use super::pin::PinnedTls;
 use crate::agent::{config::PeerConfig, metrics::Amount};
 
 /// How often the files are looked at.
@@ -38,16 +42,86 @@ pub struct Both {
     pub expires: i64,
 }
 
+/// How agents know each other.
+pub enum PeerTls {
+    /// By certificates for the peers' hosts.
+    Files(FileTls),
+    /// By keys.
+    Pinned(PinnedTls),
+}
+
+impl PeerTls {
+    /// For who asks.
+    pub fn server(&self) -> Arc<ServerConfig> {
+        match self {
+            Self::Files(files) => Arc::clone(&files.current().server),
+            Self::Pinned(pinned) => pinned.server(),
+        }
+    }
+
+    /// For asking, with a number that is another one when it is to be asked anew.
+    ///
+    /// # Errors
+    ///
+    /// There is nothing to know that peer by.
+    pub fn client(&self, pin: Option<KeyHash>) -> anyhow::Result<(Arc<ClientConfig>, u64)> {
+        match (self, pin) {
+            (Self::Files(files), _) => {
+                let current = files.current();
+                Ok((Arc::clone(&current.client), current.generation))
+            }
+            (Self::Pinned(pinned), Some(pin)) => Ok((pinned.client(pin)?, 0)),
+            (Self::Pinned(_), None) => anyhow::bail!("its key is not known"),
+        }
+    }
+
+    /// Another value when connections are to be made anew.
+    pub fn generation(&self) -> u64 {
+        match self {
+            Self::Files(files) => files.current().generation,
+            Self::Pinned(_) => 0,
+        }
+    }
+
+    /// Whether who shows that certificate may ask now.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn admits(&self, certificate: Option<&CertificateDer<'_>>) -> Result<(), String> {
+        match self {
+            Self::Files(files) => is_a_peer(certificate, &files.hosts),
+            Self::Pinned(pinned) => pinned.admits(certificate),
+        }
+    }
+}
+
+/// Whether the certificate is for one of the hosts: the one an agent answers with is the one it asks with.
+fn is_a_peer(certificate: Option<&CertificateDer<'_>>, hosts: &[ServerName<'_>]) -> Result<(), String> {
+    let certificate = certificate.ok_or("it shows no certificate")?;
+    let parsed = ParsedCertificate::try_from(certificate).map_err(|error| error.to_string())?;
+    if hosts.iter().any(|host| verify_server_name(&parsed, host).is_ok()) {
+        return Ok(());
+    }
+    let hosts: Vec<_> = hosts.iter().map(ServerName::to_str).collect();
+    Err(format!(
+        "the client's certificate is for none of this agent's peers ({}): each agent's certificate names the host its \
+         peers reach it by",
+        hosts.join(", ")
+    ))
+}
+
 /// The files, and what was made of them.
-pub struct PeerTls {
+pub struct FileTls {
     files: PeerConfig,
+    hosts: Vec<ServerName<'static>>,
     current: RwLock<(Arc<Both>, Contents)>,
 }
 
 /// The files' octets, to notice a change whatever the clock and the file system say.
 type Contents = [Vec<u8>; 3];
 
-impl PeerTls {
+impl FileTls {
     /// Loads certificate, key and CA.
     ///
     /// # Errors
@@ -58,6 +132,7 @@ impl PeerTls {
         let both = Arc::new(make(files, &contents, 0)?);
         Ok(Self {
             files: files.clone(),
+            hosts: files.addresses.iter().map(|peer| peer.server_name.clone()).collect(),
             current: RwLock::new((both, contents)),
         })
     }
@@ -89,6 +164,9 @@ impl PeerTls {
 
 /// Looks at the files for as long as the agent runs.
 pub async fn keep_fresh(tls: Arc<PeerTls>, expiry: Amount) {
+    if matches!(*tls, PeerTls::Pinned(_)) {
+        return;
+    }
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut said = String::new();
@@ -96,7 +174,11 @@ pub async fn keep_fresh(tls: Arc<PeerTls>, expiry: Amount) {
         ticks.tick().await;
         let shared = Arc::clone(&tls);
         // A file system may hang.
-        let reloaded = spawn_blocking(move || shared.reload()).await;
+        let reloaded = spawn_blocking(move || match &*shared {
+            PeerTls::Files(files) => files.reload(),
+            PeerTls::Pinned(_) => Ok(false),
+        })
+        .await;
         match reloaded.unwrap_or_else(|panicked| Err(panicked.into())) {
             Ok(changed) => {
                 if changed {
@@ -112,7 +194,9 @@ pub async fn keep_fresh(tls: Arc<PeerTls>, expiry: Amount) {
                 }
             }
         }
-        expiry.set(tls.current().expires as f64);
+        if let PeerTls::Files(files) = &*tls {
+            expiry.set(files.current().expires as f64);
+        }
     }
 }
 
@@ -181,4 +265,24 @@ fn certificates(pem: &[u8], path: &Path, flag: &str) -> anyhow::Result<Vec<Certi
         path.display()
     );
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_a_peers_when_it_names_a_peers_host() {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let names = vec!["cp-2.example.test".to_owned(), "192.0.2.2".to_owned()];
+        let parameters = rcgen::CertificateParams::new(names).expect("parameters");
+        let certificate = parameters.self_signed(&key).expect("a certificate");
+        let host = |text: &str| ServerName::try_from(text.to_owned()).expect("a host");
+        let check = |hosts: &[ServerName<'_>]| is_a_peer(Some(certificate.der()), hosts);
+        assert_eq!(check(&[host("192.0.2.3"), host("192.0.2.2")]), Ok(()));
+        assert_eq!(check(&[host("cp-2.example.test")]), Ok(()));
+        let said = check(&[host("cp-3.example.test"), host("2001:db8::1")]).expect_err("a kubelet's");
+        assert!(said.contains("cp-3.example.test, 2001:db8::1"), "{said}");
+        assert!(is_a_peer(None, &[host("cp-2.example.test")]).is_err());
+    }
 }
