@@ -183,6 +183,11 @@ impl Peers {
         self.roll.as_ref()
     }
 
+    /// Why nothing may be done whoever answers, by the cluster's Leases.
+    pub fn doubt(&self) -> Option<&str> {
+        self.roll.as_ref()?.doubt.as_deref()
+    }
+
     /// The names of all apiservers, the own included.
     pub fn names(&self) -> BTreeSet<ApiserverName> {
         self.known.keys().chain(&self.own).cloned().collect()
@@ -283,8 +288,8 @@ impl Peers {
     ///
     /// While the clients of an apiserver that just went down look for another, loads say nothing: that takes `settle`.
     pub fn hold(&self, stale_after: Duration, settle: Duration, now: Timestamp) -> Option<Hold> {
-        if let Some(why) = self.roll.as_ref().and_then(|roll| roll.doubt.clone()) {
-            return Some(Hold::MembershipUnknown { why });
+        if let Some(why) = self.doubt() {
+            return Some(Hold::MembershipUnknown { why: why.to_owned() });
         }
         let hold = self.peers_hold(stale_after, settle, now);
         // Who does not answer may be gone, which only the API can say.
@@ -363,5 +368,131 @@ impl std::fmt::Display for PeerFault {
             Self::Refused(why) => write!(f, "refused: {why}"),
             Self::Disagrees(why) => write!(f, "disagrees: {why}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        agent::Agent,
+        membership::{Basis, Member},
+        policy::Policy,
+    };
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000);
+
+    fn name(name: &str) -> ApiserverName {
+        ApiserverName::new(name)
+    }
+
+    fn names(names: &[&str]) -> Vec<ApiserverName> {
+        names.iter().copied().map(name).collect()
+    }
+
+    /// What the agent of `of` says, who knows those names.
+    fn snapshot(of: &str, known: &[&str]) -> Snapshot {
+        let policy = Policy::new(name(of), BTreeSet::new());
+        Snapshot {
+            names: names(known),
+            state: ServerState::Ready,
+            ..Agent::new(policy, 1, NOW).snapshot(NOW)
+        }
+    }
+
+    fn roll(members: &[&str], gone: &[&str]) -> Roll {
+        let member = |of: &&str| {
+            let fault = None;
+            (name(of), Member { endpoint: None, fault })
+        };
+        Roll {
+            members: members.iter().map(member).collect(),
+            gone: gone.iter().copied().map(name).collect(),
+            basis: Basis::Identities,
+            doubt: None,
+            ..Roll::unread("")
+        }
+    }
+
+    fn hold(peers: &Peers) -> Option<Hold> {
+        peers.hold(Duration::from_secs(5), Duration::from_secs(10), NOW)
+    }
+
+    fn said(peers: &mut Peers, known: &[&str]) -> String {
+        peers.hear(&name("b"), Ok(snapshot("b", known)), NOW);
+        hold(peers).map(|hold| hold.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn agents_know_the_same_apiservers_or_hold() {
+        let mut by_flags = Peers::new(name("a"), names(&["b", "c"]));
+        by_flags.hear(&name("c"), Ok(snapshot("c", &["a", "b", "c"])), NOW);
+        for (known, part) in [
+            (&["a", "b"][..], "does not know the apiserver c"),
+            (&["a", "b", "c", "d"], "--peer d=URL"),
+            // One that has another name than the others call it.
+            (&["a", "c", "cp-2"], "does not know the apiserver b"),
+        ] {
+            let said = said(&mut by_flags, known);
+            assert!(said.contains(part), "{said}");
+        }
+        assert_eq!(said(&mut by_flags, &["a", "b", "c"]), "");
+        let mut by_leases = Peers::new(name("a"), []);
+        by_leases.call(roll(&["b"], &[]));
+        let said = said(&mut by_leases, &["a", "b", "c"]);
+        assert!(said.contains("other Leases") && !said.contains("--peer"), "{said}");
+    }
+
+    #[test]
+    fn the_roll_says_who_is_expected_and_who_has_left_and_come_back() {
+        let mut peers = Peers::new(name("a"), []);
+        assert_eq!(peers.call(Roll::unread("not read yet")), Changes::default());
+        assert!(matches!(hold(&peers), Some(Hold::MembershipUnknown { .. })));
+        assert_eq!(peers.call(roll(&["b", "c"], &[])), Changes::default());
+        for peer in ["b", "c"] {
+            peers.hear(&name(peer), Ok(snapshot(peer, &["a", "b", "c"])), NOW);
+        }
+        assert_eq!(hold(&peers), None);
+        let changes = peers.call(roll(&["b"], &["c"]));
+        assert_eq!((changes.gone, changes.back), (names(&["c"]), vec![]));
+        assert_eq!(peers.names(), BTreeSet::from([name("a"), name("b")]));
+        assert_eq!(hold(&peers), None, "what b said stays");
+        let changes = peers.call(roll(&["b", "c"], &[]));
+        assert_eq!((changes.gone, changes.back), (vec![], names(&["c"])));
+        assert!(
+            matches!(hold(&peers), Some(Hold::PeerUnknown { .. })),
+            "it is asked anew"
+        );
+    }
+
+    #[test]
+    fn a_fault_of_a_lease_counts_more_than_an_answer() {
+        let mut peers = Peers::new(name("a"), []);
+        let mut doubted = roll(&["b"], &[]);
+        peers.call(doubted.clone());
+        peers.hear(&name("b"), Ok(snapshot("b", &["a", "b"])), NOW);
+        assert_eq!(hold(&peers), None);
+        let fault = Some("its Lease names another key".to_owned());
+        doubted.members.insert(name("b"), Member { endpoint: None, fault });
+        peers.call(doubted);
+        peers.hear(&name("b"), Ok(snapshot("b", &["a", "b"])), NOW);
+        assert!(hold(&peers).is_some_and(|hold| hold.to_string().contains("another key")));
+    }
+
+    #[test]
+    fn without_the_api_the_last_roll_is_good_while_all_answer() {
+        let mut peers = Peers::new(name("a"), []);
+        peers.call(Roll {
+            blind: Some("forbidden: grant list".to_owned()),
+            ..roll(&["b"], &[])
+        });
+        peers.hear(&name("b"), Ok(snapshot("b", &["a", "b"])), NOW);
+        assert_eq!(hold(&peers), None);
+        let later = NOW + Duration::from_secs(6);
+        let said = peers
+            .hold(Duration::from_secs(5), Duration::ZERO, later)
+            .expect("a hold");
+        assert_eq!(said.reason(), "membership_unknown");
+        assert!(said.to_string().contains("grant list") && said.to_string().contains("peer b"));
     }
 }

@@ -26,10 +26,11 @@ pub enum Format {
 pub fn start(format: Format, verbose: u8) -> anyhow::Result<()> {
     let filter = match (verbose, std::env::var(LEVEL)) {
         (0, Ok(text)) => EnvFilter::try_new(&text).map_err(|error| anyhow::anyhow!("{LEVEL}={text}: {error}"))?,
-        // The kernel programs have a level of their own (`--kernel-log`).
-        (0, Err(_)) => EnvFilter::new("info,rebalancer_ebpf=trace"),
+        // The kernel programs have a level of their own (`--kernel-log`). What the Kubernetes client says of a request that
+        // failed is said by this program, with what to do.
+        (0, Err(_)) => EnvFilter::new("info,kube_client=off,rebalancer_ebpf=trace"),
         // The libraries' own debug lines would bury this program's.
-        (1, _) => EnvFilter::new("info,rebalancer=debug,rebalancer_ebpf=trace"),
+        (1, _) => EnvFilter::new("info,kube_client=off,rebalancer=debug,rebalancer_ebpf=trace"),
         (_, _) => EnvFilter::new("debug,rebalancer=trace,rebalancer_ebpf=trace"),
     };
     let builder = tracing_subscriber::fmt()

@@ -577,6 +577,9 @@ impl Agent {
                 ),
             });
         }
+        if let Some(why) = self.peers.doubt() {
+            return Some(Hold::MembershipUnknown { why: why.to_owned() });
+        }
         match self.state(now) {
             ServerState::Ready => {}
             ServerState::Down => {

@@ -157,6 +157,8 @@ pub struct Membership {
     /// Nodes whose agent was matched with an identity Lease once.
     matched: BTreeSet<ApiserverName>,
     has_identities: bool,
+    /// This agent was matched with an identity Lease once: without one its apiserver is down, and not misnamed.
+    own_matched: bool,
     /// When this agent's Lease was written last, and why it was not since.
     renewed: Option<Timestamp>,
     unwritten: Option<String>,
@@ -215,6 +217,7 @@ impl Membership {
             spokesmen: BTreeMap::new(),
             matched: BTreeSet::new(),
             has_identities: false,
+            own_matched: false,
             renewed: None,
             unwritten: None,
             last: None,
@@ -382,10 +385,18 @@ impl Membership {
         };
         roll.doubt = match self.own_lease() {
             OwnLease::Foreign(why) => Some(why),
-            _ if self.renewed.is_none_or(|at| now.since(at) > BLIND) => Some(match &self.unwritten {
-                Some(why) => format!("this agent's Lease cannot be written, and the others take it for gone: {why}"),
-                None => "this agent's Lease has not been written yet".to_owned(),
-            }),
+            // While Leases are read all the same: an API that does neither is another trouble, and everybody's.
+            _ if self
+                .renewed
+                .is_none_or(|at| self.agents.read.is_some_and(|read| read.since(at) > BLIND)) =>
+            {
+                Some(match &self.unwritten {
+                    Some(why) => {
+                        format!("this agent's Lease cannot be written, and the others take it for gone: {why}")
+                    }
+                    None => "this agent's Lease has not been written yet".to_owned(),
+                })
+            }
             _ => None,
         };
         self.refuse(&mut roll);
@@ -403,7 +414,8 @@ impl Membership {
             .iter()
             .find(|(_, node)| **node == self.own.node)
             .map(|(host, _)| *host);
-        if roll.basis == Basis::Identities && own_host.is_none() && roll.doubt.is_none() {
+        self.own_matched |= own_host.is_some();
+        if roll.basis == Basis::Identities && !self.own_matched && roll.doubt.is_none() {
             roll.doubt = Some(format!(
                 "none of the apiservers' identity Leases ({}) is of this node, {} on the host {}: give --node-name the \
                  name of the apiserver's host, or wait until its apiserver has started",

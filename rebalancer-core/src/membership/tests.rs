@@ -43,6 +43,7 @@ struct World {
     /// Who answers, where, and whether its apiserver is down.
     answering: BTreeMap<String, (Endpoint, bool)>,
     is_readable: bool,
+    forbids_writing: bool,
     writes: u64,
 }
 
@@ -65,6 +66,7 @@ impl World {
             renewing: BTreeSet::new(),
             answering: BTreeMap::new(),
             is_readable: true,
+            forbids_writing: false,
             writes: 0,
         };
         for (index, name) in (1_u8..).zip(names) {
@@ -120,7 +122,10 @@ impl World {
                             *version = self.writes;
                         }
                     }
-                    self.membership.renewed(now, Ok(()));
+                    let is_forbidden = self.forbids_writing;
+                    let forbidden = || "forbidden".to_owned();
+                    self.membership
+                        .renewed(now, if is_forbidden { Err(forbidden()) } else { Ok(()) });
                 }
                 let seen = |(name, (version, says)): (&String, &(u64, Result<AgentLease, String>))| Seen {
                     name: name.clone(),
@@ -289,11 +294,14 @@ fn an_apiserver_that_restarts_stays_a_member() {
     let mut world = World::new();
     world.runs(20);
     world.apiservers.remove("c");
+    // The observer's own does so too.
+    world.apiservers.remove("a");
     world.answering.insert("c".to_owned(), (endpoint(3, 3), true));
     let roll = world.runs(300);
     assert_eq!(members(&roll), ["b", "c"]);
     assert!(is_well(&roll), "{roll:?}");
     world.identity("c");
+    world.identity("a");
     world.answering.insert("c".to_owned(), (endpoint(3, 3), false));
     assert!(is_well(&world.runs(10)));
 }
@@ -313,15 +321,34 @@ fn while_the_api_cannot_be_read_nobody_leaves_and_time_begins_anew_afterwards() 
     assert_eq!(gone(&world.runs(20)), ["c"]);
 }
 
+#[test]
+fn a_lease_that_cannot_be_written_while_others_can_be_read_is_a_doubt() {
+    let mut world = World::new();
+    world.runs(20);
+    world.forbids_writing = true;
+    assert_eq!(world.runs(40).doubt, None, "a few renewals may fail");
+    let doubt = world.runs(20).doubt.expect("a doubt");
+    assert!(
+        doubt.contains("forbidden") && doubt.contains("take it for gone"),
+        "{doubt}"
+    );
+    world.forbids_writing = false;
+    assert!(is_well(&world.runs(10)));
+}
+
 /// A read that hangs is no failure that anybody reports.
 #[test]
 fn silence_of_the_api_is_blindness_too() {
     let mut world = World::new();
     world.runs(20);
     world.is_readable = false;
-    assert_eq!(world.runs(40).blind, None);
+    for _ in 0..20 {
+        let roll = world.runs(2);
+        assert_eq!((roll.blind, roll.doubt), (None, None));
+    }
     let roll = world.runs(20);
     assert!(roll.blind.is_some_and(|why| why.contains("ago last")));
+    assert_eq!(roll.doubt, None, "that it cannot write either is no trouble of its own");
     world.dies("b");
     assert_eq!(members(&world.runs(600)), ["b", "c"]);
 }

@@ -145,9 +145,16 @@ impl PinnedTls {
 }
 
 /// A key that is in no Lease.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[error("its key {0:.8} is in no agent's Lease that is believed here")]
 struct Unknown(KeyHash);
+
+impl fmt::Debug for Unknown {
+    /// In words: rustls shows errors that it does not know like this.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
 
 fn is_known(certificate: &CertificateDer<'_>, known: &RwLock<BTreeSet<KeyHash>>) -> Result<(), Error> {
     let hash = hash_of(certificate)?;
