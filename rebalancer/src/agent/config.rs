@@ -726,10 +726,6 @@ mod tests {
             ),
             ("intercept: true", &["--intercept", "--shim relay:unix:PATH"]),
             (
-                "peers: kubernetes\nnode-name: CP_1",
-                &["--node-name CP_1", "kubectl get nodes"],
-            ),
-            (
                 "peers: kubernetes\npeer: ['b=https://10.0.0.1:1']",
                 &["--peer", "--peers kubernetes"],
             ),
@@ -748,6 +744,20 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_node_whose_name_no_lease_can_have_is_refused() {
+        let flags = Raw {
+            node_name: Some("CP_1".to_owned()),
+            ..Raw::default()
+        };
+        let said = configured("version: 1\npeers: kubernetes\n", flags).expect_err("a fault");
+        let said = format!("{said:#}");
+        assert!(
+            said.contains("--node-name CP_1") && said.contains("kubectl get nodes"),
+            "{said}"
+        );
     }
 
     #[test]
