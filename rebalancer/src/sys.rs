@@ -138,7 +138,8 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    /// Maps the whole file, readable only.
+    /// Maps the whole file, readable only, and shared: what another tool's probe puts into private mappings of a binary
+    /// (kernel/events/uprobes.c, `valid_vma`) is not of the file.
     ///
     /// # Errors
     ///
@@ -151,7 +152,7 @@ impl Mapped {
                 ptr::null_mut(),
                 length,
                 libc::PROT_READ,
-                libc::MAP_PRIVATE,
+                libc::MAP_SHARED,
                 file.as_raw_fd(),
                 0,
             )

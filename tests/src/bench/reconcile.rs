@@ -2,10 +2,7 @@
 //!
 //! Must never measure how the list is read: that is the kernel's time.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, time::Duration};
 
 use rebalancer_core::{
     ids::{ConnectionId, Timestamp},
@@ -53,8 +50,8 @@ impl Figures {
     pub fn page(&self) -> String {
         let missed = CONNECTIONS * MISSED / 1000;
         format!(
-            "{}, one core. The table of {CONNECTIONS} connections held against the kernel's list; the least of {ROUNDS} \
-             rounds.\n\n\
+            "{}, one core. The table of {CONNECTIONS} connections held against the kernel's list, in processor time; the least of \
+             {ROUNDS} rounds.\n\n\
              | what | ms | bound |\n|---|--:|--:|\n\
              | nothing was missed | {:.1} | 50 |\n\
              | {missed} opens and {missed} closes were missed: they are doubted | {:.1} | 50 |\n\
@@ -81,6 +78,14 @@ fn socket(id: u64) -> Socket {
     }
 }
 
+/// What this thread has had of a processor: a machine that is busy with others does not change it much.
+fn processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec that lives through the call, which fills it in; every thread has this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
 /// Measures.
 ///
 /// # Errors
@@ -103,9 +108,9 @@ pub fn run() -> anyhow::Result<Figures> {
         let sockets = list(0..CONNECTIONS);
         table.observe(Observation::Resync { sockets, listener }, Timestamp::from_millis(0));
         let mut timed = |ms: u64, sockets: Vec<Socket>| {
-            let began = Instant::now();
+            let began = processor_time();
             table.observe(Observation::Listed { sockets, listener }, Timestamp::from_millis(ms));
-            began.elapsed().as_secs_f64() * 1e3
+            (processor_time() - began).as_secs_f64() * 1e3
         };
         let missed = CONNECTIONS * MISSED / 1000;
         figures.same = figures.same.min(timed(5_000, list(0..CONNECTIONS)));

@@ -7,9 +7,15 @@ use std::{
 };
 
 use rebalancer_core::golang::{self, Architecture, FUNCTION};
-use rebalancer_tests::{fixture::Fixture, skip};
+use rebalancer_tests::{
+    fixture::{Fixture, goaway_server},
+    skip,
+};
 
-use crate::world::{World, feature};
+use crate::{
+    together::foreign_probe,
+    world::{World, feature},
+};
 
 /// The release on this machine, those whose function tables differ, and the first and last that are known.
 const RELEASES: [&str; 6] = ["local", "go1.18.10", "go1.20.14", "go1.21.13", "go1.25.5", "go1.27.1"];
@@ -64,6 +70,24 @@ fn address(binary: &Path) -> u64 {
 fn found(binary: &Path) -> golang::AttachPoint {
     let bytes = fs::read(binary).expect("a binary");
     golang::find(&bytes).unwrap_or_else(|refusal| panic!("{}: {refusal}", binary.display()))
+}
+
+#[test]
+fn another_tools_probe_is_not_taken_for_a_part_of_the_binary() {
+    let server = match goaway_server() {
+        Ok(server) => server,
+        Err(missing) => return skip(&missing.to_string()),
+    };
+    // Of every process that maps the file for itself, the one that looks into it included.
+    let _probe = match foreign_probe(&server, found(&server).file_offset, false) {
+        Ok(probe) => probe,
+        Err(why) => return skip(&format!("no probe can be put here: {why}")),
+    };
+    let read = feature(
+        "apiserver-binary",
+        &[&format!("--apiserver-binary={}", server.display())],
+    );
+    assert_eq!(read["ok"], true, "{read}");
 }
 
 #[test]

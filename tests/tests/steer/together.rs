@@ -210,7 +210,7 @@ fn a_program_that_was_there_before_is_not_joined_and_two_of_them_hurt_nobody() {
 }
 
 /// A probe as perf and bpftrace put it there: it only counts (perf_event_open(2), the PMU `uprobe`).
-fn foreign_probe(binary: &Path, offset: u64, on_return: bool) -> io::Result<File> {
+pub fn foreign_probe(binary: &Path, offset: u64, on_return: bool) -> io::Result<File> {
     // include/uapi/linux/perf_event.h, `struct perf_event_attr`, version 1.
     #[repr(C)]
     struct Attributes {
@@ -331,10 +331,14 @@ fn an_apiserver_that_is_not_there_yet_is_waited_for_and_a_replaced_file_changes_
     world.start_agent(&format!("steer:{}", copy.display()), &[]);
     world.wait("the agent waits", |world| says(world, "no process listens on port"));
     world.start_server(CHANCE);
+    let attached = |agent: &Process| agent.log().matches("the probe is on the apiserver").count();
+    // What clients ask before nobody counts.
+    world.wait("the probe is put", |world| {
+        (attached(world.agent.as_ref().expect("an agent")) == 1).then_some(())
+    });
     expect_obedience(&mut world);
     // An upgrade replaces the file under the running server: the probe stays where it is.
     std::fs::rename(&newer, &copy).expect("a new file");
-    let attached = |agent: &Process| agent.log().matches("the probe is on the apiserver").count();
     expect_obedience(&mut world);
     assert_eq!(attached(world.agent.as_ref().expect("an agent")), 1);
     // And an agent that starts now finds it by the path it was started from.
