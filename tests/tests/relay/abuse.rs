@@ -190,7 +190,8 @@ fn a_server_that_is_made_to_reset_streams_leaves_nothing_behind_and_others_are_s
             let attack =
                 streams.flat_map(|stream| [request(stream, "/"), made_you_reset(stream)[at].1.clone()].concat());
             client.send(&attack.collect::<Vec<u8>>());
-            while (|frame: Frame| (frame.kind, frame.stream))(client.receive()) != (kind::RST_STREAM, last) {}
+            let is_last = |frame: Frame| (frame.kind, frame.stream) == (kind::RST_STREAM, last);
+            while !is_last(client.receive()) {}
             if first % 500 == 0 {
                 bystander.is_served();
             }

@@ -165,8 +165,19 @@ fn judge(heads: &[Vec<u8>]) -> Option<Vec<Verdict>> {
     Some(verdicts)
 }
 
+/// Method, target, host, minor version, length, whether chunked, and fields.
+type Same<'v> = (
+    &'v str,
+    &'v str,
+    &'v str,
+    u8,
+    i64,
+    bool,
+    BTreeMap<&'v str, Vec<&'v str>>,
+);
+
 /// What must be the same of a request, the relay's own changes left out.
-fn same(verdict: &Verdict) -> (&str, &str, &str, u8, i64, bool, BTreeMap<&str, Vec<&str>>) {
+fn same(verdict: &Verdict) -> Same<'_> {
     const CHANGED: [&str; 7] = [
         "Connection",
         "Content-Length",
