@@ -26,9 +26,10 @@ pub struct Arguments {
     /// The image that the pods run
     #[arg(long, default_value = concat!("rebalancer:", env!("CARGO_PKG_VERSION")))]
     image: String,
-    /// The namespace that the pods are in
-    #[arg(long, default_value = "kube-system")]
-    namespace: String,
+    /// The namespace that the pods are in, and a DaemonSet's Leases [default: kube-system for a static pod, rebalancer for a
+    /// DaemonSet]
+    #[arg(long)]
+    namespace: Option<String>,
     /// Write a file each into this directory instead
     #[arg(long, value_name = "PATH")]
     directory: Option<PathBuf>,
@@ -57,7 +58,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         Kind::StaticPod | Kind::Daemonset => {
             let pods = Pods {
                 image: arguments.image.clone(),
-                namespace: arguments.namespace.clone(),
+                namespace: namespace(arguments),
                 agent,
                 relay,
             };
@@ -86,6 +87,14 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
+fn namespace(arguments: &Arguments) -> String {
+    let default = match arguments.kind {
+        Kind::Daemonset => "rebalancer",
+        Kind::Systemd | Kind::StaticPod => "kube-system",
+    };
+    arguments.namespace.clone().unwrap_or_else(|| default.to_owned())
+}
+
 /// The flags of both, the topology's first; where the agent's shim is no relay there is none.
 fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError> {
     let are_none_given = arguments.agent_flag.is_empty() && arguments.relay_flag.is_empty();
@@ -95,10 +104,15 @@ fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError>
     }
     let steers = arguments.agent_flag.iter().any(|flag| flag.contains("steer"));
     let topology = if steers { Topology::None } else { arguments.topology };
+    let mut known: Vec<String> = topology.agent().iter().map(|flag| (*flag).to_owned()).collect();
+    if arguments.kind == Kind::Daemonset {
+        known.push("--peers=kubernetes".to_owned());
+        known.push(format!("--lease-namespace={}", namespace(arguments)));
+    }
     let agent = Flags::parse(
         Part::Agent,
         <agent::Arguments as Args>::augment_args(Command::new("")),
-        merged(topology.agent(), &arguments.agent_flag),
+        merged(&known, &arguments.agent_flag),
     )?;
     let is_relayed = agent.value("shim").is_some_and(|shim| shim.starts_with("relay:"));
     if !is_relayed {
@@ -112,17 +126,23 @@ fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError>
     let relay = Flags::parse(
         Part::Relay,
         <relay::Arguments as Args>::augment_args(Command::new("")),
-        merged(topology.relay(), &arguments.relay_flag),
+        merged(
+            &topology
+                .relay()
+                .iter()
+                .map(|flag| (*flag).to_owned())
+                .collect::<Vec<_>>(),
+            &arguments.relay_flag,
+        ),
     )?;
     Ok((agent, Some(relay)))
 }
 
 /// A topology's flags without those that are given, and the given ones.
-fn merged(known: &[&str], given: &[String]) -> Vec<String> {
+fn merged(known: &[String], given: &[String]) -> Vec<String> {
     let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
     let known = known
         .iter()
-        .filter(|known| given.iter().all(|flag| name(flag) != name(known)))
-        .map(|known| (*known).to_owned());
-    known.chain(given.iter().cloned()).collect()
+        .filter(|known| given.iter().all(|flag| name(flag) != name(known)));
+    known.cloned().chain(given.iter().cloned()).collect()
 }

@@ -21,6 +21,7 @@ mod show;
 mod simulate;
 mod system_info;
 mod table;
+mod top;
 
 /// Moves just the right kube-apiserver connections to where they belong.
 #[derive(Debug, Parser)]
@@ -54,6 +55,7 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Show what this machine lets the agent do, each feature by really trying it
     SystemInfo(system_info::Arguments),
+    Top(top::Arguments),
     Doctor(doctor::Arguments),
     Manifest(manifest::Arguments),
     /// Print the manual
@@ -104,6 +106,7 @@ pub fn run() -> ExitCode {
         Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),
+        Command::Top(arguments) => top::run(&arguments),
         Command::Doctor(arguments) => match doctor::run(&arguments) {
             Ok(code) => return ExitCode::from(code),
             Err(failure) => Err(failure),

@@ -17,13 +17,13 @@ pub fn text(value: &Value) -> String {
     }
 }
 
-fn percent(value: &Value) -> String {
+pub fn percent(value: &Value) -> String {
     value
         .as_f64()
         .map_or_else(|| "-".to_owned(), |share| format!("{:+.1} %", share * 100.0))
 }
 
-fn seconds(value: &Value) -> String {
+pub fn seconds(value: &Value) -> String {
     value.as_u64().map_or_else(
         || "-".to_owned(),
         |seconds| Short(std::time::Duration::from_secs(seconds)).to_string(),
@@ -234,6 +234,23 @@ pub fn line(decision: &Value) -> String {
 }
 
 pub fn connections(answer: &Value) -> String {
+    let shown = list(&answer["connections"]).len();
+    format!(
+        "{}{shown} of {} connections\n",
+        connection_table(answer),
+        text(&answer["total"])
+    )
+}
+
+/// One line for each connection, without a head.
+pub fn connection_rows(answer: &Value) -> String {
+    let table = connection_table(answer).to_string();
+    table
+        .split_once('\n')
+        .map_or_else(String::new, |(_, rows)| rows.to_owned())
+}
+
+fn connection_table(answer: &Value) -> Table {
     let mut table = Table::new(&[
         "CONNECTION",
         "CLIENT",
@@ -263,7 +280,7 @@ pub fn connections(answer: &Value) -> String {
             text(&connection["user_agent"]),
         ]);
     }
-    format!("{table}{} of {} connections\n", shown.len(), text(&answer["total"]))
+    table
 }
 
 pub fn decision(answer: &Value) -> String {

@@ -83,6 +83,11 @@ pub enum ManifestError {
     /// Agents of one manifest cannot have peers by name.
     #[error("--peer: all pods of a DaemonSet have the same flags: leave it out, and they find each other by Leases")]
     Peers,
+    /// Rights to all Leases there are.
+    #[error(
+        "--namespace kube-system: the agents' right to write Leases would hold for those of others: give one of its own"
+    )]
+    Namespace,
     /// The agent is to order about a relay that is not there, or the other way round.
     #[error("{0}")]
     Contradiction(&'static str),

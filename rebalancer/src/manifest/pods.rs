@@ -45,12 +45,23 @@ spec:
 ///
 /// Flags that cannot be the same on all nodes.
 pub fn daemonset(pods: &Pods) -> Result<String, ManifestError> {
-    if pods.agent.value("peer").is_some() {
+    if pods.agent.value("peer").is_some() || pods.agent.value("peers") == Some("static") {
         return Err(ManifestError::Peers);
+    }
+    if pods.namespace == "kube-system" {
+        return Err(ManifestError::Namespace);
     }
     let namespace = quoted(&pods.namespace);
     let mut text = format!(
         "\
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: {namespace}
+  labels:
+    # The host's network and files.
+    pod-security.kubernetes.io/enforce: privileged
+---
 apiVersion: v1
 kind: ServiceAccount
 metadata:
@@ -59,6 +70,8 @@ metadata:
 ---
 "
     );
+    text += &leases(&namespace, &namespace, "[list, watch, create, update]");
+    text += &leases(KUBE_SYSTEM, &namespace, "[list, watch]");
     if pods.relay.is_some() {
         text += RELAY_READS;
     }
@@ -94,6 +107,43 @@ spec:
     );
     spec(&mut text, pods, 6);
     Ok(text)
+}
+
+/// Where the apiservers' own Leases are.
+const KUBE_SYSTEM: &str = "\"kube-system\"";
+
+/// The right to Leases of a namespace: agents write their own, and read which apiservers there are. Theirs are in a
+/// namespace of their own, since no rule can name the one Lease that each may write: in kube-system that right would hold
+/// for the Leases of others too.
+fn leases(of: &str, namespace: &str, verbs: &str) -> String {
+    format!(
+        "\
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  name: rebalancer
+  namespace: {of}
+rules:
+  - apiGroups: [coordination.k8s.io]
+    resources: [leases]
+    verbs: {verbs}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: rebalancer
+  namespace: {of}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: Role
+  name: rebalancer
+subjects:
+  - kind: ServiceAccount
+    name: rebalancer
+    namespace: {namespace}
+---
+"
+    )
 }
 
 /// The relay compares its flags with what the apiserver says of its own, as a user without other rights.

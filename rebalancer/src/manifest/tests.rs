@@ -75,7 +75,7 @@ fn capabilities_are_those_that_the_flags_need() {
 fn pods(agent: &str, relay: Option<&str>) -> Pods {
     Pods {
         image: "registry.example/rebalancer:1".to_owned(),
-        namespace: "kube-system".to_owned(),
+        namespace: "rebalancer".to_owned(),
         agent: flags(Part::Agent, agent).expect("good flags"),
         relay: relay.map(|relay| flags(Part::Relay, relay).expect("good flags")),
     }
@@ -138,7 +138,25 @@ fn a_daemonset_has_no_flag_of_one_node() {
         .iter()
         .map(|document| document["kind"].clone())
         .collect();
-    assert_eq!(kinds, ["ServiceAccount", "RoleBinding", "DaemonSet"]);
+    assert_eq!(
+        kinds,
+        [
+            "Namespace",
+            "ServiceAccount",
+            "Role",
+            "RoleBinding",
+            "Role",
+            "RoleBinding",
+            "RoleBinding",
+            "DaemonSet"
+        ]
+    );
+    let of_others = pods("", None);
+    let error = daemonset(&Pods {
+        namespace: "kube-system".to_owned(),
+        ..of_others
+    });
+    assert!(error.expect_err("refused").to_string().contains("--namespace"));
 }
 
 #[test]
