@@ -31,7 +31,7 @@ fn mounts(line: &str) -> Vec<(String, bool)> {
 #[test]
 fn what_is_mounted_follows_from_the_flags() {
     let run = ("/run/rebalancer".to_owned(), true);
-    assert_eq!(mounts(""), [run.clone()]);
+    assert_eq!(mounts(""), std::slice::from_ref(&run));
     assert_eq!(
         mounts("--tls-cert=/pki/a.crt --tls-sni-cert-key /sni/b.crt,/keys/b.key:x.example --state /var/lib/r/state"),
         [
