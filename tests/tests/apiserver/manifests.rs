@@ -17,6 +17,8 @@ fn the_apiserver_takes_the_manifests() {
     let kubectl = Kubectl::new(&world.pki, world.apiserver, &admin).expect("a kubeconfig");
     // A kubelet's static pods have none; the apiserver asks for one of every pod it is given.
     let _ = kubectl.run(&["create", "serviceaccount", "default", "--namespace", "kube-system"]);
+    // A dry run makes no namespace for what is in it.
+    let _ = kubectl.run(&["create", "namespace", "rebalancer"]);
     let directory = log_directory("manifests").expect("a directory");
     for (name, arguments) in [
         ("daemonset", &["daemonset"][..]),
