@@ -3,3 +3,4 @@
 mod envelope;
 mod figures;
 mod scenarios;
+mod unkind;
