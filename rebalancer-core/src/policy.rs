@@ -36,7 +36,7 @@ pub enum GoawayRate {
 
 impl GoawayRate {
     /// Telling all connections of one apiserver takes that long.
-    pub const WHOLE: Duration = Duration::from_secs(30);
+    pub const WHOLE: Duration = Duration::from_secs(20);
     /// A second at least: what a small apiserver bears without effort.
     pub const LEAST: f64 = 10.0;
     /// A second at most: each is a TLS handshake where the client lands, about half a millisecond of a processor.

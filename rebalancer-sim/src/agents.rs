@@ -3,7 +3,8 @@
 //! Input: what the world shows them and what their peers say. Output: GOAWAYs, carried out at once as by a relay.
 //! Must never change what the core decides.
 //!
-//! Agents hear each other once a second while a plan is under way and once an interval otherwise: nothing changes between.
+//! Agents hear each other twice a second while a plan or a client is under way and once an interval otherwise: nothing
+//! changes between.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -24,8 +25,8 @@ use crate::{
 /// How long a batch of observations is gathered.
 const BATCH: u64 = 200;
 
-/// How often peers are asked while a plan is under way.
-const POLL: u64 = 1_000;
+/// How often peers are asked while anything is under way.
+const POLL: u64 = 500;
 
 /// Explanations that are kept.
 const EXPLANATIONS: usize = 8;
@@ -160,7 +161,9 @@ impl World<'_> {
             let answer = if apart || silent || (self.loss > 0.0 && self.random.chance(self.loss)) {
                 Err(PeerFault::Unreachable("no answer".to_owned()))
             } else {
-                Ok(agent.snapshot(now))
+                let snapshot = agent.snapshot(now);
+                busy |= snapshot.in_transit > 0 || snapshot.rebalancing;
+                Ok(snapshot)
             };
             if self.delay > 0 {
                 self.at(self.now + self.delay, Event::Answer(server, name, Box::new(answer)));

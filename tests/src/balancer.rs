@@ -3,14 +3,16 @@
 //! Job: pass bytes between a client's socket and a backend's, chosen once per connection.
 //! Must never look into the bytes, nor close a session by itself: it counts sockets, draining ones included.
 
+mod haproxy;
+
 use std::{
     net::SocketAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -29,6 +31,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use crate::pki::SERVER_NAME;
+pub use haproxy::Haproxy;
 
 /// How often a backend's health is asked.
 const CHECK: Duration = Duration::from_millis(500);
@@ -66,11 +69,48 @@ impl Policy {
     }
 }
 
+/// How one that came back is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// So long its checks must pass before anybody is sent there.
+    pub lag: Duration,
+    /// From then on its weight grows to the full one in that time.
+    pub slow_start: Duration,
+}
+
+/// What stands before the apiservers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Front {
+    /// The balancer of this module.
+    Own(Admission),
+    /// haproxy, with these options of its servers.
+    Haproxy(String),
+}
+
+impl Default for Front {
+    fn default() -> Self {
+        Self::Own(Admission::default())
+    }
+}
+
 #[derive(Debug)]
 struct Backend {
     address: SocketAddr,
     healthy: AtomicBool,
     sockets: AtomicUsize,
+    /// When it was admitted, if it was away before.
+    admitted: Mutex<Option<Instant>>,
+}
+
+impl Backend {
+    /// From above 0 to 1, while it starts slowly.
+    fn weight(&self, slow_start: Duration) -> f64 {
+        let admitted = *self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        match admitted {
+            Some(at) if at.elapsed() < slow_start => (at.elapsed().as_secs_f64() / slow_start.as_secs_f64()).max(0.01),
+            _ => 1.0,
+        }
+    }
 }
 
 /// A running balancer; its tasks end with its runtime.
@@ -78,6 +118,7 @@ struct Backend {
 pub struct Balancer {
     backends: Arc<Vec<Backend>>,
     policy: Policy,
+    admission: Admission,
     next: Arc<AtomicU64>,
 }
 
@@ -91,6 +132,7 @@ impl Balancer {
         listen: SocketAddr,
         backends: Vec<SocketAddr>,
         policy: Policy,
+        admission: Admission,
         ca: &Path,
     ) -> anyhow::Result<Self> {
         let mut roots = RootCertStore::empty();
@@ -110,10 +152,12 @@ impl Balancer {
             address,
             healthy: AtomicBool::new(false),
             sockets: AtomicUsize::new(0),
+            admitted: Mutex::new(None),
         };
         let balancer = Self {
             backends: Arc::new(backends.into_iter().map(backend).collect()),
             policy,
+            admission,
             next: Arc::default(),
         };
         for index in 0..balancer.backends.len() {
@@ -142,11 +186,21 @@ impl Balancer {
     async fn watch(self, index: usize, tls: TlsConnector) {
         let mut ticks = interval(CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // At the start nothing is late.
+        let (mut was_there, mut passes_since) = (false, None);
         loop {
             ticks.tick().await;
             let backend = &self.backends[index];
-            let healthy = matches!(timeout(ANSWER, readyz(backend.address, &tls)).await, Ok(Ok(true)));
-            backend.healthy.store(healthy, Relaxed);
+            let passes = matches!(timeout(ANSWER, readyz(backend.address, &tls)).await, Ok(Ok(true)));
+            passes_since = passes.then(|| passes_since.unwrap_or_else(Instant::now));
+            let is_admitted =
+                passes_since.is_some_and(|since: Instant| !was_there || since.elapsed() >= self.admission.lag);
+            let before = backend.healthy.swap(is_admitted, Relaxed);
+            if is_admitted && !before {
+                let at = was_there.then(Instant::now);
+                *backend.admitted.lock().unwrap_or_else(PoisonError::into_inner) = at;
+                was_there = true;
+            }
         }
     }
 
@@ -187,12 +241,27 @@ impl Balancer {
             return None;
         }
         let turn = self.next.fetch_add(1, Relaxed);
+        let weight = |index: usize| self.backends[index].weight(self.admission.slow_start);
+        // One that starts slowly is passed over in proportion by those that do not count.
+        let dice = (scramble(turn ^ 0x51) >> 11) as f64 / (1_u64 << 53) as f64;
+        let full: Vec<usize> = able.iter().copied().filter(|index| dice < weight(*index)).collect();
+        let able = if self.policy == Policy::Leastconn || full.is_empty() {
+            able
+        } else {
+            full
+        };
         Some(match self.policy {
             Policy::Roundrobin => able[turn as usize % able.len()],
             Policy::Random => able[scramble(turn) as usize % able.len()],
-            Policy::Leastconn => *able
-                .iter()
-                .min_by_key(|index| self.backends[**index].sockets.load(Relaxed))?,
+            Policy::Leastconn => {
+                let weighed = |index: usize| match weight(index) {
+                    weight if weight < 1.0 => {
+                        (self.backends[index].sockets.load(Relaxed) as f64 + 1.0) / weight
+                    }
+                    _ => self.backends[index].sockets.load(Relaxed) as f64,
+                };
+                able.into_iter().min_by(|a, b| weighed(*a).total_cmp(&weighed(*b)))?
+            }
         })
     }
 }

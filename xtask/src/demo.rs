@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 use crate::arch::Arch;
+use crate::debian;
 use crate::ebpf;
 use crate::run::{cargo, is_root, run, shown, target};
 use crate::vm;
@@ -30,6 +31,9 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let release = flags.len() < given;
     if let Some(version) = version {
         return in_vm(&version, &flags);
+    }
+    if flags.iter().any(|flag| flag.contains("haproxy")) {
+        debian::install("haproxy", "haproxy")?;
     }
     if let Err(error) = ebpf::build(Arch::host()) {
         eprintln!("the kernel programs cannot be built, so the agents count by the socket list: {error:#}");

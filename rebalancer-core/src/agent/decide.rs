@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, look::Look, rebalancing::Rebalancing};
+use super::{Agent, look::Look, ramp::Chance, rebalancing::Rebalancing};
 use crate::{
     decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
@@ -23,6 +23,9 @@ const NORMAL_REFUSALS: u64 = 10;
 
 /// A recipient may refuse so many times as many, connection by connection, as the donors do.
 const RELATIVE_REFUSALS: f64 = 1.5;
+
+/// A large rebalancing begins with a larger probe, or finding out would take most of its time: one in so many of its part.
+const PROBE_PART: f64 = 150.0;
 
 /// A probe is so large that with an even choice one of it lands elsewhere with this probability, or a little more.
 const PROBE_CERTAINTY: f64 = 0.86;
@@ -244,9 +247,13 @@ impl Agent {
     /// How many connections of this apiserver a plan has that only finds out where they land: its part of what it takes for
     /// one of them to land elsewhere, if the balancer chose evenly.
     pub(super) fn probe_of(&self, balance: &Balance) -> usize {
-        let share = balance.donors.len() as f64 / balance.servers.len().max(1) as f64;
-        let all = ((1.0 - PROBE_CERTAINTY).ln() / share.clamp(0.01, 0.99).ln()).ceil();
-        (all * balance.surplus_part).ceil().max(1.0) as usize
+        let least = (chance(balance).probe as f64 * balance.surplus_part).ceil();
+        let part = if balance.per_connection > 0.0 {
+            balance.surplus * balance.surplus_part / balance.per_connection / PROBE_PART
+        } else {
+            0.0
+        };
+        least.max(part.floor()).max(1.0) as usize
     }
 
     /// Whether somebody who would take clients is overloaded, and more so than those who would give them.
@@ -281,5 +288,14 @@ impl Agent {
         };
         let apiserver = view.entries.iter().find_map(busy)?;
         Some(Hold::PeerPlanInFlight { apiserver })
+    }
+}
+
+/// What an even choice would do with those who are told.
+pub(super) fn chance(balance: &Balance) -> Chance {
+    let donors = (balance.donors.len() as f64 / balance.servers.len().max(1) as f64).clamp(0.01, 0.99);
+    Chance {
+        even: 1.0 - donors,
+        probe: ((1.0 - PROBE_CERTAINTY).ln() / donors.ln()).ceil() as u64,
     }
 }

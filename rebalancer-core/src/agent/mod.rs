@@ -474,11 +474,32 @@ impl Agent {
             if is_settled {
                 look = self.look(now);
             }
-            if decides || is_settled || waited {
+            if decides || is_settled || waited || self.goes_on(now, &look) {
                 self.decided(now, look, effects);
             }
         }
         self.send(now, effects);
+    }
+
+    /// Whether a rebalancing between two plans has something to do before the next interval: those who came back left room
+    /// for a plan, or the last ones landed and it is over. Not when the last decision was a hold for another reason, which
+    /// the next look would only repeat.
+    fn goes_on(&self, now: Timestamp, look: &Look) -> bool {
+        if self.plan.is_some() || self.rebalancing.course().is_none() || look.doubt.is_some() {
+            return false;
+        }
+        let last = self.history.back().and_then(|decision| decision.hold.as_ref());
+        let waits = last.is_none_or(|hold| {
+            matches!(
+                hold,
+                Hold::BelowThreshold { .. } | Hold::ClientsInTransit { .. } | Hold::PlanInFlight { .. }
+            )
+        });
+        let is_over = !look.signs.is_unfinished && !look.signs.is_landing;
+        let is_above = look.balance.expected_skew > self.policy.skew_target;
+        let enough = if look.signs.is_landing { plan::AGAIN } else { 1.0 };
+        let has_room = is_above && look.balance.quota >= enough && self.ramp.limit(1, now).is_ok();
+        waits && self.policy.weight.is_counted() && (is_over || has_room)
     }
 
     /// Decides on a look, and begins what was decided.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Agent, Effect, Rehearsed, look::Look, motion::Moves, ramp::Seen};
+use super::{Agent, Effect, Rehearsed, decide::chance, look::Look, motion::Moves, ramp::Seen};
 use crate::{
     decision::{Decision, Fate, Outcomes},
     ids::{ApiserverName, ConnectionId, Timestamp},
@@ -16,6 +16,22 @@ use crate::{
     shim::{GoawayOrder, GoawayResult},
     table::{ClientKey, Connection},
 };
+
+/// No plan follows another at once for fewer.
+pub(super) const AGAIN: f64 = 2.0;
+
+/// What is known when it is asked whether a plan has settled.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Clients that are about to land.
+    landing: u64,
+    /// What may be told now.
+    quota: f64,
+    /// Connections that a plan may have, if it may have any.
+    limit: Option<usize>,
+    /// Whether each connection weighs the same.
+    is_counted: bool,
+}
 
 /// A plan that is being carried out.
 #[derive(Clone, Debug)]
@@ -84,17 +100,23 @@ impl Plan {
     }
 
     /// Whether everyone was told, and enough of them landed to know where they go, or had the time to: those that are left
-    /// stay counted as in transit. A probe waits for the first who landed elsewhere, or for nearly all; what must be measured
-    /// waits always.
-    fn is_settled(&self, landing: u64, is_counted: bool, settle: Duration, now: Timestamp) -> bool {
+    /// stay counted as in transit. A probe waits for the first who landed elsewhere, or for nearly all. One that was not held
+    /// small (`limit` is what it might have had) has nothing to find out: it waits for nobody once there is as much to tell
+    /// again as a fourth of it, since those in transit are reckoned with. What must be measured waits always.
+    fn is_settled(&self, known: Known, settle: Duration, now: Timestamp) -> bool {
         let sent = self.unsent.is_empty() && self.asked.is_empty();
         let told = self.seen.told.max(self.told.len() as u64);
         let is_known = if self.is_probe {
-            self.seen.elsewhere > 0 || landing * 10 <= told
+            self.seen.elsewhere > 0 || known.landing * 10 <= told
         } else {
-            landing * 2 <= told
+            let own = self.told.len() as u64;
+            let is_held_small = known.limit.is_none_or(|limit| own >= limit as u64);
+            let goes_on = !is_held_small && known.quota >= AGAIN.max(own as f64 / 4.0);
+            // The others may tell for as long as they like: so many landings of anybody say enough.
+            let is_seen = self.seen.elsewhere > 0 && self.seen.landed * 2 >= own;
+            goes_on || is_seen || known.landing * 2 <= told
         };
-        let is_known = is_counted && is_known;
+        let is_known = known.is_counted && is_known;
         sent && (self.told.is_empty() || is_known || now.since(self.last_goaway) >= settle)
     }
 }
@@ -274,9 +296,14 @@ impl Agent {
     /// told nobody, as in a dry run, which would go through all clients; nor with weights that are measured, whose looks
     /// are an interval apart, and where the others are to have their turn.
     pub(super) fn settle(&mut self, now: Timestamp, look: &Look, effects: &mut Vec<Effect>) -> bool {
-        let landing = self.motion.landing();
         let is_counted = self.policy.weight.is_counted();
-        let settled = |plan: &mut Plan| plan.is_settled(landing, is_counted, self.policy.settle, now);
+        let known = Known {
+            landing: self.motion.landing(),
+            quota: look.balance.quota,
+            limit: self.ramp.limit(self.probe_of(&look.balance), now).ok(),
+            is_counted,
+        };
+        let settled = |plan: &mut Plan| plan.is_settled(known, self.policy.settle, now);
         let Some(mut plan) = self.plan.take_if(settled) else {
             return false;
         };
@@ -287,7 +314,7 @@ impl Agent {
         self.outcomes_total.moved += moved;
         self.outcomes_total.returned += returned;
         self.outcomes_total.lost += lost;
-        if !plan.is_ordered && self.ramp.settled(plan.told.len(), plan.seen, now) {
+        if !plan.is_ordered && self.ramp.settled(plan.told.len(), plan.seen, chance(&look.balance), now) {
             self.rebalancing.in_vain(plan.seen.told);
             self.memory_changes += 1;
         }

@@ -3,9 +3,9 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use rebalancer_tests::{
-    balancer::Policy,
+    balancer::{Admission, Front, Policy},
     binary,
     demo::{
         cluster::{Cluster, Kind, Options},
@@ -60,13 +60,25 @@ struct Demo {
     /// How agents find each other
     #[arg(long, value_enum, default_value = "static")]
     peers: Finding,
-    /// How the load balancer chooses
+    /// The load balancer: `haproxy`, or the demo's own by how it chooses
     #[arg(long, value_enum, default_value = "roundrobin")]
-    lb: Policy,
+    lb: Lb,
+    /// How haproxy chooses [default: roundrobin]
+    #[arg(long, value_enum, value_name = "HOW")]
+    balance: Option<Policy>,
+    /// Options of haproxy's servers, for example 'inter 15s rise 3'
+    #[arg(long, value_name = "OPTIONS")]
+    lb_options: Option<String>,
+    /// So many seconds the demo's own load balancer takes to admit an apiserver that came back
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=170))]
+    lb_admission: u16,
+    /// So many seconds its weight then takes to grow to the full one
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=600))]
+    lb_slow_start: u16,
     /// Which apiserver
     #[arg(long, value_enum, default_value = "auto")]
     apiserver: Kind,
-    /// The load must be level so many seconds after the restart
+    /// The load must be level so many seconds after the load balancer has admitted the apiserver that came back
     #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u16).range(10..=3600))]
     seconds: u16,
     /// One JSON object on stdout
@@ -78,6 +90,46 @@ struct Demo {
     /// A flag for every agent, for example --agent-flag=--source=sockdiag
     #[arg(long)]
     agent_flag: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Lb {
+    /// One after the other
+    Roundrobin,
+    /// The one with the fewest sockets
+    Leastconn,
+    /// Any
+    Random,
+    /// haproxy, in TCP mode
+    Haproxy,
+}
+
+impl Demo {
+    /// Which load balancer, and how it chooses.
+    fn front(&self) -> anyhow::Result<(Front, Policy)> {
+        let own = match self.lb {
+            Lb::Haproxy => {
+                anyhow::ensure!(
+                    self.lb_admission == 0 && self.lb_slow_start == 0,
+                    "--lb-admission and --lb-slow-start are for the demo's own load balancer: tell haproxy by                      --lb-options, for example 'inter 15s rise 3 slowstart 60s'"
+                );
+                let options = self.lb_options.clone().unwrap_or_default();
+                return Ok((Front::Haproxy(options), self.balance.unwrap_or(Policy::Roundrobin)));
+            }
+            Lb::Roundrobin => Policy::Roundrobin,
+            Lb::Leastconn => Policy::Leastconn,
+            Lb::Random => Policy::Random,
+        };
+        anyhow::ensure!(
+            self.balance.is_none() && self.lb_options.is_none(),
+            "--balance and --lb-options are for --lb haproxy"
+        );
+        let admission = Admission {
+            lag: Duration::from_secs(self.lb_admission.into()),
+            slow_start: Duration::from_secs(self.lb_slow_start.into()),
+        };
+        Ok((Front::Own(admission), own))
+    }
 }
 
 #[derive(Args)]
@@ -180,6 +232,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     if demo.shim == Shim::Steer {
         takes_the_probe()?;
     }
+    let (front, policy) = demo.front()?;
     let fixture = fixture(demo.apiserver)?;
     anyhow::ensure!(
         demo.peers == Finding::Static || fixture.is_some(),
@@ -193,7 +246,11 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     let report = Report {
         apiserver: if fixture.is_some() { "real" } else { "standin" },
         shim: demo.shim.name(),
-        lb: demo.lb.name(),
+        lb: policy.name(),
+        lb_kind: match &front {
+            Front::Own(_) => "own".to_owned(),
+            Front::Haproxy(options) => format!("haproxy {options}").trim_end().to_owned(),
+        },
         nodes: usize::from(demo.nodes),
         clients: usize::from(demo.clients),
         watch_handover: demo.watch_handover.is_some(),
@@ -202,7 +259,8 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     let options = Options {
         nodes: usize::from(demo.nodes),
         clients: usize::from(demo.clients),
-        policy: demo.lb,
+        policy,
+        front,
         fixture,
         shim: demo.shim,
         peers: demo.peers,
@@ -217,7 +275,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     };
     let played = Cluster::start(options, &|step| eprintln!("{step}")).and_then(|mut cluster| {
         let limit = Duration::from_secs(demo.seconds.into());
-        let played = Scene::new(&mut cluster, demo.lb, limit, &mut |event| screen.show(&event)).play(report);
+        let played = Scene::new(&mut cluster, policy, limit, &mut |event| screen.show(&event)).play(report);
         cluster.end();
         played
     });

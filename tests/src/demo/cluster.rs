@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
-    balancer::{Balancer, Policy},
+    balancer::{Balancer, Front, Haproxy, Policy},
     demo_binary,
     fixture::{Fixture, goaway_server},
     kube::Admin,
@@ -47,6 +47,8 @@ pub struct Options {
     pub clients: usize,
     /// How the load balancer chooses.
     pub policy: Policy,
+    /// Which load balancer.
+    pub front: Front,
     /// The real thing, or the stand-in.
     pub fixture: Option<Fixture>,
     /// What sends the GOAWAY.
@@ -63,6 +65,12 @@ pub struct Options {
     pub directory: PathBuf,
 }
 
+/// The load balancer that runs.
+enum Running {
+    Own(Balancer),
+    Haproxy(Haproxy),
+}
+
 /// A running control plane.
 pub struct Cluster {
     options: Options,
@@ -71,8 +79,7 @@ pub struct Cluster {
     pki: Pki,
     /// The nodes.
     pub nodes: Vec<Node>,
-    /// The load balancer.
-    pub balancer: Balancer,
+    balancer: Running,
     _runtime: Runtime,
     _etcd: Option<Process>,
 }
@@ -118,16 +125,26 @@ impl Cluster {
             .on_thread_start(move || hub.enter().expect("root may enter a namespace of its own"))
             .enable_all()
             .build()?;
-        let backends = addresses
+        let backends: Vec<SocketAddr> = addresses
             .iter()
             .map(|address| SocketAddr::new(*address, PORT))
             .collect();
         let listen = SocketAddr::new(Network::HUB, PORT);
-        let starting = {
-            let (policy, ca) = (options.policy, pki.file("ca.crt"));
-            runtime.spawn(async move { Balancer::start(listen, backends, policy, &ca).await })
+        let policy = options.policy;
+        let balancer = match &options.front {
+            Front::Own(admission) => {
+                let (admission, ca) = (*admission, pki.file("ca.crt"));
+                let starting =
+                    runtime.spawn(async move { Balancer::start(listen, backends, policy, admission, &ca).await });
+                Running::Own(runtime.block_on(starting)??)
+            }
+            Front::Haproxy(servers) => {
+                say("starting haproxy");
+                let namespace = network.hub.fd();
+                let haproxy = Haproxy::start(listen, &backends, policy, servers, namespace, &options.directory)?;
+                Running::Haproxy(haproxy)
+            }
         };
-        let balancer = runtime.block_on(starting)??;
 
         say(&match options.shim {
             Shim::Relay => format!("starting {count} apiservers, relays and agents"),
@@ -362,6 +379,32 @@ impl Cluster {
                 .with_context(|| format!("the status of {}", node.name))
         };
         self.nodes.iter().map(total).sum()
+    }
+
+    /// Which apiservers the load balancer sends to.
+    pub fn admitted(&self) -> Vec<bool> {
+        match &self.balancer {
+            Running::Own(balancer) => balancer.healthy(),
+            Running::Haproxy(haproxy) => haproxy.healthy(),
+        }
+    }
+
+    /// Its sockets per apiserver, draining ones included.
+    pub fn sockets(&self) -> Vec<usize> {
+        match &self.balancer {
+            Running::Own(balancer) => balancer.sockets(),
+            Running::Haproxy(haproxy) => haproxy.sockets(),
+        }
+    }
+
+    /// Whether an apiserver takes clients, as its own agent sees it: the load balancer may know later.
+    pub fn is_ready(&self, index: usize) -> bool {
+        let node = &self.nodes[index];
+        let Ok(status) = node.status() else { return false };
+        let own = |entry: &&serde_json::Value| entry["apiserver"] == node.name;
+        let view = status["view"].as_array();
+        let state = view.and_then(|view| view.iter().find(own)).map(|entry| &entry["state"]);
+        state.is_some_and(|state| state == "ready" || state == "starting")
     }
 
     /// The namespace of a node.

@@ -30,6 +30,8 @@ pub struct Report {
     pub shim: &'static str,
     /// The load balancer's policy.
     pub lb: &'static str,
+    /// Which load balancer: `own`, or `haproxy` and the options of its servers.
+    pub lb_kind: String,
     /// How many apiservers.
     pub nodes: usize,
     /// How many clients.
@@ -54,7 +56,9 @@ pub struct Report {
     pub goaways: u64,
     /// E/rho at the restart.
     pub lower_bound: u64,
-    /// From the restart until the load was level; `None` when it never was.
+    /// From when the apiserver was ready again until the load balancer sent clients there.
+    pub seconds_to_admission: f64,
+    /// From then until the load was level; `None` when it never was.
     pub seconds_to_balance: Option<f64>,
     /// GOAWAYs sent after that.
     pub goaways_after_balance: u64,
@@ -102,8 +106,15 @@ impl fmt::Display for Report {
         let per_node = |loads: &[u64]| loads.iter().map(u64::to_string).collect::<Vec<_>>().join(" / ");
         writeln!(
             f,
-            "{} clients, {} apiservers ({} {}), load balancer {}, shim {}, source {}",
-            self.clients, self.nodes, self.apiserver, self.apiserver_version, self.lb, self.shim, self.source
+            "{} clients, {} apiservers ({} {}), load balancer {} ({}), shim {}, source {}",
+            self.clients,
+            self.nodes,
+            self.apiserver,
+            self.apiserver_version,
+            self.lb,
+            self.lb_kind,
+            self.shim,
+            self.source
         )?;
         writeln!(f, "  before the crash      {}", per_node(&self.before))?;
         writeln!(f, "  after the restart     {}", per_node(&self.after_restart))?;
@@ -116,7 +127,8 @@ impl fmt::Display for Report {
         match self.seconds_to_balance {
             Some(seconds) => writeln!(
                 f,
-                "  level after {seconds:.0} s with {} GOAWAYs (the least possible here is {}); {} in the {:.0} s since",
+                "  admitted after {:.0} s, level {seconds:.0} s later with {} GOAWAYs (the least possible here is {}); {} in the {:.0} s since",
+                self.seconds_to_admission,
                 self.goaways, self.lower_bound, self.goaways_after_balance, self.seconds_after_balance
             )?,
             None => writeln!(f, "  NOT level at the end; {} GOAWAYs", self.goaways)?,

@@ -62,6 +62,8 @@ pub struct Scene<'a> {
     limit: Duration,
     tell: &'a mut dyn FnMut(Event<'_>),
     seen: Vec<u64>,
+    /// GOAWAYs that were sent before the restart.
+    goaways_before: u64,
 }
 
 impl<'a> Scene<'a> {
@@ -74,6 +76,7 @@ impl<'a> Scene<'a> {
             limit,
             tell,
             seen: vec![0; nodes],
+            goaways_before: 0,
         }
     }
 
@@ -85,8 +88,11 @@ impl<'a> Scene<'a> {
     pub fn play(&mut self, mut report: Report) -> anyhow::Result<Report> {
         let mut swarm = self.crash(&mut report)?;
         let ready = Instant::now();
-        let goaways_before = self.cluster.goaways()?;
-        self.step("it is ready and empty; the agents compare");
+        let goaways_before = self.goaways_before;
+        self.step(&format!(
+            "the load balancer has admitted it after {:.0} s",
+            report.seconds_to_admission
+        ));
 
         self.level(&mut swarm, &mut report, ready, goaways_before)?;
         report.goaways = self.cluster.goaways()? - goaways_before;
@@ -118,7 +124,8 @@ impl<'a> Scene<'a> {
         let count = self.cluster.nodes.len();
         self.step("waiting for the apiservers");
         self.wait(START, "the apiservers are not ready", |cluster| {
-            Ok(cluster.balancer.healthy().iter().all(|healthy| *healthy))
+            let all_ready = (0..count).all(|index| cluster.is_ready(index));
+            Ok(all_ready && cluster.admitted().iter().all(|admitted| *admitted))
         })?;
         report.apiserver_version = self.cluster.version();
         self.wait(START, "the agents do not know their connections", |cluster| {
@@ -143,20 +150,26 @@ impl<'a> Scene<'a> {
         self.wait(
             START,
             "the load balancer still sends to the dead apiserver",
-            |cluster| Ok(!cluster.balancer.healthy()[0]),
+            |cluster| Ok(!cluster.admitted()[0]),
         )?;
         self.wait_for_clients(&mut swarm, all)?;
         self.settled(&mut swarm)?;
 
         self.step(&format!("starting {} again", self.cluster.nodes[0].name));
         self.cluster.restart_apiserver(0)?;
-        self.wait(START, "the apiserver does not come back", |cluster| {
-            Ok(cluster.balancer.healthy()[0])
-        })?;
+        self.wait(START, "the apiserver does not come back", |cluster| Ok(cluster.is_ready(0)))?;
+        let ready = Instant::now();
         // Requests that its death broke may still be tried again: they count as part of the crash.
         self.wait_for_clients(&mut swarm, all)?;
         swarm.reset()?;
         report.after_restart = self.cluster.loads()?;
+        self.goaways_before = self.cluster.goaways()?;
+        self.step("it is ready and empty; the agents compare");
+        while !self.cluster.admitted()[0] {
+            anyhow::ensure!(ready.elapsed() < START, "the load balancer does not admit the apiserver");
+            self.look(&mut swarm, Some(ready), self.goaways_before)?;
+        }
+        report.seconds_to_admission = ready.elapsed().as_secs_f64();
         let target = self.cluster.nodes[0].status()?["skew_target"]
             .as_f64()
             .context("the status has no skew_target")?;
@@ -269,7 +282,7 @@ impl<'a> Scene<'a> {
         let line = swarm.line()?;
         (self.tell)(Event::State {
             loads: &loads,
-            sockets: &self.cluster.balancer.sockets(),
+            sockets: &self.cluster.sockets(),
             goaways: goaways.saturating_sub(goaways_before),
             errors: line.errors,
             elapsed: since.map(|since| since.elapsed()),

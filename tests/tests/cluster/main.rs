@@ -10,7 +10,7 @@ use std::{
 };
 
 use rebalancer_tests::{
-    balancer::Policy,
+    balancer::{Front, Policy},
     binary,
     demo::{
         cluster::{Cluster, Options, START},
@@ -116,6 +116,7 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
         nodes: 3,
         clients: CLIENTS as usize,
         policy: Policy::Leastconn,
+        front: Front::default(),
         fixture: None,
         shim: Shim::Relay,
         peers: Finding::Static,

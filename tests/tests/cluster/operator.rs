@@ -7,7 +7,7 @@ use std::{
 };
 
 use rebalancer_tests::{
-    balancer::Policy,
+    balancer::{Front, Policy},
     binary,
     demo::{
         cluster::{Cluster, Options, START},
@@ -26,6 +26,7 @@ pub fn cluster(clients: usize, policy: Policy, agent_flags: &[&str]) -> Cluster 
         nodes: 3,
         clients,
         policy,
+        front: Front::default(),
         fixture: None,
         shim: Shim::Relay,
         peers: Finding::Static,

@@ -1,0 +1,174 @@
+//! A real haproxy in TCP mode before the apiservers, as kubeadm's documentation has it.
+//!
+//! Input: backends, how to choose, options of its servers. Output: a running haproxy, and what it says of itself.
+//! Must never be kinder than the flags: checks, admission and counts are haproxy's own.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+
+use super::Policy;
+use crate::process::{Process, wait_for};
+
+/// How long it may take to listen.
+const START: Duration = Duration::from_secs(20);
+
+/// A running haproxy.
+#[derive(Debug)]
+pub struct Haproxy {
+    socket: PathBuf,
+    backends: usize,
+    process: Process,
+}
+
+/// What its statistics say of one backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Row {
+    sessions: usize,
+    is_up: bool,
+}
+
+impl Haproxy {
+    /// Starts it in a namespace; `options` go on every server line, for example `inter 15s rise 3`.
+    ///
+    /// # Errors
+    ///
+    /// There is no haproxy, or it refuses the options.
+    pub fn start(
+        listen: SocketAddr,
+        backends: &[SocketAddr],
+        policy: Policy,
+        options: &str,
+        namespace: &Arc<OwnedFd>,
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        ensure!(
+            !options.contains(['\n', '\r']),
+            "--lb-options is one line of server options"
+        );
+        let program = std::env::var_os("HAPROXY").unwrap_or_else(|| "haproxy".into());
+        let file = directory.join("haproxy.cfg");
+        let socket = directory.join("haproxy.sock");
+        fs::write(&file, configuration(listen, backends, policy, options, &socket))?;
+        let checked = Command::new(&program)
+            .args(["-c", "-q", "-f"])
+            .arg(&file)
+            .output()
+            .context("haproxy does not run: `apt-get install haproxy`, or name one by HAPROXY")?;
+        ensure!(
+            checked.status.success(),
+            "haproxy refuses its configuration: {}",
+            String::from_utf8_lossy(&checked.stderr).trim()
+        );
+        let mut command = Command::new(program);
+        command.arg("-db").arg("-f").arg(&file);
+        let mut haproxy = Self {
+            process: Process::start("haproxy", command, Some(namespace), directory)?,
+            socket,
+            backends: backends.len(),
+        };
+        let ready = wait_for(START, || {
+            if let Err(ended) = haproxy.process.is_running() {
+                return Some(Err(ended));
+            }
+            (haproxy.rows().len() == haproxy.backends).then_some(Ok(()))
+        });
+        ready.context("haproxy does not answer on its socket")??;
+        Ok(haproxy)
+    }
+
+    /// Which backends it sends to.
+    pub fn healthy(&self) -> Vec<bool> {
+        let mut healthy: Vec<bool> = self.rows().iter().map(|row| row.is_up).collect();
+        healthy.resize(self.backends, false);
+        healthy
+    }
+
+    /// Sessions per backend.
+    pub fn sockets(&self) -> Vec<usize> {
+        let mut sockets: Vec<usize> = self.rows().iter().map(|row| row.sessions).collect();
+        sockets.resize(self.backends, 0);
+        sockets
+    }
+
+    /// What it says of its servers; nothing when it does not answer.
+    fn rows(&self) -> Vec<Row> {
+        let ask = || -> std::io::Result<String> {
+            let mut stream = UnixStream::connect(&self.socket)?;
+            stream.write_all(b"show stat -1 4 -1\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        ask().map(|answer| rows_of(&answer)).unwrap_or_default()
+    }
+}
+
+/// Rows of `show stat`, whose columns are named in its first line (management guide, section 9.1).
+fn rows_of(answer: &str) -> Vec<Row> {
+    let mut lines = answer.lines();
+    let names: Vec<&str> = lines
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("# ")
+        .split(',')
+        .collect();
+    let column = |name: &str| names.iter().position(|column| *column == name);
+    let (Some(sessions), Some(status)) = (column("scur"), column("status")) else {
+        return Vec::new();
+    };
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.split(',').collect();
+        Some(Row {
+            sessions: cells.get(sessions)?.parse().ok()?,
+            // On its way down it is `UP 1/3`, on its way up `DOWN 1/3`.
+            is_up: cells.get(status)?.starts_with("UP") || *cells.get(status)? == "no check",
+        })
+    };
+    lines.filter_map(row).collect()
+}
+
+fn configuration(
+    listen: SocketAddr,
+    backends: &[SocketAddr],
+    policy: Policy,
+    options: &str,
+    socket: &Path,
+) -> String {
+    let mut text = format!(
+        "global\n  maxconn 20000\n  stats socket {}\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  \
+         timeout server 1h\n  retries 3\n  option redispatch 1\nfrontend clients\n  bind {listen}\n  default_backend \
+         apiservers\nbackend apiservers\n  balance {}\n  option httpchk GET /readyz\n  http-check expect status 200\n",
+        socket.display(),
+        policy.name(),
+    );
+    for (index, backend) in backends.iter().enumerate() {
+        text += &format!("  server node-{} {backend} check check-ssl verify none {options}\n", index + 1);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_read_by_the_names_of_their_columns() {
+        let answer = "# pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,status,weight,\n\
+                      apiservers,node-1,0,0,103,120,,300,0,UP,1,\n\
+                      apiservers,node-2,0,0,0,9,,12,0,DOWN 1/3,1,\n\
+                      apiservers,node-3,0,0,7,9,,12,0,UP 2/3,1,\n\n";
+        let rows: Vec<_> = rows_of(answer).into_iter().map(|row| (row.sessions, row.is_up)).collect();
+        assert_eq!(rows, [(103, true), (0, false), (7, true)]);
+        assert!(rows_of("").is_empty());
+    }
+}
