@@ -255,9 +255,7 @@ impl Balancer {
             Policy::Random => able[scramble(turn) as usize % able.len()],
             Policy::Leastconn => {
                 let weighed = |index: usize| match weight(index) {
-                    weight if weight < 1.0 => {
-                        (self.backends[index].sockets.load(Relaxed) as f64 + 1.0) / weight
-                    }
+                    weight if weight < 1.0 => (self.backends[index].sockets.load(Relaxed) as f64 + 1.0) / weight,
                     _ => self.backends[index].sockets.load(Relaxed) as f64,
                 };
                 able.into_iter().min_by(|a, b| weighed(*a).total_cmp(&weighed(*b)))?

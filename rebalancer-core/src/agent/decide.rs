@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, look::Look, ramp::Chance, rebalancing::Rebalancing};
+use super::{Agent, look::Look, rebalancing::Rebalancing};
 use crate::{
     decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
@@ -247,7 +247,7 @@ impl Agent {
     /// How many connections of this apiserver a plan has that only finds out where they land: its part of what it takes for
     /// one of them to land elsewhere, if the balancer chose evenly.
     pub(super) fn probe_of(&self, balance: &Balance) -> usize {
-        let least = (chance(balance).probe as f64 * balance.surplus_part).ceil();
+        let least = (probe_of_all(balance) as f64 * balance.surplus_part).ceil();
         let part = if balance.per_connection > 0.0 {
             balance.surplus * balance.surplus_part / balance.per_connection / PROBE_PART
         } else {
@@ -291,11 +291,8 @@ impl Agent {
     }
 }
 
-/// What an even choice would do with those who are told.
-pub(super) fn chance(balance: &Balance) -> Chance {
-    let donors = (balance.donors.len() as f64 / balance.servers.len().max(1) as f64).clamp(0.01, 0.99);
-    Chance {
-        even: 1.0 - donors,
-        probe: ((1.0 - PROBE_CERTAINTY).ln() / donors.ln()).ceil() as u64,
-    }
+/// How many all donors together tell to find out where they land.
+pub(super) fn probe_of_all(balance: &Balance) -> u64 {
+    let share = balance.donors.len() as f64 / balance.servers.len().max(1) as f64;
+    ((1.0 - PROBE_CERTAINTY).ln() / share.clamp(0.01, 0.99).ln()).ceil() as u64
 }

@@ -499,7 +499,9 @@ impl Agent {
         let is_above = look.balance.expected_skew > self.policy.skew_target;
         let enough = if look.signs.is_landing { plan::AGAIN } else { 1.0 };
         let has_room = is_above && look.balance.quota >= enough && self.ramp.limit(1, now).is_ok();
-        waits && self.policy.weight.is_counted() && (is_over || has_room)
+        // A dry run would go through all clients.
+        let acts = !self.rehearses() && self.policy.weight.is_counted();
+        waits && acts && (is_over || has_room)
     }
 
     /// Decides on a look, and begins what was decided.

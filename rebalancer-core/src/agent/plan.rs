@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Agent, Effect, Rehearsed, decide::chance, look::Look, motion::Moves, ramp::Seen};
+use super::{Agent, Effect, Rehearsed, decide::probe_of_all, look::Look, motion::Moves, ramp::Seen};
 use crate::{
     decision::{Decision, Fate, Outcomes},
     ids::{ApiserverName, ConnectionId, Timestamp},
@@ -314,7 +314,11 @@ impl Agent {
         self.outcomes_total.moved += moved;
         self.outcomes_total.returned += returned;
         self.outcomes_total.lost += lost;
-        if !plan.is_ordered && self.ramp.settled(plan.told.len(), plan.seen, chance(&look.balance), now) {
+        if !plan.is_ordered
+            && self
+                .ramp
+                .settled(plan.told.len(), plan.seen, probe_of_all(&look.balance), now)
+        {
             self.rebalancing.in_vain(plan.seen.told);
             self.memory_changes += 1;
         }

@@ -6,8 +6,6 @@
 //!
 //! An apiserver that came back a moment ago may not be in the load balancer yet: health checks take 15 to 150 s to admit
 //! one. For that long the waits stay short, since it is expected any moment; afterwards they double from there to hours.
-//! For as long it may also be started slowly: where far fewer land elsewhere than an even choice would send there, the next
-//! plan is no larger than what was seen to find room, and a little more.
 
 use std::time::Duration;
 
@@ -17,7 +15,7 @@ use crate::ids::Timestamp;
 const FIRST_WAIT: Duration = Duration::from_secs(5);
 
 /// The longest wait while an apiserver may only not be admitted yet.
-const FRESH_WAIT: Duration = Duration::from_secs(12);
+const FRESH_WAIT: Duration = Duration::from_secs(14);
 
 /// For so long after an apiserver came or went the load balancer may not know it yet.
 const FRESH: Duration = Duration::from_secs(160);
@@ -30,20 +28,6 @@ const FUTILE_WAIT: Duration = Duration::from_secs(120);
 
 /// A plan after a good one is so many times as large.
 const GROWTH: usize = 4;
-
-/// Where fewer land elsewhere than this part of what an even choice would send there, room is scarce.
-const SCARCE: f64 = 0.6;
-
-/// Or fewer than this part of the best that was seen since the apiservers changed, each set against an even choice: a
-/// balancer that seeks the emptiest sends everybody there at first, until a slow start stops it.
-const WORSE: f64 = 0.5;
-
-/// How many times as many may be told as were seen to find room where that is scarce; and how much larger plans grow from
-/// then on, for what is started slowly has room for more and more.
-const ROOM: f64 = 1.5;
-
-/// It takes so many times the landings of a probe to call room scarce.
-const SHARE: u64 = 6;
 
 /// Once somebody was seen to land elsewhere, it takes so many times the landings of a probe without one to doubt it again.
 const DOUBT: u64 = 3;
@@ -60,15 +44,6 @@ pub(super) struct Seen {
     pub landed: u64,
     /// Those of them that landed on an apiserver that is no donor.
     pub elsewhere: u64,
-}
-
-/// What is to be expected of a load balancer of which nothing is known.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Chance {
-    /// The share that lands on apiservers that are no donors when it chooses evenly.
-    pub even: f64,
-    /// Landings without one elsewhere that mean something: the probe of all donors together.
-    pub probe: u64,
 }
 
 /// What the next plan may be.
@@ -92,12 +67,6 @@ pub(super) struct Ramp {
     in_vain: u64,
     /// Landings in a row of which none was elsewhere, in plans that were too small to say anything.
     unheard: u64,
-    /// Whether room was scarce since the apiservers changed.
-    is_scarce: bool,
-    /// How many times as many as by an even choice landed elsewhere at best since then.
-    best: f64,
-    /// Landings, and those elsewhere, since that was last looked at.
-    window: (u64, u64),
     /// When the set of apiservers last changed.
     since: Timestamp,
 }
@@ -110,9 +79,6 @@ impl Ramp {
             wait: Duration::ZERO,
             in_vain: 0,
             unheard: 0,
-            is_scarce: false,
-            best: 0.0,
-            window: (0, 0),
             since: now,
         }
     }
@@ -128,9 +94,6 @@ impl Ramp {
             wait: wait.min(LONGEST_WAIT),
             in_vain,
             unheard: 0,
-            is_scarce: false,
-            best: 0.0,
-            window: (0, 0),
             since: now,
         }
     }
@@ -154,48 +117,35 @@ impl Ramp {
         }
     }
 
-    /// A plan of this agent that told `told` has settled. Returns whether it was in vain.
-    pub fn settled(&mut self, told: usize, seen: Seen, chance: Chance, now: Timestamp) -> bool {
+    /// A plan of this agent that told `told` has settled; a probe of all donors together would have told `probe`. Returns
+    /// whether it was in vain.
+    pub fn settled(&mut self, told: usize, seen: Seen, probe: u64, now: Timestamp) -> bool {
         if told == 0 || seen.landed == 0 {
             // Nobody has landed anywhere: that says nothing.
             return false;
         }
-        let is_fresh = now.since(self.since) < FRESH;
         if seen.elsewhere > 0 {
             self.unheard = 0;
             let before = match self.next {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
             };
-            self.window = (self.window.0 + seen.landed, self.window.1 + seen.elsewhere);
-            let luck = self.window.1 as f64 / self.window.0 as f64 / chance.even;
-            let is_share = self.window.0 >= SHARE * chance.probe;
-            if is_share {
-                self.best = self.best.max(luck);
-                self.window = (0, 0);
-            }
-            self.next = Next::UpTo(if !is_fresh {
-                before.max(told * GROWTH)
-            } else if is_share && (luck < SCARCE || luck < WORSE * self.best) {
-                self.is_scarce = true;
-                (luck * chance.even * told as f64 * ROOM).ceil() as usize
-            } else if self.is_scarce {
-                before.max((told as f64 * ROOM).ceil() as usize)
-            } else {
-                before.max(told * GROWTH)
-            });
+            self.next = Next::UpTo(before.max(told * GROWTH));
             return false;
         }
         self.unheard += seen.landed;
-        self.window.0 += seen.landed;
         let is_known = matches!(self.next, Next::UpTo(_));
-        if is_known && self.unheard < DOUBT * chance.probe {
+        if is_known && self.unheard < DOUBT * probe {
             // So few may all land on donors by chance.
             return false;
         }
         self.unheard = 0;
         self.in_vain += told as u64;
-        let longest = if is_fresh { FRESH_WAIT } else { LONGEST_WAIT };
+        let longest = if now.since(self.since) < FRESH {
+            FRESH_WAIT
+        } else {
+            LONGEST_WAIT
+        };
         self.wait = (self.wait * 2).max(FIRST_WAIT).min(longest.max(self.wait));
         self.next = Next::After(now + self.wait);
         true
@@ -251,11 +201,8 @@ mod tests {
         Timestamp::from_millis(seconds * 1_000)
     }
 
-    /// Two donors of three.
-    const CHANCE: Chance = Chance {
-        even: 1.0 / 3.0,
-        probe: 5,
-    };
+    /// Of two donors of three.
+    const PROBE: u64 = 5;
 
     fn seen(told: u64, elsewhere: u64) -> Seen {
         Seen {
@@ -276,24 +223,13 @@ mod tests {
         let mut ramp = Ramp::new(at(0));
         assert_eq!(ramp.limit(3, at(0)), Ok(3));
         for (told, next) in [(3, 12), (12, 48), (48, 192), (5, 192)] {
-            assert!(!ramp.settled(told, seen(told as u64, 1 + told as u64 / 3), CHANCE, at(1)));
+            assert!(!ramp.settled(told, seen(told as u64, 1 + told as u64 / 3), PROBE, at(1)));
             assert_eq!(ramp.limit(3, at(1)), Ok(next), "after {told}");
         }
-        assert!(!ramp.settled(6, VAIN, CHANCE, at(2)), "six may all come back by chance");
-        assert!(!ramp.settled(6, VAIN, CHANCE, at(2)));
-        assert!(ramp.settled(6, VAIN, CHANCE, at(2)), "and what is no chance ends it");
+        assert!(!ramp.settled(6, VAIN, PROBE, at(2)), "six may all come back by chance");
+        assert!(!ramp.settled(6, VAIN, PROBE, at(2)));
+        assert!(ramp.settled(6, VAIN, PROBE, at(2)), "and what is no chance ends it");
         assert_eq!(ramp.limit(3, at(2)), Err(FIRST_WAIT));
-    }
-
-    #[test]
-    fn where_room_is_scarce_soon_after_a_start_no_more_are_told_than_find_it() {
-        let mut ramp = Ramp::new(at(0));
-        for (told, elsewhere, next) in [(40, 40, 160), (80, 48, 320), (80, 24, 36), (12, 6, 36), (40, 5, 13)] {
-            ramp.settled(told, seen(told as u64, elsewhere), CHANCE, at(1));
-            assert_eq!(ramp.limit(3, at(1)), Ok(next), "{elsewhere} of {told}");
-        }
-        ramp.settled(40, seen(40, 5), CHANCE, at(1 + FRESH.as_secs()));
-        assert_eq!(ramp.limit(3, at(200)), Ok(160), "later it is the load balancer's way");
     }
 
     #[test]
@@ -302,7 +238,7 @@ mod tests {
         let mut now = at(0);
         let mut waits = Vec::new();
         for _ in 0..27 {
-            assert!(ramp.settled(3, VAIN, CHANCE, now));
+            assert!(ramp.settled(3, VAIN, PROBE, now));
             let left = ramp.limit(3, now).expect_err("it waits");
             waits.push(left.as_secs());
             assert_eq!(ramp.is_futile(), left >= FUTILE_WAIT);
@@ -310,9 +246,9 @@ mod tests {
             now = now + left;
             assert!(ramp.look(now) && ramp.is_probe());
         }
-        assert_eq!(waits[..15], [&[5, 10][..], &[12; 13]].concat(), "{waits:?}");
+        assert_eq!(waits[..13], [&[5, 10][..], &[14; 11]].concat(), "{waits:?}");
         assert!(
-            waits[14..]
+            waits[12..]
                 .windows(2)
                 .all(|pair| pair[1] == (pair[0] * 2).min(12 * 3_600)),
             "{waits:?}"
@@ -323,8 +259,8 @@ mod tests {
     #[test]
     fn who_lands_elsewhere_ends_every_wait_and_a_few_do_not_make_the_past_forgotten() {
         let mut ramp = Ramp::new(at(0));
-        ramp.settled(3, VAIN, CHANCE, at(0));
-        ramp.settled(3, VAIN, CHANCE, at(1_000));
+        ramp.settled(3, VAIN, PROBE, at(0));
+        ramp.settled(3, VAIN, PROBE, at(1_000));
         let (wait, in_vain) = ramp.tried();
         assert_eq!((wait, in_vain), (Duration::from_secs(10), 6));
         ramp.helped(1, 3);
@@ -342,7 +278,7 @@ mod tests {
                 told: 3,
                 ..Seen::default()
             },
-            CHANCE,
+            PROBE,
             at(10)
         ));
         assert_eq!(ramp.limit(3, at(10)), Ok(3));
@@ -353,7 +289,7 @@ mod tests {
         let mut ramp = Ramp::resumed(Duration::from_secs(7), Duration::from_secs(3_600), 40, at(100));
         assert_eq!(ramp.limit(3, at(100)), Err(Duration::from_secs(7)));
         assert!(ramp.look(at(107)) && ramp.is_futile());
-        ramp.settled(3, VAIN, CHANCE, at(108));
+        ramp.settled(3, VAIN, PROBE, at(108));
         assert_eq!(
             ramp.tried(),
             (Duration::from_secs(3_600), 43),

@@ -30,6 +30,7 @@ fn run(setup: &Setup, seed: u64) -> Run {
 fn a_balancer_that_admits_late_costs_a_few_probes() {
     let mut policy = default_policy();
     policy.skew_target = 0.05;
+    let (mut worst, mut total, mut runs): (f64, f64, u32) = (0.0, 0.0, 0);
     for lag in [15, 45, 150] {
         for (balancer, bound) in [(LoadBalancer::Leastconn, 300.0), (LoadBalancer::RoundRobin, 900.0)] {
             let mut setup = loads(&[500, 500, 0], balancer, policy.clone());
@@ -46,10 +47,22 @@ fn a_balancer_that_admits_late_costs_a_few_probes() {
                     "{case}: {} GOAWAYs",
                     run.goaways
                 );
-                assert!(took <= 120.0, "{case}: level {took} s after that");
+                worst = worst.max(took);
+                total += took;
+                runs += 1;
             }
         }
     }
+    assert!(
+        total / f64::from(runs) <= 60.0,
+        "level {} s after admission on average",
+        total / f64::from(runs)
+    );
+    assert!(worst <= 75.0, "level {worst} s after admission at worst");
+    eprintln!(
+        "{runs} worlds with late admission: level after {:.0} s on average, {worst:.0} s at worst",
+        total / f64::from(runs)
+    );
 }
 
 /// An apiserver below the mean that becomes a donor by those who land there: what a home cluster showed two days running.

@@ -137,22 +137,19 @@ fn rows_of(answer: &str) -> Vec<Row> {
     lines.filter_map(row).collect()
 }
 
-fn configuration(
-    listen: SocketAddr,
-    backends: &[SocketAddr],
-    policy: Policy,
-    options: &str,
-    socket: &Path,
-) -> String {
+fn configuration(listen: SocketAddr, backends: &[SocketAddr], policy: Policy, options: &str, socket: &Path) -> String {
     let mut text = format!(
-        "global\n  maxconn 20000\n  stats socket {}\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  \
+        "global\n  stats socket {}\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  \
          timeout server 1h\n  retries 3\n  option redispatch 1\nfrontend clients\n  bind {listen}\n  default_backend \
          apiservers\nbackend apiservers\n  balance {}\n  option httpchk GET /readyz\n  http-check expect status 200\n",
         socket.display(),
         policy.name(),
     );
     for (index, backend) in backends.iter().enumerate() {
-        text += &format!("  server node-{} {backend} check check-ssl verify none {options}\n", index + 1);
+        text += &format!(
+            "  server node-{} {backend} check check-ssl verify none {options}\n",
+            index + 1
+        );
     }
     text
 }
@@ -167,7 +164,10 @@ mod tests {
                       apiservers,node-1,0,0,103,120,,300,0,UP,1,\n\
                       apiservers,node-2,0,0,0,9,,12,0,DOWN 1/3,1,\n\
                       apiservers,node-3,0,0,7,9,,12,0,UP 2/3,1,\n\n";
-        let rows: Vec<_> = rows_of(answer).into_iter().map(|row| (row.sessions, row.is_up)).collect();
+        let rows: Vec<_> = rows_of(answer)
+            .into_iter()
+            .map(|row| (row.sessions, row.is_up))
+            .collect();
         assert_eq!(rows, [(103, true), (0, false), (7, true)]);
         assert!(rows_of("").is_empty());
     }

@@ -129,7 +129,10 @@ impl fmt::Display for Report {
                 f,
                 "  admitted after {:.0} s, level {seconds:.0} s later with {} GOAWAYs (the least possible here is {}); {} in the {:.0} s since",
                 self.seconds_to_admission,
-                self.goaways, self.lower_bound, self.goaways_after_balance, self.seconds_after_balance
+                self.goaways,
+                self.lower_bound,
+                self.goaways_after_balance,
+                self.seconds_after_balance
             )?,
             None => writeln!(f, "  NOT level at the end; {} GOAWAYs", self.goaways)?,
         }

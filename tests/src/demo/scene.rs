@@ -157,7 +157,9 @@ impl<'a> Scene<'a> {
 
         self.step(&format!("starting {} again", self.cluster.nodes[0].name));
         self.cluster.restart_apiserver(0)?;
-        self.wait(START, "the apiserver does not come back", |cluster| Ok(cluster.is_ready(0)))?;
+        self.wait(START, "the apiserver does not come back", |cluster| {
+            Ok(cluster.is_ready(0))
+        })?;
         let ready = Instant::now();
         // Requests that its death broke may still be tried again: they count as part of the crash.
         self.wait_for_clients(&mut swarm, all)?;
@@ -166,7 +168,10 @@ impl<'a> Scene<'a> {
         self.goaways_before = self.cluster.goaways()?;
         self.step("it is ready and empty; the agents compare");
         while !self.cluster.admitted()[0] {
-            anyhow::ensure!(ready.elapsed() < START, "the load balancer does not admit the apiserver");
+            anyhow::ensure!(
+                ready.elapsed() < START,
+                "the load balancer does not admit the apiserver"
+            );
             self.look(&mut swarm, Some(ready), self.goaways_before)?;
         }
         report.seconds_to_admission = ready.elapsed().as_secs_f64();

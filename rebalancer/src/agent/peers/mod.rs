@@ -41,8 +41,8 @@ use tls::PeerTls;
 use super::{config::PeerAddress, handle::AgentHandle, wire::WireSnapshot};
 use crate::local::Problem;
 
-/// How often a peer is asked.
-const POLL: Duration = Duration::from_secs(1);
+/// How often a peer is asked: how soon it is seen where clients land decides how long a rebalancing takes.
+const POLL: Duration = Duration::from_millis(500);
 
 /// How long a connection may take, with its handshake, and how long an answer.
 const PATIENCE: Duration = Duration::from_secs(3);
