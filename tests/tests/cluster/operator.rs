@@ -53,7 +53,7 @@ pub fn end(mut cluster: Cluster) {
 /// Waits until every client has its watch and no agent has a doubt.
 fn clients(cluster: &Cluster, count: u64) -> Driver {
     until("the apiservers", || {
-        cluster.balancer.healthy().iter().all(|healthy| *healthy).then_some(())
+        cluster.admitted().iter().all(|admitted| *admitted).then_some(())
     });
     let mut swarm = cluster.start_clients().expect("the clients start");
     until("the clients", || {
