@@ -120,7 +120,7 @@ pub fn package(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .arg(tree.join("lib/systemd/system")))?;
     run(Command::new(&here)
         .args(["man", "--directory"])
-        .arg(tree.join("usr/share/man/man8")))?;
+        .arg(tree.join("usr/share/man/man1")))?;
     for (shell, file) in COMPLETIONS {
         let output = Command::new(&here).args(["completions", shell]).output()?;
         ensure!(output.status.success(), "the completions of {shell} cannot be written");
@@ -144,7 +144,8 @@ pub fn package(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     run(Command::new("tar")
         .args([
             "--create",
-            "--gzip",
+            // Without the time at which it was made.
+            "--use-compress-program=gzip -n",
             "--sort=name",
             "--owner=0",
             "--group=0",
@@ -157,8 +158,7 @@ pub fn package(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             "--file".as_ref(),
             archive.as_os_str(),
         ])
-        .arg(".")
-        .env("GZIP", "--no-name"))?;
+        .arg("."))?;
     said(&archive)?;
     fs::create_dir_all(tree.join("DEBIAN"))?;
     fs::write(tree.join("DEBIAN/control"), control(arch))?;
@@ -179,7 +179,7 @@ pub fn package(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 const TREE: [&str; 8] = [
     "usr/bin",
     "lib/systemd/system",
-    "usr/share/man/man8",
+    "usr/share/man/man1",
     "usr/share/doc/rebalancer",
     "usr/share/bash-completion/completions",
     "usr/share/zsh/vendor-completions",
