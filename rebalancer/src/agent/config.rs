@@ -114,7 +114,7 @@ pub struct Raw {
     /// Time between two decisions [default: 5s]
     #[arg(long, env = "REBALANCER_INTERVAL", value_name = "DURATION")]
     interval: Option<Span>,
-    /// GOAWAYs a second on this apiserver; `auto` tells as many as it takes for all of them in half a minute, 10 to 2000 [default: auto]
+    /// GOAWAYs a second on this apiserver; `auto` tells as many as it takes for all of them in twenty seconds, 10 to 2000 [default: auto]
     #[arg(long, env = "REBALANCER_GOAWAY_RATE", value_name = "auto|RATE")]
     goaway_rate: Option<Rate>,
     /// Share of this apiserver's connections in one plan [default: 0.25]
