@@ -20,6 +20,7 @@ use tokio::time::{sleep, timeout};
 use super::{
     request_headers::RequestHeaders,
     trust::{Authorities, AwsLc, PROXY_CA},
+    unix_now,
     upstream::Target,
 };
 
@@ -184,6 +185,8 @@ fn compare(
              believe --proxy-client-cert, and every client with a certificate would be answered 401"
         );
     }
+    // The apiserver leaves expired ones out when it writes (filterExpiredCerts); they vouch for nobody here either.
+    let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
     for (flag, key) in [
         ("--client-ca", "client-ca-file"),
         (PROXY_CA, "requestheader-client-ca-file"),
@@ -192,6 +195,7 @@ fn compare(
             .certificates()
             .filter(|(of, _)| *of == flag)
             .map(|(_, one)| one)
+            .filter(|one| now <= one.validity().1)
             .collect();
         let Some(text) = data.get(key).filter(|_| !ours.is_empty()) else {
             continue;
@@ -238,15 +242,20 @@ fn bundle(text: &str) -> anyhow::Result<Pool> {
 mod tests {
     use std::{fs, sync::Arc};
 
-    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, date_time_ymd};
 
     use super::*;
 
     fn authority(name: &str) -> String {
+        authority_until(name, 4096)
+    }
+
+    fn authority_until(name: &str, year: i32) -> String {
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_after = date_time_ymd(year, 1, 1);
         params
             .self_signed(&KeyPair::generate().expect("a key"))
             .expect("a certificate")
@@ -307,6 +316,8 @@ mod tests {
         assert!(says(&kubeadm, &first, &users, None).contains("does not read `X-Auth-User`"));
         let wide = format!("{users}{other}");
         assert!(says(&kubeadm, &default, &wide, None).contains("`other`"));
+        let ended = format!("{users}{}", authority_until("ended", 2020));
+        compare(&kubeadm, &default, &load(&ended, None, &default)).expect("the apiserver leaves out what has expired");
         assert!(says(&kubeadm, &default, &users, Some(&proxies)).contains("--requestheader-allowed-names"));
         let named = RequestHeaders {
             allowed_names: vec!["front-proxy-client".to_owned()],
