@@ -263,19 +263,19 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
 }
 
 /// Groups here wait for most of their time, and a VM has one processor: run at the same moment they take half as long.
-/// The real apiserver is built beside them too, before those that need it.
+/// The real apiserver is built beside both, and waited for by those that need it.
 fn side_by_side(groups: &[Group], runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
     let needs_apiserver = groups.iter().any(|group| group.has_real_apiservers());
     let (built, is_built) = mpsc::channel();
     thread::scope(|scope| {
-        let beside = scope.spawn(move || {
-            if needs_apiserver {
+        if needs_apiserver {
+            scope.spawn(move || {
                 build_apiserver();
                 // Nobody listens where the groups have failed already.
                 let _ = built.send(());
-            }
-            run_in_vms(runs, skips)
-        });
+            });
+        }
+        let beside = scope.spawn(move || run_in_vms(runs, skips));
         // It can only fail when the other has ended, whose panic is shown below.
         let here = run_groups(groups, skips, || is_built.recv().unwrap_or_default());
         let there = beside.join().expect("the thread that runs VMs does not panic");
