@@ -2,7 +2,7 @@
 //!
 //! Output: a table for people, or the API's own JSON.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, path::Path, time::Duration};
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -17,9 +17,9 @@ use crate::{
 /// How often an order is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Where the agent answers, and how the answer is shown.
+/// Where the agent answers.
 #[derive(Debug, Args)]
-pub struct Common {
+pub struct Api {
     /// The agent's local API
     #[arg(
         long,
@@ -27,7 +27,21 @@ pub struct Common {
         default_value = "unix:/run/rebalancer/agent.sock",
         value_name = "unix:PATH"
     )]
-    pub api: SocketPath,
+    api: SocketPath,
+}
+
+impl Api {
+    /// The socket.
+    pub fn path(&self) -> &Path {
+        &self.api.0
+    }
+}
+
+/// Where the agent answers, and how the answer is shown.
+#[derive(Debug, Args)]
+pub struct Common {
+    #[command(flatten)]
+    pub api: Api,
     /// For people, or the API's own JSON
     #[arg(long, value_enum, default_value = "table")]
     pub output: Output,
@@ -198,7 +212,7 @@ impl Question {
 /// Asks and shows.
 pub async fn run(question: Question) -> Result<(), Failure> {
     let common = question.common();
-    let socket = &common.api.0;
+    let socket = common.api.path();
     let answer: Value = match &question {
         Question::Status(_) => client::get(socket, "/v1/status").await?,
         Question::Connections {

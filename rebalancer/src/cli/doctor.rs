@@ -1,7 +1,7 @@
 //! `rebalancer doctor`: looks at everything on this node, says what to do, and packs it for a report.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::OpenOptions,
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -58,7 +58,7 @@ struct Answers {
 pub fn run(arguments: &Arguments) -> Result<u8, Failure> {
     let runtime = runtime()?;
     let _inside = runtime.enter();
-    let agent = &arguments.common.api.0;
+    let agent = arguments.common.api.path();
     let answers = runtime.block_on(async {
         let status = ask(agent, "/v1/status").await;
         let relayed = status.as_ref().is_ok_and(|status| status["shim"] == "relay");
@@ -97,14 +97,15 @@ fn look(arguments: &Arguments, answers: &Answers) -> Vec<Finding> {
     findings.extend(answers.relay.as_ref().map(doctor::relay));
     match steer::find_process(arguments.apiserver_port, None) {
         Ok(process) => {
-            let line = fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
-            let words = line.split(|octet| *octet == 0).filter(|word| !word.is_empty());
-            let words: Vec<_> = words.map(|word| String::from_utf8_lossy(word).into_owned()).collect();
             findings.push(Finding::good(
                 "apiserver",
                 format!("process {} listens on port {}", process.pid, arguments.apiserver_port),
             ));
-            findings.extend(doctor::apiserver(&words, shim));
+            let flag = |name: &str| {
+                let said = process.flag(name).map_err(|error| error.to_string())?;
+                Ok(said.value)
+            };
+            findings.extend(doctor::apiserver(flag, shim));
         }
         Err(error) => findings.push(Finding::note("apiserver", error.to_string())),
     }
@@ -119,7 +120,7 @@ fn look(arguments: &Arguments, answers: &Answers) -> Vec<Finding> {
         .map_or(0, |since| since.as_secs());
     let now = i64::try_from(now).unwrap_or(i64::MAX);
     findings.extend(files.iter().map(|path| doctor::certificate(path, now)));
-    findings.extend(arguments.common.api.0.parent().map(doctor::room));
+    findings.extend(arguments.common.api.path().parent().map(doctor::room));
     findings.extend(doctor::features(system_info::checks(arguments.apiserver_port), shim));
     findings
 }

@@ -28,7 +28,7 @@ pub fn past(limit: usize, since: Option<u64>) -> String {
 
 /// Shows past decisions, then each as it comes, until the agent ends.
 pub async fn run(common: &Common, limit: usize, since: Option<u64>) -> Result<(), Failure> {
-    let socket = &common.api.0;
+    let socket = common.api.path();
     let shown = |decision: &Value| match common.output {
         Output::Table => show::line(decision),
         Output::Json => format!("{decision}\n"),

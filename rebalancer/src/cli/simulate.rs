@@ -23,8 +23,8 @@ use rebalancer_sim::{
 };
 use serde_json::{Value, json};
 
-use super::{Failure, print, runtime, table::Table};
-use crate::local::{SocketPath, client};
+use super::{Failure, client::Api, print, runtime, table::Table};
+use crate::local::client;
 
 /// What is simulated, and what is shown.
 #[derive(Debug, Args)]
@@ -38,14 +38,8 @@ pub struct Arguments {
     /// Start from what the agent of this node sees
     #[arg(long, value_enum)]
     from: Option<From>,
-    /// The agent's local API, for `--from live`
-    #[arg(
-        long,
-        env = "REBALANCER_API",
-        default_value = "unix:/run/rebalancer/agent.sock",
-        value_name = "unix:PATH"
-    )]
-    api: SocketPath,
+    #[command(flatten)]
+    api: Api,
     /// The load balancer: random, roundrobin, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev [default: roundrobin, or the scenario's own]
     #[arg(long, value_name = "NAME")]
     lb: Option<LoadBalancer>,
@@ -168,9 +162,9 @@ fn sized(loads: &[usize]) -> Result<(), Failure> {
 }
 
 /// The cluster as the local agent sees it.
-fn live(api: &SocketPath) -> Result<(String, Setup), Failure> {
+fn live(api: &Api) -> Result<(String, Setup), Failure> {
     let runtime = runtime()?;
-    let ask = |path: &'static str| runtime.block_on(client::get::<Value>(&api.0, path));
+    let ask = |path: &'static str| runtime.block_on(client::get::<Value>(api.path(), path));
     let status = ask("/v1/status").context("--from live: cannot ask the agent")?;
     let connections = ask("/v1/connections?limit=100000").context("--from live: cannot ask the agent")?;
     cluster_of(&status, &connections)

@@ -107,56 +107,51 @@ pub fn relay(listing: &Result<Value, String>) -> Finding {
     }
 }
 
+/// A flag of the apiserver: its value where it is given, or why that is not known.
+pub type Flag = Result<Option<String>, String>;
+
 /// Judges the apiserver's flags by what the agent's shim needs of them.
-pub fn apiserver(arguments: &[String], shim: Option<&str>) -> Vec<Finding> {
-    let value = |name: &str| flag(arguments, name);
-    let chance = value("goaway-chance").or_else(|| value("goaway_chance"));
-    let chance = chance.and_then(|chance| chance.parse::<f64>().ok()).unwrap_or(0.0);
-    let mut findings = Vec::new();
-    findings.push(match shim {
-        Some("steer") if chance == 0.0 => Finding::mend(
-            "apiserver --goaway-chance",
-            Gravity::Wrong,
-            "0: it never asks, so steer cannot answer",
-            "start it with --goaway-chance=0.000001",
-        ),
-        Some("relay") if chance > 0.0 => Finding::mend(
-            "apiserver --goaway-chance",
-            Gravity::Soon,
-            format!("{chance}: its lottery goes on beside the plans"),
-            "start it without the flag",
-        ),
-        _ => Finding::good("apiserver --goaway-chance", chance.to_string()),
-    });
+pub fn apiserver(flag: impl Fn(&str) -> Flag, shim: Option<&str>) -> Vec<Finding> {
+    let judged = |name: &str, judge: &dyn Fn(&str, Option<String>) -> Finding| {
+        let what = format!("apiserver --{name}");
+        match flag(name) {
+            Ok(value) => judge(&what, value),
+            Err(why) => Finding::note(&what, format!("not known: {why}")),
+        }
+    };
+    let mut findings = vec![judged("goaway-chance", &|what, value| {
+        let chance = value
+            .as_deref()
+            .and_then(|chance| chance.parse::<f64>().ok())
+            .unwrap_or(0.0);
+        match shim {
+            Some("steer") if chance == 0.0 => Finding::mend(
+                what,
+                Gravity::Wrong,
+                "0: it never asks, so steer cannot answer",
+                "start it with --goaway-chance=0.000001",
+            ),
+            Some("relay") if chance > 0.0 => Finding::mend(
+                what,
+                Gravity::Soon,
+                format!("{chance}: its lottery goes on beside the plans"),
+                "start it without the flag",
+            ),
+            _ => Finding::good(what, chance.to_string()),
+        }
+    })];
     if shim == Some("relay") {
-        findings.push(match value("requestheader-client-ca-file") {
-            Some(file) => Finding::good("apiserver --requestheader-client-ca-file", file),
+        findings.push(judged("requestheader-client-ca-file", &|what, value| match value {
+            Some(file) => Finding::good(what, file),
             None => Finding::mend(
-                "apiserver --requestheader-client-ca-file",
+                what,
                 Gravity::Wrong,
                 "it is not given, so the apiserver believes no relay",
                 "start it with the authority of the front-proxy certificate, as kubeadm does",
             ),
-        });
+        }));
     }
     findings
-}
-
-/// The last value of `--name=value` or `--name value`: the one that holds.
-fn flag(arguments: &[String], name: &str) -> Option<String> {
-    let mut found = None;
-    let mut rest = arguments.iter();
-    while let Some(argument) = rest.next() {
-        let Some(after) = argument.trim_start_matches('-').strip_prefix(name) else {
-            continue;
-        };
-        match after.strip_prefix('=') {
-            Some(value) => found = Some(value.to_owned()),
-            None if after.is_empty() => found = rest.next().cloned(),
-            None => {}
-        }
-    }
-    found
 }
 
 fn list(value: &Value) -> &[Value] {
@@ -199,22 +194,23 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_a_flag_holds() {
-        let arguments = |line: &str| -> Vec<String> { line.split_whitespace().map(str::to_owned).collect() };
-        let chance = |line: &str| flag(&arguments(line), "goaway-chance");
-        assert_eq!(
-            chance("kube-apiserver --goaway-chance=0.1 --goaway-chance 0.2"),
-            Some("0.2".to_owned())
-        );
-        assert_eq!(chance("kube-apiserver --goaway-chances=0.1"), None);
-        let found = |line: &str, shim| worst(&apiserver(&arguments(line), Some(shim)));
-        assert_eq!(
-            found("--goaway-chance=0.001 --requestheader-client-ca-file=/a", "relay"),
-            Gravity::Soon
-        );
-        assert_eq!(found("--requestheader-client-ca-file=/a", "relay"), Gravity::Good);
-        assert_eq!(found("", "relay"), Gravity::Wrong);
-        assert_eq!(found("", "steer"), Gravity::Wrong);
-        assert_eq!(found("--goaway-chance=0.001", "steer"), Gravity::Good);
+    fn an_apiserver_is_judged_by_what_the_shim_needs() {
+        let found = |chance: Option<&str>, ca: Option<&str>, shim| {
+            let flag = |name: &str| -> Flag {
+                let value = if name == "goaway-chance" { chance } else { ca };
+                Ok(value.map(str::to_owned))
+            };
+            worst(&apiserver(flag, Some(shim)))
+        };
+        assert_eq!(found(Some("0.001"), Some("/a"), "relay"), Gravity::Soon);
+        assert_eq!(found(None, Some("/a"), "relay"), Gravity::Good);
+        assert_eq!(found(None, None, "relay"), Gravity::Wrong);
+        assert_eq!(found(None, None, "steer"), Gravity::Wrong);
+        assert_eq!(found(Some("0.001"), None, "steer"), Gravity::Good);
+        // What is inside another program shows no flags: nothing is missing that nobody can see.
+        let hidden = |_: &str| -> Flag { Err("it runs inside k3s".to_owned()) };
+        for shim in ["relay", "steer"] {
+            assert_eq!(worst(&apiserver(hidden, Some(shim))), Gravity::Note);
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What an apiserver's flags say of GOAWAY: on its command line, or in the files that stand in its place.
+//! What an apiserver's flags say: on its command line, or in the files that stand in its place.
 //!
 //! Input: arguments, and a way to read the process's files. Must never take a flag for absent that was not looked for
 //! where this kind of process has it.
@@ -6,9 +6,6 @@
 use std::{collections::BTreeMap, io};
 
 use serde::Deserialize;
-
-/// The flag that makes an apiserver decide on GOAWAY at all.
-const FLAG: &str = "goaway-chance";
 
 /// OpenShift's apiserver takes its flags from this file (`KubeAPIServerConfig`).
 const OPENSHIFT: &str = "openshift-config";
@@ -30,21 +27,27 @@ pub struct Said {
     pub certain: bool,
 }
 
-/// What the last `--goaway-chance` says: that one counts.
+/// What the last flag of a name says: that one counts. The name has hyphens and no dashes before it.
 ///
 /// # Errors
 ///
 /// A file the command line names cannot be read, or is not what it should be; with the file's name.
-pub fn goaway_chance(
+pub fn said(
+    name: &str,
     arguments: &[String],
     read: impl Fn(&str) -> io::Result<String>,
 ) -> Result<Said, (String, io::Error)> {
     let flags = flags(arguments.iter().map(String::as_str));
-    let last = |name: &str| flags.iter().rfind(|(own, _)| own == name).and_then(|(_, value)| *value);
+    let last = |wanted: &str| {
+        flags
+            .iter()
+            .rfind(|(own, _)| own == wanted)
+            .and_then(|(_, value)| *value)
+    };
     if let Some(file) = last(OPENSHIFT) {
         let named = |error| (file.to_owned(), error);
         let text = read(file).map_err(named)?;
-        let value = openshift(&text).map_err(|error| named(io::Error::other(error)))?;
+        let value = openshift(&text, name).map_err(|error| named(io::Error::other(error)))?;
         let place = format!("in {file} (apiServerArguments)");
         return Ok(Said {
             value,
@@ -55,9 +58,7 @@ pub fn goaway_chance(
     if let Some(file) = last(KUBELITE) {
         let text = read(file).map_err(|error| (file.to_owned(), error))?;
         let lines: Vec<&str> = text.split_whitespace().collect();
-        let value = self::flags(lines.into_iter())
-            .into_iter()
-            .rfind(|(name, _)| name == FLAG);
+        let value = self::flags(lines.into_iter()).into_iter().rfind(|(own, _)| own == name);
         let value = value.and_then(|(_, value)| value.map(str::to_owned));
         let place = format!("in {file}");
         return Ok(Said {
@@ -66,14 +67,10 @@ pub fn goaway_chance(
             certain: true,
         });
     }
-    let passed_on = flags
-        .iter()
-        .rev()
-        .filter(|(name, _)| name == K3S)
-        .find_map(|(_, value)| {
-            let (name, value) = (*value)?.trim_start_matches('-').split_once('=')?;
-            (normal(name) == FLAG).then(|| value.to_owned())
-        });
+    let passed_on = flags.iter().rev().filter(|(own, _)| own == K3S).find_map(|(_, value)| {
+        let (own, value) = (*value)?.trim_start_matches('-').split_once('=')?;
+        (normal(own) == name).then(|| value.to_owned())
+    });
     if let Some(value) = passed_on {
         let place = format!("on its command line (--{K3S})");
         return Ok(Said {
@@ -82,7 +79,7 @@ pub fn goaway_chance(
             certain: true,
         });
     }
-    let value = last(FLAG).map(str::to_owned);
+    let value = last(name).map(str::to_owned);
     Ok(Said {
         certain: value.is_some(),
         value,
@@ -116,7 +113,7 @@ fn normal(name: &str) -> String {
 }
 
 /// The flag in OpenShift's file, YAML or JSON: flags have lists of values, of which the last counts.
-fn openshift(text: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
+fn openshift(text: &str, name: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
     #[derive(Deserialize)]
     struct File {
         #[serde(default, rename = "apiServerArguments")]
@@ -126,7 +123,7 @@ fn openshift(text: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
     let given = arguments
         .unwrap_or_default()
         .into_iter()
-        .filter(|(name, _)| normal(name) == FLAG);
+        .filter(|(own, _)| normal(own) == name);
     Ok(given.filter_map(|(_, mut values)| values.pop()).next_back())
 }
 
@@ -134,13 +131,15 @@ fn openshift(text: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
 mod tests {
     use super::*;
 
-    fn said(line: &str, file: &str) -> Said {
+    const CHANCE: &str = "goaway-chance";
+
+    fn chance(line: &str, file: &str) -> Said {
         let arguments: Vec<String> = line.split(' ').map(str::to_owned).collect();
         let read = |path: &str| {
             assert_eq!(path, "/etc/the/file", "no other file is named");
             Ok(file.to_owned())
         };
-        goaway_chance(&arguments, read).expect("a readable file")
+        said(CHANCE, &arguments, read).expect("a readable file")
     }
 
     #[test]
@@ -162,7 +161,7 @@ mod tests {
             ("k3s server --kube-apiserver-arg goaway-chance=0.001", Some("0.001")),
             ("k3s server --kube-apiserver-arg --goaway-chance=0.001", Some("0.001")),
         ] {
-            let said = said(line, "");
+            let said = self::chance(line, "");
             assert_eq!(said.value.as_deref(), chance, "{line}");
             assert_eq!(said.certain, chance.is_some(), "{line}");
         }
@@ -183,7 +182,7 @@ mod tests {
             ("apiServerArguments: null\n", None),
             ("kind: KubeAPIServerConfig\n", None),
         ] {
-            let said = said(openshift, text);
+            let said = self::chance(openshift, text);
             assert_eq!((said.value.as_deref(), said.certain), (chance, true), "{text}");
             assert_eq!(said.place, "in /etc/the/file (apiServerArguments)");
         }
@@ -194,7 +193,7 @@ mod tests {
             ("--goaway_chance 0.001", Some("0.001")),
             ("--v=1\n", None),
         ] {
-            let said = said(kubelite, text);
+            let said = self::chance(kubelite, text);
             assert_eq!(
                 (said.value.as_deref(), said.place.as_str()),
                 (chance, "in /etc/the/file"),
@@ -202,9 +201,9 @@ mod tests {
             );
         }
         let arguments = ["--openshift-config=/x".to_owned()];
-        let lost = goaway_chance(&arguments, |_| Err(io::ErrorKind::NotFound.into()));
+        let lost = said(CHANCE, &arguments, |_| Err(io::ErrorKind::NotFound.into()));
         assert_eq!(lost.map_err(|(file, _)| file), Err("/x".to_owned()));
-        let odd = goaway_chance(&arguments, |_| Ok("apiServerArguments: 7".to_owned()));
+        let odd = said(CHANCE, &arguments, |_| Ok("apiServerArguments: 7".to_owned()));
         assert!(odd.is_err(), "what is not the file it should be says so");
     }
 }

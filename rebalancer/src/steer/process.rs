@@ -117,12 +117,12 @@ impl Process {
         Ok(())
     }
 
-    /// Refuses a process that never asks its goaway decider; the chance, and where it is said.
+    /// What a flag of the apiserver says, wherever this kind of process has its flags; the name has no dashes before it.
     ///
     /// # Errors
     ///
-    /// [`SteerError::NoGoawayChance`] and what else can be said of it; its flags cannot be read.
-    pub fn check_goaway_chance(&self) -> Result<(f64, String), SteerError> {
+    /// [`SteerError::Embedded`] where an absent flag may still be given; its flags cannot be read.
+    pub fn flag(&self, name: &str) -> Result<Said, SteerError> {
         let pid = self.pid;
         let path = format!("/proc/{pid}/cmdline");
         let line = fs::read(&path).map_err(SteerError::io(path))?;
@@ -130,14 +130,24 @@ impl Process {
             .split(|octet| *octet == 0)
             .map(|argument| String::from_utf8_lossy(argument).into_owned())
             .collect();
-        let said = flags::goaway_chance(&arguments, |path| self.file_inside(path))
+        let said = flags::said(name, &arguments, |path| self.file_inside(path))
             .map_err(|(path, source)| SteerError::Flags { pid, path, source })?;
-        let Said { value, place, certain } = said;
         let name = self.executable.file_name().unwrap_or_default().to_string_lossy();
-        if !certain && EMBEDDING.contains(&name.trim_end_matches(DELETED)) {
+        if !said.certain && EMBEDDING.contains(&name.trim_end_matches(DELETED)) {
             let name = name.into_owned();
             return Err(SteerError::Embedded { pid, name });
         }
+        Ok(said)
+    }
+
+    /// Refuses a process that never asks its goaway decider; the chance, and where it is said.
+    ///
+    /// # Errors
+    ///
+    /// [`SteerError::NoGoawayChance`] and what else can be said of it; its flags cannot be read.
+    pub fn check_goaway_chance(&self) -> Result<(f64, String), SteerError> {
+        let pid = self.pid;
+        let Said { value, place, .. } = self.flag("goaway-chance")?;
         let refused = |given: &str, place| SteerError::NoGoawayChance {
             pid,
             given: given.to_owned(),

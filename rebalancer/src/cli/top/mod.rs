@@ -25,20 +25,14 @@ use tokio::{
 };
 
 use self::model::{Answers, Key, Model};
-use super::{Failure, runtime};
-use crate::local::{SocketPath, client};
+use super::{Failure, client::Api, runtime};
+use crate::local::client;
 
 /// Show the cluster live: load against the band, connections, decisions as they happen; keys are in the last line
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The agent's local API
-    #[arg(
-        long,
-        env = "REBALANCER_API",
-        default_value = "unix:/run/rebalancer/agent.sock",
-        value_name = "unix:PATH"
-    )]
-    api: SocketPath,
+    #[command(flatten)]
+    api: Api,
     /// Without colours, as with NO_COLOR in the environment
     #[arg(long)]
     no_color: bool,
@@ -63,11 +57,11 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let is_plain = arguments.no_color || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let runtime = runtime()?;
     // A first answer before the screen is taken: an error stays readable.
-    let first = runtime.block_on(ask(&arguments.api.0, "age"))?;
+    let first = runtime.block_on(ask(arguments.api.path(), "age"))?;
     let mut model = Model::new(!is_plain);
     model.take(Ok(first));
     let mut terminal = ratatui::try_init().context("the terminal cannot be used")?;
-    let outcome = runtime.block_on(show(&mut terminal, &mut model, &arguments.api.0));
+    let outcome = runtime.block_on(show(&mut terminal, &mut model, arguments.api.path()));
     ratatui::restore();
     Ok(outcome?)
 }
