@@ -57,6 +57,15 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
         .args(["--bin", "rebalancer", "--target", &triple])
         .env("CARGO_TARGET_DIR", &directory)
         .env("RUSTFLAGS", flags.join(" "))
+        // C's own file names are in what it says of failed checks.
+        .env(
+            "CFLAGS",
+            format!(
+                "-ffile-prefix-map={}=/cargo -ffile-prefix-map={}=/src",
+                home.display(),
+                root().display()
+            ),
+        )
         .env("REBALANCER_EBPF_OBJECTS", std::path::absolute(objects)?);
     standard.prepare(&mut command, arch);
     run(&mut command)?;

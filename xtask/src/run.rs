@@ -58,6 +58,23 @@ pub fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Builds the programs that tests and demo start, as `arguments` say besides.
+///
+/// # Errors
+///
+/// They do not build.
+pub fn programs(arguments: &[&str]) -> anyhow::Result<()> {
+    run(cargo([
+        "build",
+        "--package",
+        "rebalancer",
+        "--package",
+        "rebalancer-tests",
+        "--bins",
+    ])
+    .args(arguments))
+}
+
 /// Whether this process is root.
 pub fn is_root() -> bool {
     // SAFETY: geteuid takes nothing, changes nothing and cannot fail.

@@ -16,7 +16,7 @@ use clap::ValueEnum;
 use crate::arch::Arch;
 use crate::debian;
 use crate::ebpf;
-use crate::run::{cargo, is_root, root, run, shown, target};
+use crate::run::{cargo, is_root, programs, root, run, shown, target};
 use crate::vm::{self, Machine, Mode};
 
 #[derive(clap::Args)]
@@ -225,14 +225,7 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
         ebpf::build(Arch::host())?;
     }
     if beyond_core {
-        run(&mut cargo([
-            "build",
-            "--package",
-            "rebalancer",
-            "--package",
-            "rebalancer-tests",
-            "--bins",
-        ]))?;
+        programs(&[])?;
     }
 
     for (_, program, package) in PEERS.iter().filter(|(group, ..)| groups.contains(group)) {

@@ -17,7 +17,8 @@ pub struct Arguments {
 
 /// Writes them.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let mut command = super::Arguments::command();
+    // A page of `help COMMAND` says nothing that COMMAND's own does not.
+    let mut command = super::Arguments::command().disable_help_subcommand(true);
     command.build();
     let Some(directory) = &arguments.directory else {
         let mut page = Vec::new();

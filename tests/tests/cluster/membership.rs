@@ -29,6 +29,9 @@ use serde_json::{Value, json};
 /// A busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// By then a node whose Leases stand still and whose agent is silent is gone: it takes a minute.
+const AFTER_PATIENCE: Duration = Duration::from_secs(75);
+
 /// Agents ask each other here.
 const PEERS: u16 = 9443;
 
@@ -205,6 +208,17 @@ impl World {
                     && membership["gone"] == json!([])
                     && !doubtful.contains(&reason))
                 .then_some(())
+            });
+        }
+    }
+
+    /// Waits until so long has passed by each agent's own clock.
+    fn lets_pass(&self, time: Duration) {
+        for agent in &self.agents {
+            let age = |status: &Value| status["uptime_s"].as_u64();
+            let began = agent.until("its age", age);
+            agent.until("that time has passed", |status| {
+                (age(status)? >= began + time.as_secs()).then_some(())
             });
         }
     }
@@ -431,7 +445,7 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
     scene("what the agents ask of the apiservers, by the audit logs");
     const WINDOW: Duration = Duration::from_secs(120);
     let (began, before) = (Instant::now(), world.requests());
-    thread::sleep(WINDOW);
+    world.lets_pass(WINDOW);
     let asked = world.requests().difference(&before).count();
     let rate = asked as f64 / began.elapsed().as_secs_f64() / 3.0;
     eprintln!("{asked} requests of three agents in {WINDOW:?}: {rate:.3} a second and agent");
@@ -443,7 +457,7 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
     world.network.nodes[0].ip(&cut).expect("a route");
     world.agents[0].holds("snapshot_stale", &["node-2"]);
     world.agents[1].holds("snapshot_stale", &["node-1"]);
-    thread::sleep(Duration::from_secs(75));
+    world.lets_pass(AFTER_PATIENCE);
     for agent in &world.agents {
         let status = agent.status().expect("an answer");
         assert_eq!(status["membership"]["gone"], json!([]), "{status}");
@@ -490,7 +504,7 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
         });
         eprintln!("blind: {blind}");
     }
-    thread::sleep(Duration::from_secs(75));
+    world.lets_pass(AFTER_PATIENCE);
     for agent in &world.agents {
         let status = agent.status().expect("an answer");
         assert_eq!(status["membership"]["gone"], json!([]), "{status}");

@@ -18,7 +18,7 @@ use crate::{
     arch::Arch,
     debian::{self, Suite},
     ebpf,
-    run::{cargo, run, shown, target},
+    run::{cargo, programs, run, shown, target},
     standard::Standard,
 };
 
@@ -64,14 +64,7 @@ impl Guest {
 
     /// What `cargo test` runs here: a second build of everything would take longer than the tests.
     fn as_here(group: &str) -> anyhow::Result<Self> {
-        run(&mut cargo([
-            "build",
-            "--package",
-            "rebalancer",
-            "--package",
-            "rebalancer-tests",
-            "--bins",
-        ]))?;
+        programs(&[])?;
         let mut tests = cargo(["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
         let program = test_binary(&mut tests, group)?;
         let built = target().join("debug");
