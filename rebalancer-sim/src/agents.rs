@@ -18,8 +18,9 @@ use rebalancer_core::{
 
 use crate::{
     node::{Life, index_of},
+    queue::Event,
     setup::Role,
-    world::{Event, World},
+    world::World,
 };
 
 /// How long a batch of observations is gathered.

@@ -8,7 +8,8 @@ use rebalancer_core::planner::noise;
 use crate::{
     figures::Sample,
     node::{Life, Node, STRANGER},
-    world::{Event, START, World, millis},
+    queue::Event,
+    world::{START, World, millis},
 };
 
 /// LISTs that one apiserver works on at once, and the wait in seconds from which it refuses more.

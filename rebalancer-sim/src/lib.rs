@@ -12,6 +12,7 @@ mod gauge;
 mod incidents;
 mod node;
 pub mod picture;
+mod queue;
 mod random;
 pub mod scenario;
 pub mod setup;

@@ -8,18 +8,15 @@
 //! after a GOAWAY the next request, or the next watch that ends, goes over a new connection, and the old one stays open
 //! until its last watch has ended; a broken connection is tried again with a back-off that doubles from 0.8 to 30 s.
 
-use std::{cmp::Ordering, collections::BinaryHeap, time::Duration};
+use std::time::Duration;
 
-use rebalancer_core::{
-    ids::ApiserverName,
-    policy::Weight,
-    view::{PeerFault, Snapshot},
-};
+use rebalancer_core::policy::Weight;
 
 use crate::{
     balancer::{Backend, Balancer},
     figures::{Mark, Run},
     node::{Connection, Identity, Life, Node, STRANGER},
+    queue::{Event, Queue},
     random::Random,
     setup::{Admission, Contender, Group, Horizon, Placement, Setup},
 };
@@ -32,44 +29,6 @@ const WATCH_START: f64 = 0.005;
 
 /// client-go's watches last that long, in milliseconds.
 const WATCH_LIFE: (f64, f64) = (300_000.0, 600_000.0);
-
-/// What is due at an instant.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// An agent wants to be called; the second number tells an old wish from the newest.
-    Wake(usize, u64),
-    /// A batch of observations is complete.
-    Flush(usize),
-    /// An agent asks its peers.
-    Poll(usize, u64),
-    /// A peer's answer arrives.
-    Answer(usize, ApiserverName, Box<Result<Snapshot, PeerFault>>),
-    /// A client connects.
-    Connect(usize, u32),
-    /// A watch on a draining connection ends.
-    WatchEnd(usize),
-    /// A connection without streams is closed.
-    Close(usize),
-    /// The lottery, or the age limit, tells a connection.
-    Told(usize),
-    /// A client lists everything.
-    Relist(usize),
-    /// Some client restarts.
-    Restart,
-    /// A stranger calls: one on that apiserver's own node, or one through the load balancer.
-    Call(Option<usize>),
-    /// An incident of the setup.
-    Incident(usize),
-    /// A point of the picture.
-    Sample,
-}
-
-#[derive(Debug)]
-struct Due {
-    at: u64,
-    sequence: u64,
-    event: Event,
-}
 
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -94,8 +53,7 @@ pub(crate) struct World<'a> {
     pub(crate) setup: &'a Setup,
     pub(crate) contender: Contender,
     pub(crate) now: u64,
-    queue: BinaryHeap<Due>,
-    sequence: u64,
+    queue: Queue,
     pub(crate) nodes: Vec<Node>,
     pub(crate) groups: Vec<Group>,
     pub(crate) clients: Vec<Client>,
@@ -149,8 +107,7 @@ impl<'a> World<'a> {
         Self {
             contender,
             now: START,
-            queue: BinaryHeap::new(),
-            sequence: 0,
+            queue: Queue::default(),
             groups: Vec::new(),
             clients: Vec::new(),
             identities: Vec::new(),
@@ -298,12 +255,12 @@ impl<'a> World<'a> {
     }
 
     fn finish(mut self) -> Run {
-        while let Some(due) = self.queue.pop() {
-            if due.at > self.end() {
+        while let Some((at, event)) = self.queue.pop() {
+            if at > self.end() {
                 break;
             }
-            self.now = due.at;
-            self.happen(due.event);
+            self.now = at;
+            self.happen(event);
         }
         self.now = self.end();
         self.measure();
@@ -332,12 +289,7 @@ impl<'a> World<'a> {
     }
 
     pub(crate) fn at(&mut self, at: u64, event: Event) {
-        self.sequence += 1;
-        self.queue.push(Due {
-            at,
-            sequence: self.sequence,
-            event,
-        });
+        self.queue.push(at, event);
     }
 
     fn happen(&mut self, event: Event) {
@@ -634,24 +586,3 @@ impl<'a> World<'a> {
         self.at(self.now + millis(wait), Event::Restart);
     }
 }
-
-impl Ord for Due {
-    /// The earliest is the greatest, for the heap; of two at the same instant the one that was planned first.
-    fn cmp(&self, other: &Self) -> Ordering {
-        (other.at, other.sequence).cmp(&(self.at, self.sequence))
-    }
-}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Due {}

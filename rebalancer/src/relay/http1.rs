@@ -6,15 +6,13 @@
 //! front proxy's connection, nor close while a request may be on its way.
 
 use std::{
-    cell::RefCell,
     convert::Infallible,
     io,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    task::ready,
     time::Duration,
 };
 
@@ -27,11 +25,14 @@ use rebalancer_core::{
     h2::{policy::Policy, relay::is_refusal},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf},
     sync::Notify,
     time::{Instant, sleep_until, timeout},
 };
 
+mod side;
+
+use self::side::{Side, copy, invalid, send};
 use super::{
     pump::End,
     registry::{Connection, Order},
@@ -53,9 +54,6 @@ const AHEAD: usize = 64 * 1024;
 /// How many octets of line ends Go's server skips before the next request, behind a POST alone (net/http/server.go,
 /// `readRequest`).
 const AFTER_POST: usize = 4;
-
-/// How much is read at once.
-const READ: usize = 32 * 1024;
 
 /// A buffer larger than this is given back between two requests.
 const KEPT: usize = 1024;
@@ -142,76 +140,9 @@ impl Leaving {
     }
 }
 
-thread_local! {
-    /// One buffer a thread: an idle connection holds none.
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
-}
-
-/// What comes from one side.
-struct Side<R> {
-    reader: R,
-    /// Read, and not taken yet.
-    ahead: Vec<u8>,
-}
-
-impl<R: AsyncRead + Unpin> Side<R> {
-    /// Reads once; zero at the end. Dropped before it is ready, it has read nothing.
-    async fn read(&mut self) -> io::Result<usize> {
-        std::future::poll_fn(|context| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                let mut buffer = ReadBuf::new(scratch);
-                ready!(Pin::new(&mut self.reader).poll_read(context, &mut buffer))?;
-                self.ahead.extend_from_slice(buffer.filled());
-                std::task::Poll::Ready(Ok(buffer.filled().len()))
-            })
-        })
-        .await
-    }
-
-    /// Takes octets off its front.
-    fn take(&mut self, count: usize) -> Vec<u8> {
-        if count == self.ahead.len() {
-            return std::mem::take(&mut self.ahead);
-        }
-        self.ahead.drain(..count).collect()
-    }
-
-    /// Drops up to so many line ends at its front; how many more may still come.
-    fn skip_line_ends(&mut self, most: usize) -> usize {
-        let ends = self
-            .ahead
-            .iter()
-            .take(most)
-            .take_while(|octet| b"\r\n".contains(octet))
-            .count();
-        self.ahead.drain(..ends);
-        if self.ahead.is_empty() { most - ends } else { 0 }
-    }
-
-    /// Lets a body take what it wants, and appends what goes on.
-    fn feed(&mut self, body: &mut Body, out: &mut Vec<u8>) -> io::Result<()> {
-        let taken = body.take(&self.ahead, out).map_err(invalid)?;
-        self.ahead.drain(..taken);
-        Ok(())
-    }
-}
-
-fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
-}
-
 /// Octets of a head's bound: its own, and [`FIELD`] for each line.
 fn weight(head: &[u8]) -> usize {
     head.len() + FIELD * head.iter().filter(|octet| **octet == b'\n').count()
-}
-
-/// Writes and flushes.
-async fn send<W: AsyncWrite + Unpin>(writer: &mut W, octets: &[u8]) -> io::Result<()> {
-    if octets.is_empty() {
-        return Ok(());
-    }
-    writer.write_all(octets).await?;
-    writer.flush().await
 }
 
 /// What the relay answers itself.
@@ -598,22 +529,6 @@ async fn read_from<S: AsyncRead + Unpin>(server: &mut Side<ReadHalf<S>>, connect
             Ok(())
         }
         Err(error) => Err(End::ServerIo(error)),
-    }
-}
-
-/// Passes octets one way until that way ends, and passes the end.
-async fn copy<R, W>(from: &mut Side<R>, to: &mut W, mut passed: impl FnMut(usize)) -> io::Result<()>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    loop {
-        send(to, &from.ahead).await?;
-        from.ahead = Vec::new();
-        match from.read().await? {
-            0 => return to.shutdown().await,
-            count => passed(count),
-        }
     }
 }
 
