@@ -41,11 +41,14 @@ use super::{
     access::{self, Access, Asked, Failed, Requests},
     leases::{self, Kind, Reading, Wanted},
 };
-use crate::agent::{
-    config::{KubernetesConfig, PeerAddress},
-    handle::Clock,
-    peers::{self, Answer, Target, pin::Identity, tls::PeerTls},
-    wire,
+use crate::{
+    agent::{
+        config::{KubernetesConfig, PeerAddress},
+        handle::Clock,
+        peers::{self, Answer, Target, pin::Identity, tls::PeerTls},
+        wire,
+    },
+    sys,
 };
 
 /// How often the own Lease is renewed.
@@ -96,10 +99,7 @@ pub async fn start(parts: Parts) -> anyhow::Result<()> {
         None => outgoing(&credentials.cluster_url)
             .context("--peer-advertise is not given, and the address that others reach this node by is not found")?,
     };
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .context("cannot read the host name")?
-        .trim()
-        .to_owned();
+    let host = sys::host_name();
     let local = [IpAddr::from([127, 0, 0, 1]), address]
         .map(|address| (address, parts.apiserver_port))
         .to_vec();

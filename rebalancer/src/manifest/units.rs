@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Flags, Part};
+use super::Flags;
 
 /// A unit.
 #[derive(Clone, Debug)]
@@ -172,7 +172,6 @@ fn capabilities(flags: &Flags) -> String {
 
 /// Directories that are written besides the runtime directory.
 fn writable(text: &mut String, flags: &Flags) {
-    debug_assert!(matches!(flags.part(), Part::Agent | Part::Relay));
     let written = flags.mounts().iter().skip(1).filter(|mount| mount.written);
     for mount in written {
         let _ = writeln!(text, "ReadWritePaths={}", mount.path.display());

@@ -1,9 +1,17 @@
 //! What is installed: judged by systemd, and run with what a unit or a pod leaves it.
 
-use std::{fs, os::unix::net::UnixDatagram, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    os::unix::net::UnixDatagram,
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use rebalancer_tests::{
-    binary,
+    binary, kube,
+    pki::Pki,
     process::{Process, log_directory, wait_for},
     skip,
 };
@@ -68,9 +76,9 @@ fn systemd_takes_the_units_and_calls_them_confined() {
     fs::remove_dir_all(directory).expect("it is there");
 }
 
-/// What `system-info` finds in a process that has these capabilities at most, no more privileges ever, and sees of /proc
-/// what `ProcSubset=pid` and `ProtectProc=invisible` leave.
-fn confined(capabilities: &str) -> Value {
+/// A process of the program that has these capabilities at most, no more privileges ever, and sees of /proc what
+/// `ProcSubset=pid` and `ProtectProc=invisible` leave.
+fn confined(capabilities: &str) -> Command {
     let bounds = if capabilities.is_empty() {
         "-all".to_owned()
     } else {
@@ -78,11 +86,17 @@ fn confined(capabilities: &str) -> Value {
     };
     let script = format!(
         "mount -t proc -o subset=pid,hidepid=invisible proc /proc && exec setpriv --no-new-privs --bounding-set={bounds} \
-         --inh-caps={bounds} \"$0\" system-info --output json"
+         --inh-caps={bounds} \"$0\" \"$@\""
     );
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c", &script])
-        .arg(binary())
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]).arg(binary());
+    command
+}
+
+/// What `system-info` finds in such a process.
+fn features(capabilities: &str) -> Value {
+    let output = confined(capabilities)
+        .args(["system-info", "--output", "json"])
         .output()
         .expect("unshare starts");
     assert!(
@@ -93,17 +107,20 @@ fn confined(capabilities: &str) -> Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
+/// The capabilities of the agent's unit.
+const OF_UNIT: &str = "+bpf,+net_admin,+perfmon";
+
 #[test]
 fn the_agent_counts_with_just_the_capabilities_of_its_unit_and_not_with_fewer() {
     if !has("unshare") || !has("setpriv") {
         return;
     }
     let works = |found: &Value, feature: &str| found[feature]["ok"] == true;
-    if !works(&confined("+bpf,+perfmon,+net_admin,+sys_admin"), "source-ebpf") {
+    if !works(&features("+bpf,+perfmon,+net_admin,+sys_admin"), "source-ebpf") {
         skip("this kernel takes no programs");
         return;
     }
-    let found = confined("+bpf,+net_admin,+perfmon");
+    let found = features(OF_UNIT);
     for feature in ["source-ebpf", "client-hellos", "source-sockdiag", "intercept"] {
         assert!(works(&found, feature), "{feature}: {found:#}");
     }
@@ -112,13 +129,57 @@ fn the_agent_counts_with_just_the_capabilities_of_its_unit_and_not_with_fewer() 
         ("+bpf,+net_admin", "source-ebpf"),
         ("+bpf,+perfmon", "intercept"),
     ] {
-        let found = confined(fewer);
+        let found = features(fewer);
         assert!(!works(&found, lost), "{lost} with {fewer}: {found:#}");
         let why = found[lost]["why"].as_str().expect("a reason");
         assert!(why.contains("CAP_"), "{lost} with {fewer}: {why}");
     }
     // The socket list wants one only.
-    assert!(works(&confined("+net_admin"), "source-sockdiag"));
+    assert!(works(&features("+net_admin"), "source-sockdiag"));
+}
+
+#[test]
+fn an_agent_that_finds_its_peers_by_leases_starts_with_what_its_unit_leaves_it() {
+    if !has("unshare") || !has("setpriv") {
+        return;
+    }
+    let directory = log_directory("confined").expect("a directory");
+    let pki = Pki::new(&[]).expect("certificates");
+    // Nobody is there: what it asks of the cluster is not this test's.
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let kubeconfig = kube::kubeconfig(&pki, "node-1", nowhere).expect("a kubeconfig");
+    let socket = directory.join("agent.sock");
+    // A port that is free now: its number goes into a Lease, so the agent takes none that the kernel chooses.
+    let free = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port");
+    let mut command = confined(OF_UNIT);
+    command
+        .args([
+            "agent",
+            "--source=sockdiag",
+            "--apiserver-port=1",
+            "--metrics=127.0.0.1:0",
+            "--peers=kubernetes",
+        ])
+        .args(["--peer-advertise=192.0.2.1"])
+        .arg(format!("--peer-listen={free}"))
+        .arg(format!("--kubeconfig={}", kubeconfig.display()))
+        .arg(format!("--api=unix:{}", socket.display()));
+    let mut agent = Process::start("agent", command, None, &directory).expect("it starts");
+    let is_there = wait_for(Duration::from_secs(60), || {
+        (socket.exists() || agent.is_running().is_err()).then(|| socket.exists())
+    });
+    assert_eq!(is_there, Some(true), "{}", agent.log());
+    agent.is_running().expect("it runs on");
+    let log = agent.log();
+    let name = Command::new("uname").arg("-n").output().expect("uname");
+    let name = String::from_utf8_lossy(&name.stdout).trim().to_owned();
+    assert!(
+        log.contains(&format!("rebalancer-{name}")),
+        "its Lease is named by the host: {log}"
+    );
+    fs::remove_dir_all(directory).expect("it is there");
 }
 
 #[test]
