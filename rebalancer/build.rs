@@ -15,13 +15,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let directories: Vec<PathBuf> = named.into_iter().chain(beside).collect();
     for name in OBJECTS {
         let candidates: Vec<PathBuf> = directories.iter().map(|directory| directory.join(name)).collect();
-        for candidate in &candidates {
+        let found = candidates.iter().find(|path| path.is_file());
+        // To cargo a file that is missing has changed, whenever it looks: naming one beside those that are there would
+        // compile the crate anew at every command.
+        for candidate in found.map_or(&candidates[..], std::slice::from_ref) {
             println!("cargo::rerun-if-changed={}", candidate.display());
         }
-        let object = match candidates.iter().find(|path| path.is_file()) {
-            Some(path) => fs::read(path)?,
-            None => Vec::new(),
-        };
+        let object = found.map(fs::read).transpose()?.unwrap_or_default();
         fs::write(out.join(name), object)?;
     }
     Ok(())

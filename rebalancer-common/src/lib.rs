@@ -27,16 +27,12 @@ pub const LOST_PIECES: u32 = 3;
 /// How many counters the map `LOST` has.
 pub const LOST_COUNTERS: u32 = 4;
 
-/// One socket: an event, or a line of the iterator's list. Opens have no bytes, closes neither addresses nor ports.
+/// One socket: an opening or a listener's event, or a line of the iterator's list. Opens have no bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketRecord {
-    /// The socket's cookie.
-    pub cookie: u64,
-    /// `tcp_sock.bytes_received`.
-    pub bytes_in: u64,
-    /// `tcp_sock.bytes_acked`.
-    pub bytes_out: u64,
+    /// What a close is told by, too.
+    pub head: SocketHead,
     /// Own address; IPv4 is v4-mapped.
     pub local: [u8; 16],
     /// The peer's address; IPv4 is v4-mapped.
@@ -45,15 +41,32 @@ pub struct SocketRecord {
     pub local_port: u32,
     /// The peer's port, host order.
     pub remote_port: u32,
-    /// One of the `KIND_` constants in events, 0 in the list.
-    pub kind: u32,
-    /// The TCP state (include/net/tcp_states.h), in the list.
-    pub state: u32,
     /// The token of the MPTCP connection it is a subflow of, in opens and in the list; 0 for plain TCP.
     pub token: u32,
     /// Not 0: it joined other subflows.
     pub joined: u32,
 }
+
+/// The beginning of a [`SocketRecord`], and all that is told of a close: who it was with was told when it opened.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketHead {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// `tcp_sock.bytes_received`.
+    pub bytes_in: u64,
+    /// `tcp_sock.bytes_acked`.
+    pub bytes_out: u64,
+    /// One of the `KIND_` constants in events, 0 in the list.
+    pub kind: u32,
+    /// The TCP state (include/net/tcp_states.h), in the list.
+    pub state: u32,
+}
+
+const _: () = {
+    assert!(size_of::<SocketHead>() == 32);
+    assert!(size_of::<SocketRecord>() == 80);
+};
 
 /// The payload of one early packet of a connection, or a part of it.
 #[repr(C)]

@@ -15,9 +15,7 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{
-    Early, HELLO_HEADER, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_PIECES, LOST_STORAGE,
-};
+use rebalancer_common::{Early, HELLO_HEADER, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_PIECES, LOST_STORAGE};
 
 use crate::{EARLY, HELLOS, SCRATCH, lost, offset, read, wake_beyond};
 
@@ -37,6 +35,8 @@ const LONGEST: u32 = 16_384;
 const PIECES: u32 = 64;
 /// Of these, when the beginning was not seen here, because it came with the end of the TCP handshake.
 const PIECES_AFTER: u32 = 8;
+/// Segments with data after which a connection is old, whatever they brought: by then its pieces are used up.
+const SEGMENTS: u32 = 2 * PIECES;
 /// Octets of one connection that are handed over at most, again and again where they came so.
 const OCTETS: u32 = 2 * LONGEST;
 /// include/uapi/linux/if_ether.h, network order.
@@ -66,7 +66,7 @@ pub fn client_hello(ctx: SkBuffContext) -> i32 {
         }
         let tcp = tcp_of(socket);
         // What most connections pay ends here: their beginning is long past.
-        if tcp.is_null() || (*tcp).bytes_received > u64::from(LONGEST) {
+        if tcp.is_null() || (*tcp).bytes_received > u64::from(LONGEST) || (*tcp).data_segs_in > SEGMENTS {
             return PASS;
         }
         let mut early = storage(tcp.cast(), 0);
@@ -350,7 +350,11 @@ fn look(record: &mut HelloRecord, early: &mut Early) {
     // it ends; behind the record there is room for what is read.
     let head = unsafe {
         let at = core::ptr::read_volatile(&raw const record.scratch) & (HELLO_OCTETS as u32 - 1);
-        (&raw const record.data).cast::<u8>().add(at as usize).cast::<[u8; 9]>().read_unaligned()
+        (&raw const record.data)
+            .cast::<u8>()
+            .add(at as usize)
+            .cast::<[u8; 9]>()
+            .read_unaligned()
     };
     if head[0] != HANDSHAKE {
         early.wanted = early.base + 1;

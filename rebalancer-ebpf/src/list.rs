@@ -5,7 +5,7 @@ use aya_ebpf::{
     cty::c_void,
     helpers::generated::{bpf_get_socket_cookie, bpf_seq_write},
 };
-use rebalancer_common::SocketRecord;
+use rebalancer_common::{SocketHead, SocketRecord};
 
 use crate::{offset, read};
 
@@ -53,10 +53,13 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
             return 0;
         }
         let mut record = SocketRecord {
-            cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
-            bytes_in: read::direct(tcp, offset!(bytes_received)),
-            bytes_out: read::direct(tcp, offset!(bytes_acked)),
-            state: u32::from(state),
+            head: SocketHead {
+                cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
+                bytes_in: read::direct(tcp, offset!(bytes_received)),
+                bytes_out: read::direct(tcp, offset!(bytes_acked)),
+                kind: 0,
+                state: u32::from(state),
+            },
             ..SocketRecord::default()
         };
         read::addresses(common, &mut record);

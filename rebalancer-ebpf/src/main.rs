@@ -42,7 +42,8 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     netns: 0,
 });
 
-/// Opened, closed, listener: [`rebalancer_common::SocketRecord`]. Room for 10,000 events.
+/// Opened, closed, listener: [`rebalancer_common::SocketRecord`]. Each as long as what it tells: room for 8,000
+/// connections that open and close.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 

@@ -3,15 +3,14 @@
 //! A connection may end in one step, without a FIN: by RST from either side, by a close with unread data, by keep-alive or
 //! TCP_USER_TIMEOUT, by `ss -K`. Whatever comes after ESTABLISHED is its end.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
-    bindings::BPF_RB_FORCE_WAKEUP,
-    cty::c_void,
-    helpers::generated::bpf_get_socket_cookie,
-    macros::btf_tracepoint,
+    bindings::BPF_RB_FORCE_WAKEUP, cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketRecord};
+use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketHead, SocketRecord};
 
 use crate::{EVENTS, lost, offset, read, wake_beyond};
 
@@ -42,39 +41,58 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     if tcp.is_null() || !unsafe { read::in_namespace(common) } {
         return 0;
     }
-    let Some(mut entry) = EVENTS.reserve::<SocketRecord>(0) else {
+    let mut head = SocketHead {
+        // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
+        cookie: unsafe { bpf_get_socket_cookie(socket) },
+        bytes_in: 0,
+        bytes_out: 0,
+        kind,
+        state: 0,
+    };
+    let told = if kind == KIND_CLOSED {
+        // SAFETY: as above.
+        unsafe {
+            head.bytes_in = read::direct(tcp, offset!(bytes_received));
+            head.bytes_out = read::direct(tcp, offset!(bytes_acked));
+        }
+        tell(kind, |entry: &mut MaybeUninit<SocketHead>| {
+            entry.write(head);
+        })
+    } else {
+        tell(kind, |entry: &mut MaybeUninit<SocketRecord>| {
+            // Put together where it is read.
+            let record = entry.write(SocketRecord {
+                head,
+                ..SocketRecord::default()
+            });
+            // SAFETY: as above.
+            unsafe {
+                read::addresses(common, record);
+                read::group(tcp, record);
+            }
+        })
+    };
+    if told {
+        debug!(&ctx, "socket {:x}: state {} to {}", head.cookie, old, new);
+    } else {
         lost(LOST_EVENTS);
         warn!(&ctx, "no room for the event of a socket on port {}", offset!(port));
-        return 0;
-    };
-    let mut record = SocketRecord {
-        kind,
-        ..SocketRecord::default()
-    };
-    if kind == KIND_CLOSED {
-        // SAFETY: as above.
-        unsafe {
-            record.bytes_in = read::direct(tcp, offset!(bytes_received));
-            record.bytes_out = read::direct(tcp, offset!(bytes_acked));
-        }
-    } else {
-        // Who it is with is told once.
-        // SAFETY: as above.
-        unsafe {
-            read::addresses(common, &mut record);
-            read::group(tcp, &mut record);
-        }
     }
-    // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
-    record.cookie = unsafe { bpf_get_socket_cookie(socket) };
-    let cookie = record.cookie;
-    entry.write(record);
+    0
+}
+
+/// Hands an event over; false when there is no room.
+#[inline(always)]
+fn tell<T: 'static>(kind: u32, fill: impl FnOnce(&mut MaybeUninit<T>)) -> bool {
+    let Some(mut entry) = EVENTS.reserve::<T>(0) else {
+        return false;
+    };
+    fill(&mut entry);
     // Another listening socket is another apiserver: where its first clients' hellos are read depends on it.
     entry.submit(if kind == KIND_LISTENER {
         u64::from(BPF_RB_FORCE_WAKEUP)
     } else {
         wake_beyond(&EVENTS, 1 << 17, 1 << 10)
     });
-    debug!(&ctx, "socket {:x}: state {} to {}", cookie, old, new);
-    0
+    true
 }

@@ -258,9 +258,11 @@ impl Programs {
 
     /// The connections, as the list has them; with `complete` it is the truth of which subflows there are.
     fn sockets(&mut self, complete: bool) -> Result<(Vec<Socket>, Option<ConnectionId>), EbpfError> {
-        let (established, listening): (Vec<_>, Vec<_>) =
-            self.list()?.into_iter().partition(|record| record.state == ESTABLISHED);
-        let listener = listening.iter().map(|record| ConnectionId(record.cookie)).max();
+        let (established, listening): (Vec<_>, Vec<_>) = self
+            .list()?
+            .into_iter()
+            .partition(|record| record.head.state == ESTABLISHED);
+        let listener = listening.iter().map(|record| ConnectionId(record.head.cookie)).max();
         let connections = self
             .subflows
             .listed(established.iter().map(subflow).collect(), complete);
@@ -429,7 +431,7 @@ impl Programs {
             }
         }
         for event in events {
-            match event.kind {
+            match event.head.kind {
                 KIND_OPENED => {
                     // One more subflow of a client that is there is none of its own.
                     let Some(socket) = self.subflows.opened(subflow(&event)) else {
@@ -441,12 +443,12 @@ impl Programs {
                     observations.extend(offered.map(|protocol| Observation::Classified { id, protocol }));
                 }
                 KIND_CLOSED => {
-                    let id = ConnectionId(event.cookie);
+                    let id = ConnectionId(event.head.cookie);
                     self.hellos_begun.closed(id);
                     let ended = self.subflows.closed(id).map(|id| Observation::Closed {
                         id,
-                        bytes_in: event.bytes_in,
-                        bytes_out: event.bytes_out,
+                        bytes_in: event.head.bytes_in,
+                        bytes_out: event.head.bytes_out,
                     });
                     observations.extend(ended);
                 }

@@ -157,6 +157,8 @@ impl Start<'_> {
             .arg("relay")
             .arg(format!("--listen={}", local(Peer::Relay.port())))
             .arg(format!("--upstream={BACKEND}"))
+            // All of a benchmark's clients have one address, and no certificate.
+            .arg("--max-connections-per-address=1000000")
             .args(self.pki.relay_flags())
             .arg(format!(
                 "--control=unix:{}",

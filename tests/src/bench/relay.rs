@@ -57,8 +57,11 @@ const EVENT_PERIOD: Duration = Duration::from_millis(5);
 /// How long system calls and timers are counted, once for each shape and proxy.
 const COUNTED: Duration = Duration::from_millis(500);
 
-/// Descriptors that the relay needs beside its connections.
-const SPARE_FILES: u64 = 128;
+/// Descriptors that the relay keeps beside its connections: for those that are not finished, and for everything else.
+const SPARE_FILES: u64 = 2_048 + 64;
+
+/// Connections of those who work while others watch, with room to spare.
+const WORKING: u64 = 64;
 
 /// What one turn of one proxy spent.
 #[derive(Clone, Copy, Debug)]
@@ -185,10 +188,9 @@ pub fn run(programs: &Programs, effort: Effort, directory: &Path, say: impl Fn(&
         let held = bench.hold(peer, effort.watching, |_, _| Ok(()))?;
         bench.figures.held.insert(peer, held);
     }
-    // Each client costs the relay two descriptors.
-    let clients = effort
-        .watching_relay
-        .min((bench.open_files.saturating_sub(SPARE_FILES)) / 2);
+    // Each client costs the relay two descriptors, and a fifth of the places are for clients with a certificate.
+    let places = bench.open_files.saturating_sub(SPARE_FILES) / 2;
+    let clients = effort.watching_relay.min(places / 5 * 4 - WORKING);
     say(&format!("relay: {clients} open watches, while other clients work"));
     bench.hold_while_working(clients)?;
 

@@ -205,7 +205,7 @@ fn lost_events_are_made_good_by_the_list_and_whole_hellos_are_known() {
         for (index, (client, accepted)) in open.drain(..25).enumerate() {
             ENDS[index % ENDS.len()].carry_out(client, accepted);
         }
-        for round in 0..32 {
+        for round in 0..44 {
             for (index, (client, accepted)) in crowd(&host, addresses[round % 2], &listener, 250)
                 .into_iter()
                 .enumerate()
