@@ -33,10 +33,10 @@ pub const LOST_COUNTERS: u32 = 4;
 pub struct SocketRecord {
     /// What a close is told by, too.
     pub head: SocketHead,
-    /// Own address; IPv4 is v4-mapped.
-    pub local: [u8; 16],
-    /// The peer's address; IPv4 is v4-mapped.
-    pub remote: [u8; 16],
+    /// Own address, its octets in the order of memory; IPv4 is v4-mapped.
+    pub local: [u64; 2],
+    /// The peer's address, likewise.
+    pub remote: [u64; 2],
     /// Own port, host order.
     pub local_port: u32,
     /// The peer's port, host order.

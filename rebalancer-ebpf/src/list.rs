@@ -52,18 +52,14 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
         if tcp.is_null() {
             return 0;
         }
-        let mut record = SocketRecord {
-            head: SocketHead {
-                cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
-                bytes_in: read::direct(tcp, offset!(bytes_received)),
-                bytes_out: read::direct(tcp, offset!(bytes_acked)),
-                kind: 0,
-                state: u32::from(state),
-            },
-            ..SocketRecord::default()
+        let head = SocketHead {
+            cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
+            bytes_in: read::direct(tcp, offset!(bytes_received)),
+            bytes_out: read::direct(tcp, offset!(bytes_acked)),
+            kind: 0,
+            state: u32::from(state),
         };
-        read::addresses(common, &mut record);
-        read::group(tcp, &mut record);
+        let mut record = read::socket(common, tcp, head);
         bpf_seq_write(
             seq,
             (&raw mut record).cast(),

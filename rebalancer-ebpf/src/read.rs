@@ -6,7 +6,7 @@ use aya_ebpf::{
     cty::c_void,
     helpers::{bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
 };
-use rebalancer_common::SocketRecord;
+use rebalancer_common::{SocketHead, SocketRecord};
 
 /// include/linux/socket.h
 const AF_INET: u16 = 2;
@@ -116,38 +116,50 @@ fn has_joined(subflow: u64) -> bool {
     kept::<u8>(subflow, bit / 8).unwrap_or(0) >> (bit % 8) & 1 == 1
 }
 
-/// Which MPTCP connection it is of.
+/// Which MPTCP connection it is of, and whether it joined others; zeros for plain TCP.
 ///
 /// # Safety
 ///
 /// `tcp` is a `tcp_sock` that the verifier knows.
 #[inline(always)]
-pub unsafe fn group(tcp: *const u8, record: &mut SocketRecord) {
+unsafe fn group(tcp: *const u8) -> (u32, u32) {
     // SAFETY: as the caller says.
-    let subflow = unsafe { mptcp(tcp) };
-    if subflow != 0 {
-        record.token = kept(subflow, offset!(token)).unwrap_or(0);
-        record.joined = u32::from(has_joined(subflow));
+    match unsafe { mptcp(tcp) } {
+        0 => (0, 0),
+        subflow => (
+            kept(subflow, offset!(token)).unwrap_or(0),
+            u32::from(has_joined(subflow)),
+        ),
     }
 }
 
-/// Ports and addresses.
+/// The record of a socket. Every member is a word that was just read, so that it goes straight to where it is kept: a
+/// record that is cleared first, or copied, costs a fourth of an event.
 ///
 /// # Safety
 ///
-/// `common` is a socket that the verifier knows.
+/// `common` is a socket and `tcp` the same as one of TCP's, as the verifier knows.
 #[inline(always)]
-pub unsafe fn addresses(common: *const u8, record: &mut SocketRecord) {
+pub unsafe fn socket(common: *const u8, tcp: *const u8, head: SocketHead) -> SocketRecord {
     // SAFETY: see `direct`.
     unsafe {
-        record.local_port = offset!(port);
-        record.remote_port = u32::from(u16::from_be(direct(common, offset!(dport))));
-        if direct::<u16>(common, offset!(family)) == AF_INET {
-            record.local = mapped(direct::<u32>(common, offset!(rcv_saddr)).to_ne_bytes());
-            record.remote = mapped(direct::<u32>(common, offset!(daddr)).to_ne_bytes());
+        let (local, remote) = if direct::<u16>(common, offset!(family)) == AF_INET {
+            (
+                v4(direct(common, offset!(rcv_saddr))),
+                v4(direct(common, offset!(daddr))),
+            )
         } else {
-            record.local = v6(common, offset!(v6_rcv_saddr));
-            record.remote = v6(common, offset!(v6_daddr));
+            (v6(common, offset!(v6_rcv_saddr)), v6(common, offset!(v6_daddr)))
+        };
+        let (token, joined) = group(tcp);
+        SocketRecord {
+            head,
+            local,
+            remote,
+            local_port: offset!(port),
+            remote_port: u32::from(u16::from_be(direct(common, offset!(dport)))),
+            token,
+            joined,
         }
     }
 }
@@ -158,14 +170,30 @@ pub unsafe fn addresses(common: *const u8, record: &mut SocketRecord) {
 ///
 /// As for [`direct`].
 #[inline(always)]
-unsafe fn v6(common: *const u8, at: u32) -> [u8; 16] {
-    let mut address = [0; 16];
-    for index in 0..4 {
-        // SAFETY: see `direct`.
-        let word: u32 = unsafe { direct(common, at + 4 * index as u32) };
-        address[4 * index..4 * index + 4].copy_from_slice(&word.to_ne_bytes());
+unsafe fn v6(common: *const u8, at: u32) -> [u64; 2] {
+    // SAFETY: see `direct`.
+    unsafe {
+        [
+            words(direct(common, at), direct(common, at + 4)),
+            words(direct(common, at + 8), direct(common, at + 12)),
+        ]
     }
-    address
+}
+
+/// A v4-mapped address (RFC 4291, section 2.5.5.2), from how the kernel keeps it.
+#[inline(always)]
+fn v4(address: u32) -> [u64; 2] {
+    [0, words(u32::from_ne_bytes([0, 0, 0xff, 0xff]), address)]
+}
+
+/// Two words as they follow each other in memory.
+#[inline(always)]
+fn words(first: u32, second: u32) -> u64 {
+    if cfg!(target_endian = "little") {
+        u64::from(first) | u64::from(second) << 32
+    } else {
+        u64::from(first) << 32 | u64::from(second)
+    }
 }
 
 /// A v4-mapped address (RFC 4291, section 2.5.5.2).

@@ -60,16 +60,8 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
         })
     } else {
         tell(kind, |entry: &mut MaybeUninit<SocketRecord>| {
-            // Put together where it is read.
-            let record = entry.write(SocketRecord {
-                head,
-                ..SocketRecord::default()
-            });
             // SAFETY: as above.
-            unsafe {
-                read::addresses(common, record);
-                read::group(tcp, record);
-            }
+            entry.write(unsafe { read::socket(common, tcp, head) });
         })
     };
     if told {

@@ -14,6 +14,7 @@ use rebalancer_core::{ids::ConnectionId, observation::Socket, subflows::Subflow}
 pub fn record(bytes: &[u8]) -> Option<SocketRecord> {
     let word = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u64::from_ne_bytes(*chunk));
     let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
+    let address = |at: usize| Some([word(at)?, word(at + 8)?]);
     let head = SocketHead {
         cookie: word(mem::offset_of!(SocketHead, cookie))?,
         bytes_in: word(mem::offset_of!(SocketHead, bytes_in))?,
@@ -29,8 +30,8 @@ pub fn record(bytes: &[u8]) -> Option<SocketRecord> {
     }
     Some(SocketRecord {
         head,
-        local: *bytes.get(mem::offset_of!(SocketRecord, local)..)?.first_chunk()?,
-        remote: *bytes.get(mem::offset_of!(SocketRecord, remote)..)?.first_chunk()?,
+        local: address(mem::offset_of!(SocketRecord, local))?,
+        remote: address(mem::offset_of!(SocketRecord, remote))?,
         local_port: half(mem::offset_of!(SocketRecord, local_port))?,
         remote_port: half(mem::offset_of!(SocketRecord, remote_port))?,
         token: half(mem::offset_of!(SocketRecord, token))?,
@@ -71,13 +72,19 @@ fn address(octets: [u8; 16]) -> IpAddr {
     IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
 }
 
+/// The octets of an address that is kept in words, in the order of memory.
+fn octets([first, second]: [u64; 2]) -> [u8; 16] {
+    let (first, second) = (first.to_ne_bytes(), second.to_ne_bytes());
+    std::array::from_fn(|at| if at < 8 { first[at] } else { second[at - 8] })
+}
+
 /// The socket a record is of.
 pub fn subflow(record: &SocketRecord) -> Subflow {
     let port = |port: u32| u16::try_from(port).unwrap_or(0);
     let socket = Socket {
         id: ConnectionId(record.head.cookie),
-        local: SocketAddr::new(address(record.local), port(record.local_port)),
-        remote: SocketAddr::new(address(record.remote), port(record.remote_port)),
+        local: SocketAddr::new(address(octets(record.local)), port(record.local_port)),
+        remote: SocketAddr::new(address(octets(record.remote)), port(record.remote_port)),
         bytes_in: record.head.bytes_in,
         bytes_out: record.head.bytes_out,
     };

@@ -179,7 +179,13 @@ pub fn run(rebalancer: &Path, directory: &Path, say: impl Fn(&str) + Send) -> an
     up.context("the agent does not answer")?;
 
     let _statistics = statistics()?;
-    let programs = Programs::of(agent.id())?;
+    // It answers before it has attached them.
+    let mut found = Err(anyhow::anyhow!("nobody looked"));
+    wait_for(PATIENCE, || {
+        found = Programs::of(agent.id());
+        found.is_ok().then_some(())
+    });
+    let programs = found?;
     let hello: Arc<[u8]> = client_hello()?.into();
     let other = Echo::listen(node, OTHER)?;
     let cgroup = Cgroup::new("bench")?.context("no cgroup2 is mounted, which is where packets are looked at")?;
