@@ -180,6 +180,8 @@ pub enum Hold {
     },
     /// An operator paused the agent.
     Paused {
+        /// On which node it was said, when it was said to all agents.
+        by: Option<ApiserverName>,
         /// What for; may be empty.
         reason: String,
         /// Until it ends by itself.
@@ -342,8 +344,11 @@ impl fmt::Display for Hold {
                 "of {active} connections {unknown} are not known to speak HTTP/2 or not: {:.1} % is allowed",
                 limit * 100.0
             ),
-            Self::Paused { reason, left } => {
+            Self::Paused { reason, left, by } => {
                 f.write_str("paused by an operator")?;
+                if let Some(by) = by {
+                    write!(f, ", all agents, on {by}")?;
+                }
                 if let Some(left) = left {
                     write!(f, " for {} more", spoken(*left))?;
                 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    agent::Switch,
     hold::Hold,
     ids::{ApiserverName, Timestamp},
     membership::Roll,
@@ -79,6 +80,8 @@ pub struct Snapshot {
     pub instance: u64,
     /// The names this agent knows, its own included, to notice peers that disagree.
     pub names: Vec<ApiserverName>,
+    /// What an operator said to all agents, as this one knows it.
+    pub switch: Switch,
 }
 
 /// Why a peer's snapshot cannot be had.
@@ -218,6 +221,11 @@ impl Peers {
         Some(format!(
             "it knows an apiserver {name}, which this agent does not: {what}"
         ))
+    }
+
+    /// Whether there is a peer of that name.
+    pub fn expects(&self, name: &ApiserverName) -> bool {
+        self.known.contains_key(name)
     }
 
     /// Takes what one peer answered, or why it did not.

@@ -26,6 +26,15 @@ pub enum Command {
     },
     /// Decide again.
     Resume,
+    /// Have all agents decide nothing until resumed.
+    PauseAll {
+        /// What for. May be empty.
+        reason: String,
+        /// When it ends by itself.
+        length: Option<Duration>,
+    },
+    /// Have all agents decide again.
+    ResumeAll,
     /// Tell these connections, whatever the skew, paused or not; the budget's rate holds.
     Goaway {
         /// Which.
@@ -97,6 +106,18 @@ impl Agent {
             }
             Command::Resume => {
                 self.pause = None;
+                self.memory_changes += 1;
+                Answer::Done
+            }
+            Command::PauseAll { reason, length } => {
+                let until = length.map(|length| now + length);
+                self.switch
+                    .turn(self.policy.node.clone(), Some(Pause { reason, until }));
+                self.memory_changes += 1;
+                Answer::Done
+            }
+            Command::ResumeAll => {
+                self.switch.turn(self.policy.node.clone(), None);
                 self.memory_changes += 1;
                 Answer::Done
             }

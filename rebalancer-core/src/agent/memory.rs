@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, motion::Motion, ramp::Ramp};
+use super::{Agent, Switch, motion::Motion, ramp::Ramp, switch::Kept};
 use crate::{ids::Timestamp, planner::Resting, policy::Policy};
 
 /// Decision ids are written down in steps of so many, so that not every decision is a write.
@@ -17,6 +17,8 @@ const STEP: u64 = 1_000;
 pub struct Memory {
     /// The pause that is on.
     pub pause: Option<RememberedPause>,
+    /// What was said to all agents.
+    pub switch: Switch,
     /// Clients in their cool-down.
     pub cooldowns: Vec<Resting>,
     /// What was tried in vain.
@@ -71,6 +73,7 @@ impl Agent {
                 until: left.map(|left| now + still(left)),
             });
         }
+        agent.switch = Kept::of(&memory.switch, down, now);
         let longest = agent.policy.client_cooldown;
         for resting in memory.cooldowns.iter().filter(|resting| resting.left > down) {
             let left = still(resting.left).min(longest);
@@ -108,6 +111,7 @@ impl Agent {
                 reason: pause.reason.clone(),
                 left: pause.until.map(|until| until.since(now)),
             }),
+            switch: self.switch.told(now),
             cooldowns: self.cooldowns.resting(now).collect(),
             tries: RememberedTries {
                 wait,

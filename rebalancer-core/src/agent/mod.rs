@@ -15,6 +15,7 @@ mod ramp;
 mod rebalancing;
 mod report;
 mod stress;
+mod switch;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,7 @@ use plan::Plan;
 use ramp::Ramp;
 use rebalancing::Rebalancing;
 use stress::Stress;
+pub use switch::{Switch, SwitchPause};
 
 use crate::{
     budget::TokenBucket,
@@ -129,6 +131,8 @@ pub struct Agent {
 
     // What operators said.
     pause: Option<Pause>,
+    /// What was said to all agents.
+    switch: switch::Kept,
     proposed: Option<Proposed>,
     /// The rebalancing that was approved, by when it began.
     approved: Option<Timestamp>,
@@ -185,6 +189,7 @@ impl Agent {
             next_decision: now + policy.interval,
             rehearsed: None,
             pause: None,
+            switch: switch::Kept::default(),
             proposed: None,
             approved: None,
             next_id: 1,
@@ -210,7 +215,16 @@ impl Agent {
             Input::Observations(observations) => self.observe(now, observations, &mut effects),
             Input::Shim(report) => self.shim_answered(now, &report),
             Input::ShimFailed(why) => self.shim_fault = Some(why),
-            Input::Peer(name, answer) => self.peers.hear(&name, answer, now),
+            Input::Peer(name, answer) => {
+                // Whatever else it says: who is at odds with a peer is paused with it all the same.
+                if let Ok(snapshot) = &answer
+                    && self.peers.expects(&name)
+                    && self.switch.hear(&snapshot.switch, now)
+                {
+                    self.memory_changes += 1;
+                }
+                self.peers.hear(&name, answer, now);
+            }
             Input::Roll(roll) => self.call(now, roll, &mut effects),
             Input::GoawayAnswered(results) => self.goaway_answered(now, &results),
             Input::GoawayFailed(victims, why) => {
@@ -469,6 +483,7 @@ impl Agent {
             self.pause = None;
             self.memory_changes += 1;
         }
+        self.memory_changes += u64::from(self.switch.expire(now));
     }
 
     fn next_id(&mut self) -> u64 {
@@ -482,6 +497,14 @@ impl Agent {
             return Some(Hold::Paused {
                 reason: pause.reason.clone(),
                 left: pause.until.map(|until| until.since(now)),
+                by: None,
+            });
+        }
+        if let Some(pause) = self.switch.pause() {
+            return Some(Hold::Paused {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+                by: self.switch.by().cloned(),
             });
         }
         if !self.table.is_trusted() {

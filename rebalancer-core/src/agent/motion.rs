@@ -278,6 +278,7 @@ mod tests {
                     rebalancing: false,
                     instance: *instance,
                     names: vec![],
+                    switch: crate::agent::Switch::default(),
                 };
                 (
                     snapshot.apiserver.clone(),

@@ -2,7 +2,7 @@
 //!
 //! Must never change anything.
 
-use super::{Agent, Pause, Proposed};
+use super::{Agent, Pause, Proposed, Switch};
 use crate::{
     decision::{Decision, Outcomes},
     ids::Timestamp,
@@ -39,6 +39,7 @@ impl Agent {
             rebalancing: self.rebalancing.course().is_some() && acts,
             instance: self.instance,
             names,
+            switch: self.switch.told(now),
         }
     }
 
@@ -69,7 +70,12 @@ impl Agent {
 
     /// Whether an operator paused it.
     pub fn is_paused(&self) -> bool {
-        self.pause.is_some()
+        self.pause.is_some() || self.switch.pause().is_some()
+    }
+
+    /// What was said to all agents, as the others are told.
+    pub fn switch(&self, now: Timestamp) -> Switch {
+        self.switch.told(now)
     }
 
     /// The pause that is on.

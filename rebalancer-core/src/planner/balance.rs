@@ -347,6 +347,7 @@ mod tests {
                 rebalancing: false,
                 instance: 1,
                 names: vec![],
+                switch: crate::agent::Switch::default(),
             };
             (
                 name(index),

@@ -186,6 +186,7 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "hold": decision["hold"],
             "hold_since_s": held_since.map(|since| now.since(since).as_secs()),
             "peers": wire::peers(agent, now)["peers"],
+            "switch": wire::peers(agent, now)["switch"],
             "membership": wire::peers(agent, now)["membership"],
             "goaways_total": agent.goaways_total(),
             "budget_tokens": agent.budget_tokens(now),
@@ -449,24 +450,29 @@ async fn approve(State(context): State<Context>, Path(proposal): Path<u64>) -> R
 struct PauseBody {
     reason: String,
     for_s: Option<f64>,
+    cluster: bool,
 }
 
-/// The longest pause that ends by itself, in seconds: a year.
-const LONGEST_PAUSE: f64 = 31_536_000.0;
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct ResumeBody {
+    cluster: bool,
+}
 
-/// The longest reason, in octets.
-const LONGEST_REASON: usize = 1_024;
+/// The longest pause that ends by itself, in seconds.
+const LONGEST_PAUSE: f64 = (wire::LONGEST_PAUSE_MS / 1_000) as f64;
 
 async fn pause(State(context): State<Context>, body: Bytes) -> Result<Json<Value>, Problem> {
-    let PauseBody { reason, for_s } = if body.is_empty() {
+    let PauseBody { reason, for_s, cluster } = if body.is_empty() {
         PauseBody::default()
     } else {
         serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?
     };
-    if reason.len() > LONGEST_REASON {
+    if reason.len() > wire::LONGEST_REASON {
         return Err(wrong(format!(
-            "reason has {} octets: {LONGEST_REASON} are taken at most",
-            reason.len()
+            "reason has {} octets: {} are taken at most",
+            reason.len(),
+            wire::LONGEST_REASON
         )));
     }
     if let Some(seconds) = for_s
@@ -477,20 +483,32 @@ async fn pause(State(context): State<Context>, body: Bytes) -> Result<Json<Value
         )));
     }
     let length = for_s.map(Duration::from_secs_f64);
-    tracing::warn!(reason, length = ?length, "paused by an operator");
-    let command = Command::Pause { reason, length };
+    tracing::warn!(reason, length = ?length, cluster, "paused by an operator");
+    let command = if cluster {
+        Command::PauseAll { reason, length }
+    } else {
+        Command::Pause { reason, length }
+    };
     context.agent.command(command).await?;
     let kept = kept(&context).await;
     Ok(Json(
-        json!({"paused": true, "left_s": length.map(|length| length.as_secs()), "kept": kept}),
+        json!({"paused": true, "cluster": cluster, "left_s": length.map(|length| length.as_secs()), "kept": kept}),
     ))
 }
 
-async fn resume(State(context): State<Context>) -> Result<Json<Value>, Problem> {
-    context.agent.command(Command::Resume).await?;
-    tracing::warn!("resumed by an operator");
+async fn resume(State(context): State<Context>, body: Bytes) -> Result<Json<Value>, Problem> {
+    let ResumeBody { cluster } = if body.is_empty() {
+        ResumeBody::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?
+    };
+    let command = if cluster { Command::ResumeAll } else { Command::Resume };
+    context.agent.command(command).await?;
+    tracing::warn!(cluster, "resumed by an operator");
+    // The other of the two switches may still be off.
+    let paused = context.agent.read(|agent, _| agent.is_paused()).await?;
     let kept = kept(&context).await;
-    Ok(Json(json!({"paused": false, "kept": kept})))
+    Ok(Json(json!({"paused": paused, "cluster": cluster, "kept": kept})))
 }
 
 /// Whether the state file has what the loop gave it last.

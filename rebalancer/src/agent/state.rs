@@ -24,6 +24,8 @@ use rebalancer_core::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::wire::WireSwitch;
+
 /// The format's version.
 const VERSION: u32 = 1;
 
@@ -46,6 +48,9 @@ struct Written {
     /// When, by the wall clock, in milliseconds since 1970: how long ago that was is all it is used for.
     at_unix_ms: u64,
     pause: Option<Pause>,
+    /// What was said to all agents; files of before lack it.
+    #[serde(default)]
+    switch: WireSwitch,
     cooldowns: Vec<Cooldown>,
     tries: Tries,
     next_decision: u64,
@@ -110,6 +115,7 @@ impl Written {
                 reason: pause.reason.clone(),
                 left_ms: pause.left.map(millis),
             }),
+            switch: (&memory.switch).into(),
             cooldowns: memory.cooldowns.iter().map(cooldown).collect(),
             tries: Tries {
                 wait_ms: millis(memory.tries.wait),
@@ -143,6 +149,7 @@ impl Written {
                 reason: pause.reason,
                 left: pause.left_ms.map(Duration::from_millis),
             }),
+            switch: self.switch.into(),
             cooldowns: self.cooldowns.into_iter().map(cooldown).collect(),
             tries: RememberedTries {
                 wait: Duration::from_millis(self.tries.wait_ms),

@@ -21,7 +21,10 @@ use super::handle::Clock;
 
 mod snapshot;
 
-pub use snapshot::{SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, agreement, agreement_hash};
+pub use snapshot::{
+    LONGEST_PAUSE_MS, LONGEST_REASON, SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, WireSwitch, agreement,
+    agreement_hash,
+};
 
 /// `connections`, `requests`, `bytes` or `streams`.
 pub fn weight_name(weight: Weight) -> &'static str {
@@ -290,7 +293,11 @@ pub fn hold(hold: &Hold) -> Value {
         Hold::UnknownProtocols { unknown, active, limit } => {
             json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})
         }
-        Hold::Paused { reason, left } => json!({"why": reason, "left_ms": left.map(millis)}),
+        Hold::Paused { reason, left, by } => json!({
+            "why": reason,
+            "left_ms": left.map(millis),
+            "by": by.as_ref().map(ApiserverName::as_str),
+        }),
         Hold::ShimUnavailable { why } => json!({"why": why}),
     };
     shown["reason"] = json!(hold.reason());
@@ -347,11 +354,13 @@ pub fn peers(agent: &Agent, now: Timestamp) -> Value {
                 "load": snapshot.map(|(_, snapshot)| rounded(snapshot.load)),
                 "draining": snapshot.map(|(_, snapshot)| snapshot.draining),
                 "age_ms": snapshot.map(|(at, _)| millis(now.since(*at))),
+                "part": snapshot.map(|(_, snapshot)| WirePart::from(snapshot.part)),
+                "switch": snapshot.map(|(_, snapshot)| WireSwitch::from(&snapshot.switch)),
                 "fault": peer.trouble(),
             })
         })
         .collect();
-    json!({"peers": list, "membership": agent.peers().roll().map(roll)})
+    json!({"peers": list, "switch": WireSwitch::from(&agent.switch(now)), "membership": agent.peers().roll().map(roll)})
 }
 
 /// Who is who by the cluster's Leases.

@@ -60,7 +60,13 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Question {
     /// Show how the agent is, all apiservers side by side, and what it would do now
-    Status(Common),
+    Status {
+        /// What all agents do, and who the apiservers are
+        #[arg(long)]
+        cluster: bool,
+        #[command(flatten)]
+        common: Common,
+    },
     /// List the connections of the local apiserver
     Connections {
         /// Only these
@@ -123,11 +129,20 @@ pub enum Question {
         /// What for: shown by `status` and in each hold
         #[arg(long, default_value = "")]
         reason: String,
+        /// All agents: whoever cannot be reached now hears of it when it can
+        #[arg(long)]
+        cluster: bool,
         #[command(flatten)]
         common: Common,
     },
     /// Decide again
-    Resume(Common),
+    Resume {
+        /// All agents; without it, what was said to this agent alone
+        #[arg(long)]
+        cluster: bool,
+        #[command(flatten)]
+        common: Common,
+    },
     /// Let a rebalancing begin that --mode propose holds
     Approve {
         /// Its number, as `status` and the hold say it
@@ -198,14 +213,45 @@ impl Who {
 impl Question {
     fn common(&self) -> &Common {
         match self {
-            Self::Status(common) | Self::Peers(common) | Self::Resume(common) => common,
+            Self::Peers(common) => common,
             Self::Connections { common, .. }
             | Self::Plan { common, .. }
             | Self::Decisions { common, .. }
             | Self::Goaway { common, .. }
             | Self::Pause { common, .. }
+            | Self::Resume { common, .. }
+            | Self::Status { common, .. }
             | Self::Approve { common, .. } => common,
         }
+    }
+}
+
+/// How long is waited until all agents have heard of a word to all.
+const HEARING: Duration = Duration::from_secs(10);
+
+/// Waits until all agents have what was said to all, and adds to the answer who has not.
+async fn heard_by_all(socket: &std::path::Path, cluster: bool, mut answer: Value) -> Result<Value, Failure> {
+    if !cluster {
+        return Ok(answer);
+    }
+    let deadline = tokio::time::Instant::now() + HEARING;
+    loop {
+        let peers: Value = client::get(socket, "/v1/peers").await?;
+        let said = |switch: &Value| (switch["stamp"].clone(), switch["by"].clone());
+        let here = said(&peers["switch"]);
+        let without: Vec<Value> = peers["peers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|peer| said(&peer["switch"]) != here)
+            .map(|peer| peer["apiserver"].clone())
+            .collect();
+        let is_heard = without.is_empty();
+        answer["not_heard_by"] = json!(without);
+        if is_heard || tokio::time::Instant::now() >= deadline {
+            return Ok(answer);
+        }
+        sleep(LOOK).await;
     }
 }
 
@@ -214,7 +260,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
     let common = question.common();
     let socket = common.api.path();
     let answer: Value = match &question {
-        Question::Status(_) => client::get(socket, "/v1/status").await?,
+        Question::Status { .. } => client::get(socket, "/v1/status").await?,
         Question::Connections {
             state,
             protocol,
@@ -255,20 +301,30 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             }
             answer
         }
-        Question::Pause { length, reason, .. } => {
-            let mut body = json!({"reason": reason});
+        Question::Pause {
+            length,
+            reason,
+            cluster,
+            ..
+        } => {
+            let mut body = json!({"reason": reason, "cluster": cluster});
             if let Some(length) = length {
                 body["for_s"] = json!(length.0.as_secs_f64());
             }
-            client::post(socket, "/v1/pause", &body).await?
+            let answer = client::post(socket, "/v1/pause", &body).await?;
+            heard_by_all(socket, *cluster, answer).await?
         }
-        Question::Resume(_) => client::post(socket, "/v1/resume", &json!({})).await?,
+        Question::Resume { cluster, .. } => {
+            let answer = client::post(socket, "/v1/resume", &json!({"cluster": cluster})).await?;
+            heard_by_all(socket, *cluster, answer).await?
+        }
         Question::Approve { id, .. } => client::post(socket, &format!("/v1/approve/{id}"), &json!({})).await?,
     };
     let text = match common.output {
         Output::Json => serde_json::to_string_pretty(&answer).map_err(anyhow::Error::from)? + "\n",
         Output::Table => match question {
-            Question::Status(_) => show::status(&answer),
+            Question::Status { cluster: true, .. } => show::cluster(&answer),
+            Question::Status { .. } => show::status(&answer),
             Question::Connections { .. } => show::connections(&answer),
             Question::Peers(_) => show::peers(&answer),
             Question::Plan { explain: true, .. } => show::decision(&answer) + "\n" + &show::derivation(&answer),
@@ -276,7 +332,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             Question::Decisions { .. } => show::decisions(&answer),
             Question::Goaway { .. } => show::order(&answer),
             Question::Pause { .. } => show::pause(&answer),
-            Question::Resume(_) => "resumed\n".to_owned(),
+            Question::Resume { .. } => show::resume(&answer),
             Question::Approve { id, .. } => format!("approved: the rebalancing of proposal {id} may begin\n"),
         },
     };

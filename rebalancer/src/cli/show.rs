@@ -381,5 +381,102 @@ pub fn pause(answer: &Value) -> String {
     } else {
         ""
     };
-    format!("paused: nothing is decided {until}until `rebalancer resume`{kept}\n")
+    let (who, how) = if answer["cluster"] == true {
+        (", all agents", " --cluster")
+    } else {
+        ("", "")
+    };
+    format!(
+        "paused{who}: nothing is decided {until}until `rebalancer resume{how}`{kept}\n{}",
+        not_heard(answer)
+    )
+}
+
+/// What the end of a pause came to.
+pub fn resume(answer: &Value) -> String {
+    let rest = match (answer["paused"] == true, answer["cluster"] == true) {
+        (false, _) => "resumed\n",
+        (true, true) => "resumed for all agents; this one is paused by itself still: `rebalancer resume`\n",
+        (true, false) => "resumed; all agents are paused still: `rebalancer resume --cluster`\n",
+    };
+    rest.to_owned() + &not_heard(answer)
+}
+
+/// Who has not heard of a word to all.
+fn not_heard(answer: &Value) -> String {
+    list(&answer["not_heard_by"])
+        .iter()
+        .map(|name| {
+            format!(
+                "{} has not heard of it yet: it does when it answers again\n",
+                text(name)
+            )
+        })
+        .collect()
+}
+
+/// What all agents do, and who the apiservers are.
+pub fn cluster(answer: &Value) -> String {
+    let mut table = Table::new(&["APISERVER", "STATE", "CONNECTIONS", "DRAINING", "AGENT", "AGE", "FAULT"]);
+    for peer in list(&answer["peers"]) {
+        let age = match peer["age_ms"].as_u64() {
+            Some(age) => Short(std::time::Duration::from_millis(age)).to_string(),
+            None => "never heard".to_owned(),
+        };
+        table.row([
+            text(&peer["apiserver"]),
+            text(&peer["state"]),
+            text(&peer["connections"]),
+            text(&peer["draining"]),
+            text(&peer["part"]),
+            age,
+            text(&peer["fault"]),
+        ]);
+    }
+    let own = &answer["node"];
+    let view = list(&answer["view"]).iter().find(|entry| entry["apiserver"] == *own);
+    if let Some(entry) = view {
+        table.row([
+            text(own),
+            text(&entry["state"]),
+            text(&entry["connections"]),
+            text(&entry["draining"]),
+            "this one".to_owned(),
+            "now".to_owned(),
+            String::new(),
+        ]);
+    }
+    let mut out = table.to_string();
+    let pause = &answer["switch"]["pause"];
+    if !pause.is_null() {
+        let reason = match pause["reason"].as_str() {
+            Some(reason) if !reason.is_empty() => format!(": {}", text(&pause["reason"])),
+            _ => String::new(),
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            out,
+            "all agents are paused, on {}{reason}",
+            text(&answer["switch"]["by"])
+        );
+    }
+    let membership = &answer["membership"];
+    if membership.is_object() {
+        let from = match membership["set_from"].as_str() {
+            Some("identity_leases") => "the apiservers' identity Leases",
+            _ => "the agents' Leases alone: an apiserver without an agent is not known",
+        };
+        let _ = writeln!(out, "the set of apiservers is from {from}");
+        for name in list(&membership["gone"]) {
+            let _ = writeln!(out, "{} is gone", text(name));
+        }
+        for why in [&membership["doubt"], &membership["blind"]]
+            .into_iter()
+            .filter(|why| !why.is_null())
+            .chain(list(&membership["refused"]))
+        {
+            let _ = writeln!(out, "{}", text(why));
+        }
+    }
+    out
 }

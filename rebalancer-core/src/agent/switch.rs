@@ -1,0 +1,166 @@
+//! One switch for all agents: what an operator said to one of them, and the others have heard.
+//!
+//! Job: keep the newest word, by whom and until when. Input: an operator's word here, or another agent's newer one.
+//! Output: the pause that is on, and what the others are told. Must never let an older word win: whoever was away when the
+//! switch was turned back hears of it from those who were not.
+
+use std::{cmp::Ordering, time::Duration};
+
+use super::Pause;
+use crate::ids::{ApiserverName, Timestamp};
+
+/// The switch as it travels: with times that are left, since two agents have two clocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Switch {
+    /// Counts up with each word; 0 before the first.
+    pub stamp: u64,
+    /// On which node it was said; of two that were said at once the one of the later name counts.
+    pub by: Option<ApiserverName>,
+    /// The pause, if it is one.
+    pub pause: Option<SwitchPause>,
+}
+
+/// A pause of all agents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwitchPause {
+    /// What for; may be empty.
+    pub reason: String,
+    /// How long yet; `None` until an operator ends it.
+    pub left: Option<Duration>,
+}
+
+/// The switch as an agent keeps it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Kept {
+    stamp: u64,
+    by: Option<ApiserverName>,
+    pause: Option<Pause>,
+}
+
+impl Kept {
+    /// An operator's word on this node: `None` is to go on.
+    pub fn turn(&mut self, by: ApiserverName, pause: Option<Pause>) {
+        *self = Self {
+            stamp: self.stamp.saturating_add(1),
+            by: Some(by),
+            pause,
+        };
+    }
+
+    /// Takes another's word if it is newer, and says whether it was.
+    pub fn hear(&mut self, other: &Switch, now: Timestamp) -> bool {
+        let order = (other.stamp, &other.by).cmp(&(self.stamp, &self.by));
+        if order != Ordering::Greater {
+            return false;
+        }
+        *self = Self::of(other, Duration::ZERO, now);
+        true
+    }
+
+    /// What was kept, `down` before now.
+    pub fn of(switch: &Switch, down: Duration, now: Timestamp) -> Self {
+        let is_on = |pause: &&SwitchPause| pause.left.is_none_or(|left| left > down);
+        Self {
+            stamp: switch.stamp,
+            by: switch.by.clone(),
+            pause: switch.pause.as_ref().filter(is_on).map(|pause| Pause {
+                reason: pause.reason.clone(),
+                until: pause.left.map(|left| now + left.saturating_sub(down)),
+            }),
+        }
+    }
+
+    /// What the others are told.
+    pub fn told(&self, now: Timestamp) -> Switch {
+        Switch {
+            stamp: self.stamp,
+            by: self.by.clone(),
+            pause: self.pause().map(|pause| SwitchPause {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+            }),
+        }
+    }
+
+    /// The pause that is on.
+    pub fn pause(&self) -> Option<&Pause> {
+        self.pause.as_ref()
+    }
+
+    /// Who said it last.
+    pub fn by(&self) -> Option<&ApiserverName> {
+        self.by.as_ref()
+    }
+
+    /// Ends a pause whose time is over, and says whether it did. The word stays: it is nobody's news.
+    pub fn expire(&mut self, now: Timestamp) -> bool {
+        let is_over = self
+            .pause
+            .as_ref()
+            .is_some_and(|pause| pause.until.is_some_and(|until| now >= until));
+        if is_over {
+            self.pause = None;
+        }
+        is_over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_millis(seconds * 1_000)
+    }
+
+    fn name(name: &str) -> ApiserverName {
+        ApiserverName::new(name)
+    }
+
+    fn pause(reason: &str, until: Option<u64>) -> Option<Pause> {
+        Some(Pause {
+            reason: reason.to_owned(),
+            until: until.map(at),
+        })
+    }
+
+    #[test]
+    fn the_newest_word_wins_whoever_was_away() {
+        let (mut a, mut b, mut away) = (Kept::default(), Kept::default(), Kept::default());
+        a.turn(name("a"), pause("upgrade", None));
+        assert!(away.hear(&a.told(at(0)), at(0)) && b.hear(&a.told(at(0)), at(0)));
+        assert_eq!(
+            (b.by(), b.pause().map(|pause| pause.reason.as_str())),
+            (Some(&name("a")), Some("upgrade"))
+        );
+        b.turn(name("b"), None);
+        assert!(a.hear(&b.told(at(1)), at(1)));
+        assert!(a.pause().is_none());
+        assert!(!a.hear(&away.told(at(2)), at(2)), "it comes back with the old word");
+        assert!(away.hear(&a.told(at(2)), at(2)) && away.pause().is_none());
+        assert!(!a.hear(&Switch::default(), at(3)), "a new agent without any");
+    }
+
+    #[test]
+    fn two_words_at_once_come_to_one() {
+        let (mut a, mut b) = (Kept::default(), Kept::default());
+        a.turn(name("a"), pause("x", None));
+        b.turn(name("b"), None);
+        let (of_a, of_b) = (a.told(at(0)), b.told(at(0)));
+        assert!(a.hear(&of_b, at(0)) && !b.hear(&of_a, at(0)));
+        assert_eq!(a.told(at(0)), b.told(at(0)));
+    }
+
+    #[test]
+    fn it_ends_at_its_time_on_every_clock_and_over_a_restart() {
+        let mut a = Kept::default();
+        a.turn(name("a"), pause("x", Some(100)));
+        let mut b = Kept::default();
+        assert!(b.hear(&a.told(at(40)), at(5_000)), "another clock");
+        assert!(!b.expire(at(5_059)) && b.expire(at(5_060)));
+        assert!(!b.hear(&a.told(at(100)), at(5_060)), "it does not begin again");
+        let kept = a.told(at(40));
+        assert!(Kept::of(&kept, Duration::from_secs(59), at(0)).pause().is_some());
+        assert!(Kept::of(&kept, Duration::from_secs(60), at(0)).pause().is_none());
+    }
+}
