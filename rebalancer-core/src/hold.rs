@@ -187,6 +187,12 @@ pub enum Hold {
         /// Until it ends by itself.
         left: Option<Duration>,
     },
+    /// All clients of an apiserver are being told to go, by an operator's order; at this one for as long as it is to have
+    /// none.
+    Evacuating {
+        /// Which.
+        apiserver: ApiserverName,
+    },
     /// The shim does not answer: nothing could be sent.
     ShimUnavailable {
         /// What it said.
@@ -226,6 +232,7 @@ impl Hold {
             Self::LostEvents { .. } => "lost_events",
             Self::UnknownProtocols { .. } => "unknown_protocols",
             Self::Paused { .. } => "paused",
+            Self::Evacuating { .. } => "evacuating",
             Self::ShimUnavailable { .. } => "shim_unavailable",
         }
     }
@@ -357,6 +364,10 @@ impl fmt::Display for Hold {
                 }
                 Ok(())
             }
+            Self::Evacuating { apiserver } => write!(
+                f,
+                "apiserver {apiserver} is evacuated by an operator: until `rebalancer return` there, or its restart"
+            ),
             Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
         }
     }

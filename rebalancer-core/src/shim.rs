@@ -103,6 +103,8 @@ pub struct ShimReport {
     pub counters: Vec<(ConnectionId, Counters)>,
     /// Whether the server behind it answers; `None` when the shim does not know.
     pub upstream_ready: Option<bool>,
+    /// Whether nobody listens where it should: it is being restarted, or is down.
+    pub upstream_gone: bool,
     /// Requests that the server behind it refused for overload since the shim started (429 or 503, and when to come
     /// again); `None` when it does not see answers.
     pub refused_total: Option<u64>,

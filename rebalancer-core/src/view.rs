@@ -26,6 +26,8 @@ pub enum ServerState {
     Down,
     /// Its agent does not know: not seeded yet, or events were lost.
     Unknown,
+    /// It takes connections, and is to have none: its clients are told to go, and nobody is sent there.
+    Evacuating,
 }
 
 /// What an apiserver's agent does about skew.
@@ -102,6 +104,8 @@ pub struct Peers {
     known: BTreeMap<ApiserverName, Peer>,
     /// Who is who by the cluster's Leases, where peers are found by them.
     roll: Option<Roll>,
+    /// Peers are found by Leases, which have not been read yet.
+    awaits_roll: bool,
 }
 
 /// What is known of one peer.
@@ -157,7 +161,27 @@ impl Peers {
             own: Some(own),
             known: names.into_iter().map(|name| (name, Peer::default())).collect(),
             roll: None,
+            awaits_roll: false,
         }
+    }
+
+    /// Expects nobody yet: who is who comes with the first [`Self::call`], and until then this roll says why.
+    pub fn await_roll(&mut self, unread: Roll) {
+        self.call(unread);
+        self.awaits_roll = true;
+    }
+
+    /// Whether each has been asked at least once: what an earlier process was told is not the newest before that.
+    pub fn were_asked(&self) -> bool {
+        let was_asked = |peer: &Peer| peer.snapshot.is_some() || peer.fault.is_some() || peer.member_fault.is_some();
+        !self.awaits_roll && self.known.values().all(was_asked)
+    }
+
+    /// Whether that snapshot is the word of the peer of that name: nobody else calls itself so, and nothing stands against
+    /// its Lease.
+    pub fn speaks_for(&self, name: &ApiserverName, snapshot: &Snapshot) -> bool {
+        let peer = self.known.get(name).filter(|peer| peer.member_fault.is_none());
+        peer.is_some() && snapshot.apiserver == *name
     }
 
     /// Expects the members of that roll from now on and no others, and says who has gone and who has come back.
@@ -178,6 +202,7 @@ impl Peers {
                 .collect(),
         };
         self.roll = Some(roll);
+        self.awaits_roll = false;
         changes
     }
 
@@ -221,11 +246,6 @@ impl Peers {
         Some(format!(
             "it knows an apiserver {name}, which this agent does not: {what}"
         ))
-    }
-
-    /// Whether there is a peer of that name.
-    pub fn expects(&self, name: &ApiserverName) -> bool {
-        self.known.contains_key(name)
     }
 
     /// Takes what one peer answered, or why it did not.
@@ -357,6 +377,15 @@ impl Peers {
                     });
                 }
                 Some(_) => {}
+            }
+            // Its clients are on their way: what the others hold is not theirs to share yet. Nobody waits for a plan for ever.
+            if let Some((_, snapshot)) = &peer.snapshot
+                && snapshot.state == ServerState::Evacuating
+                && snapshot.plan_in_flight
+            {
+                return Some(Hold::Evacuating {
+                    apiserver: name.clone(),
+                });
             }
             if peer.down_since.is_some_and(|since| now.since(since) < settle) {
                 return Some(Hold::ApiserverStarting {

@@ -119,10 +119,19 @@ pub fn survive_full_files() {
 
 /// The kernel's monotonic clock (clock_gettime(2)), which kernel programs read too.
 pub fn monotonic() -> Duration {
+    clock(libc::CLOCK_MONOTONIC)
+}
+
+/// How long the machine is up, its sleep counted (CLOCK_BOOTTIME, clock_gettime(2)).
+pub fn since_boot() -> Duration {
+    clock(libc::CLOCK_BOOTTIME)
+}
+
+fn clock(which: libc::clockid_t) -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a timespec that lives through the call; the clock exists on every Linux.
+    // SAFETY: the pointer is to a timespec that lives through the call; both clocks exist on every Linux.
     unsafe {
-        libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now);
+        libc::clock_gettime(which, &raw mut now);
     }
     Duration::new(
         u64::try_from(now.tv_sec).unwrap_or(0),

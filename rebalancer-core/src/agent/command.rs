@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, Effect};
+use super::{Agent, Effect, evacuation};
 use crate::{
     decision::{Fate, Outcomes, Victim},
     hold::Hold,
@@ -26,7 +26,8 @@ pub enum Command {
     },
     /// Decide again.
     Resume,
-    /// Have all agents decide nothing until resumed.
+    /// Have all agents decide nothing until resumed. Needs each peer to have been asked once, or an agent that was away
+    /// would say something older than what the others have heard.
     PauseAll {
         /// What for. May be empty.
         reason: String,
@@ -44,6 +45,11 @@ pub enum Command {
         /// The time they are spread over; as fast as the budget allows without.
         over: Option<Duration>,
     },
+    /// Tell everybody to go who can be told, in that time, and take no part until [`Command::Return`] or the apiserver's
+    /// restart. Whatever the mode but a dry run, paused or not; no budget, exclusions or cool-downs hold.
+    Evacuate(Duration),
+    /// Take clients again.
+    Return,
     /// The rebalancing of that proposal may begin.
     Approve(u64),
 }
@@ -69,6 +75,8 @@ pub enum Answer {
     },
     /// Nothing can be sent now.
     Held(Hold),
+    /// Peers may have heard a newer word to all than this agent: ask again when each has been asked.
+    TooEarly,
     /// Nothing of that number waits for approval.
     NoSuchProposal {
         /// What does.
@@ -109,6 +117,7 @@ impl Agent {
                 self.memory_changes += 1;
                 Answer::Done
             }
+            Command::PauseAll { .. } | Command::ResumeAll if !self.peers.were_asked() => Answer::TooEarly,
             Command::PauseAll { reason, length } => {
                 let until = length.map(|length| now + length);
                 self.switch
@@ -119,6 +128,17 @@ impl Agent {
             Command::ResumeAll => {
                 self.switch.turn(self.policy.node.clone(), None);
                 self.memory_changes += 1;
+                Answer::Done
+            }
+            Command::Evacuate(over) => match evacuation::refusal(self, now).filter(|_| !self.is_evacuating()) {
+                Some(hold) => Answer::Held(hold),
+                None => {
+                    self.evacuate(now, over);
+                    Answer::Done
+                }
+            },
+            Command::Return => {
+                self.end_evacuation(now);
                 Answer::Done
             }
             Command::Goaway {

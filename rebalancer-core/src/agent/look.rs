@@ -97,7 +97,7 @@ impl Agent {
         let is_ready = |(name, entry): &(&ApiserverName, &Entry)| match entry.snapshot.state {
             ServerState::Ready => true,
             ServerState::Unknown => self.ready.contains(name),
-            ServerState::Starting | ServerState::Down => false,
+            ServerState::Starting | ServerState::Down | ServerState::Evacuating => false,
         };
         let ready: Vec<ApiserverName> = view
             .entries

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, Switch, motion::Motion, ramp::Ramp, switch::Kept};
+use super::{Agent, RememberedEvacuation, Switch, motion::Motion, ramp::Ramp, switch::Kept};
 use crate::{ids::Timestamp, planner::Resting, policy::Policy};
 
 /// Decision ids are written down in steps of so many, so that not every decision is a write.
@@ -19,6 +19,8 @@ pub struct Memory {
     pub pause: Option<RememberedPause>,
     /// What was said to all agents.
     pub switch: Switch,
+    /// The evacuation that is on.
+    pub evacuation: Option<RememberedEvacuation>,
     /// Clients in their cool-down.
     pub cooldowns: Vec<Resting>,
     /// What was tried in vain.
@@ -74,6 +76,9 @@ impl Agent {
             });
         }
         agent.switch = Kept::of(&memory.switch, down, now);
+        if let Some(evacuation) = &memory.evacuation {
+            agent.resume_evacuation(evacuation, down, now);
+        }
         let longest = agent.policy.client_cooldown;
         for resting in memory.cooldowns.iter().filter(|resting| resting.left > down) {
             let left = still(resting.left).min(longest);
@@ -112,6 +117,7 @@ impl Agent {
                 left: pause.until.map(|until| until.since(now)),
             }),
             switch: self.switch.told(now),
+            evacuation: self.remembered_evacuation(now),
             cooldowns: self.cooldowns.resting(now).collect(),
             tries: RememberedTries {
                 wait,

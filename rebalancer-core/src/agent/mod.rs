@@ -5,8 +5,10 @@
 //! Input: [`Input`]s with `now`. Output: [`Effect`]s.
 //! Must never act on something unknown: every doubt is a [`Hold`], and a doubt while a plan is in flight ends it.
 
+mod advice;
 mod command;
 mod decide;
+mod evacuation;
 mod look;
 mod memory;
 mod motion;
@@ -21,7 +23,9 @@ mod tests;
 
 use std::{collections::VecDeque, time::Duration};
 
+pub use advice::Advice;
 pub use command::{Answer, Command, Pause};
+pub use evacuation::{Progress, RememberedEvacuation};
 use look::Look;
 pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
 use motion::Motion;
@@ -51,6 +55,9 @@ const HISTORY: usize = 1_000;
 
 /// While clients are in transit anywhere, it is looked so often where they land.
 const CLOSE_LOOK: Duration = Duration::from_millis(500);
+
+/// An evacuation tells those who are due so often.
+const AT_A_TIME: Duration = Duration::from_millis(100);
 
 /// So often at most the agent looks whether connections are old enough to count.
 const AGEING: Duration = Duration::from_millis(250);
@@ -133,6 +140,9 @@ pub struct Agent {
     pause: Option<Pause>,
     /// What was said to all agents.
     switch: switch::Kept,
+    evacuation: Option<evacuation::Evacuation>,
+    /// When one ended last.
+    returned: Option<Timestamp>,
     proposed: Option<Proposed>,
     /// The rebalancing that was approved, by when it began.
     approved: Option<Timestamp>,
@@ -190,6 +200,8 @@ impl Agent {
             rehearsed: None,
             pause: None,
             switch: switch::Kept::default(),
+            evacuation: None,
+            returned: None,
             proposed: None,
             approved: None,
             next_id: 1,
@@ -204,7 +216,7 @@ impl Agent {
 
     /// Peers are found by Leases: until a roll comes, nothing is known. Before the first input.
     pub fn call_first(&mut self, roll: Roll) {
-        self.peers.call(roll);
+        self.peers.await_roll(roll);
     }
 
     /// Takes one input and says what to do.
@@ -218,7 +230,7 @@ impl Agent {
             Input::Peer(name, answer) => {
                 // Whatever else it says: who is at odds with a peer is paused with it all the same.
                 if let Ok(snapshot) = &answer
-                    && self.peers.expects(&name)
+                    && self.peers.speaks_for(&name, snapshot)
                     && self.switch.hear(&snapshot.switch, now)
                 {
                     self.memory_changes += 1;
@@ -258,6 +270,8 @@ impl Agent {
                     // Many a second are told a few at a time: each wake-up is a look at everything.
                     let few = (self.bucket.rate() / 10.0).min(plan.unsent.len() as f64);
                     match plan.spread {
+                        // An operator gave the time: no budget.
+                        Some(_) if plan.is_evacuation => plan.due_at().max(now + AT_A_TIME),
                         Some(_) => self.bucket.affords_at(cost, now).max(plan.due_at()),
                         None => self.bucket.affords_at(cost.max(few), now),
                     }
@@ -267,6 +281,9 @@ impl Agent {
                 None => plan.last_goaway + self.policy.settle,
             };
             at = at.min(next.max(soon));
+        }
+        if let Some(wave) = self.next_wave() {
+            at = at.min(wave.max(now + AT_A_TIME));
         }
         if self.is_close() {
             at = at.min(self.sampled.map_or(soon, |sampled| (sampled + CLOSE_LOOK).max(soon)));
@@ -280,6 +297,9 @@ impl Agent {
         }
         if !self.table.is_listening() || self.upstream_ready == Some(false) {
             return ServerState::Down;
+        }
+        if self.evacuation.is_some() {
+            return ServerState::Evacuating;
         }
         match self.up_since {
             Some(since) if now.since(since) < self.policy.interval => ServerState::Starting,
@@ -343,6 +363,8 @@ impl Agent {
                 effects.push(Effect::Resync);
             }
         }
+        // Also with the first list of this process: another may have begun what ended meanwhile.
+        self.listener_is(now);
         if listed && self.table.is_in_doubt() {
             effects.push(Effect::Confirm);
         }
@@ -356,6 +378,7 @@ impl Agent {
             self.up_since = Some(now);
         }
         self.upstream_ready = report.upstream_ready;
+        self.upstream_is(report, now);
         self.stress.hear(&report.instance, report.refused_total, now);
         // A restarted agent goes on above what the shim has seen, or it would be refused.
         self.generation = self.generation.max(report.generation);
@@ -391,6 +414,7 @@ impl Agent {
                 self.decided(now, look, effects);
             }
         }
+        self.evacuate_on(now, effects);
         self.send(now, effects);
     }
 
@@ -493,6 +517,11 @@ impl Agent {
 
     /// The first doubt, if there is one.
     fn guard(&self, now: Timestamp) -> Option<Hold> {
+        if self.evacuation.is_some() {
+            return Some(Hold::Evacuating {
+                apiserver: self.policy.node.clone(),
+            });
+        }
         if let Some(pause) = &self.pause {
             return Some(Hold::Paused {
                 reason: pause.reason.clone(),
@@ -526,7 +555,8 @@ impl Agent {
             return Some(Hold::MembershipUnknown { why: why.to_owned() });
         }
         match self.state(now) {
-            ServerState::Ready => {}
+            // One that is evacuated has its hold above.
+            ServerState::Ready | ServerState::Evacuating => {}
             ServerState::Down => {
                 return Some(Hold::ApiserverStarting {
                     apiserver: self.policy.node.clone(),

@@ -41,6 +41,8 @@ pub(super) struct Plan {
     pub last_goaway: Timestamp,
     /// Whether an operator asked for it, whatever the skew.
     pub is_ordered: bool,
+    /// Whether everybody is to go: in the time an operator gave, whatever the budget.
+    pub is_evacuation: bool,
     /// When an order began that is spread over a time, over which, and how many it names.
     pub spread: Option<(Timestamp, Duration, usize)>,
     /// Its decision.
@@ -163,6 +165,7 @@ impl Agent {
             outcomes: decision.outcomes,
             last_goaway: now,
             is_ordered: false,
+            is_evacuation: false,
             spread: None,
             is_probe: self.ramp.is_probe(),
             fates: BTreeMap::new(),
@@ -182,7 +185,7 @@ impl Agent {
         };
         let expired = now > plan.expires;
         let table = &self.table;
-        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_hear);
+        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_be_told);
         let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
         plan.unsent = unsent.into();
         self.drop_victims(&gone);
@@ -192,7 +195,7 @@ impl Agent {
         let mut victims: Vec<ConnectionId> = Vec::new();
         while let Some(id) = plan.unsent.front().copied() {
             let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
-            if now < plan.due_at() || !self.bucket.pay(cost, now) {
+            if now < plan.due_at() || !(plan.is_evacuation || self.bucket.pay(cost, now)) {
                 break;
             }
             plan.unsent.pop_front();

@@ -9,6 +9,9 @@ use std::{cmp::Ordering, time::Duration};
 use super::Pause;
 use crate::ids::{ApiserverName, Timestamp};
 
+/// One word may end at two agents so long after each other: it was on its way to one of them.
+const LAPSED: Duration = Duration::from_secs(10);
+
 /// The switch as it travels: with times that are left, since two agents have two clocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Switch {
@@ -50,7 +53,10 @@ impl Kept {
     /// Takes another's word if it is newer, and says whether it was.
     pub fn hear(&mut self, other: &Switch, now: Timestamp) -> bool {
         let order = (other.stamp, &other.by).cmp(&(self.stamp, &self.by));
-        if order != Ordering::Greater {
+        let is_on_there = other.pause.as_ref().is_some_and(|pause| pause.left > Some(LAPSED));
+        // The same word, whose time is over here and not there: this agent was away and counted it by a clock that was set.
+        let has_lapsed_here = order == Ordering::Equal && self.pause.is_none() && is_on_there;
+        if order != Ordering::Greater && !has_lapsed_here {
             return false;
         }
         *self = Self::of(other, Duration::ZERO, now);
@@ -149,6 +155,18 @@ mod tests {
         let (of_a, of_b) = (a.told(at(0)), b.told(at(0)));
         assert!(a.hear(&of_b, at(0)) && !b.hear(&of_a, at(0)));
         assert_eq!(a.told(at(0)), b.told(at(0)));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_while_an_agent_was_away_ends_no_pause() {
+        let mut a = Kept::default();
+        a.turn(name("a"), pause("x", Some(7_200)));
+        let mut b = Kept::of(&a.told(at(0)), Duration::from_secs(86_400), at(0));
+        assert!(b.pause().is_none(), "by its own clock a day has passed");
+        assert!(b.hear(&a.told(at(60)), at(60)) && b.pause().is_some());
+        assert!(!b.hear(&a.told(at(61)), at(61)), "it is told once");
+        a.turn(name("a"), None);
+        assert!(b.hear(&a.told(at(62)), at(62)) && b.pause().is_none());
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub struct Connection {
     pub(super) stays: bool,
     /// Whether it was counted as a landing.
     landed: bool,
+    /// Whether the shim can tell it although it speaks HTTP/1.1: with its next answer.
+    pub(super) can_be_told: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -112,6 +114,7 @@ impl Connection {
             // Who was there before the agent has stayed.
             stays: seeded,
             landed: false,
+            can_be_told: false,
             is_with_shim: false,
             identity: None,
             counters: Counters {
@@ -149,6 +152,11 @@ impl Connection {
         self.identity.as_ref()?.user_agent.as_deref()
     }
 
+    /// Whether a shim listed it.
+    pub fn is_with_shim(&self) -> bool {
+        self.is_with_shim
+    }
+
     /// Whether the client is on this node.
     pub fn is_node_local(&self) -> bool {
         self.node_local
@@ -157,6 +165,11 @@ impl Connection {
     /// Whether it could hear a GOAWAY: not HTTP/1.1, and not draining, which has heard it.
     pub fn can_hear(&self) -> bool {
         self.state == ConnectionState::Active && self.protocol != Protocol::Http1
+    }
+
+    /// Whether it could be told to go in any way: over HTTP/1.1 a shim may do it with the next answer.
+    pub fn can_be_told(&self) -> bool {
+        self.state == ConnectionState::Active && (self.protocol != Protocol::Http1 || self.can_be_told)
     }
 
     /// A shim says how old it is: it may be older than the agent, and than the agent's clock.

@@ -365,6 +365,11 @@ impl ConnectionTable {
         self.listener.is_some()
     }
 
+    /// The listening socket.
+    pub fn listener(&self) -> Option<ConnectionId> {
+        self.listener
+    }
+
     fn open(&mut self, socket: &Socket, now: Timestamp, seeded: bool) {
         if !self.connections.contains(socket.id) {
             let local = match self.locals.get(&socket.local) {
@@ -476,6 +481,7 @@ impl ConnectionTable {
         self.change(known.id, |connection| {
             connection.identity = identity;
             connection.is_with_shim = true;
+            connection.can_be_told = known.can_be_told;
             connection.state = connection.state.max(known.state);
             connection.counters = known.counters;
             // With a load balancer that passes addresses on, the shim knows the true one.

@@ -11,7 +11,7 @@ use std::{
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Query, State, rejection::JsonRejection},
+    extract::{Path, Query, State},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
     routing::{get, post},
@@ -19,7 +19,7 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::Channel;
 use rebalancer_core::{
-    agent::{Agent, Answer, Command},
+    agent::Agent,
     ids::Timestamp,
     table::{Connection, ConnectionTable},
 };
@@ -31,11 +31,12 @@ use super::{
     handle::{AgentHandle, Gone},
     heart::Heart,
     metrics::Metrics,
-    select::Selection,
     state::StateFile,
     wire,
 };
 use crate::local::Problem;
+
+mod orders;
 
 /// What every route needs.
 #[derive(Clone)]
@@ -76,10 +77,12 @@ pub fn router(context: Context) -> Router {
         .route("/v1/decisions", get(decisions))
         .route("/v1/decisions/stream", get(stream))
         .route("/v1/decisions/{id}", get(decision))
-        .route("/v1/goaway", post(goaway))
-        .route("/v1/approve/{id}", post(approve))
-        .route("/v1/pause", post(pause))
-        .route("/v1/resume", post(resume))
+        .route("/v1/goaway", post(orders::goaway))
+        .route("/v1/approve/{id}", post(orders::approve))
+        .route("/v1/pause", post(orders::pause))
+        .route("/v1/resume", post(orders::resume))
+        .route("/v1/evacuate", post(orders::evacuate))
+        .route("/v1/return", post(orders::take_clients))
         .route("/openapi.json", get(openapi))
         .merge(observed())
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path; /openapi.json lists them all") })
@@ -154,7 +157,7 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
         let reason = preview.hold.as_ref().map(|hold| hold.reason());
         let held_since = reason.and_then(|reason| handle.held_since(reason));
         let decision = wire::decision(&preview, &clock);
-        json!({
+        let mut shown = json!({
             "node": policy.node.as_str(),
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_s": now.since(agent.started()).as_secs(),
@@ -185,9 +188,6 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "rho": decision["rho"],
             "hold": decision["hold"],
             "hold_since_s": held_since.map(|since| now.since(since).as_secs()),
-            "peers": wire::peers(agent, now)["peers"],
-            "switch": wire::peers(agent, now)["switch"],
-            "membership": wire::peers(agent, now)["membership"],
             "goaways_total": agent.goaways_total(),
             "budget_tokens": agent.budget_tokens(now),
             "outcomes": wire::outcomes(agent.outcomes_total()),
@@ -201,7 +201,14 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
                 "listener": table.repairs().listener,
             },
             "warnings": warnings(table, intercepts),
-        })
+        });
+        let evacuation = agent.evacuation(now);
+        shown["evacuation"] = json!(evacuation.map(|progress| wire::evacuation(&progress, table)));
+        // Peers, membership and what was said to all: as /v1/peers has them.
+        if let (Value::Object(shown), Value::Object(peers)) = (&mut shown, wire::peers(agent, now)) {
+            shown.extend(peers);
+        }
+        shown
     };
     Ok(Json(context.agent.read(look).await?))
 }
@@ -363,158 +370,6 @@ async fn stream(State(context): State<Context>) -> Response {
         .headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     response
-}
-
-fn wrong(what: String) -> Problem {
-    Problem::new(StatusCode::BAD_REQUEST, what)
-}
-
-async fn goaway(
-    State(context): State<Context>,
-    body: Result<Json<Selection>, JsonRejection>,
-) -> Result<Json<Value>, Problem> {
-    let Json(selection) = body.map_err(|rejection| Problem::new(rejection.status(), rejection.body_text()))?;
-    let over = selection.over().map_err(wrong)?;
-    let force = selection.force;
-    let choose = move |agent: &Agent, _| selection.choose(agent);
-    let connections = context.agent.read(choose).await?.map_err(wrong)?;
-    if connections.is_empty() {
-        return Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            "no active connection is like that; /v1/connections lists them",
-        ));
-    }
-    let named = connections.len();
-    let command = Command::Goaway {
-        connections,
-        force,
-        over,
-    };
-    let conflict = |why: String| Err(Problem::new(StatusCode::CONFLICT, why));
-    match context.agent.command(command).await? {
-        Answer::Ordered { decision, left_out } => {
-            tracing::warn!(decision, named, left_out = left_out.len(), force, "an operator's order");
-            let clock = context.agent.clock;
-            let look = move |agent: &Agent, _| {
-                let mut decisions = agent.history().rev();
-                let decision = decisions.find(|one| one.id == decision);
-                json!({
-                    "decision": decision.map(|decision| wire::decision(decision, &clock)),
-                    "left_out": wire::left_out(&left_out, agent.table()),
-                })
-            };
-            Ok(Json(context.agent.read(look).await?))
-        }
-        Answer::Nobody(left_out) => conflict(format!(
-            "nobody of the {named} can be told: {}",
-            wire::left_out_in_words(&left_out)
-        )),
-        Answer::Busy { decision } => conflict(format!(
-            "the plan of decision {decision} is in flight: try again when it has settled"
-        )),
-        Answer::Held(hold) => conflict(format!("nobody can be told: {hold}")),
-        Answer::Done | Answer::NoSuchProposal { .. } => Err(out_of_place()),
-    }
-}
-
-/// The core answers what it was asked; this is for the compiler.
-fn out_of_place() -> Problem {
-    Problem::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "the agent's answer is to another question",
-    )
-}
-
-async fn approve(State(context): State<Context>, Path(proposal): Path<u64>) -> Result<Json<Value>, Problem> {
-    match context.agent.command(Command::Approve(proposal)).await? {
-        Answer::Done => {
-            tracing::warn!(proposal, "approved by an operator");
-            Ok(Json(json!({"approved": proposal})))
-        }
-        Answer::NoSuchProposal { waiting } => {
-            let waits = waiting.map_or_else(
-                || "nothing waits for approval".to_owned(),
-                |id| format!("{id} waits for it"),
-            );
-            Err(Problem::new(
-                StatusCode::NOT_FOUND,
-                format!("there is no proposal {proposal}: {waits}"),
-            ))
-        }
-        _ => Err(out_of_place()),
-    }
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct PauseBody {
-    reason: String,
-    for_s: Option<f64>,
-    cluster: bool,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct ResumeBody {
-    cluster: bool,
-}
-
-/// The longest pause that ends by itself, in seconds.
-const LONGEST_PAUSE: f64 = (wire::LONGEST_PAUSE_MS / 1_000) as f64;
-
-async fn pause(State(context): State<Context>, body: Bytes) -> Result<Json<Value>, Problem> {
-    let PauseBody { reason, for_s, cluster } = if body.is_empty() {
-        PauseBody::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?
-    };
-    if reason.len() > wire::LONGEST_REASON {
-        return Err(wrong(format!(
-            "reason has {} octets: {} are taken at most",
-            reason.len(),
-            wire::LONGEST_REASON
-        )));
-    }
-    if let Some(seconds) = for_s
-        && !(seconds > 0.0 && seconds <= LONGEST_PAUSE)
-    {
-        return Err(wrong(format!(
-            "for_s is {seconds}: allowed is above 0, at most {LONGEST_PAUSE}"
-        )));
-    }
-    let length = for_s.map(Duration::from_secs_f64);
-    tracing::warn!(reason, length = ?length, cluster, "paused by an operator");
-    let command = if cluster {
-        Command::PauseAll { reason, length }
-    } else {
-        Command::Pause { reason, length }
-    };
-    context.agent.command(command).await?;
-    let kept = kept(&context).await;
-    Ok(Json(
-        json!({"paused": true, "cluster": cluster, "left_s": length.map(|length| length.as_secs()), "kept": kept}),
-    ))
-}
-
-async fn resume(State(context): State<Context>, body: Bytes) -> Result<Json<Value>, Problem> {
-    let ResumeBody { cluster } = if body.is_empty() {
-        ResumeBody::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?
-    };
-    let command = if cluster { Command::ResumeAll } else { Command::Resume };
-    context.agent.command(command).await?;
-    tracing::warn!(cluster, "resumed by an operator");
-    // The other of the two switches may still be off.
-    let paused = context.agent.read(|agent, _| agent.is_paused()).await?;
-    let kept = kept(&context).await;
-    Ok(Json(json!({"paused": paused, "cluster": cluster, "kept": kept})))
-}
-
-/// Whether the state file has what the loop gave it last.
-async fn kept(context: &Context) -> bool {
-    let ticket = context.state.lock().unwrap_or_else(PoisonError::into_inner).ticket();
-    ticket.is_written().await
 }
 
 async fn openapi() -> Response {

@@ -165,6 +165,9 @@ pub struct Raw {
     /// Address and port of the metrics [default: 127.0.0.1:9470]
     #[arg(long, env = "REBALANCER_METRICS", value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
+    /// Address and port a load balancer asks: HAProxy's agent check, and GET /lb for health checks [default: none]
+    #[arg(long, env = "REBALANCER_LB_AGENT", value_name = "ADDRESS")]
+    lb_agent: Option<SocketAddr>,
     /// File every decision is appended to, one JSON object a line
     #[arg(long, env = "REBALANCER_DECISION_LOG", value_name = "FILE")]
     decision_log: Option<PathBuf>,
@@ -238,6 +241,8 @@ pub struct Config {
     pub state: PathBuf,
     /// The metrics.
     pub metrics: SocketAddr,
+    /// Where load balancers ask.
+    pub lb_agent: Option<SocketAddr>,
     /// The decision log.
     pub decision_log: Option<PathBuf>,
 }
@@ -312,6 +317,7 @@ impl Raw {
             api: self.api.or(file.api),
             state: self.state.or(file.state),
             metrics: self.metrics.or(file.metrics),
+            lb_agent: self.lb_agent.or(file.lb_agent),
             decision_log: self.decision_log.or(file.decision_log),
         }
     }
@@ -459,6 +465,7 @@ impl Raw {
             peers,
             api,
             metrics: self.metrics.unwrap_or(SocketAddr::new([127, 0, 0, 1].into(), 9470)),
+            lb_agent: self.lb_agent,
             decision_log: self.decision_log,
         })
     }

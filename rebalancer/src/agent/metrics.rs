@@ -23,7 +23,10 @@ use rebalancer_core::{
     view::ServerState,
 };
 
-use super::wire::{mode_name, protocol_name, shim_name};
+use super::{
+    lb::Counts,
+    wire::{mode_name, protocol_name, shim_name},
+};
 use crate::{kubernetes::Requests, steer::Answers};
 
 /// How old a look may be that a scrape is answered with.
@@ -70,9 +73,11 @@ struct ResultLabel {
     result: &'static str,
 }
 
+/// A kind of whatever is counted.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct KindLabel {
-    kind: &'static str,
+pub struct KindLabel {
+    /// Which.
+    pub kind: &'static str,
 }
 
 /// Every metric of the agent.
@@ -95,6 +100,8 @@ pub struct Metrics {
     events_lost: Counter,
     counted_lost: u64,
     paused: Gauge,
+    evacuating: Gauge,
+    evacuation: Family<StateLabel, Gauge>,
     plan_in_flight: Gauge,
     last_decision: Amount,
     hold: Family<ReasonLabel, Gauge>,
@@ -124,6 +131,17 @@ impl Metrics {
             gauge.clone(),
         );
         gauge
+    }
+
+    /// One more counter, for an agent that load balancers ask: what they were answered.
+    pub fn lb_answers(&mut self) -> Counts {
+        let counts = Counts::default();
+        self.registry.register(
+            "lb_answers",
+            "Answers on the port of --lb-agent: share, drain, http_200, http_503; refused for want of a place, too_slow",
+            counts.answers.clone(),
+        );
+        counts
     }
 
     /// One more gauge, for an agent with peers: when its certificate expires.
@@ -207,6 +225,8 @@ impl Metrics {
             events_lost: Counter::default(),
             counted_lost: 0,
             paused: Gauge::default(),
+            evacuating: Gauge::default(),
+            evacuation: Family::default(),
             plan_in_flight: Gauge::default(),
             last_decision: Amount::default(),
             hold: Family::default(),
@@ -271,6 +291,16 @@ impl Metrics {
             "paused",
             "1 while an operator has paused the agent",
             metrics.paused.clone(),
+        );
+        registry.register(
+            "evacuating",
+            "1 from `rebalancer evacuate` to `rebalancer return` or the apiserver's restart",
+            metrics.evacuating.clone(),
+        );
+        registry.register(
+            "evacuation_connections",
+            "Connections while the apiserver is evacuated: to_go, draining, or staying since they cannot be told",
+            metrics.evacuation.clone(),
         );
         registry.register(
             "plan_in_flight",
@@ -462,6 +492,7 @@ impl Metrics {
                     ServerState::Starting => "starting",
                     ServerState::Down => "down",
                     ServerState::Unknown => "unknown",
+                    ServerState::Evacuating => "evacuating",
                 },
                 (None, None) => "unknown",
             };
@@ -469,6 +500,20 @@ impl Metrics {
         }
         self.budget.set(agent.budget_tokens(now));
         self.paused.set(i64::from(agent.is_paused()));
+        let evacuation = agent.evacuation(now);
+        self.evacuating.set(i64::from(evacuation.is_some()));
+        if let Some(progress) = evacuation {
+            for (state, count) in [
+                ("to_go", progress.to_go),
+                ("draining", progress.draining),
+                ("staying", progress.at_next_answer + progress.stay.len() as u64),
+            ] {
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                self.evacuation.get_or_create(&StateLabel { state }).set(count);
+            }
+        } else {
+            self.evacuation.clear();
+        }
         self.plan_in_flight.set(i64::from(!agent.is_idle()));
         if let Some(shim_up) = &self.shim_up {
             shim_up.set(i64::from(agent.shim_fault().is_none()));

@@ -28,6 +28,7 @@ use super::{
     config::{Config, Peering, Shim},
     handle::{AgentHandle, Clock, Request},
     heart::{BEAT, Heart},
+    lb::LbPort,
     metrics::Metrics,
     peers::{
         self, Asker, TlsListener,
@@ -95,6 +96,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let metrics_listener = TcpListener::bind(config.metrics)
         .await
         .with_context(|| format!("--metrics {}: cannot listen there", config.metrics))?;
+    let lb_port = match config.lb_agent {
+        Some(address) => Some(LbPort::bind(address, metrics.lb_answers())?),
+        None => None,
+    };
     let socket = local::bind(&config.api.0).context("--api")?;
 
     let watch = config.watch.clone();
@@ -161,6 +166,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             }
             (Peering::Kubernetes(_), None) => anyhow::bail!("--peers kubernetes has no key"),
         }
+    }
+    if let Some(port) = lb_port {
+        port.serve(handle.clone());
     }
     serve(
         "the metrics' port",

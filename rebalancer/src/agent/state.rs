@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::Context as _;
 use rebalancer_core::{
-    agent::{Memory, RememberedPause, RememberedTransit, RememberedTries},
+    agent::{Memory, RememberedEvacuation, RememberedPause, RememberedTransit, RememberedTries},
     planner::Resting,
     table::ClientKey,
 };
@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::wire::WireSwitch;
+use crate::sys;
 
 /// The format's version.
 const VERSION: u32 = 1;
@@ -47,7 +48,13 @@ struct Written {
     node: String,
     /// When, by the wall clock, in milliseconds since 1970: how long ago that was is all it is used for.
     at_unix_ms: u64,
+    /// How long the machine was up then: it was started again when it is not up for as long now. Files of before lack it.
+    #[serde(default)]
+    up_ms: u64,
     pause: Option<Pause>,
+    /// The evacuation that was on; files of before lack it.
+    #[serde(default)]
+    evacuation: Option<Evacuation>,
     /// What was said to all agents; files of before lack it.
     #[serde(default)]
     switch: WireSwitch,
@@ -61,6 +68,14 @@ struct Written {
 struct Pause {
     reason: String,
     left_ms: Option<u64>,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Evacuation {
+    lasts_ms: u64,
+    over_ms: u64,
+    listener: Option<u64>,
+    was_gone: bool,
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -111,6 +126,13 @@ impl Written {
             version: VERSION,
             node: node.to_owned(),
             at_unix_ms,
+            up_ms: millis(sys::since_boot()),
+            evacuation: memory.evacuation.as_ref().map(|evacuation| Evacuation {
+                lasts_ms: millis(evacuation.lasts),
+                over_ms: millis(evacuation.over),
+                listener: evacuation.listener,
+                was_gone: evacuation.was_gone,
+            }),
             pause: memory.pause.as_ref().map(|pause| Pause {
                 reason: pause.reason.clone(),
                 left_ms: pause.left.map(millis),
@@ -150,6 +172,14 @@ impl Written {
                 left: pause.left_ms.map(Duration::from_millis),
             }),
             switch: self.switch.into(),
+            evacuation: self.evacuation.map(|evacuation| RememberedEvacuation {
+                lasts: Duration::from_millis(evacuation.lasts_ms),
+                over: Duration::from_millis(evacuation.over_ms),
+                listener: evacuation.listener,
+                was_gone: evacuation.was_gone,
+                // With the machine the apiserver was started again, which ends it.
+                is_over: self.up_ms > millis(sys::since_boot()),
+            }),
             cooldowns: self.cooldowns.into_iter().map(cooldown).collect(),
             tries: RememberedTries {
                 wait: Duration::from_millis(self.tries.wait_ms),
@@ -365,6 +395,11 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use rebalancer_core::{
+        agent::{Switch, SwitchPause},
+        ids::ApiserverName,
+    };
+
     use super::*;
 
     fn memory() -> Memory {
@@ -378,6 +413,21 @@ mod tests {
             pause: Some(RememberedPause {
                 reason: "upgrade of cp-2, \"by hand\"".to_owned(),
                 left: Some(Duration::from_secs(7_200)),
+            }),
+            switch: Switch {
+                stamp: 3,
+                by: Some(ApiserverName::new("b")),
+                pause: Some(SwitchPause {
+                    reason: "all of them".to_owned(),
+                    left: None,
+                }),
+            },
+            evacuation: Some(RememberedEvacuation {
+                lasts: Duration::from_secs(90),
+                over: Duration::from_secs(60),
+                listener: Some(7),
+                was_gone: true,
+                is_over: false,
             }),
             cooldowns: vec![
                 resting(ClientKey::User("system:node:a".into())),
@@ -447,6 +497,13 @@ mod tests {
             ago > Duration::from_secs(50 * 365 * 86_400),
             "it was written in 1970: {ago:?}"
         );
+        // The machine was started again since.
+        let mut rebooted: serde_json::Value = serde_json::from_str(&whole).expect("JSON");
+        rebooted["up_ms"] = u64::MAX.into();
+        fs::write(&path, rebooted.to_string()).expect("a file");
+        let remembered = read(&path, "a").expect("a memory").0;
+        let is_over = remembered.evacuation.expect("it was on").is_over;
+        assert_eq!((is_over, remembered.switch.stamp), (true, 3));
         // The clock was set back since.
         let later = serde_json::to_string(&Written::of("a", u64::MAX, &memory())).expect("JSON");
         fs::write(&path, later).expect("a file");

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use rebalancer_core::{
-    agent::Agent,
+    agent::{Agent, Progress},
     decision::{Decision, Derivation, Fate, Heavy, Outcomes},
     hold::Hold,
     ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
@@ -206,6 +206,27 @@ pub fn left_out(left_out: &[(ConnectionId, LeftOut)], table: &ConnectionTable) -
     left_out.iter().map(one).collect()
 }
 
+/// Of those who cannot be told so many are named.
+const NAMED: usize = 50;
+
+/// How far an evacuation is; of those who cannot be told the first are named.
+pub fn evacuation(progress: &Progress, table: &ConnectionTable) -> Value {
+    let named = &progress.stay[..progress.stay.len().min(NAMED)];
+    json!({
+        "state": if progress.is_done() { "evacuated" } else { "evacuating" },
+        "since_s": progress.lasts.as_secs(),
+        "told": progress.told,
+        "to_go": progress.to_go,
+        "at_next_answer": progress.at_next_answer,
+        "draining": progress.draining,
+        "draining_streams": progress.draining_streams,
+        "stay": progress.stay.len(),
+        "stay_why": left_out_in_words(&progress.stay),
+        "staying": left_out(named, table),
+        "stuck": progress.stuck,
+    })
+}
+
 /// The same, counted.
 pub fn left_out_in_words(left_out: &[(ConnectionId, LeftOut)]) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
@@ -298,6 +319,7 @@ pub fn hold(hold: &Hold) -> Value {
             "left_ms": left.map(millis),
             "by": by.as_ref().map(ApiserverName::as_str),
         }),
+        Hold::Evacuating { apiserver } => json!({"apiserver": apiserver.as_str()}),
         Hold::ShimUnavailable { why } => json!({"why": why}),
     };
     shown["reason"] = json!(hold.reason());

@@ -143,6 +143,22 @@ pub enum Question {
         #[command(flatten)]
         common: Common,
     },
+    /// Move every client that can be told off this apiserver, and send nobody there until `rebalancer return` or its restart
+    Evacuate {
+        /// The time they are told in, one after the other
+        #[arg(long, default_value = "60s")]
+        over: Span,
+        /// Wait until they are off
+        #[arg(long)]
+        wait: bool,
+        /// So long at most [default: --over and three minutes]
+        #[arg(long, requires = "wait", value_name = "DURATION")]
+        timeout: Option<Span>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Let this apiserver have clients again after `rebalancer evacuate`
+    Return(Common),
     /// Let a rebalancing begin that --mode propose holds
     Approve {
         /// Its number, as `status` and the hold say it
@@ -213,7 +229,7 @@ impl Who {
 impl Question {
     fn common(&self) -> &Common {
         match self {
-            Self::Peers(common) => common,
+            Self::Peers(common) | Self::Return(common) => common,
             Self::Connections { common, .. }
             | Self::Plan { common, .. }
             | Self::Decisions { common, .. }
@@ -221,6 +237,7 @@ impl Question {
             | Self::Pause { common, .. }
             | Self::Resume { common, .. }
             | Self::Status { common, .. }
+            | Self::Evacuate { common, .. }
             | Self::Approve { common, .. } => common,
         }
     }
@@ -235,21 +252,60 @@ async fn heard_by_all(socket: &std::path::Path, cluster: bool, mut answer: Value
         return Ok(answer);
     }
     let deadline = tokio::time::Instant::now() + HEARING;
+    let said = |switch: &Value| (switch["stamp"].clone(), switch["by"].clone());
+    let word = said(&answer["switch"]);
     loop {
         let peers: Value = client::get(socket, "/v1/peers").await?;
-        let said = |switch: &Value| (switch["stamp"].clone(), switch["by"].clone());
         let here = said(&peers["switch"]);
-        let without: Vec<Value> = peers["peers"]
-            .as_array()
-            .into_iter()
-            .flatten()
+        if here != word {
+            let why = format!(
+                "another word to all agents came at the same time, on {}, and counts: see `rebalancer status --cluster`",
+                show::text(&here.1)
+            );
+            return Err(anyhow::anyhow!(why).into());
+        }
+        let without: Vec<&Value> = show::list(&peers["peers"])
+            .iter()
             .filter(|peer| said(&peer["switch"]) != here)
-            .map(|peer| peer["apiserver"].clone())
             .collect();
-        let is_heard = without.is_empty();
-        answer["not_heard_by"] = json!(without);
+        // Nobody waits for one that does not answer.
+        let is_heard = without.iter().all(|peer| !peer["fault"].is_null());
+        let names: Vec<&Value> = without.iter().map(|peer| &peer["apiserver"]).collect();
+        answer["not_heard_by"] = json!(names);
         if is_heard || tokio::time::Instant::now() >= deadline {
             return Ok(answer);
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// Those who were told may hold streams for so long after the last of them was: a relay hands watches over meanwhile.
+const EVACUATION: Duration = Duration::from_secs(180);
+
+/// Waits until everybody is off who can be told, says on stderr how far it is, and adds the last look to the answer.
+async fn evacuated(socket: &Path, mut answer: Value, patience: Duration) -> Result<Value, Failure> {
+    let deadline = tokio::time::Instant::now() + patience;
+    let mut said = String::new();
+    loop {
+        let status: Value = client::get(socket, "/v1/status").await?;
+        let evacuation = &status["evacuation"];
+        if evacuation.is_null() {
+            let why = "it has ended before everybody was off: by `rebalancer return`, or the apiserver was restarted";
+            return Err(anyhow::anyhow!(why).into());
+        }
+        answer["evacuation"] = evacuation.clone();
+        if evacuation["state"] == "evacuated" {
+            return Ok(answer);
+        }
+        let text = show::evacuation(evacuation);
+        if tokio::time::Instant::now() >= deadline {
+            let why = format!("not everybody is off after {} s:\n{text}", patience.as_secs());
+            return Err(anyhow::anyhow!(why.trim_end().to_owned()).into());
+        }
+        let now = text.lines().next().unwrap_or_default().to_owned();
+        if now != said {
+            eprintln!("{now}");
+            said = now;
         }
         sleep(LOOK).await;
     }
@@ -318,6 +374,18 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             let answer = client::post(socket, "/v1/resume", &json!({"cluster": cluster})).await?;
             heard_by_all(socket, *cluster, answer).await?
         }
+        Question::Evacuate {
+            over, wait, timeout, ..
+        } => {
+            let body = json!({"over_s": over.0.as_secs_f64()});
+            let mut answer: Value = client::post(socket, "/v1/evacuate", &body).await?;
+            if *wait {
+                let patience = timeout.as_ref().map_or(over.0 + EVACUATION, |timeout| timeout.0);
+                answer = evacuated(socket, answer, patience).await?;
+            }
+            answer
+        }
+        Question::Return(_) => client::post(socket, "/v1/return", &json!({})).await?,
         Question::Approve { id, .. } => client::post(socket, &format!("/v1/approve/{id}"), &json!({})).await?,
     };
     let text = match common.output {
@@ -333,6 +401,8 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             Question::Goaway { .. } => show::order(&answer),
             Question::Pause { .. } => show::pause(&answer),
             Question::Resume { .. } => show::resume(&answer),
+            Question::Evacuate { .. } => show::evacuation(&answer["evacuation"]),
+            Question::Return(_) => show::returned(&answer),
             Question::Approve { id, .. } => format!("approved: the rebalancing of proposal {id} may begin\n"),
         },
     };

@@ -118,6 +118,10 @@ pub fn status(answer: &Value) -> String {
     if let Some(proposal) = answer["proposal"].as_u64() {
         let _ = writeln!(out, "a rebalancing waits for `rebalancer approve {proposal}`\n");
     }
+    if answer["evacuation"].is_object() {
+        out += &evacuation(&answer["evacuation"]);
+        out.push('\n');
+    }
     out += &view(list(&answer["view"]), &answer["mean"]);
     let faults: Vec<&Value> = list(&answer["peers"])
         .iter()
@@ -135,16 +139,25 @@ fn paused(answer: &Value) -> String {
     if answer["paused"] != true {
         return String::new();
     }
-    let pause = &answer["pause"];
-    let left = match pause["left_s"].as_u64() {
-        Some(_) => format!(" for {} yet", seconds(&pause["left_s"])),
-        None => String::new(),
+    let shown = |who: String, pause: &Value, left: Option<u64>| {
+        let left = left.map(|left| format!(" for {} yet", Short(std::time::Duration::from_secs(left))));
+        let reason = match pause["reason"].as_str() {
+            None | Some("") => String::new(),
+            Some(reason) => format!(" ({})", clean(reason)),
+        };
+        format!(", PAUSED{who}{}{reason}", left.unwrap_or_default())
     };
-    let reason = match pause["reason"].as_str() {
-        None | Some("") => String::new(),
-        Some(reason) => format!(" ({})", clean(reason)),
-    };
-    format!(", PAUSED{left}{reason}")
+    let mut words = String::new();
+    let (pause, switch) = (&answer["pause"], &answer["switch"]);
+    if pause.is_object() {
+        words += &shown(String::new(), pause, pause["left_s"].as_u64());
+    }
+    if switch["pause"].is_object() {
+        let left = switch["pause"]["left_ms"].as_u64().map(|left| left / 1_000);
+        let who = format!(" with all agents, on {}", clean(&text(&switch["by"])));
+        words += &shown(who, &switch["pause"], left);
+    }
+    words
 }
 
 /// Without control characters: a terminal is not for whoever wrote the text to command.
@@ -170,7 +183,7 @@ pub fn peers(answer: &Value) -> String {
             text(&peer["fault"]),
         ]);
     }
-    table.to_string()
+    table.to_string() + &membership(answer)
 }
 
 /// What an order came to: the decision with each victim, and who was left out.
@@ -450,33 +463,122 @@ pub fn cluster(answer: &Value) -> String {
     let pause = &answer["switch"]["pause"];
     if !pause.is_null() {
         let reason = match pause["reason"].as_str() {
-            Some(reason) if !reason.is_empty() => format!(": {}", text(&pause["reason"])),
+            Some(reason) if !reason.is_empty() => format!(": {}", clean(reason)),
             _ => String::new(),
+        };
+        let left = match pause["left_ms"].as_u64() {
+            Some(left) => format!(" for {} yet", Short(std::time::Duration::from_millis(left))),
+            None => String::new(),
         };
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "all agents are paused, on {}{reason}",
-            text(&answer["switch"]["by"])
+            "all agents are paused{left}, on {}{reason}",
+            clean(&text(&answer["switch"]["by"]))
+        );
+        for peer in list(&answer["peers"]).iter().filter(|peer| {
+            let said = |switch: &Value| (switch["stamp"].clone(), switch["by"].clone());
+            said(&peer["switch"]) != said(&answer["switch"])
+        }) {
+            let _ = writeln!(out, "{} has not heard of it yet", text(&peer["apiserver"]));
+        }
+    }
+    out + &membership(answer)
+}
+
+/// Who the apiservers are by the cluster's Leases; nothing where peers are named by flags.
+fn membership(answer: &Value) -> String {
+    let membership = &answer["membership"];
+    if !membership.is_object() {
+        return String::new();
+    }
+    let from = match membership["set_from"].as_str() {
+        Some("identity_leases") => "the apiservers' identity Leases",
+        _ => "the agents' Leases alone: an apiserver without an agent is not known",
+    };
+    let mut out = format!("the set of apiservers is from {from}\n");
+    // Writing to a String cannot fail.
+    for (name, agent) in membership["agents"].as_object().into_iter().flatten() {
+        let key = text(&agent["key_sha256"]);
+        let _ = writeln!(
+            out,
+            "{}: its agent is at {}, key {}",
+            clean(name),
+            text(&agent["address"]),
+            key.get(..16).unwrap_or(&key)
         );
     }
-    let membership = &answer["membership"];
-    if membership.is_object() {
-        let from = match membership["set_from"].as_str() {
-            Some("identity_leases") => "the apiservers' identity Leases",
-            _ => "the agents' Leases alone: an apiserver without an agent is not known",
-        };
-        let _ = writeln!(out, "the set of apiservers is from {from}");
-        for name in list(&membership["gone"]) {
-            let _ = writeln!(out, "{} is gone", text(name));
-        }
-        for why in [&membership["doubt"], &membership["blind"]]
-            .into_iter()
-            .filter(|why| !why.is_null())
-            .chain(list(&membership["refused"]))
-        {
-            let _ = writeln!(out, "{}", text(why));
-        }
+    for name in list(&membership["gone"]) {
+        let _ = writeln!(out, "{} is gone", text(name));
+    }
+    for why in [&membership["doubt"], &membership["blind"]]
+        .into_iter()
+        .filter(|why| !why.is_null())
+        .chain(list(&membership["refused"]))
+    {
+        let _ = writeln!(out, "{}", text(why));
     }
     out
+}
+
+/// How far an evacuation is.
+pub fn evacuation(evacuation: &Value) -> String {
+    let number = |name: &str| evacuation[name].as_u64().unwrap_or_default();
+    let mut out = format!(
+        "{}: {} told, {} to go, {} draining with {} streams\n",
+        text(&evacuation["state"]),
+        number("told"),
+        number("to_go"),
+        number("draining"),
+        number("draining_streams"),
+    );
+    // Writing to a String cannot fail.
+    if number("at_next_answer") > 0 {
+        let _ = writeln!(
+            out,
+            "{} over HTTP/1.1 are told with their next answer",
+            number("at_next_answer")
+        );
+    }
+    if number("stay") > 0 {
+        let _ = writeln!(
+            out,
+            "{} cannot be told ({}), and break when the apiserver stops:",
+            number("stay"),
+            text(&evacuation["stay_why"])
+        );
+        let named = list(&evacuation["staying"]);
+        for one in named {
+            let user = one["user"].as_str().map(|user| format!(" {}", clean(user)));
+            let _ = writeln!(
+                out,
+                "  {}{}: {}",
+                text(&one["client"]),
+                user.unwrap_or_default(),
+                text(&one["why"])
+            );
+        }
+        let rest = number("stay").saturating_sub(named.len() as u64);
+        if rest > 0 {
+            let _ = writeln!(out, "  and {rest} more");
+        }
+    }
+    if let Some(stuck) = evacuation["stuck"].as_str() {
+        let _ = writeln!(out, "stuck: {stuck}");
+    }
+    out
+}
+
+/// What the end of an evacuation came to.
+pub fn returned(answer: &Value) -> String {
+    let kept = if answer["kept"] == false {
+        "; the state file cannot be written: a restart of the agent would evacuate again"
+    } else {
+        ""
+    };
+    if answer["was_evacuated"] == true {
+        format!("returned: clients are welcome here{kept}\n")
+    } else {
+        format!("it was not evacuated{kept}\n")
+    }
 }

@@ -262,6 +262,7 @@ fn report(answer: wire::Connections) -> ShimReport {
             .into_iter()
             .map(|counted| (ConnectionId(counted.id.0), counters(counted.counters)))
             .collect(),
+        upstream_gone: answer.upstream == wire::Upstream::Unreachable,
         upstream_ready: match answer.upstream {
             wire::Upstream::Unknown => None,
             wire::Upstream::Ready => Some(true),

@@ -10,7 +10,7 @@ use rebalancer_tests::{
     demo::{
         cluster::{Cluster, Kind, Options},
         report::Report,
-        scene::{INTERRUPTED, Scene},
+        scene::{Event, INTERRUPTED, Rolling, Scene},
         screen::Screen,
     },
     fixture::Fixture,
@@ -69,6 +69,15 @@ struct Demo {
     /// Options of haproxy's servers, for example 'inter 15s rise 3'
     #[arg(long, value_name = "OPTIONS")]
     lb_options: Option<String>,
+    /// haproxy asks each agent how many to send there (--lb-agent of the agents)
+    #[arg(long)]
+    lb_agent: bool,
+    /// What happens
+    #[arg(long, value_enum, default_value = "crash", value_name = "SCENE")]
+    scene: Play,
+    /// With --scene rolling-restart: `rebalancer evacuate` before each restart
+    #[arg(long)]
+    evacuate: bool,
     /// So many seconds the demo's own load balancer takes to admit an apiserver that came back
     #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=170))]
     lb_admission: u16,
@@ -104,6 +113,17 @@ enum Lb {
     Haproxy,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Play {
+    /// One apiserver is killed and comes back empty
+    Crash,
+    /// Every apiserver is restarted, one after the other
+    RollingRestart,
+}
+
+/// Where agents answer the load balancer, in the namespaces of their nodes.
+const LB_PORT: u16 = 9480;
+
 impl Demo {
     /// Which load balancer, and how it chooses.
     fn front(&self) -> anyhow::Result<(Front, Policy)> {
@@ -113,7 +133,12 @@ impl Demo {
                     self.lb_admission == 0 && self.lb_slow_start == 0,
                     "--lb-admission and --lb-slow-start are for the demo's own load balancer: tell haproxy by                      --lb-options, for example 'inter 15s rise 3 slowstart 60s'"
                 );
-                let options = self.lb_options.clone().unwrap_or_default();
+                let mut options = self.lb_options.clone().unwrap_or_default();
+                if self.lb_agent {
+                    // A share of a weight of 1 would be nothing.
+                    let asks = format!("weight 100 agent-check agent-inter 1s agent-port {LB_PORT}");
+                    options = format!("{options} {asks}").trim_start().to_owned();
+                }
                 return Ok((Front::Haproxy(options), self.balance.unwrap_or(Policy::Roundrobin)));
             }
             Lb::Roundrobin => Policy::Roundrobin,
@@ -121,8 +146,8 @@ impl Demo {
             Lb::Random => Policy::Random,
         };
         anyhow::ensure!(
-            self.balance.is_none() && self.lb_options.is_none(),
-            "--balance and --lb-options are for --lb haproxy"
+            self.balance.is_none() && self.lb_options.is_none() && !self.lb_agent,
+            "--balance, --lb-options and --lb-agent are for --lb haproxy"
         );
         let admission = Admission {
             lag: Duration::from_secs(self.lb_admission.into()),
@@ -233,6 +258,10 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         takes_the_probe()?;
     }
     let (front, policy) = demo.front()?;
+    anyhow::ensure!(
+        !demo.evacuate || demo.scene == Play::RollingRestart,
+        "--evacuate is for --scene rolling-restart"
+    );
     let fixture = fixture(demo.apiserver)?;
     anyhow::ensure!(
         demo.peers == Finding::Static || fixture.is_some(),
@@ -243,6 +272,12 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     let directory = log_directory("rebalancer-demo-")?;
     let interrupts = signal_watch()?;
     let mut screen = Screen::new(usize::from(demo.nodes), usize::from(demo.clients)).context("the terminal")?;
+    let mut agent_flags = demo.agent_flag.clone();
+    if demo.lb_agent {
+        agent_flags.push(format!("--lb-agent=0.0.0.0:{LB_PORT}"));
+    }
+    // Watches of an apiserver that is evacuated must go too.
+    let handover = demo.watch_handover.clone().or(demo.evacuate.then(|| "5s".to_owned()));
     let report = Report {
         apiserver: if fixture.is_some() { "real" } else { "standin" },
         shim: demo.shim.name(),
@@ -265,29 +300,29 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         shim: demo.shim,
         peers: demo.peers,
         rebalancer: binary(),
-        agent_flags: demo.agent_flag.clone(),
-        relay_flags: demo
-            .watch_handover
-            .iter()
-            .map(|over| format!("--watch-handover={over}"))
-            .collect(),
+        agent_flags,
+        relay_flags: handover.iter().map(|over| format!("--watch-handover={over}")).collect(),
         directory: directory.clone(),
     };
+    // A balancer that is told sends nobody to those who have too many: as one does that counts.
+    let foreseen = if demo.lb_agent { Policy::Leastconn } else { policy };
     let played = Cluster::start(options, &|step| eprintln!("{step}")).and_then(|mut cluster| {
         let limit = Duration::from_secs(demo.seconds.into());
-        let played = Scene::new(&mut cluster, policy, limit, &mut |event| screen.show(&event)).play(report);
+        let mut tell = |event: Event<'_>| screen.show(&event);
+        let mut scene = Scene::new(&mut cluster, foreseen, limit, &mut tell);
+        let played = match demo.scene {
+            Play::Crash => scene.play(report).map(Played::Crash),
+            Play::RollingRestart => scene.roll(rolling(demo, &report)).map(Played::Rolling),
+        };
         cluster.end();
         played
     });
     screen.end();
     drop(interrupts);
     match played {
-        Ok(report) => {
-            eprintln!("{report}");
-            if demo.json {
-                println!("{}", serde_json::to_string(&report)?);
-            }
-            if report.is_success() {
+        Ok(played) => {
+            played.show(demo.json)?;
+            if played.is_success() {
                 // Logs are worth keeping only when something went wrong; what cannot be removed stays in /tmp.
                 let _ = std::fs::remove_dir_all(&directory);
                 return Ok(ExitCode::SUCCESS);
@@ -296,6 +331,54 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::FAILURE)
         }
         Err(error) => Err(error.context(format!("logs: {}", directory.display()))),
+    }
+}
+
+/// What is known of the other scene before it is played.
+fn rolling(demo: &Demo, report: &Report) -> Rolling {
+    Rolling {
+        apiserver: report.apiserver,
+        lb: format!("{} ({})", report.lb, report.lb_kind),
+        nodes: report.nodes,
+        clients: report.clients,
+        evacuate: demo.evacuate,
+        ..Rolling::default()
+    }
+}
+
+/// What was played, and measured.
+enum Played {
+    Crash(Report),
+    Rolling(Rolling),
+}
+
+impl Played {
+    fn show(&self, json: bool) -> anyhow::Result<()> {
+        let text = match self {
+            Self::Crash(report) => {
+                eprintln!("{report}");
+                serde_json::to_string(report)?
+            }
+            Self::Rolling(rolling) => {
+                eprintln!("{rolling}");
+                for text in &rolling.error_texts {
+                    eprintln!("  a client saw: {text}");
+                }
+                serde_json::to_string(rolling)?
+            }
+        };
+        if json {
+            println!("{text}");
+        }
+        Ok(())
+    }
+
+    /// Restarts that nobody prepared for are noticed: that is what they are shown for.
+    fn is_success(&self) -> bool {
+        match self {
+            Self::Crash(report) => report.is_success(),
+            Self::Rolling(rolling) => !rolling.evacuate || rolling.is_unnoticed(),
+        }
     }
 }
 

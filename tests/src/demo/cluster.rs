@@ -339,6 +339,13 @@ impl Cluster {
         }
     }
 
+    /// Ends an apiserver as a service manager does.
+    pub fn end_apiserver(&mut self, index: usize, patience: Duration) {
+        if let Some(mut apiserver) = self.nodes[index].apiserver.take() {
+            apiserver.terminate(patience);
+        }
+    }
+
     /// Starts it again.
     ///
     /// # Errors

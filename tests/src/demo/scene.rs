@@ -15,6 +15,10 @@ use super::{
 };
 use crate::{balancer::Policy, process::wait_for, swarm::Driver};
 
+mod rolling;
+
+pub use rolling::Rolling;
+
 /// The load counts as level within this distance from the mean.
 pub const LEVEL: f64 = 0.10;
 
@@ -115,12 +119,8 @@ impl<'a> Scene<'a> {
         Ok(report)
     }
 
-    /// Its first half: the clients come, one apiserver is killed, and is back and empty.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Self::play`].
-    pub fn crash(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
+    /// The clients come, to a cluster that is ready.
+    fn begin(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
         let count = self.cluster.nodes.len();
         self.step("waiting for the apiservers");
         self.wait(START, "the apiservers are not ready", |cluster| {
@@ -144,7 +144,17 @@ impl<'a> Scene<'a> {
         let all = report.clients as u64;
         self.wait_for_clients(&mut swarm, all)?;
         report.before = self.settled(&mut swarm)?;
+        Ok(swarm)
+    }
 
+    /// Its first half: the clients come, one apiserver is killed, and is back and empty.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::play`].
+    pub fn crash(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
+        let mut swarm = self.begin(report)?;
+        let all = report.clients as u64;
         self.step(&format!("killing {} (SIGKILL)", self.cluster.nodes[0].name));
         self.cluster.kill_apiserver(0);
         self.wait(

@@ -1,8 +1,10 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
+mod evacuation;
 mod health_checks;
 mod membership;
 mod operator;
+mod switch;
 
 use std::{
     process::{Command, Output},

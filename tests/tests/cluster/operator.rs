@@ -71,7 +71,7 @@ fn clients(cluster: &Cluster, count: u64) -> Driver {
 }
 
 /// The command line, asked at a node's agent: exit code, stdout, stderr.
-fn ask(api: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
+pub fn ask(api: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = Command::new(binary())
         .args(arguments)
         .arg(format!("--api=unix:{}", api.display()))
@@ -81,7 +81,7 @@ fn ask(api: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
     (status.code(), text(stdout), text(stderr))
 }
 
-fn done(node: &Node, arguments: &[&str]) -> Value {
+pub fn done(node: &Node, arguments: &[&str]) -> Value {
     let (code, said, error) = ask(&node.api(), &[arguments, &["--output=json"]].concat());
     assert_eq!(code, Some(0), "{arguments:?}: {error}");
     serde_json::from_str(&said).expect("JSON")

@@ -4,9 +4,8 @@
 //! Must never let strangers hold more than a few places, nor fill the log: a refusal is counted, and said every ten seconds.
 
 use std::{
-    collections::BTreeMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -28,7 +27,10 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{PATIENCE, tls::PeerTls};
-use crate::listen;
+use crate::{
+    agent::places::{Place, Places},
+    listen,
+};
 
 /// Connections at once, with those that are shaking hands.
 const PLACES: usize = 256;
@@ -77,7 +79,7 @@ impl TlsListener {
             unsaid: Mutex::default(),
         });
         tokio::spawn(async move {
-            let places = Arc::new(Places::default());
+            let places = Places::new(PLACES, PLACES_OF_ONE);
             loop {
                 let (stream, from) = Listener::accept(&mut listener).await;
                 let Some(place) = places.take(from.ip()) else {
@@ -132,47 +134,6 @@ impl Listener for TlsListener {
     }
 }
 
-/// How many connections each address has.
-#[derive(Debug, Default)]
-struct Places(Mutex<BTreeMap<IpAddr, usize>>);
-
-/// One of them; it is free again when this goes.
-#[derive(Debug)]
-struct Place {
-    places: Arc<Places>,
-    address: IpAddr,
-}
-
-impl Places {
-    fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if taken.values().sum::<usize>() >= PLACES {
-            return None;
-        }
-        let count = taken.entry(address).or_default();
-        if *count >= PLACES_OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Place {
-            places: Arc::clone(self),
-            address,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.places.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = taken.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                taken.remove(&self.address);
-            }
-        }
-    }
-}
-
 /// Refusals: counted, and said now and then.
 struct Refusals {
     counter: Counter,
@@ -217,31 +178,5 @@ impl AsyncWrite for Admitted {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_address_has_a_few_places_and_gets_them_back() {
-        let places = Arc::new(Places::default());
-        let address = |last: u8| IpAddr::from([192, 0, 2, last]);
-        let mut held: Vec<_> = (0..PLACES_OF_ONE)
-            .map(|_| places.take(address(1)).expect("a place"))
-            .collect();
-        assert!(places.take(address(1)).is_none());
-        for last in 2..=32 {
-            held.extend((0..PLACES_OF_ONE).map(|_| places.take(address(last)).expect("a place")));
-        }
-        assert!(places.take(address(33)).is_none(), "all together have a limit too");
-        held.remove(0);
-        assert!(places.take(address(33)).is_some());
-        held.clear();
-        assert!(
-            places.0.lock().expect("nobody panics").is_empty(),
-            "nothing is kept of who has gone"
-        );
     }
 }

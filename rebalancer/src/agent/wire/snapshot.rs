@@ -1,15 +1,19 @@
 //! Snapshots as agents tell them to each other, and what agents must be told alike.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use rebalancer_core::{
+    agent::{Switch, SwitchPause},
     ids::ApiserverName,
     policy::Policy,
     view::{Part, PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
 
-use super::weight_name;
+use super::{millis, weight_name};
 
 /// A snapshot between agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,7 +22,7 @@ pub struct WireSnapshot {
     pub version: u32,
     /// Which apiserver.
     pub apiserver: String,
-    /// `ready`, `starting`, `down` or `unknown`.
+    /// `ready`, `starting`, `down`, `unknown` or `evacuating`.
     pub state: WireState,
     /// Active connections.
     pub connections: u64,
@@ -57,12 +61,69 @@ pub struct WireSnapshot {
     pub names: Vec<String>,
     /// The flags all agents must be given alike, with its values.
     pub policy: BTreeMap<String, String>,
+    /// What an operator said to all agents.
+    pub switch: WireSwitch,
 }
+
+/// [`Switch`] as JSON has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireSwitch {
+    /// Counts up with each word.
+    pub stamp: u64,
+    /// On which node it was said.
+    pub by: Option<String>,
+    /// The pause, if it is one.
+    pub pause: Option<WirePause>,
+}
+
+/// [`SwitchPause`] as JSON has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WirePause {
+    /// What for.
+    pub reason: String,
+    /// How long yet.
+    pub left_ms: Option<u64>,
+}
+
+impl From<&Switch> for WireSwitch {
+    fn from(switch: &Switch) -> Self {
+        Self {
+            stamp: switch.stamp,
+            by: switch.by.as_ref().map(ToString::to_string),
+            pause: switch.pause.as_ref().map(|pause| WirePause {
+                reason: pause.reason.clone(),
+                left_ms: pause.left.map(millis),
+            }),
+        }
+    }
+}
+
+impl From<WireSwitch> for Switch {
+    fn from(switch: WireSwitch) -> Self {
+        Self {
+            stamp: switch.stamp,
+            by: switch.by.map(ApiserverName::new),
+            pause: switch.pause.map(|pause| SwitchPause {
+                reason: pause.reason,
+                left: pause.left_ms.map(Duration::from_millis),
+            }),
+        }
+    }
+}
+
+/// The longest reason of a pause, in octets.
+pub const LONGEST_REASON: usize = 1_024;
+
+/// The longest pause that ends by itself: a year.
+pub const LONGEST_PAUSE_MS: u64 = 31_536_000_000;
+
+/// So many words to all are more than anybody says; above it, JSON's readers lose count.
+const MOST_WORDS: u64 = 1 << 52;
 
 /// The format's version: agents of different ones do not understand each other.
 ///
 /// It goes up with every member that is new, gone, or means something else.
-pub const SNAPSHOT_VERSION: u32 = 3;
+pub const SNAPSHOT_VERSION: u32 = 4;
 
 /// What is read of an answer first: all versions have it.
 #[derive(Deserialize)]
@@ -107,6 +168,8 @@ pub enum WireState {
     Down,
     /// Its agent does not know.
     Unknown,
+    /// It is to have no clients.
+    Evacuating,
 }
 
 /// [`Part`] as JSON has it.
@@ -148,6 +211,7 @@ impl From<ServerState> for WireState {
             ServerState::Starting => Self::Starting,
             ServerState::Down => Self::Down,
             ServerState::Unknown => Self::Unknown,
+            ServerState::Evacuating => Self::Evacuating,
         }
     }
 }
@@ -159,6 +223,7 @@ impl From<WireState> for ServerState {
             WireState::Starting => Self::Starting,
             WireState::Down => Self::Down,
             WireState::Unknown => Self::Unknown,
+            WireState::Evacuating => Self::Evacuating,
         }
     }
 }
@@ -188,6 +253,7 @@ impl WireSnapshot {
             instance: snapshot.instance,
             names: snapshot.names.iter().map(ToString::to_string).collect(),
             policy: agreement(policy),
+            switch: (&snapshot.switch).into(),
         }
     }
 
@@ -232,6 +298,12 @@ impl WireSnapshot {
                 return Err(format!("its {what} is {value}"));
             }
         }
+        let is_long = |pause: &WirePause| {
+            pause.reason.len() > LONGEST_REASON || pause.left_ms.is_some_and(|left| left > LONGEST_PAUSE_MS)
+        };
+        if self.switch.stamp > MOST_WORDS || self.switch.pause.as_ref().is_some_and(is_long) {
+            return Err("its pause of all agents is none that an operator can have said".to_owned());
+        }
         if !(0.01..=1_000.0).contains(&self.capacity) {
             return Err(format!("its capacity is {}", self.capacity));
         }
@@ -255,6 +327,7 @@ impl WireSnapshot {
             rebalancing: self.rebalancing,
             instance: self.instance,
             names: self.names.into_iter().map(ApiserverName::new).collect(),
+            switch: self.switch.into(),
         })
     }
 }
@@ -347,6 +420,30 @@ mod tests {
             ..b()
         };
         assert!(read(&answer(&theirs)).is_ok());
+    }
+
+    #[test]
+    fn a_word_to_all_travels_whole_and_within_bounds() {
+        let b = policy("b", &["a", "c"]);
+        let mut said = answer(&b);
+        said["switch"] = json!({"stamp": 7, "by": "b", "pause": {"reason": "upgrade", "left_ms": 60_000}});
+        let switch = read(&said).expect("a snapshot").switch;
+        assert_eq!(
+            serde_json::to_value(WireSwitch::from(&switch)).expect("JSON"),
+            said["switch"]
+        );
+        for (field, wrong) in [
+            ("stamp", json!(u64::MAX)),
+            (
+                "pause",
+                json!({"reason": "x".repeat(LONGEST_REASON + 1), "left_ms": null}),
+            ),
+            ("pause", json!({"reason": "", "left_ms": LONGEST_PAUSE_MS + 1})),
+        ] {
+            let mut said = said.clone();
+            said["switch"][field] = wrong;
+            assert!(disagrees(&said).contains("pause of all agents"), "{field}");
+        }
     }
 
     #[test]
