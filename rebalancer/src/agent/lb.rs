@@ -167,7 +167,7 @@ fn may_be_http(head: &[u8]) -> bool {
         let common = head.len().min(method.len());
         head[..common] == method[..common] && head.get(method.len()).is_none_or(|next| *next == b' ')
     };
-    !head.is_empty() && METHODS.iter().any(|method| begins(&method))
+    !head.is_empty() && METHODS.iter().any(begins)
 }
 
 /// The first line of a whole head: method and target.
