@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-env-changed=REBALANCER_EBPF_OBJECTS");
     let named = env::var_os("REBALANCER_EBPF_OBJECTS").map(PathBuf::from);
     let directories: Vec<PathBuf> = named.into_iter().chain(beside).collect();
+    let mut are_there = true;
     for name in OBJECTS {
         let candidates: Vec<PathBuf> = directories.iter().map(|directory| directory.join(name)).collect();
         let found = candidates.iter().find(|path| path.is_file());
@@ -22,7 +23,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("cargo::rerun-if-changed={}", candidate.display());
         }
         let object = found.map(fs::read).transpose()?.unwrap_or_default();
+        are_there &= !object.is_empty();
         fs::write(out.join(name), object)?;
     }
+    // What `--version` says.
+    println!(
+        "cargo::rustc-env=REBALANCER_PROGRAMS={}",
+        if are_there { "built in" } else { "not built in" }
+    );
     Ok(())
 }

@@ -14,6 +14,8 @@ pub mod local;
 pub mod log;
 pub mod manifest;
 mod random;
+#[cfg(test)]
+mod reference;
 pub mod relay;
 pub mod service;
 pub mod shim;

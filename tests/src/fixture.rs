@@ -139,6 +139,61 @@ pub fn kubelet() -> anyhow::Result<PathBuf> {
     Ok(to)
 }
 
+/// What looks at manifests, built from tests/go/tools: `chart`, which renders a Helm chart with Helm's own packages, and
+/// kubeconform. Most of what they need was compiled for kube-apiserver.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn tool(program: &str) -> anyhow::Result<PathBuf> {
+    let package = match program {
+        "chart" => "./chart",
+        "kubeconform" => "github.com/yannh/kubeconform/cmd/kubeconform",
+        _ => bail!("tests/go/tools has no {program}"),
+    };
+    let Some(go) = on_path("go") else {
+        bail!("there is no `go` on PATH to build {program} with: install Go 1.26 or later");
+    };
+    let cache = cache()?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let to = cache.join(program);
+    // What is there and as new costs Go a second.
+    let status = Command::new(go)
+        .current_dir(module().join("tools"))
+        .env("CGO_ENABLED", "0")
+        .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
+        .arg(&to)
+        .arg(package)
+        .status()
+        .context("cannot start go")?;
+    anyhow::ensure!(status.success(), "`go build` of {package} failed ({status})");
+    Ok(to)
+}
+
+/// What kube-apiserver says of its own objects (OpenAPI), from its Go module.
+///
+/// # Errors
+///
+/// No Go, or the module cannot be fetched.
+pub fn openapi() -> anyhow::Result<serde_json::Value> {
+    let Some(go) = on_path("go") else {
+        bail!("there is no `go` on PATH to fetch kube-apiserver's module with: install Go 1.26 or later");
+    };
+    let output = Command::new(go)
+        .current_dir(module())
+        .args(["mod", "download", "-json", &format!("k8s.io/kubernetes@{VERSION}")])
+        .output()
+        .context("cannot start go")?;
+    let said: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("`go mod download` said something that is no JSON")?;
+    let directory = said["Dir"]
+        .as_str()
+        .with_context(|| format!("`go mod download` fetched nothing: {said}"))?;
+    let path = Path::new(directory).join("api/openapi-spec/swagger.json");
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))
+}
+
 fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
     let Some(go) = on_path("go") else {
         bail!(

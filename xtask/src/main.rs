@@ -3,12 +3,14 @@
 mod arch;
 mod bench;
 mod ci;
+mod container;
 mod debian;
 mod demo;
 mod ebpf;
 mod fuzz;
 mod release;
 mod run;
+mod sbom;
 mod standard;
 mod test;
 mod vm;
@@ -41,9 +43,11 @@ enum Command {
     /// Give the parsers and the relay's state machine inputs that nobody thought of
     Fuzz(fuzz::Arguments),
     /// Make the container image: one static program, for `ctr images import` and `podman load`
-    Image(release::Arguments),
+    Image(release::ImageArguments),
     /// Make a tarball and a Debian package: program, systemd units, manual, completions
     Package(release::Arguments),
+    /// Make everything that a release has, with checksums; nothing is published
+    Release(release::ReleaseArguments),
     /// Formatting, lints, a short fuzz, then the tests: what CI runs
     Ci,
 }
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
         Command::Image(arguments) => release::image(&arguments),
         Command::Package(arguments) => release::package(&arguments),
+        Command::Release(arguments) => release::release(&arguments),
         Command::Ci => ci::run(),
     };
     match outcome {

@@ -1,6 +1,7 @@
-//! `image` and `package`: what is installed, each made from one static program.
+//! `image`, `package` and `release`: what is installed, each made from one static program.
 //!
 //! Output: files in `target/dist`, the same octets each time from the same sources; what they are is said on stdout.
+//! Must never publish anything.
 
 use std::{
     env, fs,
@@ -13,12 +14,13 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     arch::Arch,
-    debian,
+    container,
     run::{root, run, target},
+    sbom::sbom,
     standard::Standard,
 };
 
-/// What both take.
+/// What `image` and `package` take.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// For this processor [default: this machine's]
@@ -26,11 +28,47 @@ pub struct Arguments {
     arch: Option<Arch>,
 }
 
+/// What `image` takes.
+#[derive(clap::Args)]
+pub struct ImageArguments {
+    #[command(flatten)]
+    made: Arguments,
+    /// Build it twice, compare, and run it in podman: with all it asks for, and with each thing left out
+    #[arg(long)]
+    check: bool,
+}
+
+/// What `release` takes.
+#[derive(clap::Args)]
+pub struct ReleaseArguments {
+    #[command(flatten)]
+    made: Arguments,
+    /// Make everything and publish nothing, which is all this command does
+    #[arg(long, required = true)]
+    dry_run: bool,
+}
+
 /// The version of everything here, from the workspace.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Seconds since 1970 that files in archives are dated: the same each time.
 const EPOCH: &str = "0";
+
+/// What the program says that it was built from: a commit, `-dirty` where files differ from it.
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").current_dir(root()).args(arguments).output().ok()?;
+        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        output.status.success().then_some(said)
+    };
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return "unknown".to_owned();
+    };
+    match git(&["status", "--porcelain", "--untracked-files=no"]) {
+        Some(changes) if changes.is_empty() => commit,
+        _ => format!("{commit}-dirty"),
+    }
+}
 
 /// The program for a processor, without shared libraries, symbols and paths of this machine.
 ///
@@ -66,6 +104,7 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
                 root().display()
             ),
         )
+        .env("REBALANCER_COMMIT", commit())
         .env("REBALANCER_EBPF_OBJECTS", std::path::absolute(objects)?);
     standard.prepare(&mut command, arch);
     run(&mut command)?;
@@ -73,9 +112,8 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
 }
 
 /// Makes the image: an archive that `ctr images import`, `podman load` and `docker load` take.
-pub fn image(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let arch = arguments.arch.unwrap_or_else(Arch::host);
-    debian::install("buildah", "buildah")?;
+pub fn image(arguments: &ImageArguments) -> anyhow::Result<ExitCode> {
+    let arch = arguments.made.arch.unwrap_or_else(Arch::host);
     let program = program(arch)?;
     let context = emptied("image")?;
     put(&program, &context.join("rebalancer"), 0o755)?;
@@ -84,29 +122,109 @@ pub fn image(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         &context.join("Containerfile"),
         0o644,
     )?;
-    let name = format!("rebalancer:{VERSION}");
-    let store = target().join("dist/store");
-    let buildah = || {
-        let mut command = Command::new("buildah");
-        command
-            .arg("--root")
-            .arg(store.join("root"))
-            .arg("--runroot")
-            .arg(store.join("run"));
-        command
-    };
-    run(buildah()
-        .args(["bud", "--quiet", "--timestamp", EPOCH, "--arch", arch.debian()])
-        .args(["--build-arg", &format!("VERSION={VERSION}")])
-        .args(["--tag", &name])
-        .arg(&context))?;
     let archive = target().join(format!("dist/rebalancer-{VERSION}-{}.image.tar", arch.debian()));
-    // An archive is added to, and not written anew.
-    let _ = fs::remove_file(&archive);
-    run(buildah()
-        .args(["push", "--quiet", &name])
-        .arg(format!("docker-archive:{}:{name}", archive.display())))?;
-    said(&archive)
+    let image = container::Image {
+        name: format!("rebalancer:{VERSION}"),
+        version: VERSION.to_owned(),
+        commit: commit(),
+        arch,
+        context,
+    };
+    image.archive(&archive)?;
+    bill_of_materials(arch)?;
+    said(&archive)?;
+    if arguments.check {
+        image.check(&archive)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the list of what is in the program, beside it.
+fn bill_of_materials(arch: Arch) -> anyhow::Result<ExitCode> {
+    let path = target().join(format!("dist/rebalancer-{VERSION}-{}.cdx.json", arch.debian()));
+    let list = sbom(&arch.triple(), VERSION, &commit())?;
+    fs::write(&path, serde_json::to_string_pretty(&list)? + "\n")
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    said(&path)
+}
+
+/// Makes everything that a release has, and one file of all checksums.
+pub fn release(arguments: &ReleaseArguments) -> anyhow::Result<ExitCode> {
+    debug_assert!(arguments.dry_run, "clap asks for it");
+    let made = Arguments {
+        arch: arguments.made.arch,
+    };
+    licenses()?;
+    package(&made)?;
+    image(&ImageArguments { made, check: false })?;
+    let dist = target().join("dist");
+    // The chart has the rules and the dashboard themselves, not links to them.
+    packed(
+        &root().join("deploy/helm"),
+        "rebalancer",
+        &dist.join(format!("rebalancer-chart-{VERSION}.tgz")),
+        &["--dereference"],
+    )?;
+    packed(
+        &root().join("deploy"),
+        "mixin",
+        &dist.join(format!("rebalancer-mixin-{VERSION}.tgz")),
+        &[],
+    )?;
+    let mut names: Vec<String> = fs::read_dir(&dist)?
+        .flatten()
+        .filter(|entry| entry.path().is_file())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.contains(VERSION))
+        .collect();
+    names.sort();
+    let output = Command::new("sha256sum").current_dir(&dist).args(&names).output()?;
+    ensure!(output.status.success(), "the checksums cannot be made");
+    fs::write(dist.join("SHA256SUMS"), &output.stdout)?;
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    println!(
+        "{} files of {VERSION} ({}) in {}; nothing was published",
+        names.len(),
+        commit(),
+        dist.display()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has cargo-deny judge licences, sources and duplicates by deny.toml.
+fn licenses() -> anyhow::Result<()> {
+    let is_there = Command::new("cargo").args(["deny", "--version"]).output();
+    if !is_there.is_ok_and(|output| output.status.success()) {
+        run(Command::new("cargo").args(["install", "--locked", "cargo-deny@0.20.2"]))?;
+    }
+    for manifest in ["Cargo.toml", "rebalancer-ebpf/Cargo.toml"] {
+        run(crate::run::cargo([
+            "deny",
+            "--locked",
+            "--log-level",
+            "error",
+            "--manifest-path",
+            manifest,
+            "--config",
+        ])
+        .arg(root().join("deny.toml"))
+        .args(["check", "bans", "licenses", "sources"]))?;
+    }
+    Ok(())
+}
+
+/// Packs a directory, the same octets each time.
+fn packed(parent: &Path, name: &str, archive: &Path, more: &[&str]) -> anyhow::Result<()> {
+    run(Command::new("tar")
+        .args(["--create", "--use-compress-program=gzip -n", "--sort=name"])
+        .args(["--owner=0", "--group=0", "--numeric-owner", "--mode=go=rX,u+rw,a-s"])
+        .arg(format!("--mtime=@{EPOCH}"))
+        .args(more)
+        .arg("--directory")
+        .arg(parent)
+        .arg("--file")
+        .arg(archive)
+        .arg(name))
 }
 
 /// Makes a tarball and a Debian package: program, units, manual, completions.
@@ -150,24 +268,7 @@ pub fn package(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         )?;
     }
     let archive = target().join(format!("dist/rebalancer-{VERSION}-{}.tar.gz", arch.debian()));
-    run(Command::new("tar")
-        .args([
-            "--create",
-            // Without the time at which it was made.
-            "--use-compress-program=gzip -n",
-            "--sort=name",
-            "--owner=0",
-            "--group=0",
-            "--numeric-owner",
-        ])
-        .arg(format!("--mtime=@{EPOCH}"))
-        .args([
-            "--directory".as_ref(),
-            tree.as_os_str(),
-            "--file".as_ref(),
-            archive.as_os_str(),
-        ])
-        .arg("."))?;
+    packed(&tree, ".", &archive, &[])?;
     said(&archive)?;
     fs::create_dir_all(tree.join("DEBIAN"))?;
     fs::write(tree.join("DEBIAN/control"), control(arch))?;

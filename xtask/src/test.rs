@@ -337,8 +337,26 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
     {
         command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }
+    if group == Group::Deploy {
+        match promtool() {
+            Ok(promtool) => {
+                command.env("REBALANCER_PROMTOOL", absolute(&promtool)?);
+            }
+            Err(error) => eprintln!("{error:#}: the tests that need promtool are skipped"),
+        }
+    }
     command.env("REBALANCER_SKIPS", absolute(skips)?);
     counted(&mut command, skips, "")
+}
+
+/// Prometheus' tool for rules: on PATH, or out of Debian's package, which is not installed, since it would start a server.
+fn promtool() -> anyhow::Result<PathBuf> {
+    if let Some(found) = debian::on_path("promtool") {
+        return Ok(found);
+    }
+    let suite = debian::Suite::open("bookworm", Arch::host())?;
+    let tree = suite.unpacked("prometheus", None)?;
+    debian::find(&tree, "usr/bin/promtool").context("Debian's package prometheus has no promtool")
 }
 
 /// Runs `cargo test` or a VM, shows what it prints, each line behind `prefix`, and adds up its result lines; a VM's skips

@@ -102,20 +102,26 @@ fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError>
         // The units' files of variables have them.
         return Ok((Flags::none(Part::Agent), Some(Flags::none(Part::Relay))));
     }
-    let steers = arguments.agent_flag.iter().any(|flag| flag.contains("steer"));
-    let topology = if steers { Topology::None } else { arguments.topology };
+    let parsed = |words: Vec<String>| {
+        Flags::parse(
+            Part::Agent,
+            <agent::Arguments as Args>::augment_args(Command::new("")),
+            words,
+        )
+    };
+    // A topology's flags are of a relay and the agent beside it.
+    let is_other = |shim: &str| !shim.starts_with("relay:");
+    let topology = match parsed(arguments.agent_flag.clone())?.value("shim") {
+        Some(shim) if is_other(shim) => Topology::None,
+        _ => arguments.topology,
+    };
     let mut known: Vec<String> = topology.agent().iter().map(|flag| (*flag).to_owned()).collect();
     if arguments.kind == Kind::Daemonset {
         known.push("--peers=kubernetes".to_owned());
         known.push(format!("--lease-namespace={}", namespace(arguments)));
     }
-    let agent = Flags::parse(
-        Part::Agent,
-        <agent::Arguments as Args>::augment_args(Command::new("")),
-        merged(&known, &arguments.agent_flag),
-    )?;
-    let is_relayed = agent.value("shim").is_some_and(|shim| shim.starts_with("relay:"));
-    if !is_relayed {
+    let agent = parsed(merged(&known, &arguments.agent_flag))?;
+    if agent.value("shim").is_none_or(is_other) {
         if !arguments.relay_flag.is_empty() {
             return Err(ManifestError::Contradiction(
                 "--relay-flag is given, and the agent's --shim is no relay: leave one of them out",

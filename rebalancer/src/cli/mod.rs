@@ -1,6 +1,6 @@
 //! The command line: one subcommand a job; exit codes 0 done, 2 usage or configuration, 1 failure.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::LazyLock};
 
 use clap::{
     Parser, Subcommand,
@@ -25,7 +25,7 @@ mod top;
 
 /// Moves just the right kube-apiserver connections to where they belong.
 #[derive(Debug, Parser)]
-#[command(name = "rebalancer", version, about)]
+#[command(name = "rebalancer", version, long_version = LONG_VERSION.as_str(), about)]
 struct Arguments {
     /// How the log of `agent` and `relay` is written
     #[arg(
@@ -43,6 +43,18 @@ struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
+
+/// What `--version` says; `-V` says its first line.
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "{}\ncommit: {}\nkernel programs: {}\nsnapshots between agents: version {}\nbuilt for: {}",
+        env!("CARGO_PKG_VERSION"),
+        option_env!("REBALANCER_COMMIT").unwrap_or("a work tree, no release"),
+        env!("REBALANCER_PROGRAMS"),
+        crate::agent::wire::SNAPSHOT_VERSION,
+        std::env::consts::ARCH,
+    )
+});
 
 /// One job each.
 #[derive(Debug, Subcommand)]

@@ -41,8 +41,10 @@ const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 /// What requests came to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
-    verb: &'static str,
-    result: &'static str,
+    /// What was asked for.
+    pub verb: &'static str,
+    /// What came of it.
+    pub result: &'static str,
 }
 
 /// Requests to the Kubernetes API, counted.

@@ -8,5 +8,5 @@ mod access;
 mod leases;
 mod membership;
 
-pub use access::{Access, Requests, credentials};
+pub use access::{Access, RequestLabels, Requests, credentials};
 pub use membership::{Parts, identity, start};

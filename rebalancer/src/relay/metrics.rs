@@ -305,4 +305,17 @@ mod tests {
             assert!(text.contains(line), "{line}:\n{text}");
         }
     }
+
+    #[test]
+    fn the_page_of_metrics_has_every_metric_of_the_relay() {
+        let metrics = Metrics::new(
+            Registry::new("i".to_owned()),
+            Admission::new(Bounds::new(10, None)),
+            Arc::default(),
+        );
+        metrics.handshake("ok");
+        metrics.expires("--tls-cert", 1_800_000_000);
+        let (table, _) = crate::reference::metrics(&metrics.text().expect("it is encoded"));
+        crate::reference::check("docs/metrics.md", "relay", &table);
+    }
 }

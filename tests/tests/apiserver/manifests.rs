@@ -1,11 +1,12 @@
-//! A real kube-apiserver judges what `rebalancer manifest` prints.
+//! A real kube-apiserver judges what `rebalancer manifest` prints, and what Helm makes of the chart.
 
-use std::{fs, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use rebalancer_tests::{
-    binary,
+    binary, fixture,
     kubectl::{Kubectl, Who},
     process::log_directory,
+    skip,
 };
 
 use crate::world::World;
@@ -42,15 +43,32 @@ fn the_apiserver_takes_the_manifests() {
             "{name}: {}",
             String::from_utf8_lossy(&output.stderr)
         );
-        let path = directory.join(format!("{name}.yaml"));
-        fs::write(&path, &output.stdout).expect("a file");
-        let path = path.display().to_string();
-        // Unknown fields are errors, too.
-        let answer = kubectl
-            .run(&["apply", "--dry-run=server", "--validate=strict", "-f", &path])
-            .expect("kubectl runs");
-        let said = answer.unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert!(said.contains("rebalancer created"), "{name}: {said}");
+        judge(&kubectl, &directory, name, &output.stdout);
+    }
+    match fixture::tool("chart") {
+        Err(error) => skip(&format!("the chart is not judged: {error:#}")),
+        Ok(helm) => {
+            let output = Command::new(helm)
+                .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/helm/rebalancer"))
+                .args(["rebalancer", "dashboard.enabled=true", "networkPolicy.enabled=true"])
+                .arg("networkPolicy.peerCIDRs={10.0.0.0/24}")
+                .output()
+                .expect("it starts");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            judge(&kubectl, &directory, "chart", &output.stdout);
+        }
     }
     fs::remove_dir_all(directory).expect("it is there");
+}
+
+/// The apiserver takes it; unknown fields are errors, too.
+fn judge(kubectl: &Kubectl, directory: &Path, name: &str, text: &[u8]) {
+    let path = directory.join(format!("{name}.yaml"));
+    fs::write(&path, text).expect("a file");
+    let path = path.display().to_string();
+    let answer = kubectl
+        .run(&["apply", "--dry-run=server", "--validate=strict", "-f", &path])
+        .expect("kubectl runs");
+    let said = answer.unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert!(said.contains("rebalancer created"), "{name}: {said}");
 }

@@ -1,4 +1,8 @@
-//! What is installed: judged by systemd, and run with what a unit or a pod leaves it.
+//! What is installed: judged by systemd, Prometheus, Helm and kubeconform, and run with what a unit or a pod leaves it.
+
+mod chart;
+mod docs;
+mod mixin;
 
 use std::{
     fs,

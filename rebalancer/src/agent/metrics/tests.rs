@@ -122,3 +122,45 @@ fn a_pause_and_the_decision_log_show() {
         3.0
     );
 }
+
+/// A scrape of an agent that has everything an agent may have, with a series of each family.
+fn scrape_of_everything() -> String {
+    let mut world = World::new();
+    world.metrics.intercepting();
+    world.metrics.certificate_expiry();
+    world.metrics.refused_handshakes();
+    world.metrics.with_shim();
+    world.metrics.steer_answers();
+    let labels = crate::kubernetes::RequestLabels {
+        verb: "list",
+        result: "ok",
+    };
+    world.metrics.kubernetes_requests().get_or_create(&labels).inc();
+    world
+        .metrics
+        .membership
+        .get_or_create(&KindLabel { kind: "doubt" })
+        .set(0);
+    let answered = KindLabel { kind: "share" };
+    world.metrics.lb_answers().answers.get_or_create(&answered).inc();
+    world.after(20);
+    world.metrics.goaway(&world.agent, "sent", 1);
+    world.metrics.observed("opened");
+    world.metrics.logged((1, 0));
+    world.metrics.look(&world.agent, world.now);
+    let left = StateLabel { state: "to_go" };
+    world.metrics.evacuation.get_or_create(&left).set(1);
+    world.metrics.text()
+}
+
+#[test]
+fn the_page_of_metrics_has_every_metric_of_the_agent() {
+    let (table, families) = crate::reference::metrics(&scrape_of_everything());
+    let source = include_str!("../metrics.rs");
+    let registered = source.matches("registry.register").count();
+    assert_eq!(
+        families, registered,
+        "one is registered that `scrape_of_everything` leaves out"
+    );
+    crate::reference::check("docs/metrics.md", "agent", &table);
+}

@@ -1,4 +1,4 @@
-//! `rebalancer top`: the cluster as this agent sees it, live on a terminal.
+//! `rebalancer top`: the cluster as this agent sees it, live on a terminal or in a browser.
 //!
 //! Input: the agent's local API, once a second, and keys. Must never change anything, nor leave a terminal as it is not.
 
@@ -6,6 +6,7 @@ mod draw;
 mod model;
 #[cfg(test)]
 mod tests;
+mod web;
 
 use std::{
     io::{self, IsTerminal as _},
@@ -36,6 +37,13 @@ pub struct Arguments {
     /// Without colours, as with NO_COLOR in the environment
     #[arg(long)]
     no_color: bool,
+    /// Serve a page for browsers that shows the same, instead of using the terminal: a port of 127.0.0.1, or ADDRESS:PORT
+    /// (anybody who reaches it may look)
+    #[arg(long, value_name = "ADDRESS")]
+    web: Option<web::Address>,
+    /// With --web: show addresses and users of clients, too
+    #[arg(long, requires = "web")]
+    names: bool,
 }
 
 /// How often the agent is asked.
@@ -49,9 +57,13 @@ const DECISIONS: usize = 100;
 
 /// Runs until it is told to end, by a key or a signal.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    if let Some(web::Address(address)) = arguments.web {
+        let served = web::run(arguments.api.path(), address, arguments.names);
+        return Ok(runtime()?.block_on(served)?);
+    }
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         return Err(Failure::Configuration(anyhow::anyhow!(
-            "top needs a terminal; `rebalancer status` shows the same once"
+            "top needs a terminal; `rebalancer status` shows the same once, `rebalancer top --web 9472` to browsers"
         )));
     }
     let is_plain = arguments.no_color || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());

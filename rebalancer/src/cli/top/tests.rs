@@ -6,7 +6,7 @@ use super::{
     model::{Answers, HISTORY, Key, List, Model},
 };
 
-fn answers(loads: [u64; 3]) -> Answers {
+pub fn answers(loads: [u64; 3]) -> Answers {
     let mean = loads.iter().sum::<u64>() as f64 / 3.0;
     let entry = |index: usize| {
         json!({"apiserver": format!("cp-{}", index + 1), "state": if loads[index] == 0 { "starting" } else { "ready" },
@@ -91,6 +91,87 @@ fn a_wide_screen_has_the_last_minutes_too() {
     let screen = screen(&model, 120, 30);
     assert!(screen[4].ends_with(|c| "▁▂▃▄▅▆▇█".contains(c)), "{}", screen[4]);
     assert!(screen[6].contains("starting"), "{}", screen[6]);
+}
+
+/// A screen as an SVG: each run of cells of one style is a text of just its width.
+fn picture(model: &Model, width: u16, height: u16) -> String {
+    use std::fmt::Write as _;
+
+    use ratatui::style::{Color, Modifier};
+    const CELL: u16 = 8;
+    const LINE: u16 = 18;
+    let mut terminal = Terminal::new(TestBackend::new(width, height)).expect("a terminal");
+    terminal.draw(|frame| draw(model, frame)).expect("a screen");
+    let buffer = terminal.backend().buffer();
+    let (wide, high) = (width * CELL + 16, height * LINE + 16);
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {wide} {high}\" font-family=\"monospace\" font-size=\"13\" \
+         role=\"img\" aria-label=\"rebalancer top\">\n<rect width=\"{wide}\" height=\"{high}\" rx=\"6\" fill=\"#16181d\"/>\n"
+    );
+    let style = |x: u16, y: u16| {
+        let cell = &buffer[(x, y)];
+        let fill = match cell.fg {
+            Color::Red => "#f07178",
+            Color::Green => "#8bd49c",
+            Color::Yellow => "#ebbf83",
+            Color::Cyan | Color::Blue => "#70c0e8",
+            Color::DarkGray => "#7f8694",
+            _ => "#d8dee9",
+        };
+        (fill, cell.modifier)
+    };
+    for y in 0..height {
+        let mut x = 0;
+        while x < width {
+            let from = x;
+            let (fill, modifier) = style(x, y);
+            let mut text = String::new();
+            while x < width && style(x, y) == (fill, modifier) {
+                text += buffer[(x, y)].symbol();
+                x += 1;
+            }
+            let (left, top) = (8 + from * CELL, 8 + y * LINE);
+            let is_reversed = modifier.contains(Modifier::REVERSED);
+            if is_reversed {
+                let _ = writeln!(
+                    svg,
+                    "<rect x=\"{left}\" y=\"{top}\" width=\"{}\" height=\"{LINE}\" fill=\"{fill}\"/>",
+                    (x - from) * CELL
+                );
+            }
+            if text.trim().is_empty() {
+                continue;
+            }
+            let text = text.replace('&', "&amp;").replace('<', "&lt;");
+            let weight = if modifier.contains(Modifier::BOLD) {
+                " font-weight=\"bold\""
+            } else {
+                ""
+            };
+            let _ = writeln!(
+                svg,
+                "<text x=\"{left}\" y=\"{}\" textLength=\"{}\" fill=\"{}\"{weight} xml:space=\"preserve\">{text}</text>",
+                top + 13,
+                (x - from) * CELL,
+                if is_reversed { "#16181d" } else { fill },
+            );
+        }
+    }
+    svg + "</svg>\n"
+}
+
+#[test]
+fn the_picture_in_the_docs_is_this_screen() {
+    let mut model = Model::new(true);
+    // An apiserver comes back empty, and gets its share.
+    for step in 0..HISTORY as u64 {
+        let back = (step * 2).saturating_sub(HISTORY as u64).min(100);
+        let mut answers = answers([150 - back / 2, 150 - back / 2, back]);
+        answers.status["skew"] = json!(0.0);
+        answers.status["hold"]["message"] = json!("skew +0.0 % is within 10.0 %");
+        model.take(Ok(answers));
+    }
+    crate::reference::file("docs/top.svg", &picture(&model, 110, 26));
 }
 
 #[test]

@@ -1,0 +1,112 @@
+{{/* Values that contradict each other, one sentence each. */}}
+{{- define "rebalancer.check" -}}
+{{- $ours := dict "shim" "shim" "mode" "mode" "dry-run" "mode" "source" "source" "intercept" "relay.intercept" "metrics" "agent.metrics" "lease-namespace" "the release's namespace" -}}
+{{- range $name, $value := .Values.agent.settings -}}
+{{- with get $ours $name -}}{{- fail (printf "agent.settings.%s: the chart has a value of its own for it: set %s" $name .) -}}{{- end -}}
+{{- if or (eq $name "peer") (hasPrefix "peer-c" $name) (eq $name "peer-key") (eq $name "peers") -}}
+{{- fail (printf "agent.settings.%s: all pods of a DaemonSet have the same flags: leave it out, and they find each other by Leases" $name) -}}
+{{- end -}}
+{{- if eq $name "config" -}}{{- fail "agent.settings.config: what that file names would not be in the pod: give its keys as settings" -}}{{- end -}}
+{{- end -}}
+{{- if hasKey .Values.relay.settings "metrics" -}}{{- fail "relay.settings.metrics: the chart has a value of its own for it: set relay.metrics" -}}{{- end -}}
+{{- if eq .Release.Namespace "kube-system" -}}
+{{- fail "the namespace is kube-system: the agents' right to write Leases would hold for those of others: install it in one of its own" -}}
+{{- end -}}
+{{- $loopback := "^(127\\.|\\[::1\\])" -}}
+{{- if and (eq .Values.shim "relay") (not .Values.relay.intercept) .Values.relay.inPod (regexMatch $loopback (toString (get .Values.relay.settings "listen"))) -}}
+{{- fail (printf "relay.intercept is false and relay.settings.listen is %s: no client would reach the relay: give it an address that clients reach" (toString (get .Values.relay.settings "listen"))) -}}
+{{- end -}}
+{{- if .Values.podMonitor.enabled -}}
+{{- if regexMatch $loopback .Values.agent.metrics -}}
+{{- fail (printf "podMonitor.enabled is true and agent.metrics is %s, which Prometheus does not reach: give it 0.0.0.0:9470 or [::]:9470" .Values.agent.metrics) -}}
+{{- end -}}
+{{- if and (include "rebalancer.hasRelay" .) (regexMatch $loopback .Values.relay.metrics) -}}
+{{- fail (printf "podMonitor.enabled is true and relay.metrics is %s, which Prometheus does not reach: give it 0.0.0.0:9471 or [::]:9471" .Values.relay.metrics) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .Values.shim "none") (ne .Values.mode "dry-run") -}}
+{{- fail (printf "mode is %s and shim is none: there is nothing that could say GOAWAY: set shim, or mode to dry-run" .Values.mode) -}}
+{{- end -}}
+{{- if and (include "rebalancer.hasRelay" .) (eq (regexFind "[0-9]+$" .Values.agent.metrics) (regexFind "[0-9]+$" .Values.relay.metrics)) -}}
+{{- fail (printf "agent.metrics is %s and relay.metrics is %s: both are in the host's network: give them two ports" .Values.agent.metrics .Values.relay.metrics) -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.enabled .Values.podMonitor.enabled (not .Values.networkPolicy.metricsCIDRs) -}}
+{{- fail "networkPolicy.enabled and podMonitor.enabled are true and networkPolicy.metricsCIDRs is empty: Prometheus would be kept out: name its networks" -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.peerCIDRs) -}}
+{{- fail "networkPolicy.enabled is true and networkPolicy.peerCIDRs is empty: agents would not reach each other: name the control-plane nodes' networks" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* "yes" where a relay is in the pod. */}}
+{{- define "rebalancer.hasRelay" -}}
+{{- if and (eq .Values.shim "relay") .Values.relay.inPod }}yes{{ end -}}
+{{- end -}}
+
+{{- define "rebalancer.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{/* Settings as words of a command line, a YAML list; a number of JSON loses no digit. */}}
+{{- define "rebalancer.words" -}}
+{{- range $name, $value := . }}
+{{- if kindIs "slice" $value }}
+{{- range $value }}
+- {{ printf "--%s=%s" $name . | quote }}
+{{- end }}
+{{- else if not (kindIs "invalid" $value) }}
+- {{ printf "--%s=%s" $name (kindIs "string" $value | ternary $value (toJson $value)) | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Directories of the files that settings name, as JSON: path -> whether it is written. */}}
+{{- define "rebalancer.mounts" -}}
+{{- $mounts := dict "/run/rebalancer" true -}}
+{{- range $name, $value := . -}}
+{{- $values := kindIs "slice" $value | ternary $value (list $value) -}}
+{{- range $values -}}
+{{- if kindIs "string" . -}}
+{{- $files := list . -}}
+{{- if eq $name "tls-sni-cert-key" -}}{{- $files = splitList "," (first (splitList ":" .)) -}}{{- end -}}
+{{- range $files -}}
+{{- $written := or (hasPrefix "unix:" .) (has $name (list "state" "decision-log")) -}}
+{{- $file := trimPrefix "unix:" . -}}
+{{- if and (hasPrefix "/" $file) (ne $name "cgroup-root") -}}
+{{- $directory := dir $file -}}
+{{- if or (eq $directory "/") (contains "/../" $file) -}}
+{{- fail (printf "settings.%s: %s: a pod needs an absolute path, of a file in a directory of its own" $name $file) -}}
+{{- end -}}
+{{- $_ := set $mounts $directory (or $written (get $mounts $directory | default false)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $mounts -}}
+{{- end -}}
+
+{{- define "rebalancer.volumeName" -}}
+{{- regexReplaceAll "[^a-z0-9]" (lower .) "-" | trimAll "-" | trunc -63 | trimAll "-" -}}
+{{- end -}}
+
+{{- define "rebalancer.probe" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" .address "" | trimAll "[]" -}}
+httpGet: {host: {{ get (dict "0.0.0.0" "127.0.0.1" "::" "::1") $host | default $host | quote }}, port: {{ regexFind "[0-9]+$" .address }}, path: {{ .path }}}
+periodSeconds: 10
+timeoutSeconds: 5
+{{- end -}}
+
+{{- define "rebalancer.confined" -}}
+securityContext:
+  # A user of its own would get no capabilities: Kubernetes sets no ambient ones.
+  runAsUser: 0
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- end -}}
