@@ -171,18 +171,20 @@ fn an_agent_that_finds_its_peers_by_leases_starts_with_what_its_unit_leaves_it()
         .arg(format!("--kubeconfig={}", kubeconfig.display()))
         .arg(format!("--api=unix:{}", socket.display()));
     let mut agent = Process::start("agent", command, None, &directory).expect("it starts");
-    let is_there = wait_for(Duration::from_secs(60), || {
-        (socket.exists() || agent.is_running().is_err()).then(|| socket.exists())
-    });
-    assert_eq!(is_there, Some(true), "{}", agent.log());
-    agent.is_running().expect("it runs on");
-    let log = agent.log();
     let name = Command::new("uname").arg("-n").output().expect("uname");
-    let name = String::from_utf8_lossy(&name.stdout).trim().to_owned();
-    assert!(
-        log.contains(&format!("rebalancer-{name}")),
-        "its Lease is named by the host: {log}"
+    let name = format!("rebalancer-{}", String::from_utf8_lossy(&name.stdout).trim());
+    // The socket is there before the agent says who it is.
+    let is_said = wait_for(Duration::from_secs(60), || {
+        let is_said = socket.exists() && agent.log().contains(&name);
+        (is_said || agent.is_running().is_err()).then_some(is_said)
+    });
+    assert_eq!(
+        is_said,
+        Some(true),
+        "no Lease named by the host, {name}: {}",
+        agent.log()
     );
+    agent.is_running().expect("it runs on");
     fs::remove_dir_all(directory).expect("it is there");
 }
 
