@@ -338,12 +338,7 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
         command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
     }
     if group == Group::Deploy {
-        match promtool() {
-            Ok(promtool) => {
-                command.env("REBALANCER_PROMTOOL", absolute(&promtool)?);
-            }
-            Err(error) => eprintln!("{error:#}: the tests that need promtool are skipped"),
-        }
+        command.env("REBALANCER_PROMTOOL", absolute(&promtool()?)?);
     }
     command.env("REBALANCER_SKIPS", absolute(skips)?);
     counted(&mut command, skips, "")
