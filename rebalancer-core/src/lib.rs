@@ -20,6 +20,7 @@ pub mod hellos;
 pub mod hold;
 pub mod ids;
 pub mod membership;
+pub mod news;
 pub mod observation;
 pub mod pace;
 pub mod planner;

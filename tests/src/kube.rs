@@ -136,7 +136,16 @@ impl Admin {
             "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "rebalancer"},
             "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": AGENTS}],
         });
-        self.make(&format!("{roles}/rolebindings"), &binding)
+        self.make(&format!("{roles}/rolebindings"), &binding)?;
+        let events = "/apis/rbac.authorization.k8s.io/v1/namespaces/default";
+        let role = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": {"name": "rebalancer"},
+            "rules": [{"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]}],
+        });
+        self.make(&format!("{events}/roles"), &role)?;
+        self.make(&format!("{events}/rolebindings"), &binding)
     }
 }
 

@@ -16,7 +16,8 @@ use crate::{
 /// word would end what an administrator said to the load balancer itself.
 const RETURNING: Duration = Duration::from_secs(300);
 
-/// Everybody gets so much of its part beside what it needs: new clients of the moment between two looks.
+/// Everybody gets so much of its part beside what it needs, and a connection at the least: new clients of the moment between
+/// two looks. Without that one the first client of a cluster would keep all others from its apiserver, while they come.
 const BESIDE: f64 = 0.01;
 
 /// What a load balancer is told.
@@ -80,19 +81,21 @@ impl Agent {
             .servers
             .iter()
             .position(|server| server.name == self.policy.node);
-        own.map_or(FULL, |own| percent(&balance.servers, own, self.policy.skew_target))
+        own.map_or(FULL, |own| {
+            percent(&balance.servers, own, self.policy.skew_target, balance.per_connection)
+        })
     }
 }
 
 /// The part of one of them: what it may have and has not, beside what has most of that.
-fn percent(servers: &[Server], own: usize, skew_target: f64) -> u8 {
+fn percent(servers: &[Server], own: usize, skew_target: f64, per_connection: f64) -> u8 {
     let total: f64 = servers.iter().map(|server| server.load).sum();
     if servers.len() < 2 || total <= 0.0 {
         return FULL;
     }
     let needs = |server: &Server| {
         let fair = server.fair * total;
-        ((1.0 + skew_target) * fair - server.load).max(0.0) + BESIDE * fair
+        ((1.0 + skew_target) * fair - server.load).max(0.0) + (BESIDE * fair).max(per_connection)
     };
     let most = servers.iter().map(needs).fold(0.0, f64::max);
     let share = (100.0 * needs(&servers[own]) / most).round();
@@ -121,7 +124,9 @@ mod tests {
                 acts: true,
             })
             .collect();
-        (0..servers.len()).map(|own| percent(&servers, own, 0.03)).collect()
+        (0..servers.len())
+            .map(|own| percent(&servers, own, 0.03, 1.0))
+            .collect()
     }
 
     #[test]
@@ -132,6 +137,8 @@ mod tests {
             // By hand: 103 - 150 is nothing, and 1 beside it; 103 - 0, and 1.
             (&[(150.0, 1.0), (150.0, 1.0), (0.0, 1.0)], &[1, 1, 100]),
             (&[(150.0, 1.0), (100.0, 1.0), (50.0, 1.0)], &[2, 7, 100]),
+            // The first client keeps nobody away.
+            (&[(1.0, 1.0), (0.0, 1.0), (0.0, 1.0)], &[74, 100, 100]),
             // Level by their size: as many new ones as they are large.
             (&[(200.0, 2.0), (100.0, 1.0)], &[100, 50]),
         ] {

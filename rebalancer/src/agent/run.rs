@@ -153,6 +153,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                     key,
                     instance,
                     inputs: inputs_sender.clone(),
+                    agent: handle.clone(),
                 })
                 .await?;
             }

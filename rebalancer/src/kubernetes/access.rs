@@ -164,7 +164,7 @@ impl Access {
 
     /// The result for the metric, the words, and whether another apiserver would say the same.
     fn explain(&self, at: &str, what: Asked<'_>, error: &kube::Error) -> (&'static str, Failed, bool) {
-        let Asked { verb, namespace } = what;
+        let Asked { verb, of, namespace } = what;
         let kube::Error::Api(status) = error else {
             let why = root_cause(error);
             return match error {
@@ -205,7 +205,7 @@ impl Access {
             403 => (
                 "forbidden",
                 Failed::Because(format!(
-                    "{at} forbids it: grant this agent {verb} on leases.coordination.k8s.io in the namespace \
+                    "{at} forbids it: grant this agent {verb} on {of} in the namespace \
                      {namespace} ({message})"
                 )),
                 true,
@@ -257,11 +257,19 @@ impl Access {
     }
 }
 
+/// Leases, as RBAC names them.
+pub const LEASES: &str = "leases.coordination.k8s.io";
+
+/// Events, as RBAC names them.
+pub const EVENTS: &str = "events.events.k8s.io";
+
 /// What is asked, for messages and figures.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     /// The verb, as RBAC spells it.
     pub verb: &'static str,
+    /// What it is asked of.
+    pub of: &'static str,
     /// Where.
     pub namespace: &'a str,
 }

@@ -20,7 +20,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::access::{Access, Asked, Failed};
+use super::access::{Access, Asked, Failed, LEASES};
 
 /// Leases are renewed every ten seconds: a watch that says nothing for so long is looked after.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -163,6 +163,7 @@ async fn list(access: &Access, wanted: &Wanted) -> Result<Known, Ended> {
     let parameters = ListParams::default().labels(&wanted.selector).limit(PAGE);
     let asked = Asked {
         verb: "list",
+        of: LEASES,
         namespace: &wanted.namespace,
     };
     let ask = |client: Client| {
@@ -190,6 +191,7 @@ async fn watch(
         .timeout(u32::try_from(WATCH.as_secs()).unwrap_or(u32::MAX));
     let asked = Asked {
         verb: "watch",
+        of: LEASES,
         namespace: &wanted.namespace,
     };
     let from = known.version.clone();

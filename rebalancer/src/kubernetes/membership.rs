@@ -38,13 +38,14 @@ use tokio::{
 };
 
 use super::{
-    access::{self, Access, Asked, Failed, Requests},
+    access::{self, Access, Asked, Failed, LEASES, Requests},
+    events,
     leases::{self, Kind, Reading, Wanted},
 };
 use crate::{
     agent::{
         config::{KubernetesConfig, PeerAddress},
-        handle::Clock,
+        handle::{AgentHandle, Clock},
         peers::{self, Answer, Target, pin::Identity, tls::PeerTls},
         wire,
     },
@@ -83,6 +84,8 @@ pub struct Parts {
     pub instance: u64,
     /// To the loop.
     pub inputs: mpsc::Sender<Input>,
+    /// Whose decisions are told of.
+    pub agent: AgentHandle,
 }
 
 /// Checks what an operator can mend, and starts the task.
@@ -121,6 +124,12 @@ pub async fn start(parts: Parts) -> anyhow::Result<()> {
         address = %own.endpoint.address,
         key = %own.endpoint.key,
         "peers are found by Leases"
+    );
+    events::start(
+        access.clone(),
+        parts.agent,
+        parts.policy.node.clone(),
+        own.holder.clone(),
     );
     let task = Task {
         membership: Membership::new(own),
@@ -378,6 +387,7 @@ async fn write(access: &Access, namespace: &str, lease: Lease) -> Renewed {
     let is_new = lease.metadata.resource_version.is_none();
     let asked = Asked {
         verb: if is_new { "create" } else { "update" },
+        of: LEASES,
         namespace,
     };
     let parameters = PostParams {

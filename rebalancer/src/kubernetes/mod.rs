@@ -5,6 +5,7 @@
 //! that the agent is for; while it is away nothing is decided, and the hold says why.
 
 mod access;
+mod events;
 mod leases;
 mod membership;
 

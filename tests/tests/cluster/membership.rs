@@ -308,6 +308,23 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
     scene("three find each other with no flag for any of them");
     world.is_well();
 
+    scene("each has written one Event of its start on its Node");
+    let started = || {
+        let (_, list) = world
+            .admin(0)
+            .ask("GET", "/apis/events.k8s.io/v1/namespaces/default/events", None)
+            .ok()?;
+        let of_start = |event: &&Value| event["reason"] == "RebalancerStarted";
+        let events = list["items"].as_array()?.iter().filter(of_start);
+        let mut nodes: Vec<_> = events
+            .filter(|event| event["regarding"]["kind"] == "Node" && event["reportingController"] == "rebalancer")
+            .filter_map(|event| event["regarding"]["name"].as_str().map(str::to_owned))
+            .collect();
+        nodes.sort();
+        (nodes == ["node-1", "node-2", "node-3"]).then_some(())
+    };
+    wait_for(PATIENCE, started).expect("three Events");
+
     scene("a forged Lease of no apiserver is named and holds up nobody");
     let mut forged = world.lease("node-2");
     forged["metadata"] = json!({

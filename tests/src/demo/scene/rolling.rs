@@ -140,8 +140,9 @@ impl Scene<'_> {
                 Ok(cluster.is_ready(index) && cluster.admitted()[index])
             })?;
             self.wait_for_clients(&mut swarm, all)?;
+            let is_last = index + 1 == self.cluster.nodes.len();
             let levelling = Instant::now();
-            while levelling.elapsed() < LEVELLING && !self.at_rest()? {
+            while !is_last && levelling.elapsed() < LEVELLING && !self.at_rest()? {
                 self.look(&mut swarm, Some(began), goaways)?;
             }
         }
