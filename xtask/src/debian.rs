@@ -133,11 +133,13 @@ impl Suite {
     /// It cannot be fetched or unpacked.
     pub fn unpacked(&self, package: &str, version: Option<&str>) -> anyhow::Result<PathBuf> {
         let wanted = version.map_or_else(|| package.to_owned(), |version| format!("{package}={version}"));
-        let tree = self.directory.join("trees").join(wanted.replace([':', '~', '='], "_"));
+        let name = wanted.replace([':', '~', '='], "_");
+        let tree = self.directory.join("trees").join(&name);
         if tree.join(".complete").is_file() {
             return Ok(tree);
         }
-        let download = self.directory.join("download");
+        // Two packages are fetched at once when a group's tests run beside a VM.
+        let download = self.directory.join("download").join(&name);
         // A download that was cut off is begun again.
         let _ = fs::remove_dir_all(&download);
         let _ = fs::remove_dir_all(&tree);
