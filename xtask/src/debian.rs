@@ -51,6 +51,9 @@ impl Suite {
             suite.directory.join("sources.list"),
             format!("deb [arch={}] {mirror} {name} main\n", arch.debian()),
         )?;
+        // apt-get gives up where another one reads the same list.
+        let one = fs::File::create(suite.directory.join("reading"))?;
+        one.lock()?;
         eprintln!("reading the package list of Debian {name}");
         let status = suite
             .apt("apt-get")
