@@ -2,34 +2,30 @@
 //!
 //! Job: keep the table of connections, compare apiservers, and answer each turn with a decision and its reason;
 //! parse what the kernel and the wire hand over (ClientHello, HTTP/1.1, HTTP/2, BTF, Go binaries).
+//! Three rooms: what decides is here, [`wire`] is what clients and apiservers say, [`binary`] what files say.
 //! Input: values and bytes, and `now` as an argument.
 //! Output: values and bytes.
 //! It must never read a clock, a file, a socket, the environment or a source of randomness, and never log.
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod assemblies;
-pub mod btf;
+pub mod binary;
 pub mod budget;
 pub mod decision;
-pub mod golang;
-pub mod h1;
-pub mod h2;
-pub mod hello;
-pub mod hellos;
 pub mod hold;
 pub mod ids;
 pub mod membership;
 pub mod news;
 pub mod observation;
-pub mod pace;
 pub mod planner;
 pub mod policy;
-pub mod proxy_protocol;
 pub mod rho;
 pub mod shim;
 pub mod subflows;
 pub mod table;
 pub mod view;
 pub mod weight;
-pub mod x509;
+pub mod wire;
+
+pub use binary::{btf, golang};
+pub use wire::{assemblies, h1, h2, hello, hellos, pace, proxy_protocol, x509};
