@@ -99,6 +99,11 @@ pub enum Hold {
         /// Until the next few are told.
         left: Duration,
     },
+    /// An apiserver that was admitted a moment ago takes few: its load balancer starts it slowly.
+    SlowStart {
+        /// Until the next plan, of as many as it took lately.
+        left: Duration,
+    },
     /// Moved clients come back, again and again: moving them does not help behind this load balancer.
     Futile {
         /// Clients told in vain since somebody last landed elsewhere.
@@ -220,6 +225,7 @@ impl Hold {
             Self::CoolingDown { .. } => "cooling_down",
             Self::BudgetSpent { .. } => "budget_spent",
             Self::Probing { .. } => "probing",
+            Self::SlowStart { .. } => "slow_start",
             Self::Futile { .. } => "futile",
             Self::ClientsInTransit { .. } => "clients_in_transit",
             Self::AwaitsApproval { .. } => "awaits_approval",
@@ -290,6 +296,11 @@ impl fmt::Display for Hold {
             Self::Probing { told, left } => write!(
                 f,
                 "none of {told} told landed elsewhere; does the load balancer send clients there yet? next try in {}",
+                spoken(*left)
+            ),
+            Self::SlowStart { left } => write!(
+                f,
+                "fewer land elsewhere than at first: the load balancer starts an apiserver slowly; next in {}",
                 spoken(*left)
             ),
             Self::Futile { told, left } => write!(

@@ -30,6 +30,10 @@ struct Seen {
 /// Landings that are remembered of each: older ones fade, because a load balancer may change.
 const MEMORY: f64 = 400.0;
 
+/// And at least those of so many looks: where thousands land a second, one look is askew, for its snapshots are of different
+/// instants.
+const LOOKS: f64 = 12.0;
+
 /// The newest landings fade faster: a balancer that seeks the emptiest sends them elsewhere once that is full.
 const LATELY: f64 = 100.0;
 
@@ -52,7 +56,7 @@ impl Rho {
             for (name, count) in landings {
                 *self.lately.entry(name.clone()).or_default() += *count as f64 * part;
             }
-            let keep = (LATELY / self.lately.values().sum::<f64>()).min(1.0);
+            let keep = (LATELY.max(LOOKS * all * part) / self.lately.values().sum::<f64>()).min(1.0);
             self.lately.values_mut().for_each(|count| *count *= keep);
         }
         for donor in donors {
@@ -64,7 +68,7 @@ impl Rho {
             let seen = self.seen.entry(donor.clone()).or_default();
             seen.here += here as f64 * part;
             seen.all += all * part;
-            let keep = (MEMORY / seen.all).min(1.0);
+            let keep = (MEMORY.max(LOOKS * all * part) / seen.all).min(1.0);
             seen.here *= keep;
             seen.all *= keep;
         }

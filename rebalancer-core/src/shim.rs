@@ -37,6 +37,8 @@ pub struct Abilities {
     pub tells_at_request: bool,
     /// How long an order may take to be carried out.
     pub order_expiry: Duration,
+    /// Whether it sees streams end, and so who is idle.
+    pub sees_ends: bool,
 }
 
 impl Default for Abilities {
@@ -45,6 +47,7 @@ impl Default for Abilities {
         Self {
             tells_at_request: false,
             order_expiry: Duration::from_secs(10),
+            sees_ends: true,
         }
     }
 }
@@ -55,6 +58,7 @@ impl Abilities {
     pub const AT_REQUEST: Self = Self {
         tells_at_request: true,
         order_expiry: Duration::from_secs(30),
+        sees_ends: false,
     };
 }
 

@@ -64,6 +64,9 @@ pub struct Snapshot {
     pub goaways_total: u64,
     /// What those who were told weighed, since its agent started.
     pub told_load_total: f64,
+    /// Clients that something else told to go since its agent started: a relay that handed over (see
+    /// [`crate::table::ConnectionTable::left_total`]).
+    pub left_total: u64,
     /// Requests it refused for overload a short while ago, as far as its shim sees that.
     pub refused: u64,
     /// Landings since its agent started (see [`crate::table::ConnectionTable::accepted_total`]).

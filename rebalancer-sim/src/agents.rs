@@ -10,9 +10,11 @@ use std::{collections::BTreeSet, time::Duration};
 
 use rebalancer_core::{
     agent::{Agent, Command, Effect, Input, Memory},
+    decision::{Decision, Victim},
     ids::{ApiserverName, ConnectionId, ShimKind, Timestamp},
+    planner,
     policy::{Mode, Policy, Weight},
-    shim::GoawayResult,
+    shim::{Abilities, GoawayResult},
     view::{PeerFault, Snapshot},
 };
 
@@ -20,7 +22,7 @@ use crate::{
     node::{Life, index_of},
     queue::Event,
     setup::Role,
-    world::World,
+    world::{World, millis},
 };
 
 /// How long a batch of observations is gathered.
@@ -48,6 +50,8 @@ impl World<'_> {
     }
 
     fn start_agent_with(&mut self, server: usize, memory: &Memory) {
+        self.plan_ended(server);
+        self.nodes[server].hold = None;
         if !self.nodes[server].member {
             self.nodes[server].agent = None;
             return;
@@ -76,8 +80,12 @@ impl World<'_> {
             ..self.setup.policy.clone()
         };
         self.instances += 1;
-        // Agents are not in step.
-        let phase = self.random.below(self.setup.policy.interval.as_millis() as usize) as u64;
+        // Agents are not in step; one that goes on where another ended begins now.
+        let phase = if *memory == Memory::default() {
+            self.random.below(self.setup.policy.interval.as_millis() as usize) as u64
+        } else {
+            0
+        };
         let now = Timestamp::from_millis(self.now);
         let start = Timestamp::from_millis(self.now - phase);
         let mut agent = Agent::with_memory(policy, self.instances, start, memory, Duration::ZERO);
@@ -219,9 +227,12 @@ impl World<'_> {
                     self.run.decisions += 1;
                     if let Some(hold) = &decision.hold {
                         *self.run.holds.entry(hold.reason()).or_default() += 1;
+                        self.held(server, hold.reason());
                         continue;
                     }
                     self.run.plans += 1;
+                    self.nodes[server].hold = None;
+                    self.nodes[server].plan_due = Some(self.now + self.longest_plan(server, &decision));
                     if self.run.explanations.len() < EXPLANATIONS {
                         self.run
                             .explanations
@@ -232,8 +243,9 @@ impl World<'_> {
                         self.poll_in(peer, wait);
                     }
                 }
+                Effect::Settled(_) => self.plan_ended(server),
                 // The simulation tells every event.
-                Effect::Settled(_) | Effect::Confirm => {}
+                Effect::Confirm => {}
                 Effect::Resync => {
                     self.nodes[server].resync(&self.connections);
                     self.news(server);
@@ -241,6 +253,40 @@ impl World<'_> {
             }
         }
         self.schedule(server, now);
+    }
+
+    /// How long a plan may take: twice what its pace makes of it, twice an order's life, then the settle time and a look.
+    fn longest_plan(&self, server: usize, decision: &Decision) -> u64 {
+        let Some(agent) = &self.nodes[server].agent else {
+            return 0;
+        };
+        let cost = |victim: &Victim| {
+            agent
+                .table()
+                .connection(victim.connection)
+                .map_or(1.0, planner::cost_of)
+        };
+        let paced = decision.victims.iter().map(cost).sum::<f64>() / agent.goaway_rate();
+        let policy = agent.policy();
+        let waits = Abilities::default().order_expiry * 2 + policy.settle + policy.interval * 2;
+        millis(2.0 * paced) + waits.as_millis() as u64
+    }
+
+    /// A plan has ended, or its agent has.
+    pub(crate) fn plan_ended(&mut self, server: usize) {
+        let due = self.nodes[server].plan_due.take();
+        self.run.overdue_plans += u64::from(due.is_some_and(|due| self.now > due));
+    }
+
+    fn held(&mut self, server: usize, reason: &'static str) {
+        let since = match self.nodes[server].hold {
+            Some((before, since)) if before == reason => since,
+            _ => self.now,
+        };
+        self.nodes[server].hold = Some((reason, since));
+        let seconds = (self.now - since) as f64 / 1000.0;
+        let longest = self.run.longest_holds.entry(reason).or_default();
+        *longest = longest.max(seconds);
     }
 
     fn carry_out(&mut self, id: ConnectionId) -> GoawayResult {

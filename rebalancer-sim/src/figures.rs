@@ -58,6 +58,10 @@ pub struct Run {
     pub plans: u64,
     /// Holds by reason.
     pub holds: BTreeMap<&'static str, u64>,
+    /// Plans that went on for longer than their pace, their orders' life and the settle time allow.
+    pub overdue_plans: u64,
+    /// The most seconds for which an agent decided nothing but that hold, by reason.
+    pub longest_holds: BTreeMap<&'static str, f64>,
     /// The GOAWAYs, when there is a picture or the rebalancer sent them.
     pub marks: Vec<Mark>,
     /// Loads over time.

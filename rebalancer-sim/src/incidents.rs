@@ -55,7 +55,11 @@ impl World<'_> {
             Incident::RestartAgent(server) => self.restart_agent(*server),
             Incident::ReplaceRelay(server) => self.replace_relay(*server),
             Incident::Freeze(server, length) => {
-                self.nodes[*server].frozen_until = self.now + length.as_millis() as u64;
+                let length = length.as_millis() as u64;
+                self.nodes[*server].frozen_until = self.now + length;
+                if let Some(due) = &mut self.nodes[*server].plan_due {
+                    *due += length;
+                }
             }
         }
     }

@@ -74,6 +74,8 @@ pub struct Node {
     pub open: Vec<usize>,
     /// Those that are not draining.
     pub active: usize,
+    /// What the clients on those weigh together.
+    pub active_load: f64,
     /// Its agent, when the rebalancer runs.
     pub agent: Option<Agent>,
     /// Since when it is up, in milliseconds; 0 for since before the start.
@@ -90,6 +92,10 @@ pub struct Node {
     pub count_at: u64,
     /// The newest poll of the peers that counts.
     pub poll: u64,
+    /// Until when the plan in flight must have ended, if there is one.
+    pub plan_due: Option<u64>,
+    /// The hold that was decided last, and since when no other.
+    pub hold: Option<(&'static str, u64)>,
     /// Seconds of LIST work that wait, and as of when.
     pub lists: (f64, u64),
     /// Lists refused since the start.
@@ -123,6 +129,7 @@ impl Node {
             member: true,
             open: Vec::new(),
             active: 0,
+            active_load: 0.0,
             agent: None,
             up_at: 0,
             listener: 1,
@@ -131,6 +138,8 @@ impl Node {
             flush_at: None,
             count_at: 0,
             poll: 0,
+            plan_due: None,
+            hold: None,
             lists: (0.0, 0),
             refused: 0,
             refused_told: 0,

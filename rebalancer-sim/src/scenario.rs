@@ -26,7 +26,7 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const SCENARIOS: [Scenario; 21] = [
+pub const SCENARIOS: [Scenario; 26] = [
     Scenario {
         name: "restart",
         about: "300 clients; one of three apiservers dies and comes back empty",
@@ -108,6 +108,26 @@ pub const SCENARIOS: [Scenario; 21] = [
         build: slow_start,
     },
     Scenario {
+        name: "slow-start-leastconn",
+        about: "the same behind leastconn, which sends as many as the weight has grown for",
+        build: slow_start_leastconn,
+    },
+    Scenario {
+        name: "health-checks",
+        about: "a restart among two short calls a second through the balancer and a kubelet's probe a second on each apiserver",
+        build: health_checks,
+    },
+    Scenario {
+        name: "relay-replaced",
+        about: "a restart; in the middle of the rebalancing one relay hands over to another, and all its clients go",
+        build: relay_replaced,
+    },
+    Scenario {
+        name: "affinity",
+        about: "a restart behind a balancer that brings each client straight back, for six hours",
+        build: affinity,
+    },
+    Scenario {
         name: "agent-restarts",
         about: "a restart; one agent is started anew in the middle of the rebalancing, and another one later",
         build: agent_restarts,
@@ -131,6 +151,11 @@ pub const SCENARIOS: [Scenario; 21] = [
         name: "uneven",
         about: "1054, 81 and 518 clients: the third becomes a donor on the way",
         build: uneven,
+    },
+    Scenario {
+        name: "uneven-donors",
+        about: "908, 672 and 77 clients, by chance: two donors of different size",
+        build: uneven_donors,
     },
 ];
 
@@ -349,6 +374,38 @@ fn slow_start() -> Setup {
     setup
 }
 
+fn slow_start_leastconn() -> Setup {
+    Setup {
+        balancer: LoadBalancer::Leastconn,
+        ..slow_start()
+    }
+}
+
+fn health_checks() -> Setup {
+    Setup {
+        strangers: Strangers {
+            calls: 2.0,
+            probes: 1.1,
+        },
+        ..restart()
+    }
+}
+
+fn relay_replaced() -> Setup {
+    let mut setup = restart();
+    setup
+        .incidents
+        .push((Duration::from_secs(104), Incident::ReplaceRelay(0)));
+    setup
+}
+
+fn affinity() -> Setup {
+    Setup {
+        incidents: dies_and_returns(2, 60, 30).to_vec(),
+        ..cluster(vec![agents(1_000)], LoadBalancer::Affinity, minutes(6 * 60))
+    }
+}
+
 fn agent_restarts() -> Setup {
     let mut setup = restart();
     for (at, server) in [(104, 0), (112, 1)] {
@@ -379,6 +436,13 @@ fn two_apiservers() -> Setup {
     setup.apiservers = 2;
     setup.churn_per_hour = 0.5;
     setup
+}
+
+fn uneven_donors() -> Setup {
+    Setup {
+        placement: Placement::Counts(vec![908, 672, 77]),
+        ..cluster(vec![agents(1_657)], LoadBalancer::Random, minutes(20))
+    }
 }
 
 fn uneven() -> Setup {

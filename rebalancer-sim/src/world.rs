@@ -228,6 +228,7 @@ impl<'a> World<'a> {
         let (index, server) = (self.connections.len(), connection.server);
         self.nodes[server].open.push(index);
         self.nodes[server].active += 1;
+        self.nodes[server].active_load += self.active_load(connection.client);
         self.nodes[server].opened(index, &connection);
         self.balancer.note(connection.client, server, self.nodes.len(), true);
         self.connections.push(connection);
@@ -263,6 +264,9 @@ impl<'a> World<'a> {
             self.happen(event);
         }
         self.now = self.end();
+        for server in 0..self.nodes.len() {
+            self.plan_ended(server);
+        }
         self.measure();
         let total = self.run.goaways_total;
         if let Some(at) = self.balanced_at {
@@ -363,6 +367,15 @@ impl<'a> World<'a> {
         }
     }
 
+    /// What a connection adds to the load of its apiserver: a stranger's nothing.
+    fn active_load(&self, client: usize) -> f64 {
+        if client == STRANGER {
+            0.0
+        } else {
+            self.weight_of(client)
+        }
+    }
+
     pub(crate) fn connect(&mut self, client: usize) {
         let backends = self.backends();
         match self.balancer.pick(
@@ -446,10 +459,7 @@ impl<'a> World<'a> {
         self.run.goaways_total += 1;
         if self.setup.sample.is_some() || self.contender == Contender::Rebalancer {
             let up = self.nodes.iter().filter(|node| node.up && node.member).count().max(1);
-            let here = self.nodes[server].open.iter().map(|index| &self.connections[*index]);
-            let active = here.filter(|connection| connection.life == Life::Active);
-            let clients = active.filter(|connection| connection.client != STRANGER);
-            let load: f64 = clients.map(|connection| self.weight_of(connection.client)).sum();
+            let load = self.nodes[server].active_load;
             self.run.marks.push(Mark {
                 at: (self.now - START) as f64 / 1000.0,
                 server,
@@ -467,6 +477,7 @@ impl<'a> World<'a> {
             (connection.client, connection.server, connection.opened_at)
         };
         self.nodes[server].active -= 1;
+        self.nodes[server].active_load -= self.active_load(client);
         self.nodes[server].touched(index);
         if client == STRANGER {
             return;
@@ -545,11 +556,12 @@ impl<'a> World<'a> {
             node.active -= 1;
             if client != STRANGER {
                 self.clients[client].home = None;
+                self.nodes[server].active_load -= self.weight_of(client);
             }
         } else if client != STRANGER {
             self.clients[client].elsewhere -= self.connections[index].watches;
         }
-        node.ended(index);
+        self.nodes[server].ended(index);
         self.balancer.note(client, server, self.nodes.len(), false);
         self.news(server);
     }

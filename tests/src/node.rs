@@ -193,6 +193,16 @@ impl Node {
         Ok(())
     }
 
+    /// Sends the agent a signal.
+    pub fn signal_agent(&self, signal: i32) {
+        self.agent.signal(signal);
+    }
+
+    /// Where its logs and sockets are: `relay.sock`, `agent.sock`, `decisions.jsonl`.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The agent's log, of all its processes.
     pub fn agent_log(&self) -> String {
         self.agent.log()

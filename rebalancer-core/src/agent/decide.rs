@@ -169,7 +169,9 @@ impl Agent {
             Ok(step) => step,
             Err(left) => {
                 let (_, told) = self.ramp.tried();
-                return Err(if self.ramp.is_futile() {
+                return Err(if self.ramp.is_slow() {
+                    Hold::SlowStart { left }
+                } else if self.ramp.is_futile() {
                     Hold::Futile { told, left }
                 } else {
                     Hold::Probing { told, left }
@@ -247,7 +249,7 @@ impl Agent {
     /// How many connections of this apiserver a plan has that only finds out where they land: its part of what it takes for
     /// one of them to land elsewhere, if the balancer chose evenly.
     pub(super) fn probe_of(&self, balance: &Balance) -> usize {
-        let least = (probe_of_all(balance) as f64 * balance.surplus_part).ceil();
+        let least = share_out(probe_of_all(balance), balance, &self.policy.node) as f64;
         let part = if balance.per_connection > 0.0 {
             balance.surplus * balance.surplus_part / balance.per_connection / PROBE_PART
         } else {
@@ -293,6 +295,25 @@ impl Agent {
 
 /// How many all donors together tell to find out where they land.
 pub(super) fn probe_of_all(balance: &Balance) -> u64 {
-    let share = balance.donors.len() as f64 / balance.servers.len().max(1) as f64;
-    ((1.0 - PROBE_CERTAINTY).ln() / share.clamp(0.01, 0.99).ln()).ceil() as u64
+    ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even_of(balance)).ln()).ceil() as u64
+}
+
+/// Which part of those who are told an even choice sends to apiservers that are no donors.
+pub(super) fn even_of(balance: &Balance) -> f64 {
+    1.0 - (balance.donors.len() as f64 / balance.servers.len().max(1) as f64).clamp(0.01, 0.99)
+}
+
+/// One donor's part of so many, by its part of the surplus. The parts of all add up: each is the difference of two rounded
+/// sums, and all agents have the apiservers in the same order.
+fn share_out(all: u64, balance: &Balance, own: &ApiserverName) -> u64 {
+    let (mut before, mut at) = (0.0, 0.0);
+    for server in balance.servers.iter().filter(|server| server.acts) {
+        before = at;
+        at += (server.expected - server.target).max(0.0);
+        if server.name == *own {
+            break;
+        }
+    }
+    let round = |sum: f64| (all as f64 * sum / balance.surplus.max(f64::MIN_POSITIVE) + 0.5).floor() as u64;
+    round(at).saturating_sub(round(before))
 }

@@ -4,7 +4,7 @@
 //! Input: the agent's state and `now`. Output: a [`Look`].
 //! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
 
-use super::{Agent, motion::Moves, rebalancing::Signs};
+use super::{Agent, decide::even_of, motion::Moves, ramp::Tellers, rebalancing::Signs};
 use crate::{
     hold::Hold,
     ids::{ApiserverName, Timestamp},
@@ -46,9 +46,15 @@ impl Agent {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
             // Without donors every landing is elsewhere: that says nothing.
             if !donors.is_empty() {
-                let elsewhere = moves.elsewhere(&donors);
-                let probe = self.probe_of(&planner::balance(&view, &self.policy, &self.rho, &self.spread, transit));
-                self.ramp.helped(elsewhere, probe);
+                let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
+                let tellers = Tellers {
+                    even: even_of(&balance),
+                    part: balance.surplus_part,
+                    probe: self.probe_of(&balance),
+                };
+                if self.ramp.landed(moves.landed, moves.elsewhere(&donors), tellers, now) {
+                    self.drop_unsent();
+                }
             }
         }
         if let Some(plan) = &mut self.plan {

@@ -1,6 +1,7 @@
 //! Who is in transit: clients that were told to go and have not landed anywhere yet.
 //!
-//! Job: follow every apiserver's totals from one look to the next, and set GOAWAYs off against landings.
+//! Job: follow every apiserver's totals from one look to the next, and set GOAWAYs off against landings; whom a relay told
+//! to go when it handed over is on the way as well, though no plan told him.
 //! Input: views. Output: what happened since the last look, and how many clients are in transit.
 //! Must never take a restarted agent's totals for movements, nor clients that come for reasons of their own for those who
 //! were told: before anybody is told it learns how many come anyway.
@@ -22,6 +23,7 @@ use crate::{
 struct Totals {
     instance: u64,
     goaways: u64,
+    left: u64,
     accepted: u64,
     load: f64,
 }
@@ -103,17 +105,20 @@ impl Motion {
             self.begin(view);
         }
         let mut moves = Moves::default();
+        let mut others = 0;
         for (name, entry) in &view.entries {
             let Snapshot {
                 instance,
                 goaways_total,
                 accepted_total,
                 told_load_total,
+                left_total,
                 ..
             } = entry.snapshot;
             let new = Totals {
                 instance,
                 goaways: goaways_total,
+                left: left_total,
                 accepted: accepted_total,
                 load: told_load_total,
             };
@@ -122,15 +127,18 @@ impl Motion {
                 .insert(name.clone(), new)
                 .filter(|old| old.instance == instance);
             let old = old.unwrap_or(new);
-            self.told_load += (new.load - old.load).max(0.0);
+            let left = new.left.saturating_sub(old.left);
+            let each = entry.snapshot.load / entry.snapshot.connections.max(1) as f64;
+            self.told_load += (new.load - old.load).max(0.0) + left as f64 * each;
+            others += left;
             moves.told += new.goaways.saturating_sub(old.goaways);
             moves
                 .landings
                 .push((name.clone(), new.accepted.saturating_sub(old.accepted)));
         }
-        self.told += moves.told;
-        if moves.told > 0 {
-            self.recent.push_back((now, moves.told));
+        self.told += moves.told + others;
+        if moves.told + others > 0 {
+            self.recent.push_back((now, moves.told + others));
         }
         while self.recent.front().is_some_and(|(at, _)| now.since(*at) >= settle) {
             self.recent.pop_front();
@@ -268,6 +276,7 @@ mod tests {
                     draining_streams: 0,
                     goaways_total: *goaways,
                     told_load_total: *goaways as f64,
+                    left_total: 0,
                     refused: 0,
                     node_local: 0,
                     accepted_total: *accepted,
@@ -350,6 +359,21 @@ mod tests {
             landed <= 1 && motion.in_transit() >= 29,
             "{landed} landed of 30 who drain"
         );
+    }
+
+    /// A relay that hands over tells everybody: they are on their way, and no plan's cost.
+    #[test]
+    fn whom_a_relay_told_when_it_handed_over_is_in_transit() {
+        let mut motion = Motion::default();
+        let mut before = view(&[("a", 1, 0, 0, 0, 0), ("b", 1, 0, 0, 0, 0)]);
+        motion.look(&before, 2, SETTLE, at(0));
+        let a = before.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
+        (a.snapshot.left_total, a.snapshot.draining) = (100, 100);
+        let moves = motion.look(&before, 2, SETTLE, at(1));
+        assert_eq!((moves.told, motion.in_transit()), (0, 100));
+        let later = view(&[("a", 1, 0, 20, 40, 0), ("b", 1, 0, 40, 0, 0)]);
+        motion.look(&later, 2, SETTLE, at(30));
+        assert_eq!(motion.in_transit(), 40);
     }
 
     #[test]

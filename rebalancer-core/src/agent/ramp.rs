@@ -6,8 +6,12 @@
 //!
 //! An apiserver that came back a moment ago may not be in the load balancer yet: health checks take 15 to 150 s to admit
 //! one. For that long the waits stay short, since it is expected any moment; afterwards they double from there to hours.
+//!
+//! And one that was admitted a moment ago may be started slowly: it gets fewer than its part until its weight has grown, and
+//! whoever is told meanwhile comes straight back. So for as long, when clearly fewer land elsewhere than did before, or would
+//! by an even choice, plans are a few seconds apart and no larger than what was taken lately and a little more.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::ids::Timestamp;
 
@@ -15,7 +19,7 @@ use crate::ids::Timestamp;
 const FIRST_WAIT: Duration = Duration::from_secs(5);
 
 /// The longest wait while an apiserver may only not be admitted yet.
-const FRESH_WAIT: Duration = Duration::from_secs(14);
+const FRESH_WAIT: Duration = Duration::from_secs(12);
 
 /// For so long after an apiserver came or went the load balancer may not know it yet.
 const FRESH: Duration = Duration::from_secs(160);
@@ -26,7 +30,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(12 * 60 * 60);
 /// From this wait on moving is called futile.
 const FUTILE_WAIT: Duration = Duration::from_secs(120);
 
-/// A plan after a good one is so many times as large.
+/// A plan after a good one is so many times as large; eight times was tried, and is no faster.
 const GROWTH: usize = 4;
 
 /// Once somebody was seen to land elsewhere, it takes so many times the landings of a probe without one to doubt it again.
@@ -34,6 +38,27 @@ const DOUBT: u64 = 3;
 
 /// So many landings elsewhere are no accident: what was in vain before is forgotten.
 const CERTAIN: u64 = 3;
+
+/// When fewer than this part of those who should land elsewhere do, it is taken for a slow start.
+const SLOW: f64 = 0.6;
+
+/// And when so many do again, for its end.
+const FAST: f64 = 0.85;
+
+/// While an apiserver starts slowly, so many times as many are told as it was seen to take.
+const CAUTION: f64 = 1.4;
+
+/// What landed within this time is looked at for that.
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// So many are all, but for some who come anyway.
+const ALL: f64 = 0.95;
+
+/// Fewer landings say nothing of it.
+const FEW: f64 = 10.0;
+
+/// And so long after each plan the next one is told: those who were told are seen to land by then.
+const PAUSE: Duration = Duration::from_secs(3);
 
 /// What became of a plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +69,17 @@ pub(super) struct Seen {
     pub landed: u64,
     /// Those of them that landed on an apiserver that is no donor.
     pub elsewhere: u64,
+}
+
+/// Those who tell, as a look shows them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Tellers {
+    /// Which part of those who are told an even choice sends to apiservers that are no donors.
+    pub even: f64,
+    /// This agent's part of what there is to tell.
+    pub part: f64,
+    /// How many it tells to find out.
+    pub probe: usize,
 }
 
 /// What the next plan may be.
@@ -69,6 +105,16 @@ pub(super) struct Ramp {
     unheard: u64,
     /// When the set of apiservers last changed.
     since: Timestamp,
+    /// When somebody first landed elsewhere since then.
+    admitted: Option<Timestamp>,
+    /// Whether all who landed did so elsewhere, once since then: the balancer seeks the emptiest.
+    takes_all: bool,
+    /// What landed lately: when, how many, and how many of them elsewhere.
+    window: VecDeque<(Timestamp, u64, u64)>,
+    /// Whether an apiserver seems to start slowly.
+    is_slow: bool,
+    /// Who told, at the last landing.
+    tellers: Tellers,
 }
 
 impl Ramp {
@@ -80,6 +126,11 @@ impl Ramp {
             in_vain: 0,
             unheard: 0,
             since: now,
+            admitted: None,
+            takes_all: false,
+            window: VecDeque::new(),
+            is_slow: false,
+            tellers: Tellers::default(),
         }
     }
 
@@ -95,6 +146,11 @@ impl Ramp {
             in_vain,
             unheard: 0,
             since: now,
+            admitted: None,
+            takes_all: false,
+            window: VecDeque::new(),
+            is_slow: false,
+            tellers: Tellers::default(),
         }
     }
 
@@ -103,16 +159,27 @@ impl Ramp {
         *self = Self::new(now);
     }
 
-    /// Somebody who was told, here or elsewhere, landed on an apiserver that is no donor; `probe` is what a probe is here.
-    pub fn helped(&mut self, elsewhere: u64, probe: usize) {
-        if elsewhere == 0 {
-            return;
+    /// So many of those who were told landed since the last look, here or elsewhere, and so many of them on apiservers that
+    /// are no donors. Returns whether more are not to be told now: an apiserver is seen to start slowly.
+    pub fn landed(&mut self, landed: u64, elsewhere: u64, tellers: Tellers, now: Timestamp) -> bool {
+        if landed == 0 {
+            return false;
         }
+        self.tellers = tellers;
+        if elsewhere > 0 {
+            self.admitted.get_or_insert(now);
+            self.helped(elsewhere, tellers.probe);
+        }
+        self.notice(landed, elsewhere, now)
+    }
+
+    fn helped(&mut self, elsewhere: u64, probe: usize) {
         if elsewhere >= CERTAIN {
             self.wait = Duration::ZERO;
             self.in_vain = 0;
         }
-        if !matches!(self.next, Next::UpTo(_)) {
+        // Who starts slowly takes somebody now and then: that ends no wait.
+        if !matches!(self.next, Next::UpTo(_)) && !self.is_slow {
             self.next = Next::UpTo(probe * GROWTH);
         }
     }
@@ -130,16 +197,21 @@ impl Ramp {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
             };
-            self.next = Next::UpTo(before.max(told * GROWTH));
+            self.next = if self.is_slow {
+                Next::After(now + PAUSE)
+            } else {
+                Next::UpTo(before.max(told * GROWTH))
+            };
             return false;
         }
         self.unheard += seen.landed;
-        let is_known = matches!(self.next, Next::UpTo(_));
+        let is_known = self.is_slow || matches!(self.next, Next::UpTo(_));
         if is_known && self.unheard < DOUBT * probe {
             // So few may all land on donors by chance.
             return false;
         }
         self.unheard = 0;
+        self.is_slow = false;
         self.in_vain += told as u64;
         let longest = if now.since(self.since) < FRESH {
             FRESH_WAIT
@@ -151,11 +223,70 @@ impl Ramp {
         true
     }
 
-    /// Time passes: whether a wait has just ended.
+    /// What landed since the last look: whether an apiserver is seen by it to start slowly, which was not known before.
+    fn notice(&mut self, landed: u64, elsewhere: u64, now: Timestamp) -> bool {
+        self.window.push_back((now, landed, elsewhere));
+        while self.window.front().is_some_and(|(at, ..)| now.since(*at) >= WINDOW) {
+            self.window.pop_front();
+        }
+        let (landed, elsewhere) = self.lately();
+        let expected = self.expected();
+        if landed >= FEW && elsewhere >= ALL * landed {
+            self.takes_all = true;
+        }
+        if self.is_slow {
+            let is_over = landed >= FEW && elsewhere >= FAST * expected * landed;
+            self.is_slow = !is_over && self.is_fresh(now);
+            return false;
+        }
+        // Snapshots are of different instants: while the rate changes, what is seen of it is askew.
+        let is_even = (2.0..=3.0).contains(&(5.0 * self.older(now) / landed));
+        // Chance makes a few less.
+        let is_short = elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < SLOW * expected * landed;
+        self.is_slow = is_short && is_even && self.is_fresh(now) && matches!(self.next, Next::UpTo(_));
+        if self.is_slow {
+            self.next = Next::After(now + PAUSE);
+        }
+        self.is_slow
+    }
+
+    /// Landings in the window, and those of them that were elsewhere.
+    fn lately(&self) -> (f64, f64) {
+        let sum = |of: fn(&(Timestamp, u64, u64)) -> u64| self.window.iter().map(of).sum::<u64>() as f64;
+        (sum(|(_, landed, _)| *landed), sum(|(.., elsewhere)| *elsewhere))
+    }
+
+    /// Landings in the older half of the window.
+    fn older(&self, now: Timestamp) -> f64 {
+        let is_older = |at: Timestamp| now.since(at) >= WINDOW / 2;
+        let older = self.window.iter().filter(|(at, ..)| is_older(*at));
+        older.map(|(_, landed, _)| *landed).sum::<u64>() as f64
+    }
+
+    /// The share of landings that should be elsewhere: all where that was so before, else an even choice's.
+    fn expected(&self) -> f64 {
+        if self.takes_all {
+            1.0
+        } else {
+            self.tellers.even.max(0.01)
+        }
+    }
+
+    fn is_fresh(&self, now: Timestamp) -> bool {
+        self.admitted.is_some_and(|at| now.since(at) < FRESH)
+    }
+
+    /// Time passes: whether a wait has just ended. Where an apiserver starts slowly, what comes next is this agent's part of
+    /// what that took lately, and some more.
     pub fn look(&mut self, now: Timestamp) -> bool {
         let over = matches!(self.next, Next::After(until) if now >= until);
         if over {
-            self.next = Next::Probe;
+            self.next = if self.is_slow {
+                let (_, elsewhere) = self.lately();
+                Next::UpTo((CAUTION * elsewhere / self.expected() * self.tellers.part).ceil() as usize)
+            } else {
+                Next::Probe
+            };
         }
         over
     }
@@ -182,6 +313,11 @@ impl Ramp {
         }
     }
 
+    /// Whether it waits for an apiserver that starts slowly.
+    pub fn is_slow(&self) -> bool {
+        self.is_slow
+    }
+
     /// Whether so much was tried that moving is taken for futile.
     pub fn is_futile(&self) -> bool {
         self.wait >= FUTILE_WAIT
@@ -203,6 +339,11 @@ mod tests {
 
     /// Of two donors of three.
     const PROBE: u64 = 5;
+    const TELLERS: Tellers = Tellers {
+        even: 1.0 / 3.0,
+        part: 0.5,
+        probe: 3,
+    };
 
     fn seen(told: u64, elsewhere: u64) -> Seen {
         Seen {
@@ -237,7 +378,7 @@ mod tests {
         let mut ramp = Ramp::new(at(0));
         let mut now = at(0);
         let mut waits = Vec::new();
-        for _ in 0..27 {
+        for _ in 0..31 {
             assert!(ramp.settled(3, VAIN, PROBE, now));
             let left = ramp.limit(3, now).expect_err("it waits");
             waits.push(left.as_secs());
@@ -246,9 +387,9 @@ mod tests {
             now = now + left;
             assert!(ramp.look(now) && ramp.is_probe());
         }
-        assert_eq!(waits[..13], [&[5, 10][..], &[14; 11]].concat(), "{waits:?}");
+        assert_eq!(waits[..15], [&[5, 10][..], &[12; 13]].concat(), "{waits:?}");
         assert!(
-            waits[12..]
+            waits[14..]
                 .windows(2)
                 .all(|pair| pair[1] == (pair[0] * 2).min(12 * 3_600)),
             "{waits:?}"
@@ -263,10 +404,56 @@ mod tests {
         ramp.settled(3, VAIN, PROBE, at(1_000));
         let (wait, in_vain) = ramp.tried();
         assert_eq!((wait, in_vain), (Duration::from_secs(10), 6));
-        ramp.helped(1, 3);
+        ramp.landed(1, 1, TELLERS, at(1_001));
         assert_eq!((ramp.limit(3, at(1_001)), ramp.tried()), (Ok(12), (wait, in_vain)));
-        ramp.helped(CERTAIN, 3);
+        ramp.landed(CERTAIN, CERTAIN, TELLERS, at(1_002));
         assert_eq!(ramp.tried(), (Duration::ZERO, 0));
+    }
+
+    /// Leastconn with a slow start: the first all land elsewhere, then only as many as the weight has grown for.
+    #[test]
+    fn an_apiserver_that_starts_slowly_gets_what_it_takes_and_little_more() {
+        let mut ramp = Ramp::new(at(0));
+        assert!(!ramp.landed(5, 5, TELLERS, at(1)));
+        ramp.settled(3, seen(5, 5), PROBE, at(1));
+        assert!(!ramp.landed(24, 24, TELLERS, at(4)));
+        ramp.settled(12, seen(24, 24), PROBE, at(4));
+        assert_eq!(ramp.limit(3, at(4)), Ok(48), "all of them land elsewhere");
+        assert!(!ramp.landed(48, 10, TELLERS, at(7)), "one look says nothing");
+        assert!(ramp.landed(48, 10, TELLERS, at(10)), "more are not to be told now");
+        ramp.settled(48, seen(96, 20), PROBE, at(11));
+        assert_eq!(ramp.limit(3, at(11)), Err(PAUSE));
+        ramp.landed(6, 4, TELLERS, at(12));
+        assert_eq!(ramp.limit(3, at(12)), Err(Duration::from_secs(2)), "that ends no wait");
+        assert!(ramp.look(at(14)));
+        let Ok(next) = ramp.limit(3, at(14)) else {
+            panic!("the wait is over");
+        };
+        assert!(
+            (9..=11).contains(&next),
+            "{next}: its half of 14 taken in five seconds, and some more"
+        );
+        // Nearly all land elsewhere again: it has started.
+        ramp.landed(34, 34, TELLERS, at(20));
+        ramp.settled(17, seen(34, 34), PROBE, at(20));
+        assert_eq!(ramp.limit(3, at(20)), Ok(4 * 17));
+        // Long after it was admitted, fewer are no slow start.
+        assert!(!ramp.landed(96, 20, TELLERS, at(200)));
+    }
+
+    /// In turn, or by chance, a third lands elsewhere: that is what is expected, however lucky the first were.
+    #[test]
+    fn an_even_choice_is_no_slow_start() {
+        let mut ramp = Ramp::new(at(0));
+        for (second, told, landed, elsewhere) in [(1, 3, 5, 4), (11, 12, 24, 5), (21, 48, 90, 22), (31, 192, 380, 110)]
+        {
+            for later in [0, 3] {
+                let slow = ramp.landed(landed / 2, elsewhere / 2, TELLERS, at(second + later));
+                assert!(!slow, "{elsewhere} of {landed}");
+            }
+            ramp.settled(told, seen(landed, elsewhere), PROBE, at(second));
+            assert_eq!(ramp.limit(3, at(second)), Ok(4 * told), "{elsewhere} of {landed}");
+        }
     }
 
     #[test]

@@ -5,8 +5,9 @@
 use super::{Agent, Pause, Proposed, Switch};
 use crate::{
     decision::{Decision, Outcomes},
-    ids::Timestamp,
+    ids::{ShimKind, Timestamp},
     policy::Policy,
+    shim::Abilities,
     table::ConnectionTable,
     view::{Part, Peers, Snapshot},
 };
@@ -28,6 +29,7 @@ impl Agent {
             draining_streams: self.table.draining_streams(),
             goaways_total: self.goaways_total,
             told_load_total: self.told_load_total,
+            left_total: self.table.left_total(),
             refused: self.stress.refused(self.policy.stale_after(), now),
             node_local: self.table.node_local() as u64,
             accepted_total: self.table.accepted_total(),
@@ -98,6 +100,11 @@ impl Agent {
     /// Why the shim cannot be used, when it cannot; there is no fault without a shim.
     pub fn shim_fault(&self) -> Option<&str> {
         self.shim_fault.as_deref()
+    }
+
+    /// What its shim can do; there is none without a shim.
+    pub fn abilities(&self) -> Option<Abilities> {
+        (self.policy.shim != ShimKind::None).then_some(self.abilities)
     }
 
     /// Whether no plan is in flight or settling.

@@ -80,20 +80,23 @@ impl World {
         Timestamp::from_millis(self.ms)
     }
 
+    fn socket(&self, index: usize, id: u64) -> Socket {
+        let port = 1024 + (id % 60_000) as u16;
+        Socket {
+            id: ConnectionId(id),
+            local: format!("10.0.0.{}:6443", index + 1).parse().expect("an address"),
+            remote: (std::net::Ipv4Addr::new(10, 1, (id >> 16) as u8, 1), port).into(),
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
     fn land(&mut self, index: usize) {
         let id = self.next_id;
         self.next_id += 1;
         self.sockets[index].insert(id, false);
-        let local = format!("10.0.0.{}:6443", index + 1).parse().expect("an address");
-        let port = 1024 + (id % 60_000) as u16;
-        let remote = (std::net::Ipv4Addr::new(10, 1, (id >> 16) as u8, 1), port).into();
-        let socket = Socket {
-            id: ConnectionId(id),
-            local,
-            remote,
-            bytes_in: 0,
-            bytes_out: 0,
-        };
+        let socket = self.socket(index, id);
+        let (local, remote) = (socket.local, socket.remote);
         self.input(index, Input::Observations(vec![Observation::Opened(socket)]));
         let known = ShimConnection {
             id: ConnectionId(id),
@@ -634,4 +637,99 @@ fn a_word_to_all_waits_until_each_peer_was_asked_once() {
     world.run(12);
     assert!(world.agents[1].is_paused());
     assert_eq!(world.holds(), ["paused"; 2]);
+
+/// Every donor's operator approves; another number is none that waits.
+#[test]
+fn a_rebalancing_waits_for_its_approval_and_begins_with_it() {
+    let mut world = World::new(&[150, 150, 0], Balancer::LeastSockets, |policy| {
+        policy.mode = Mode::Propose
+    });
+    world.run(60);
+    assert_eq!(world.goaways, 0, "nobody approved anything");
+    assert_eq!(world.holds(), ["awaits_approval", "awaits_approval", "below_threshold"]);
+    for index in [0, 1] {
+        let now = world.now();
+        let agent = &mut world.agents[index];
+        let proposal = agent.proposal().expect("it waits");
+        let (answer, _) = agent.command(now, Command::Approve(proposal + 1_000));
+        assert_eq!(
+            answer,
+            Answer::NoSuchProposal {
+                waiting: Some(proposal)
+            }
+        );
+        world.input(index, Input::Command(Command::Approve(proposal)));
+        assert_eq!(world.agents[index].proposal(), None, "it is approved");
+    }
+    world.run(120);
+    let active = world.active();
+    assert!(active.iter().all(|load| (90..=104).contains(load)), "{active:?}");
+    assert!(world.goaways <= 110, "{} GOAWAYs", world.goaways);
+    // What comes later is another rebalancing: it waits again.
+    for _ in 0..90 {
+        world.land(2);
+    }
+    world.run(60);
+    assert!(world.holds().contains(&"awaits_approval"), "{:?}", world.holds());
+}
+
+/// Whatever falls silent in the middle of a plan: who has not been told is not told until it speaks again, and then it goes
+/// on at no higher cost.
+#[test]
+fn silence_in_the_middle_of_a_plan_ends_the_plan_and_not_the_rebalancing() {
+    for silent in ["shim", "source", "clock"] {
+        let mut world = World::new(&[150, 150, 0], Balancer::LeastSockets, |policy| {
+            policy.goaway_rate = crate::policy::GoawayRate::PerSecond(2.0);
+        });
+        while world.agents[0].goaways_total() < 10 {
+            world.run(1);
+        }
+        let told = world.agents[0].goaways_total();
+        match silent {
+            "shim" => world.input(0, Input::ShimFailed("it does not answer".to_owned())),
+            "source" => world.input(0, Input::Observations(vec![Observation::Lost { events: 1 }])),
+            // The machine was suspended: all that was heard is old at once.
+            _ => world.ms += 600_000,
+        }
+        world.input(0, Input::Tick);
+        assert!(
+            world.agents[0].goaways_total() <= told + 2,
+            "{silent}: {} after {told}",
+            world.agents[0].goaways_total()
+        );
+        if silent == "clock" {
+            assert_eq!(world.holds()[0], "snapshot_stale");
+        } else {
+            world.run(30);
+            let held = world.agents[0].goaways_total();
+            assert!(held <= told + 2, "{silent}: {held} after {told}");
+            let reason = if silent == "shim" {
+                "shim_unavailable"
+            } else {
+                "lost_events"
+            };
+            assert_eq!(world.holds()[0], reason);
+        }
+        if silent == "source" {
+            let sockets = world.sockets[0].keys().map(|id| world.socket(0, *id)).collect();
+            let listener = Some(ConnectionId(u64::MAX));
+            world.input(0, Input::Observations(vec![Observation::Resync { sockets, listener }]));
+        }
+        let heard = ShimReport {
+            upstream_ready: Some(true),
+            ..ShimReport::default()
+        };
+        world.input(0, Input::Shim(heard));
+        world.run(180);
+        let active = world.active();
+        assert!(
+            active.iter().all(|load| (90..=104).contains(load)),
+            "{silent}: {active:?}"
+        );
+        assert!(
+            world.goaways <= 118,
+            "{silent}: {} GOAWAYs where 94 are needed",
+            world.goaways
+        );
+    }
 }

@@ -337,6 +337,7 @@ mod tests {
                 draining_streams: 0,
                 goaways_total: 0,
                 told_load_total: 0.0,
+                left_total: 0,
                 refused: 0,
                 node_local: 0,
                 accepted_total: 0,

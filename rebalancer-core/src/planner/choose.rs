@@ -32,7 +32,7 @@ type Rank = (u64, u64, ConnectionId);
 /// Why a connection is no candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
-    /// It has moved, or cannot hear a GOAWAY.
+    /// It has moved, or its shim cannot tell it now.
     Deaf,
     Unknown,
     Young,
@@ -147,7 +147,7 @@ fn rank(connection: &Connection, load: f64, policy: &Policy, abilities: Abilitie
 
 /// Why a connection may not be told, if it may not; cheap questions first.
 fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now: Timestamp) -> Option<Refusal> {
-    if connection.state == ConnectionState::Draining || connection.protocol == Protocol::Http1 {
+    if !connection.can_hear() {
         return Some(Refusal::Deaf);
     }
     if connection.protocol == Protocol::Unknown {
@@ -173,7 +173,7 @@ pub enum LeftOut {
     Gone,
     /// It has heard a GOAWAY already.
     Draining,
-    /// It cannot hear one.
+    /// It cannot be told now: HTTP/1.1 without a shim that closes it, upgraded, or in the middle of a long answer.
     Deaf,
     /// It is not known whether it speaks HTTP/2.
     UnknownProtocol,
@@ -197,10 +197,11 @@ pub fn left_out<'a>(
     if connection.state == ConnectionState::Draining {
         return Err(LeftOut::Draining);
     }
-    match connection.protocol {
-        Protocol::Http1 => return Err(LeftOut::Deaf),
-        Protocol::Unknown if !force => return Err(LeftOut::UnknownProtocol),
-        Protocol::Unknown | Protocol::H2Offered | Protocol::H2Selected => {}
+    if !connection.can_hear() {
+        return Err(LeftOut::Deaf);
+    }
+    if connection.protocol == Protocol::Unknown && !force {
+        return Err(LeftOut::UnknownProtocol);
     }
     let (client, user, agent) = (connection.client().ip(), connection.user(), connection.user_agent());
     if !force && policy.exclusions.matches(client, user, agent) {

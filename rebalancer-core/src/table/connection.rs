@@ -35,6 +35,8 @@ pub struct Connection {
     pub seeded: bool,
     /// Whether a shim listed it.
     pub(super) is_with_shim: bool,
+    /// Whether it can be told to go now: by its shim's word, else by what it speaks.
+    pub(super) can_be_told: bool,
     /// Whether the client is on this node: it would come straight back.
     pub(super) node_local: bool,
     /// Whether it is counted apart, because it is on this node.
@@ -43,8 +45,6 @@ pub struct Connection {
     pub(super) stays: bool,
     /// Whether it was counted as a landing.
     landed: bool,
-    /// Whether the shim can tell it although it speaks HTTP/1.1: with its next answer.
-    pub(super) can_be_told: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -114,8 +114,8 @@ impl Connection {
             // Who was there before the agent has stayed.
             stays: seeded,
             landed: false,
-            can_be_told: false,
             is_with_shim: false,
+            can_be_told: true,
             identity: None,
             counters: Counters {
                 bytes_in: socket.bytes_in,
@@ -162,14 +162,15 @@ impl Connection {
         self.node_local
     }
 
-    /// Whether it could hear a GOAWAY: not HTTP/1.1, and not draining, which has heard it.
+    /// Whether it could hear that it is to go: not draining, which has heard it, nor one whose shim cannot tell it, such as
+    /// HTTP/1.1 in the middle of an answer. Without a shim nobody can tell HTTP/1.1.
     pub fn can_hear(&self) -> bool {
-        self.state == ConnectionState::Active && self.protocol != Protocol::Http1
+        self.state == ConnectionState::Active && self.can_be_told
     }
 
     /// Whether it could be told to go in any way: over HTTP/1.1 a shim may do it with the next answer.
     pub fn can_be_told(&self) -> bool {
-        self.state == ConnectionState::Active && (self.protocol != Protocol::Http1 || self.can_be_told)
+        self.can_hear()
     }
 
     /// A shim says how old it is: it may be older than the agent, and than the agent's clock.
@@ -197,10 +198,10 @@ impl Connection {
         self.is_settled() && !self.apart
     }
 
-    /// Whether it is a landing from now on, once: it counts as load, is known to speak HTTP/2 and came after the agent.
+    /// Whether it is a landing from now on, once: it counts as load, is known for what it speaks and came after the agent.
     pub(super) fn lands(&mut self) -> bool {
-        let speaks_h2 = matches!(self.protocol, Protocol::H2Offered | Protocol::H2Selected);
-        let lands = !self.landed && !self.seeded && speaks_h2 && self.is_active();
+        let is_known = self.protocol != Protocol::Unknown;
+        let lands = !self.landed && !self.seeded && is_known && self.is_active();
         self.landed |= lands;
         lands
     }

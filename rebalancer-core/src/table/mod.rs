@@ -54,6 +54,7 @@ pub struct ConnectionTable {
     sampled_at: Option<Timestamp>,
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
+    left_total: u64,
     requests_total: u64,
     /// What was said of connections that the source has not shown yet.
     early: Early,
@@ -170,6 +171,7 @@ impl ConnectionTable {
             .filter(|id| !held.contains(id))
             .collect();
         for id in left {
+            self.left_total += u64::from(self.connections.get(id).is_some_and(Connection::is_active));
             self.mark_draining(id);
         }
     }
@@ -282,7 +284,7 @@ impl ConnectionTable {
         }
     }
 
-    /// How many connections count as load: not HTTP/1.1, not draining, open for a moment (see [`Self::new`]) or there
+    /// How many connections count as load: those that can be told to go, are open for a moment (see [`Self::new`]) or there
     /// before the agent, and not on this node unless those are to be counted.
     pub fn active(&self) -> usize {
         self.totals.active
@@ -324,10 +326,16 @@ impl ConnectionTable {
         }
     }
 
-    /// Landings since the agent started: connections that came after it, are known to speak HTTP/2, and count as load
+    /// Landings since the agent started: connections that came after it, are known for what they speak, and count as load
     /// (see [`Self::active`]). Health checks, short calls and the node's own are none.
     pub fn accepted_total(&self) -> u64 {
         self.accepted_total
+    }
+
+    /// Clients that a shim told to go when it took its leave, since the agent started: nobody planned it, and they are on
+    /// their way all the same.
+    pub fn left_total(&self) -> u64 {
+        self.left_total
     }
 
     /// Requests that the shim saw since the agent started, those of connections that have closed since included.
@@ -459,6 +467,9 @@ impl ConnectionTable {
         self.change(id, |connection| {
             // The server's choice is worth more than the client's offer.
             connection.protocol = connection.protocol.max(protocol);
+            if !connection.is_with_shim {
+                connection.can_be_told = connection.protocol != Protocol::Http1;
+            }
         });
     }
 
@@ -481,7 +492,10 @@ impl ConnectionTable {
         self.change(known.id, |connection| {
             connection.identity = identity;
             connection.is_with_shim = true;
-            connection.can_be_told = known.can_be_told;
+            // In the middle of a handshake it knows no more than the source.
+            if known.protocol != Protocol::Unknown {
+                connection.can_be_told = known.can_be_told;
+            }
             connection.state = connection.state.max(known.state);
             connection.counters = known.counters;
             // With a load balancer that passes addresses on, the shim knows the true one.

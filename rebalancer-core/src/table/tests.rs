@@ -257,6 +257,44 @@ fn what_a_shim_says_before_the_source_is_kept_until_the_connection_ends() {
     assert_eq!(protocol(2), Some(Protocol::Unknown));
 }
 
+/// What a shim can tell is a client like others, whatever it speaks; and only for as long as it can.
+#[test]
+fn http1_counts_where_and_while_its_shim_can_tell_it() {
+    let mut table = seeded(&[]);
+    let mut now = 1;
+    for id in [1, 2] {
+        table.observe(Observation::Opened(socket(id)), at(1));
+        table.observe(classified(id, Protocol::Http1), at(1));
+    }
+    settle(&mut table, &mut now);
+    assert_eq!((table.active(), table.accepted_total()), (0, 0), "nobody can tell them");
+    let said = |can_be_told: bool| ShimReport {
+        connections: vec![ShimConnection {
+            id: ConnectionId(1),
+            client: socket(1).remote,
+            local: socket(1).local,
+            protocol: Protocol::Http1,
+            can_be_told,
+            age: None,
+            state: ConnectionState::Active,
+            user: None,
+            user_agent: None,
+            counters: Counters::default(),
+        }],
+        ..ShimReport::default()
+    };
+    for (can_be_told, active) in [(true, 1), (false, 0), (true, 1)] {
+        table.report(&said(can_be_told), at(now));
+        assert_eq!((table.active(), table.accepted_total()), (active, 1), "{can_be_told}");
+        // The source says it again, and knows less.
+        table.observe(classified(1, Protocol::Http1), at(now));
+        assert_eq!(table.active(), active);
+        let policy = crate::policy::Policy::new(crate::ids::ApiserverName::new("n"), BTreeSet::new());
+        let told = crate::planner::left_out(table.connection(ConnectionId(1)), &policy, false);
+        assert_eq!(told.is_ok(), can_be_told);
+    }
+}
+
 #[test]
 fn an_offer_does_not_overrule_a_selection() {
     let mut table = seeded(&[1]);

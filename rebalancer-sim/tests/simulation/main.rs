@@ -1,6 +1,39 @@
 //! What the agents do together, in virtual time: the figures they are held to, the scenarios, and the safety envelope.
+//!
+//! `REBALANCER_SEEDS` says how often each world of a figure is run, `REBALANCER_CASES` in how many arbitrary worlds each rule
+//! of the envelope is tried.
 
+mod bounds;
 mod envelope;
 mod figures;
 mod scenarios;
 mod unkind;
+
+use std::io::Write as _;
+
+use rebalancer_sim::{
+    figures::Run,
+    setup::{Contender, Setup},
+    simulate,
+};
+
+/// A line of the test's log, whether or not the test passes.
+fn say(line: &str) {
+    // What cannot be said is not worth a failure.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// How often a world is run: so often where nobody says otherwise.
+fn seeds(otherwise: u64) -> u64 {
+    let said = std::env::var("REBALANCER_SEEDS")
+        .ok()
+        .and_then(|seeds| seeds.parse().ok());
+    said.unwrap_or(otherwise)
+}
+
+/// One world, with the agents, once for each seed.
+fn runs(setup: &Setup, seeds: u64) -> Vec<Run> {
+    (0..seeds)
+        .map(|seed| simulate(setup, Contender::Rebalancer, seed))
+        .collect()
+}

@@ -11,7 +11,7 @@ use std::{
 use ipnet::IpNet;
 use rebalancer_core::{
     agent::Agent,
-    ids::{ConnectionId, ShimKind, Timestamp},
+    ids::{ConnectionId, Timestamp},
     planner::left_out,
     table::Connection,
 };
@@ -134,7 +134,7 @@ impl Selection {
     /// It cannot be understood, or this agent does not know what it asks for: in words.
     pub fn choose(&self, agent: &Agent) -> Result<Vec<ConnectionId>, String> {
         let wanted = self.understood()?;
-        if self.idle && agent.policy().shim != ShimKind::Relay {
+        if self.idle && !agent.abilities().is_some_and(|shim| shim.sees_ends) {
             return Err("idle needs a shim that sees streams end: --shim relay".into());
         }
         let mut meant: Vec<(ConnectionId, &Connection)> = agent
@@ -204,7 +204,7 @@ impl std::str::FromStr for SocketAddrText {
 mod tests {
     use rebalancer_core::{
         agent::Input,
-        ids::{ApiserverName, Protocol},
+        ids::{ApiserverName, Protocol, ShimKind},
         observation::{Observation, Socket},
         policy::Policy,
         shim::{ConnectionState, Counters, ShimConnection, ShimReport},

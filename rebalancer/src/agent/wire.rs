@@ -296,6 +296,7 @@ pub fn hold(hold: &Hold) -> Value {
         Hold::BudgetSpent { tokens, allowance } => {
             json!({"tokens": rounded(*tokens), "allowance": rounded(*allowance)})
         }
+        Hold::SlowStart { left } => json!({"left_s": left.as_secs()}),
         Hold::Probing { told, left } | Hold::Futile { told, left } => {
             json!({"told": told, "left_ms": millis(*left)})
         }

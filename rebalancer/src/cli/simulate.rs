@@ -49,6 +49,9 @@ pub struct Arguments {
     /// Skew at which moving stops, and at which a cluster counts as balanced [default: 0.03, or the scenario's own]
     #[arg(long, value_name = "SHARE")]
     skew_target: Option<f64>,
+    /// Only this one: rebalancer, goaway-chance=CHANCE, max-connection-age=SECONDSs or nothing; may be given several times [default: these five]
+    #[arg(long = "policy", value_name = "NAME", value_parser = contender)]
+    policies: Vec<Contender>,
     /// How often it is run, each time with other chances
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     seeds: u64,
@@ -78,6 +81,28 @@ const CONTENDERS: [Contender; 5] = [
     Contender::Nothing,
 ];
 
+/// One of those, by the name that tables and pictures have; the lottery's chance and the age are free.
+fn contender(name: &str) -> Result<Contender, String> {
+    let chance = |text: &str| text.parse().ok().filter(|chance| (0.0..=1.0).contains(chance));
+    let age = |text: &str| {
+        text.strip_suffix('s')
+            .and_then(|seconds| seconds.parse().ok())
+            .filter(|age| *age > 0)
+    };
+    let named = match name.split_once('=') {
+        None if name == "rebalancer" => Some(Contender::Rebalancer),
+        None if name == "nothing" => Some(Contender::Nothing),
+        Some(("goaway-chance", text)) => chance(text).map(Contender::GoawayChance),
+        Some(("max-connection-age", text)) => {
+            age(text).map(|age| Contender::MaxConnectionAge(Duration::from_secs(age)))
+        }
+        _ => None,
+    };
+    named.ok_or_else(|| {
+        "there is rebalancer, goaway-chance=CHANCE from 0 to 1, max-connection-age=SECONDSs (such as 1800s) and nothing".to_owned()
+    })
+}
+
 /// Points of a picture.
 const POINTS: u32 = 400;
 
@@ -102,9 +127,14 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
         .checked()
         .map_err(|error| Failure::Configuration(error.into()))?;
 
-    let results = side_by_side(&setup, &CONTENDERS, arguments.seeds, arguments.first_seed);
+    let contenders = if arguments.policies.is_empty() {
+        &CONTENDERS[..]
+    } else {
+        &arguments.policies
+    };
+    let results = side_by_side(&setup, contenders, arguments.seeds, arguments.first_seed);
     if let Some(path) = &arguments.svg {
-        draw(path, &title, &setup, &CONTENDERS, arguments.first_seed)?;
+        draw(path, &title, &setup, contenders, arguments.first_seed)?;
     }
     let answer = answer(&title, &setup, arguments.seeds, &results);
     if arguments.json {
@@ -475,6 +505,26 @@ mod tests {
             let groups = groups_of(&all.iter().collect::<Vec<_>>(), 333);
             assert!(groups.len() <= PARTS, "{known}");
             assert_eq!(groups.iter().map(|group| group.count).sum::<usize>(), 333, "{known}");
+        }
+    }
+
+    #[test]
+    fn a_policy_is_named_as_the_table_names_it() {
+        for one in CONTENDERS {
+            assert_eq!(contender(&one.to_string()), Ok(one));
+        }
+        for wrong in [
+            "",
+            "lottery",
+            "goaway-chance",
+            "goaway-chance=2",
+            "goaway-chance=NaN",
+            "max-connection-age=0s",
+        ] {
+            assert!(
+                contender(wrong).is_err_and(|why| why.contains("max-connection-age=")),
+                "{wrong}"
+            );
         }
     }
 

@@ -194,6 +194,7 @@ fn peers(agent: &mut Agent, now: Timestamp) {
             connections: 0,
             load: 0.0,
             goaways_total: 0,
+            left_total: 0,
             accepted_total: 0,
             plan_in_flight: false,
             rebalancing: false,

@@ -87,7 +87,7 @@ pub fn done(node: &Node, arguments: &[&str]) -> Value {
     serde_json::from_str(&said).expect("JSON")
 }
 
-fn refused(node: &Node, arguments: &[&str], part: &str) {
+pub fn refused(node: &Node, arguments: &[&str], part: &str) {
     let (code, _, error) = ask(&node.api(), arguments);
     assert_eq!(code, Some(1), "{arguments:?}: {error}");
     assert!(error.contains(part), "{arguments:?}: {error}");
@@ -201,7 +201,7 @@ fn an_operators_orders_are_carried_out_while_the_cluster_holds() {
 }
 
 /// Kills an apiserver of a cluster, and gives the cluster with it back and empty.
-fn crashed(cluster: &mut Cluster, clients: usize, policy: Policy) -> (Driver, Report) {
+pub fn crashed(cluster: &mut Cluster, clients: usize, policy: Policy) -> (Driver, Report) {
     let mut report = Report {
         clients,
         ..Report::default()
@@ -211,7 +211,7 @@ fn crashed(cluster: &mut Cluster, clients: usize, policy: Policy) -> (Driver, Re
     (swarm.expect("one apiserver is back and empty"), report)
 }
 
-fn is_level(cluster: &Cluster) -> bool {
+pub fn is_level(cluster: &Cluster) -> bool {
     let at_rest = |node: &Node| {
         let hold = node.status().map(|status| status["hold"]["reason"].clone());
         hold.is_ok_and(|reason| reason == "below_threshold" || reason == "noise")
@@ -221,7 +221,7 @@ fn is_level(cluster: &Cluster) -> bool {
 }
 
 /// GOAWAYs that a node's relay has sent since it started: an agent's own count begins anew with its process.
-fn told(cluster: &Cluster) -> Vec<u64> {
+pub fn told(cluster: &Cluster) -> Vec<u64> {
     let of = |node: &Node| node.told().expect("the relay answers");
     cluster.nodes.iter().map(of).collect()
 }

@@ -39,6 +39,8 @@ pub struct WireSnapshot {
     pub draining_streams: u64,
     /// What those who were told weighed.
     pub told_load_total: f64,
+    /// Clients that a relay told to go when it handed over.
+    pub left_total: u64,
     /// Requests refused for overload a short while ago.
     pub refused: u64,
     /// GOAWAYs since the agent started.
@@ -123,7 +125,7 @@ const MOST_WORDS: u64 = 1 << 52;
 /// The format's version: agents of different ones do not understand each other.
 ///
 /// It goes up with every member that is new, gone, or means something else.
-pub const SNAPSHOT_VERSION: u32 = 4;
+pub const SNAPSHOT_VERSION: u32 = 5;
 
 /// What is read of an answer first: all versions have it.
 #[derive(Deserialize)]
@@ -241,6 +243,7 @@ impl WireSnapshot {
             draining: snapshot.draining,
             draining_streams: snapshot.draining_streams,
             told_load_total: snapshot.told_load_total,
+            left_total: snapshot.left_total,
             refused: snapshot.refused,
             goaways_total: snapshot.goaways_total,
             node_local: snapshot.node_local,
@@ -316,6 +319,7 @@ impl WireSnapshot {
             draining: self.draining,
             draining_streams: self.draining_streams,
             told_load_total: self.told_load_total,
+            left_total: self.left_total,
             refused: self.refused,
             goaways_total: self.goaways_total,
             node_local: self.node_local,
