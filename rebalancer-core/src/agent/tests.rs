@@ -637,6 +637,7 @@ fn a_word_to_all_waits_until_each_peer_was_asked_once() {
     world.run(12);
     assert!(world.agents[1].is_paused());
     assert_eq!(world.holds(), ["paused"; 2]);
+}
 
 /// Every donor's operator approves; another number is none that waits.
 #[test]

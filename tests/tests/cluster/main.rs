@@ -1,6 +1,5 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
-mod approval;
 mod evacuation;
 mod health_checks;
 mod membership;
