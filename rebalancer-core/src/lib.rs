@@ -21,6 +21,7 @@ pub mod planner;
 pub mod policy;
 pub mod rho;
 pub mod shim;
+pub mod sock_diag;
 pub mod subflows;
 pub mod table;
 pub mod view;

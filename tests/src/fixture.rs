@@ -121,21 +121,36 @@ pub fn goaway_server() -> anyhow::Result<PathBuf> {
 ///
 /// No Go, or the build fails.
 pub fn kubelet() -> anyhow::Result<PathBuf> {
+    small("kubelet", &module().join("kubelet"), ".")
+}
+
+/// Go's own HTTP/2 server with objects, watches and large bodies (tests/go/cmd/backend), built whenever its source has
+/// changed.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn backend() -> anyhow::Result<PathBuf> {
+    small("backend", &module(), "./cmd/backend")
+}
+
+/// Builds a program of few dependencies: Go itself knows whether there is anything to do.
+fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathBuf> {
     let Some(go) = on_path("go") else {
-        bail!("there is no `go` on PATH to build a kubelet's streams with: install Go 1.26 or later");
+        bail!("there is no `go` on PATH to build {program} of tests/go with: install Go 1.26 or later");
     };
     let cache = cache()?;
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
-    let to = cache.join("kubelet");
+    let to = cache.join(program);
     let status = Command::new(go)
-        .current_dir(module().join("kubelet"))
+        .current_dir(directory)
         .env("CGO_ENABLED", "0")
         .args(["build", "-trimpath", "-o"])
         .arg(&to)
-        .arg(".")
+        .arg(package)
         .status()
         .context("cannot start go")?;
-    anyhow::ensure!(status.success(), "`go build` of tests/go/kubelet failed ({status})");
+    anyhow::ensure!(status.success(), "`go build` of {program} in tests/go failed ({status})");
     Ok(to)
 }
 

@@ -70,6 +70,12 @@ enum Target {
     Http1,
     /// Certificates and chains of them
     X509,
+    /// The kernel's answers about sockets
+    Netlink,
+    /// The relay's flag for more certificates
+    Sni,
+    /// What agents tell each other
+    Snapshot,
 }
 
 impl Target {

@@ -11,7 +11,7 @@ use rebalancer_core::{
     ids::{ApiserverName, ConnectionId, Protocol, ShimKind, Timestamp},
     membership::{Basis, Endpoint, Roll},
     planner::LeftOut,
-    policy::{Mode, Weight},
+    policy::{Mode, Policy},
     table::{Connection, ConnectionTable},
 };
 use serde_json::{Value, json};
@@ -21,19 +21,26 @@ use super::handle::Clock;
 
 mod snapshot;
 
+<<<<<<< HEAD
 pub use snapshot::{
     LONGEST_PAUSE_MS, LONGEST_REASON, SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, WireSwitch, agreement,
     agreement_hash,
 };
+=======
+pub use snapshot::{SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, agreement, weight_name};
+>>>>>>> 3d15f09 (Unfinished heads are bounded together, handshakes have threads of their own, the apiserver's certificate is judged as client-go does)
 
-/// `connections`, `requests`, `bytes` or `streams`.
-pub fn weight_name(weight: Weight) -> &'static str {
-    match weight {
-        Weight::Connections => "connections",
-        Weight::Requests => "requests",
-        Weight::Bytes => "bytes",
-        Weight::Streams => "streams",
-    }
+/// The same as one short word, for a Lease.
+pub fn agreement_hash(policy: &Policy) -> String {
+    let said: Vec<String> = agreement(policy)
+        .into_iter()
+        .map(|(flag, value)| format!("{flag}={value}"))
+        .collect();
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, said.join(" ").as_bytes());
+    digest.as_ref()[..8]
+        .iter()
+        .map(|octet| format!("{octet:02x}"))
+        .collect()
 }
 
 /// `active`, `dry-run` or `propose`.

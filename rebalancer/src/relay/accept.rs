@@ -9,7 +9,7 @@ use std::{
     os::fd::AsFd as _,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ use rebalancer_core::h2::{
 use rustls::pki_types::CertificateDer;
 use socket2::{SockFilter, SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -319,15 +319,29 @@ impl Door {
             }
         };
         let door = Arc::clone(self);
-        self.workers.spawn(async move {
-            let served = match TcpStream::from_std(stream) {
-                Ok(stream) => door.serve(stream, &entry.connection, &mut place).await,
-                Err(error) => Err(error.into()),
+        self.workers.shake_hands(async move {
+            let joining = async {
+                let stream = TcpStream::from_std(stream)?;
+                tokio::select! {
+                    joined = door.join(stream, &entry.connection, &mut place) => joined.map(Some),
+                    () = entry.connection.closing() => Ok(None),
+                }
             };
-            entry.ends(match served {
-                Ok(end) => end.to_string(),
-                Err(error) => format!("{error:#}"),
-            });
+            let joined = joining.await;
+            match joined {
+                Ok(Some(joined)) => {
+                    let workers = Arc::clone(&door.workers);
+                    workers.spawn(async move {
+                        let _place = place;
+                        match door.serve(joined, &entry.connection).await {
+                            Ok(end) => entry.ends(end.to_string()),
+                            Err(error) => entry.ends(error.to_string()),
+                        }
+                    });
+                }
+                Ok(None) => entry.ends(End::Ordered.to_string()),
+                Err(error) => entry.ends(format!("{error:#}")),
+            }
         });
     }
 
@@ -338,6 +352,11 @@ impl Door {
             self.complaints.complain(Cause::Certificate, connection.client(), error);
         } else {
             connection.set_trust(Trust::new(chain, &judgement, Arc::clone(&self.tls)));
+            // Who vouches may have changed since this handshake began, and whoever was open then has been judged again
+            // without it.
+            if self.tls.current().generation != tls.generation {
+                connection.review();
+            }
         }
         judgement.claim
     }
@@ -356,7 +375,7 @@ impl Door {
         {
             connection.set_client(client);
         }
-        stream::accept(tls.server(connection.local().ip()), stream)
+        stream::accept(tls.server(connection.local().ip()), stream, |held| connection.hold(held))
             .await
             .inspect_err(|error| {
                 self.metrics.handshake("failed");
@@ -384,13 +403,10 @@ impl Door {
             Some(chain) => self.claim(&tls, chain, connection),
         };
         connection.established(if h2 { Protocol::H2 } else { Protocol::Http1 }, claim.user());
-        let mut first = vec![0; FIRST];
-        let count = timeout(if h2 { PREFACE } else { http1::HEAD }, client.read(&mut first))
+        let first = timeout(if h2 { PREFACE } else { http1::HEAD }, first_octets(&mut client))
             .await
             .with_context(|| slow("it has said nothing after its TLS handshake"))??;
-        anyhow::ensure!(count > 0, "the client closed the connection before it said anything");
-        first.truncate(count);
-        first.shrink_to_fit();
+        anyhow::ensure!(!first.is_empty(), "the client closed the connection before it said anything");
         let known = claim.is_believed();
         place.finish(known).inspect_err(|no_place| {
             self.complaints.complain(Cause::Limit, connection.client(), no_place);
@@ -423,20 +439,17 @@ impl Door {
         }
     }
 
-    async fn serve(&self, stream: TcpStream, connection: &Arc<Connection>, place: &mut Place) -> anyhow::Result<End> {
-        // On the heap for as long as they last: what follows, which lasts, is small.
-        let joining = Box::pin(self.join(stream, connection, place));
-        let joined = tokio::select! {
-            joined = joining => joined?,
-            () = connection.closing() => return Ok(End::Ordered),
-        };
+    /// What follows the handshakes, on a thread that serves.
+    async fn serve(&self, joined: Joined, connection: &Arc<Connection>) -> io::Result<End> {
         let Joined {
-            client,
-            server,
+            mut client,
+            mut server,
             claim,
             h2,
             first,
         } = joined;
+        client.settle()?;
+        server.settle()?;
         let policy = claim.policy(Arc::clone(&self.names), connection.client().ip());
         let end = if h2 {
             let relay = Relay::new(Settings {
@@ -452,9 +465,8 @@ impl Door {
                 connection,
                 max_header_bytes: self.limits.max_head_bytes,
                 idle: self.limits.idle_timeout,
-                first,
             };
-            Box::pin(http1::run(client, server, settings)).await
+            Box::pin(http1::run(client, first, server, settings)).await
         };
         if matches!(end, End::Server | End::ServerIo(_)) {
             self.doubt.notify_one();
@@ -465,6 +477,17 @@ impl Door {
 
 /// How much is read before the apiserver is connected to.
 const FIRST: usize = 16 * 1024;
+
+/// Waits for the first octets: nothing is held for a client that says nothing.
+async fn first_octets(client: &mut ServerStream) -> io::Result<Vec<u8>> {
+    std::future::poll_fn(|context| {
+        let mut octets = [0; FIRST];
+        let mut buffer = ReadBuf::new(&mut octets);
+        ready!(Pin::new(&mut *client).poll_read(context, &mut buffer))?;
+        Poll::Ready(Ok(buffer.filled().to_vec()))
+    })
+    .await
+}
 
 /// A stream of which something has been read.
 struct Begun<S> {

@@ -21,6 +21,7 @@ const QUIET: Duration = Duration::from_secs(10);
 pub enum Cause {
     Limit,
     Crowded,
+    Heads,
     Slow,
     Tls,
     ProxyHeader,
@@ -30,12 +31,17 @@ pub enum Cause {
 }
 
 /// All of them, with the value of the metric's label and what the log says.
-pub const CAUSES: [(Cause, &str, &str); 8] = [
+pub const CAUSES: [(Cause, &str, &str); 9] = [
     (Cause::Limit, "limit", "refused: there is no place"),
     (
         Cause::Crowded,
         "crowded",
         "too many unfinished connections: the oldest of the address with the most is closed",
+    ),
+    (
+        Cause::Heads,
+        "heads",
+        "heads or handshakes last too long, or hold too much together: the oldest is closed",
     ),
     (
         Cause::Slow,
@@ -79,15 +85,20 @@ pub struct Complaints([Kept; CAUSES.len()]);
 impl Complaints {
     /// One more.
     pub fn complain(&self, cause: Cause, client: SocketAddr, why: &dyn fmt::Display) {
+        self.complain_of(1, cause, client, why);
+    }
+
+    /// So many more, one of them of that client.
+    pub fn complain_of(&self, count: u64, cause: Cause, client: SocketAddr, why: &dyn fmt::Display) {
         let kept = &self.0[cause as usize];
-        kept.count.fetch_add(1, Relaxed);
-        if !kept.is_due(true) {
+        kept.count.fetch_add(count, Relaxed);
+        if !kept.is_due(count) {
             return;
         }
         let (_, _, what) = CAUSES[cause as usize];
         match cause {
             Cause::Resources => tracing::error!(%client, %why, "{what}"),
-            Cause::Limit | Cause::Crowded | Cause::Upstream => tracing::warn!(%client, %why, "{what}"),
+            Cause::Limit | Cause::Crowded | Cause::Heads | Cause::Upstream => tracing::warn!(%client, %why, "{what}"),
             // A load balancer's check connects and goes.
             Cause::Tls => tracing::debug!(%client, %why, "{what}"),
             Cause::Slow | Cause::ProxyHeader | Cause::Certificate => tracing::info!(%client, %why, "{what}"),
@@ -114,16 +125,15 @@ impl Complaints {
 }
 
 impl Kept {
-    /// Whether it is said now; if not, it is kept for the summary.
-    fn is_due(&self, another: bool) -> bool {
+    /// Whether the first of so many is said now; what is not said is kept for the summary.
+    fn is_due(&self, count: u64) -> bool {
         let mut unsaid = self.unsaid.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = unsaid.1.is_none_or(|at| at.elapsed() >= QUIET);
-        if due && unsaid.0 == 0 {
+        let due = unsaid.0 == 0 && unsaid.1.is_none_or(|at| at.elapsed() >= QUIET);
+        if due {
             unsaid.1 = Some(Instant::now());
-        } else if another {
-            unsaid.0 += 1;
         }
-        due && unsaid.0 == 0
+        unsaid.0 += count - u64::from(due);
+        due
     }
 
     fn due_summary(&self) -> u64 {
@@ -146,8 +156,8 @@ mod tests {
             assert_eq!(*cause as usize, index, "{label}");
         }
         let kept = Kept::default();
-        assert!(kept.is_due(true));
-        assert!((0..100).all(|_| !kept.is_due(true)));
+        assert!(kept.is_due(1));
+        assert!((0..100).all(|_| !kept.is_due(1)));
         assert_eq!(kept.due_summary(), 0, "it is too early");
         kept.unsaid.lock().expect("nobody panics").1 = None;
         assert_eq!(kept.due_summary(), 100);

@@ -2,13 +2,18 @@
 //!
 //! Input: the files of the flags. Must never fail: what cannot be read is somebody else's to say.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::time::{MissedTickBehavior, interval};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::{Files, metrics::Metrics, unix_now};
+use super::{Files, metrics::Metrics, trust::PROXY_CA, unix_now};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(60);
@@ -29,21 +34,31 @@ pub fn earliest(path: &Path) -> Option<i64> {
 
 /// Runs as long as the relay.
 pub async fn run(files: Files, metrics: Arc<Metrics>) {
-    let watched = [
+    let sni = files.sni.into_iter().map(|files| ("--tls-sni-cert-key", files.certificate));
+    let proxy_ca = files.proxy_ca.map(|file| (PROXY_CA, file));
+    let watched: Vec<(&'static str, PathBuf)> = [
         ("--tls-cert", files.certificate),
         ("--proxy-client-cert", files.proxy_certificate),
         ("--client-ca", files.client_ca),
         ("--upstream-ca", files.upstream_ca),
-    ];
-    let mut said: [Option<(i64, i64)>; 4] = [None; 4];
+    ]
+    .into_iter()
+    .chain(proxy_ca)
+    .chain(sni)
+    .collect();
+    let mut said: Vec<Option<(i64, i64)>> = vec![None; watched.len()];
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
+        // Several files may have one flag: the metric is of the one that ends first.
+        let mut ends: BTreeMap<&'static str, i64> = BTreeMap::new();
         for ((file, path), said) in watched.iter().zip(&mut said) {
             let Some(end) = earliest(path) else { continue };
-            metrics.expires(file, end);
+            let first = ends.entry(file).or_insert(end);
+            *first = end.min(*first);
+            metrics.expires(file, *first);
             let today = (end, (end - now).div_euclid(DAY));
             if end - now > SOON || *said == Some(today) {
                 continue;

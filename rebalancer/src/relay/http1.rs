@@ -75,12 +75,10 @@ pub struct Settings<'s> {
     pub max_header_bytes: usize,
     /// How long it may be without a request; [`IDLE`] at most.
     pub idle: Duration,
-    /// What the client has sent already.
-    pub first: Vec<u8>,
 }
 
-/// Serves one client until either side closes.
-pub async fn run<C, S>(client: C, server: S, settings: Settings<'_>) -> End
+/// Serves one client, which has sent `first` already, until either side closes.
+pub async fn run<C, S>(client: C, first: Vec<u8>, server: S, settings: Settings<'_>) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin + Send,
     S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -88,15 +86,10 @@ where
     let connection = settings.connection;
     let (client, to_client) = tokio::io::split(client);
     let (server, to_server) = tokio::io::split(server);
+    connection.add_bytes(first.len(), 0);
     let mut exchanges = Exchanges {
-        client: Side {
-            reader: client,
-            ahead: settings.first.clone(),
-        },
-        server: Side {
-            reader: server,
-            ahead: Vec::new(),
-        },
+        client: Side::new(client, first),
+        server: Side::new(server, Vec::new()),
         to_client,
         to_server,
         skippable: 0,
@@ -140,9 +133,9 @@ impl Leaving {
     }
 }
 
-/// Octets of a head's bound: its own, and [`FIELD`] for each line.
-fn weight(head: &[u8]) -> usize {
-    head.len() + FIELD * head.iter().filter(|octet| **octet == b'\n').count()
+/// Octets of a head's bound: its own, and [`FIELD`] for each line that was found whole.
+fn weight(octets: usize, found: &Finder) -> usize {
+    octets + FIELD * found.lines()
 }
 
 /// What the relay answers itself.
@@ -245,7 +238,7 @@ where
             // Closing with unread octets would reset the connection, and the reset could overtake the last ones.
             let mut left = LINGER_OCTETS;
             while left > 0 {
-                client.ahead.clear();
+                client.ahead = Vec::new();
                 match client.read().await? {
                     0 => break,
                     count => left = left.saturating_sub(count),
@@ -281,10 +274,11 @@ where
                 until = Instant::now() + HEAD;
             }
             let found = finder.find(&self.client.ahead);
-            let head = &self.client.ahead[..found.unwrap_or(self.client.ahead.len())];
-            if weight(head) > self.settings.max_header_bytes {
+            let octets = found.unwrap_or(self.client.ahead.len());
+            if weight(octets, &finder) > self.settings.max_header_bytes {
                 return Err(self.refuse(Refusal::TooLarge).await);
             }
+            self.settings.connection.hold(if found.is_none() { octets } else { 0 });
             if let Some(length) = found {
                 return Ok(length);
             }
@@ -461,7 +455,7 @@ where
         let mut finder = Finder::default();
         let length = loop {
             let found = finder.find(&server.ahead);
-            if weight(&server.ahead[..found.unwrap_or(server.ahead.len())]) > bound {
+            if weight(found.unwrap_or(server.ahead.len()), &finder) > bound {
                 return Err(End::ServerIo(invalid(
                     "an answer's head is larger than --max-header-bytes",
                 )));

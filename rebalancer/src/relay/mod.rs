@@ -52,7 +52,7 @@ use crate::{
 };
 use accept::{Door, Stop};
 use admission::{Admission, Bounds};
-use complaints::Complaints;
+use complaints::{Cause, Complaints};
 pub(crate) use expiry::earliest as earliest_end;
 use metrics::Metrics;
 pub use pacing::WatchHandover;
@@ -317,6 +317,9 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Comp
         ticks.tick().await;
         service::alive();
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
+        if let (count, Some(client)) = registry.take_ended_heads() {
+            complaints.complain_of(count, Cause::Heads, client, &"its head or handshake has been unfinished for longest");
+        }
         complaints.summarise();
         registry.tell_distrusted();
         match tls.reload() {

@@ -115,6 +115,9 @@ enum Read {
     End,
 }
 
+/// How many octets are read of each side before others on this thread have their turn.
+const TURN: usize = 128 * 1024;
+
 /// Why nothing more is read of a side in this turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
@@ -122,6 +125,14 @@ enum Reading {
     Armed,
     /// It was not asked, since there is no room for what it would bring: nothing wakes the task for its sake.
     Held,
+    /// It may have more, and has had its turn: the task wakes itself, and others come first.
+    Enough,
+}
+
+/// Lets others on this thread go first: the task is woken when they, and whoever has become ready by then, have been.
+fn poll_others_first(context: &mut Context<'_>) {
+    // It notes the waker, and has nothing else to do.
+    let _ = pin!(tokio::task::yield_now()).poll(context);
 }
 
 /// Reads once and hands the bytes over.
@@ -250,15 +261,16 @@ impl Pump {
         C: AsyncRead + AsyncWrite + Unpin,
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        let mut turns = [TURN; 2];
         loop {
             if !connection.is_believed() {
                 self.relay.withdraw();
             }
-            let client_is = match self.read_client(client, connection, context) {
+            let client_is = match self.read_client(client, connection, &mut turns[0], context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
-            let server_is = match self.read_server(server, connection, context) {
+            let server_is = match self.read_server(server, connection, &mut turns[1], context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
@@ -283,6 +295,10 @@ impl Pump {
             if written && self.relay.is_finished() {
                 return Poll::Ready(End::Drained);
             }
+            if [client_is, server_is].contains(&Reading::Enough) {
+                poll_others_first(context);
+                return Poll::Pending;
+            }
             // What was written made room: a side that was held has no waker, and is asked before the task sleeps. One that
             // stays held waits for a queue whose write is pending, and that write wakes the task.
             let forgotten = client_is == Reading::Held && self.out.has_room_for_client()
@@ -305,9 +321,13 @@ impl Pump {
         &mut self,
         client: &mut C,
         connection: &Connection,
+        turn: &mut usize,
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_client() {
+            if *turn == 0 {
+                return Ok(Reading::Enough);
+            }
             if !self.unread.is_empty() {
                 let taken = self.relay.client_bytes(&self.unread, &mut self.out)?;
                 self.unread.drain(..taken);
@@ -324,7 +344,10 @@ impl Pump {
             match read {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ClientIo)?? {
-                    Read::Bytes(count) => connection.add_bytes(count, 0),
+                    Read::Bytes(count) => {
+                        *turn = turn.saturating_sub(count);
+                        connection.add_bytes(count, 0);
+                    }
                     Read::End => return Err(End::Client),
                 },
             }
@@ -336,13 +359,20 @@ impl Pump {
         &mut self,
         server: &mut S,
         connection: &Connection,
+        turn: &mut usize,
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_server() {
+            if *turn == 0 {
+                return Ok(Reading::Enough);
+            }
             match poll_read(server, context, |bytes| self.relay.server_bytes(bytes, &mut self.out)) {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ServerIo)?? {
-                    Read::Bytes(count) => connection.add_bytes(0, count),
+                    Read::Bytes(count) => {
+                        *turn = turn.saturating_sub(count);
+                        connection.add_bytes(0, count);
+                    }
                     Read::End => return Err(End::Server),
                 },
             }
@@ -356,6 +386,7 @@ impl Pump {
             self.relay.open_streams(),
             self.relay.open_watches(),
         );
+        connection.hold(self.relay.unfinished());
         if self.relay.take_refused() > 0 {
             connection.refused();
         }

@@ -36,6 +36,20 @@ impl Socket {
         })
     }
 
+    /// Registers with the event loop of the thread that calls, and no longer with that of the one before.
+    ///
+    /// # Errors
+    ///
+    /// What epoll_ctl(2) says.
+    pub fn settle(&mut self) -> io::Result<()> {
+        let Some(registered) = self.registered.take() else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let interest = interest(self.crowded);
+        self.registered = Some(sys::watched(registered.into_inner(), interest)?);
+        Ok(())
+    }
+
     fn registered(&self) -> io::Result<&AsyncFd<TcpStream>> {
         self.registered
             .as_ref()
@@ -99,12 +113,7 @@ impl Socket {
         let Some(registered) = self.registered.take() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        let interest = if crowded {
-            Interest::READABLE.add(Interest::WRITABLE)
-        } else {
-            Interest::READABLE
-        };
-        let registered = sys::watched(registered.into_inner(), interest)?;
+        let registered = sys::watched(registered.into_inner(), interest(crowded))?;
         // Whoever waited for data waited on the registration that is gone.
         if registered.poll_read_ready(context).is_ready() {
             context.waker().wake_by_ref();
@@ -112,6 +121,14 @@ impl Socket {
         self.registered = Some(registered);
         self.crowded = crowded;
         Ok(())
+    }
+}
+
+fn interest(crowded: bool) -> Interest {
+    if crowded {
+        Interest::READABLE.add(Interest::WRITABLE)
+    } else {
+        Interest::READABLE
     }
 }
 

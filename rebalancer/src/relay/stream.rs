@@ -97,14 +97,18 @@ pub type ServerStream = TlsStream<UnbufferedServerConnection>;
 /// Towards the apiserver.
 pub type ClientStream = TlsStream<UnbufferedClientConnection>;
 
-/// Shakes hands with a client.
+/// Shakes hands with a client; `holds` hears how many octets of its messages wait to be whole.
 ///
 /// # Errors
 ///
 /// The socket's, or [`io::ErrorKind::InvalidData`] with what TLS says.
-pub async fn accept(config: Arc<ServerConfig>, socket: TcpStream) -> io::Result<ServerStream> {
+pub async fn accept(
+    config: Arc<ServerConfig>,
+    socket: TcpStream,
+    holds: impl FnMut(usize),
+) -> io::Result<ServerStream> {
     let session = UnbufferedServerConnection::new(config).map_err(invalid)?;
-    TlsStream::handshake(socket, session).await
+    TlsStream::handshake(socket, session, holds).await
 }
 
 /// Shakes hands with the apiserver, and offers one protocol.
@@ -119,7 +123,7 @@ pub async fn connect(
     socket: TcpStream,
 ) -> io::Result<ClientStream> {
     let session = UnbufferedClientConnection::new_with_alpn(config, name, vec![protocol.to_vec()]).map_err(invalid)?;
-    TlsStream::handshake(socket, session).await
+    TlsStream::handshake(socket, session, |_| {}).await
 }
 
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
@@ -185,7 +189,7 @@ impl<S: Session> Handshake<S> {
 }
 
 impl<S: Session> TlsStream<S> {
-    async fn handshake(mut socket: TcpStream, session: S) -> io::Result<Self> {
+    async fn handshake(mut socket: TcpStream, session: S, mut holds: impl FnMut(usize)) -> io::Result<Self> {
         let mut shaking = Handshake {
             session: Box::new(session),
             incoming: Vec::new(),
@@ -202,7 +206,9 @@ impl<S: Session> TlsStream<S> {
                     sent?;
                 }
             }
+            holds(shaking.incoming.len());
             if due? {
+                holds(0);
                 return Ok(Self {
                     socket: Socket::new(socket.into_std()?)?,
                     session: shaking.session,
@@ -222,6 +228,15 @@ impl<S: Session> TlsStream<S> {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
+    }
+
+    /// Goes on on the thread that calls.
+    ///
+    /// # Errors
+    ///
+    /// What epoll_ctl(2) says.
+    pub fn settle(&mut self) -> io::Result<()> {
+        self.socket.settle()
     }
 
     /// What was agreed on, and who the peer is.
@@ -453,7 +468,7 @@ mod tests {
         let address = listener.local_addr().expect("its address");
         let serving = async {
             let (socket, _) = listener.accept().await.expect("a connection");
-            accept(server, socket).await.expect("a handshake")
+            accept(server, socket, |_| {}).await.expect("a handshake")
         };
         let connecting = async {
             let socket = TcpStream::connect(address).await.expect("a connection");

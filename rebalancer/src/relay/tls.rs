@@ -13,7 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
+    ClientConfig, ServerConfig,
+    ConfigBuilder, WantsVerifier,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,
@@ -23,7 +24,7 @@ use super::{
     identity::sha256,
     request_headers::RequestHeaders,
     sni::{ByName, SniFiles},
-    trust::{Authorities, ClientCertificates, PROXY_CA},
+    trust::{self, Authorities, ClientCertificates, PROXY_CA, ServerCertificates},
 };
 
 /// The protocols of the front door, best first.
@@ -109,11 +110,14 @@ impl Tls {
         };
         let by_address = by_address.into_iter().map(at).collect();
 
-        let upstream = Arc::new(roots(&files.upstream_ca, "--upstream-ca")?);
+        let upstream = ServerCertificates::new(trust::bundle(&files.upstream_ca, "--upstream-ca")?);
         let towards_upstream = || {
-            ClientConfig::builder_with_provider(Arc::clone(&provider))
-                .with_safe_default_protocol_versions()
-                .map(|builder| builder.with_root_certificates(Arc::clone(&upstream)))
+            let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+            // As client-go judges it: see there.
+            let judged = |builder: ConfigBuilder<ClientConfig, WantsVerifier>| {
+                builder.dangerous().with_custom_certificate_verifier(upstream.clone())
+            };
+            builder.with_safe_default_protocol_versions().map(judged)
         };
         let front_proxy = towards_upstream()?
             .with_client_auth_cert(
@@ -263,14 +267,4 @@ fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>
 fn key(path: &Path, flag: &str) -> anyhow::Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_file(path)
         .with_context(|| format!("{flag} {}: cannot read a private key (PEM)", path.display()))
-}
-
-fn roots(path: &Path, flag: &str) -> anyhow::Result<RootCertStore> {
-    let mut store = RootCertStore::empty();
-    for certificate in chain(path, flag)? {
-        store
-            .add(certificate)
-            .with_context(|| format!("{flag} {}: a certificate in it cannot be a root", path.display()))?;
-    }
-    Ok(store)
 }

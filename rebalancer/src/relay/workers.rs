@@ -1,5 +1,6 @@
 //! The threads that serve connections, each with an event loop of its own: a connection stays on one thread, and no
-//! byte wakes another.
+//! byte wakes another. Handshakes have threads of their own, which give way to those: a signature takes as long as many
+//! requests, and strangers ask for as many as they like.
 //!
 //! Input: connections' tasks. Must never move a task, nor let one thread have many more than another, nor have a timer
 //! while connections are idle: with one, each wait for events sets the processor's clock and takes it back.
@@ -16,9 +17,21 @@ use std::{
 
 use tokio::runtime::{Builder, Handle};
 
+use crate::sys;
+
+/// How much handshakes give way to requests that are served (setpriority(2)): where both would run, they have a quarter.
+const NICE: i32 = 6;
+
+/// How much longer than a thread that serves may one for handshakes owe an answer: it may have thousands of them to do, with
+/// what the others leave it.
+const PATIENCE: u32 = 3;
+
 /// All threads.
 #[derive(Debug)]
-pub struct Workers(Vec<Worker>);
+pub struct Workers {
+    serving: Vec<Worker>,
+    doors: Vec<Worker>,
+}
 
 #[derive(Debug)]
 struct Worker {
@@ -35,27 +48,52 @@ struct Worker {
 const ANSWERED: u64 = u64::MAX;
 
 impl Workers {
-    /// One thread a processor that this process may use.
+    /// One thread of each kind a processor that this process may use.
     ///
     /// # Errors
     ///
     /// The system has no thread to give.
     pub fn start() -> io::Result<Self> {
-        let count = thread::available_parallelism().map_or(1, usize::from);
-        (0..count).map(Worker::start).collect::<io::Result<_>>().map(Self)
+        Self::of(thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    fn of(count: usize) -> io::Result<Self> {
+        let serving = (0..count).map(|index| Worker::start(format!("relay-{index}"), 0));
+        let doors = (0..count).map(|index| Worker::start(format!("relay-door-{index}"), NICE));
+        Ok(Self {
+            serving: serving.collect::<io::Result<_>>()?,
+            doors: doors.collect::<io::Result<_>>()?,
+        })
     }
 
     /// A thread that owes an answer for longer than that, if there is one. Every other is asked anew: whoever wants to
     /// know asks again and again.
     pub fn standing_still(&self, limit: Duration) -> Option<&str> {
+        let serving = self.serving.iter().map(|worker| (worker, limit));
+        let doors = self.doors.iter().map(|worker| (worker, limit * PATIENCE));
         // Each is asked, also behind one that stands still.
-        let still: Vec<&Worker> = self.0.iter().filter(|worker| !worker.moves(limit)).collect();
+        let still: Vec<&Worker> = serving
+            .chain(doors)
+            .filter(|(worker, limit)| !worker.moves(*limit))
+            .map(|(worker, _)| worker)
+            .collect();
         still.first().map(|worker| worker.name.as_str())
     }
 
-    /// Runs a task on the thread that has the fewest.
+    /// Runs a task on the thread that has the fewest of those that serve.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let Some(worker) = self.0.iter().min_by_key(|worker| worker.tasks.load(Relaxed)) else {
+        Worker::least(&self.serving, task);
+    }
+
+    /// The same for a handshake: with the client, and with the apiserver for its sake.
+    pub fn shake_hands(&self, task: impl Future<Output = ()> + Send + 'static) {
+        Worker::least(&self.doors, task);
+    }
+}
+
+impl Worker {
+    fn least(all: &[Self], task: impl Future<Output = ()> + Send + 'static) {
+        let Some(worker) = all.iter().min_by_key(|worker| worker.tasks.load(Relaxed)) else {
             // There is always one.
             return;
         };
@@ -67,16 +105,16 @@ impl Workers {
             task.await;
         });
     }
-}
 
-impl Worker {
-    fn start(index: usize) -> io::Result<Self> {
+    fn start(name: String, nice: i32) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        let name = format!("relay-{index}");
-        thread::Builder::new()
-            .name(name.clone())
-            .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+        thread::Builder::new().name(name.clone()).spawn(move || {
+            if nice != 0 {
+                sys::give_way(nice);
+            }
+            runtime.block_on(std::future::pending::<()>());
+        })?;
         Ok(Self {
             runtime: handle,
             name,
@@ -125,9 +163,9 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_held_up_is_noticed_and_the_others_are_not() {
-        let workers = Workers((0..2).map(|index| Worker::start(index).expect("a thread")).collect());
+        let workers = Workers::of(2).expect("threads");
         let (go_on, held) = mpsc::channel::<()>();
-        workers.0[1].runtime.spawn(async move {
+        workers.serving[1].runtime.spawn(async move {
             // It blocks the thread, until the test has seen it.
             let _ = held.recv();
         });
@@ -148,7 +186,7 @@ mod tests {
 
     #[test]
     fn tasks_are_spread_evenly_and_stay_on_their_thread() {
-        let workers = Workers((0..2).map(|index| Worker::start(index).expect("a thread")).collect());
+        let workers = Workers::of(2).expect("threads");
         let (told, tasks) = mpsc::channel();
         let stay = Arc::new(tokio::sync::Semaphore::new(0));
         for task in 0..10 {

@@ -1,5 +1,6 @@
 // Makes certificate chains of every shape, and says what Go's crypto/x509 says of each for client authentication, as
-// kube-apiserver asks it (k8s.io/apiserver/pkg/authentication/request/x509): one JSON object a line.
+// kube-apiserver asks it (k8s.io/apiserver/pkg/authentication/request/x509), and for a server, as its clients ask it: one
+// JSON object a line.
 package main
 
 import (
@@ -24,12 +25,31 @@ type line struct {
 	Verdict string   `json:"verdict"` // good, refused, chain (does not parse), roots (does not parse)
 	Error   string   `json:"error"`
 	Until   int64    `json:"until"`
+	// The same chain as a server's: how long it is good, 0 when it is refused, and for which of the hosts.
+	ServerUntil int64    `json:"server_until"`
+	Hosts       []string `json:"hosts"`
 	User    string   `json:"user"`
 	Groups  []string `json:"groups"`
 	UIDs    []string `json:"uids"`
 }
 
 var now = time.Date(2026, 6, 15, 12, 0, 0, 0, time.UTC)
+
+// Whom a server may be asked for.
+var hosts = []string{"example.com", "www.example.com", "WWW.Example.Com.", "a.www.example.com", "a.b", "other", "10.0.0.1", "::"}
+
+func end(paths [][]*x509.Certificate) (until int64) {
+	for i, path := range paths {
+		end := path[0].NotAfter.Unix()
+		for _, c := range path {
+			end = min(end, c.NotAfter.Unix())
+		}
+		if i == 0 || end > until {
+			until = end
+		}
+	}
+	return until
+}
 
 func judge(l *line, of testCase) {
 	roots, others := x509.NewCertPool(), x509.NewCertPool()
@@ -55,6 +75,16 @@ func judge(l *line, of testCase) {
 	}
 	subject := chain[0].Subject
 	l.User, l.Groups, l.UIDs = subject.CommonName, subject.Organization, uids(subject)
+	asServer := x509.VerifyOptions{Roots: roots, Intermediates: others, CurrentTime: now}
+	if paths, err := chain[0].Verify(asServer); err == nil {
+		l.ServerUntil = end(paths)
+		for _, host := range hosts {
+			asServer.DNSName = host
+			if _, err := chain[0].Verify(asServer); err == nil {
+				l.Hosts = append(l.Hosts, host)
+			}
+		}
+	}
 	paths, err := chain[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: others, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
@@ -62,16 +92,7 @@ func judge(l *line, of testCase) {
 		l.Verdict, l.Error = "refused", err.Error()
 		return
 	}
-	l.Verdict = "good"
-	for i, path := range paths {
-		end := path[0].NotAfter.Unix()
-		for _, c := range path {
-			end = min(end, c.NotAfter.Unix())
-		}
-		if i == 0 || end > l.Until {
-			l.Until = end
-		}
-	}
+	l.Verdict, l.Until = "good", end(paths)
 }
 
 func uids(subject pkix.Name) []string {

@@ -76,22 +76,28 @@ impl Shape {
 pub enum Transfer {
     /// From the server, by clients with large windows.
     Download,
+    /// The same by one that reads more slowly than the server sends (curl).
+    SlowDownload,
     /// To the server, by its own windows.
     Upload,
 }
 
 impl Transfer {
     /// In the order of the table.
-    pub const ALL: [Self; 2] = [Self::Download, Self::Upload];
+    pub const ALL: [Self; 3] = [Self::Download, Self::SlowDownload, Self::Upload];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Download => "download",
+            Self::SlowDownload => "slow download",
             Self::Upload => "upload",
         }
     }
 }
+
+/// How fast a slow reader is: octets in a second, as curl takes it. Any proxy passes more.
+const SLOW_RATE: &str = "100M";
 
 /// How long a body is.
 const BODY: u64 = 64 << 20;
@@ -174,17 +180,33 @@ impl Load<'_> {
         Ok(running)
     }
 
+    /// One body after the other over one connection, each read at a limited rate: what is sent beyond it waits.
+    fn slow_reader(&self, port: u16) -> Command {
+        let mut command = pinned(self.cores.others, "curl");
+        command
+            .args(["--silent", "--show-error", "--fail", "--insecure", "--http2"])
+            .args(["--limit-rate", SLOW_RATE, "--output", "/dev/null"])
+            .args(["--max-time", &BOUND_SECONDS.to_string()])
+            .arg(format!("https://{}:{port}/transfer?[1-90]", Ipv4Addr::LOCALHOST));
+        command
+    }
+
     /// Starts transfers, and waits until a whole body has passed.
     ///
     /// # Errors
     ///
     /// h2load ends or does not get through.
     pub fn transfers(&self, port: u16, transfer: Transfer) -> anyhow::Result<Running> {
-        let mut command = self.command(port, "/transfer");
-        // Windows of 16 and 64 MiB, as clients in Java and browsers have them.
-        command
-            .args(["-c4", "-m1", "-w24", "-W26"])
-            .arg(format!("-D{BOUND_SECONDS}"));
+        let mut command = if transfer == Transfer::SlowDownload {
+            self.slow_reader(port)
+        } else {
+            let mut command = self.command(port, "/transfer");
+            // Windows of 16 and 64 MiB, as clients in Java and browsers have them.
+            command
+                .args(["-c4", "-m1", "-w24", "-W26"])
+                .arg(format!("-D{BOUND_SECONDS}"));
+            command
+        };
         if transfer == Transfer::Upload {
             let body = self.directory.join("body");
             fs::File::create(&body)

@@ -135,7 +135,7 @@ fn a_rapid_reset_reaches_the_apiserver_no_faster_than_it_reads_and_leaves_nothin
 
 /// Frames by which a client has a server reset a stream of its own making, so that no limit on resets by clients holds
 /// (CVE-2025-8671, "MadeYouReset"), on a stream whose request is whole.
-fn made_you_reset(stream: u32) -> [(&'static str, Vec<u8>); 6] {
+pub fn made_you_reset(stream: u32) -> [(&'static str, Vec<u8>); 6] {
     let window = |increment: u32| frame(kind::WINDOW_UPDATE, 0, stream, &increment.to_be_bytes());
     let priority = |payload: &[u8]| frame(kind::PRIORITY, 0, stream, payload);
     let itself = [&stream.to_be_bytes()[..], &[16]].concat();

@@ -14,6 +14,7 @@ mod intercept;
 mod metrics;
 mod proxy_protocol;
 mod requests;
+mod strangers;
 mod takeover;
 mod transfers;
 mod trust;

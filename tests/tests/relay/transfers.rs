@@ -158,6 +158,72 @@ fn a_client_with_large_windows_that_pauses_reads_everything() {
     drop(sending.join().expect("the server sent all of it"));
 }
 
+/// Lengths that look like chance and are the same each time.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Reads by random parts with random pauses between them; says how many octets it will have read.
+fn pauses(seed: u64, count: usize) -> (usize, Vec<(usize, Duration)>) {
+    let mut chance = Chance(seed);
+    let parts: Vec<_> = (0..count)
+        .map(|_| {
+            let octets = 1 + chance.below(200_000) as usize;
+            // Most are shorter than it takes to fill what lies between, some are longer.
+            let longest = if chance.below(40) == 0 { 40_000 } else { 1500 };
+            (octets, Duration::from_micros(chance.below(longest)))
+        })
+        .collect();
+    (parts.iter().map(|(octets, _)| octets).sum(), parts)
+}
+
+/// Both directions of one connection, each with readers that pause: 10,000 times with `REBALANCER_LONG`.
+#[test]
+fn pauses_of_random_length_stall_nothing() {
+    let count = if std::env::var_os("REBALANCER_LONG").is_some() { 5000 } else { 150 };
+    let world = World::start(&[]);
+    let mut ends = Vec::new();
+    for (seed, upload) in [(1, false), (2, true)] {
+        let (mut client, mut server) = world.open(None);
+        client.send(&[open_windows(), frame(kind::HEADERS, END_HEADERS, 1, &get("/large"))].concat());
+        for expected in [kind::SETTINGS, kind::WINDOW_UPDATE, kind::HEADERS] {
+            server.expect(expected);
+        }
+        server.send(&frame(kind::HEADERS, END_HEADERS, 1, &OK));
+        client.expect(kind::HEADERS);
+        let (mut sender, mut reader) = if upload { (client, server) } else { (server, client) };
+        let (total, parts) = pauses(seed, count);
+        ends.push(thread::spawn(move || {
+            let piece = frame(kind::DATA, 0, 1, &[b'x'; PIECE]);
+            (0..total.div_ceil(PIECE)).for_each(|_| sender.send(&piece));
+            sender
+        }));
+        let reading = thread::spawn(move || {
+            let (mut have, mut wanted) = (0, 0);
+            for (octets, pause) in parts {
+                wanted += octets;
+                while have < wanted {
+                    // It waits for as long as a stall lasts, and fails.
+                    let got = reader.receive();
+                    have += if got.kind == kind::DATA { got.payload.len() } else { 0 };
+                }
+                thread::sleep(pause);
+            }
+            reader
+        });
+        ends.push(reading);
+    }
+    for end in ends {
+        drop(end.join().expect("nothing stalled"));
+    }
+    println!("{} pauses, none of them a stall", 2 * count);
+}
+
 /// curl itself, slower than the server: flow control is its own.
 #[test]
 fn curl_with_a_limited_rate_gets_everything() {

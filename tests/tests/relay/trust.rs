@@ -1,9 +1,9 @@
 //! Certificate chains of every shape, judged by Go's crypto/x509 and by the relay: there is no difference.
 
-use std::{path::Path, process::Command};
+use std::{net::IpAddr, path::Path, process::Command};
 
 use rebalancer::relay::trust::AwsLc;
-use rebalancer_core::x509::{Certificate, Pool, verify};
+use rebalancer_core::x509::{Certificate, Pool, Purpose, verify};
 use rebalancer_tests::skip;
 use serde::Deserialize;
 
@@ -17,6 +17,10 @@ struct Judged {
     verdict: String,
     error: String,
     until: i64,
+    /// The same chain as a server's: how long it is good, 0 when it is refused.
+    server_until: i64,
+    /// For which of [`HOSTS`] it is then.
+    hosts: Option<Vec<String>>,
     user: String,
     groups: Option<Vec<String>>,
     uids: Option<Vec<String>>,
@@ -24,6 +28,26 @@ struct Judged {
 
 /// The relay's word for the same: verdict, the path's end, user, groups, UIDs.
 type Word = (&'static str, i64, String, Vec<String>, Vec<String>);
+
+/// Whom a server may be asked for (tests/go/chains/main.go has the same).
+const HOSTS: [&str; 8] = ["example.com", "www.example.com", "WWW.Example.Com.", "a.www.example.com", "a.b", "other", "10.0.0.1", "::"];
+
+/// What the relay says of the chain when the apiserver shows it: how long it is good, and for which hosts.
+fn judge_server(case: &Judged) -> (i64, Vec<String>) {
+    let refused = (0, Vec::new());
+    let (Some(roots), Some(mut chain)) = (parse(case.roots.as_deref().unwrap_or_default()), parse(&case.chain)) else {
+        return refused;
+    };
+    let leaf = chain.remove(0);
+    let now = i128::from(case.now) * 1_000_000_000;
+    let judged = verify(&leaf, &Pool::new(chain), &Pool::new(roots), Purpose::Server, now, &AwsLc);
+    let Ok(verified) = judged else { return refused };
+    let is_for = |host: &&str| match host.parse::<IpAddr>() {
+        Ok(address) => leaf.is_for_address(address),
+        Err(_) => leaf.is_for_host(host),
+    };
+    (verified.until, HOSTS.into_iter().filter(is_for).map(str::to_owned).collect())
+}
 
 fn parse(texts: &[String]) -> Option<Vec<Certificate>> {
     texts
@@ -53,7 +77,8 @@ fn judge(case: &Judged) -> Word {
     };
     let leaf = chain.remove(0);
     let now = i128::from(case.now) * 1_000_000_000;
-    let (verdict, until) = match verify(&leaf, &Pool::new(chain), &Pool::new(roots), now, &AwsLc) {
+    let judged = verify(&leaf, &Pool::new(chain), &Pool::new(roots), Purpose::Client, now, &AwsLc);
+    let (verdict, until) = match judged {
         Ok(verified) => ("good", verified.until),
         Err(_) => ("refused", 0),
     };
@@ -78,6 +103,7 @@ fn every_chain_is_judged_as_go_judges_it() {
     assert!(go.status.success(), "{}", String::from_utf8_lossy(&go.stderr));
     let mut differences = Vec::new();
     let mut counts = std::collections::BTreeMap::<String, usize>::new();
+    let mut counts_of_hosts = 0;
     for line in go.stdout.split(|octet| *octet == b'\n').filter(|line| !line.is_empty()) {
         let case: Judged = serde_json::from_slice(line).expect("a chain and a verdict");
         let go = (
@@ -94,16 +120,26 @@ fn every_chain_is_judged_as_go_judges_it() {
                 case.name, case.error
             ));
         }
+        let go = (case.server_until, case.hosts.clone().unwrap_or_default());
+        let ours = judge_server(&case);
+        if ours != go {
+            differences.push(format!("{} as a server's: Go says {go:?}, the relay {ours:?}", case.name));
+        }
+        if go.0 > 0 {
+            *counts.entry("good as a server's".to_owned()).or_default() += 1;
+            counts_of_hosts += go.1.len();
+        }
         *counts.entry(case.verdict).or_default() += 1;
     }
-    let count: usize = counts.values().sum();
+    let count: usize = counts.iter().filter(|(verdict, _)| !verdict.contains("server")).map(|(_, count)| count).sum();
     println!(
         "{count} chains judged by Go and by the relay, {} differences: {counts:?}",
         differences.len()
     );
     assert!(differences.is_empty(), "{}", differences.join("\n"));
     // Each verdict is there in numbers: the corpus is not one-sided.
-    for verdict in ["good", "refused", "chain", "roots"] {
+    assert!(counts_of_hosts > 300, "{counts_of_hosts} hosts that a server may be");
+    for verdict in ["good", "refused", "chain", "roots", "good as a server's"] {
         assert!(
             counts.get(verdict).is_some_and(|count| *count > 300),
             "{verdict}: {counts:?}"

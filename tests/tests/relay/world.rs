@@ -154,11 +154,7 @@ impl World {
 
     /// Resident memory of the relay's process, in KiB (proc_pid_status(5), VmRSS).
     pub fn resident_kib(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.relay.id());
-        let status = fs::read_to_string(path).expect("the relay runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
-            .expect("VmRSS in KiB")
+        resident_kib(&self.relay)
     }
 
     /// The relay's connections.
@@ -273,6 +269,15 @@ pub fn relay_between(
         .args(flags)
         .env("REBALANCER_LOG", "debug");
     Process::start(name, relay, Some(namespace.fd()), logs).expect("the relay starts")
+}
+
+/// Resident memory of a process, in KiB (proc_pid_status(5), VmRSS).
+pub fn resident_kib(process: &Process) -> u64 {
+    let path = format!("/proc/{}/status", process.id());
+    let status = fs::read_to_string(path).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
+        .expect("VmRSS in KiB")
 }
 
 /// A client whose neighbours misbehave.

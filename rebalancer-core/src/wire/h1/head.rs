@@ -35,6 +35,7 @@ pub struct Finder {
     scanned: usize,
     /// Where the line begins that is still coming.
     line: usize,
+    lines: usize,
 }
 
 impl Finder {
@@ -44,6 +45,7 @@ impl Finder {
         while let Some(at) = octets[self.scanned..].iter().position(|octet| *octet == b'\n') {
             let end = self.scanned + at;
             let empty = matches!(&octets[self.line..end], b"" | b"\r");
+            self.lines += 1;
             self.scanned = end + 1;
             self.line = end + 1;
             if empty {
@@ -52,6 +54,11 @@ impl Finder {
         }
         self.scanned = octets.len();
         None
+    }
+
+    /// How many lines are whole so far.
+    pub fn lines(&self) -> usize {
+        self.lines
     }
 }
 

@@ -100,6 +100,11 @@ impl ClientHalf {
         self.block.is_some()
     }
 
+    /// Octets of a header block that is not whole yet.
+    pub fn unfinished(&self) -> usize {
+        self.block.as_ref().map_or(0, |block| block.fragment.len()) + self.scanner.collected()
+    }
+
     /// A HEADERS frame begins.
     ///
     /// # Errors

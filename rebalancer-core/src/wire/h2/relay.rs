@@ -225,6 +225,11 @@ impl Relay {
             && self.server.is_between_frames()
     }
 
+    /// Octets of a client's header block that is not whole yet: held until its last frame comes.
+    pub fn unfinished(&self) -> usize {
+        self.client.unfinished()
+    }
+
     /// Streams opened so far.
     pub fn requests(&self) -> u64 {
         self.streams.opened()

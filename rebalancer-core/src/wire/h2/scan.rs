@@ -16,6 +16,9 @@ pub enum Step<'a> {
     Collected(FrameHeader, Vec<u8>),
 }
 
+/// How much room is made for a payload before it has come.
+const AT_ONCE: usize = 4096;
+
 #[derive(Debug)]
 enum State {
     Head { have: usize },
@@ -63,12 +66,21 @@ impl Scanner {
         };
     }
 
-    /// The payload of the frame that just began is to be given in one piece: the caller has bounded its length.
+    /// The payload of the frame that just began is to be given in one piece: the caller has bounded its length. What a
+    /// header promises takes no room before it comes, but for a usual frame's.
     pub fn collect(&mut self, header: FrameHeader) {
         self.state = State::Collect {
             header,
-            payload: Vec::with_capacity(header.length as usize),
+            payload: Vec::with_capacity((header.length as usize).min(AT_ONCE)),
         };
+    }
+
+    /// How many octets of such a payload have come, while it is not whole.
+    pub fn collected(&self) -> usize {
+        match &self.state {
+            State::Collect { payload, .. } => payload.len(),
+            State::Head { .. } | State::Pass { .. } | State::Skip { .. } => 0,
+        }
     }
 
     /// Takes what it can from `input`.

@@ -3,7 +3,7 @@
 //! Input: DER. Output: what path checks and names need. Must never take what Go calls malformed: a handshake ends
 //! there as it does at the apiserver.
 
-use std::ops::Range;
+use std::{net::IpAddr, ops::Range};
 
 use super::{
     Crypto,
@@ -148,6 +148,12 @@ impl Certificate {
                 None => name == plain,
             }
         })
+    }
+
+    /// Whether it is for that address: those it names as addresses count alone.
+    pub fn is_for_address(&self, address: IpAddr) -> bool {
+        let named = self.extensions.names.addresses.iter();
+        named.map(IpAddr::to_canonical).any(|named| named == address.to_canonical())
     }
 
     pub(super) fn issuer(&self) -> &[u8] {

@@ -59,6 +59,7 @@ pub struct Usages {
     pub named: bool,
     pub any: bool,
     pub client: bool,
+    pub server: bool,
 }
 
 /// Bit 5, keyCertSign (RFC 5280, section 4.2.1.3).
@@ -66,6 +67,7 @@ pub const KEY_CERT_SIGN: u16 = 1 << 5;
 
 const ACCESS_INFORMATION: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 1, 1];
 const ANY_USAGE: &[u8] = &[0x55, 0x1d, 37, 0];
+const SERVER_AUTH: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 3, 1];
 const CLIENT_AUTH: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 3, 2];
 
 /// A value that is read, or is not understood.
@@ -228,6 +230,7 @@ fn usages(mut value: Der<'_>) -> Option<Usages> {
         usages.named = true;
         usages.any |= oid == ANY_USAGE;
         usages.client |= oid == CLIENT_AUTH;
+        usages.server |= oid == SERVER_AUTH;
     }
     Some(usages)
 }

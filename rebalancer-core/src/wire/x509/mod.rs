@@ -19,7 +19,7 @@ mod uri;
 pub use certificate::{Certificate, Malformed};
 pub use key::{Curve, Hash, PublicKey, Scheme};
 pub use name::Name;
-pub use path::{Pool, Refused, Verified, verify};
+pub use path::{Pool, Purpose, Refused, Verified, verify};
 
 /// The arithmetic of keys and signatures.
 pub trait Crypto {

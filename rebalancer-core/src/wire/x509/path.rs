@@ -1,5 +1,4 @@
-//! Paths from a client's certificate to a trusted one (crypto/x509/verify.go, `Certificate.Verify` for client
-//! authentication).
+//! Paths from a client's or a server's certificate to a trusted one (crypto/x509/verify.go, `Certificate.Verify`).
 //!
 //! Input: the leaf, what came with it, whom one trusts, the time. Output: how long the verified path lasts, or why
 //! there is none. Must never check more than [`MAX_SIGNATURES`] signatures, whatever a stranger sends.
@@ -75,8 +74,8 @@ pub enum Refused {
     /// Nobody trusted has signed it, directly or through what came with it.
     #[error("no certificate authority that is trusted here vouches for it")]
     UnknownAuthority,
-    /// There are paths, and none is for client authentication, within name constraints, with the policies demanded.
-    #[error("its path is not for client authentication, or breaks a name constraint or a policy of an authority")]
+    /// There are paths, and none is for this use, within name constraints, with the policies demanded.
+    #[error("its path is not for this use (extended key usage), or breaks a name constraint or a policy of an authority")]
     NotAllowed,
     /// The search ended early.
     #[error("too many certificates came with it")]
@@ -196,11 +195,24 @@ impl<'a> Search<'a> {
     }
 }
 
+/// What a certificate is shown for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To say who a client is.
+    Client,
+    /// To say who a server is.
+    Server,
+}
+
 /// Nested through the chain: an authority that names usages allows no others below it.
-fn is_for_clients(chain: &[&Certificate]) -> bool {
+fn is_for(purpose: Purpose, chain: &[&Certificate]) -> bool {
     chain.iter().all(|certificate| {
         let usages = certificate.extensions.usages;
-        !usages.named || usages.any || usages.client
+        let named = match purpose {
+            Purpose::Client => usages.client,
+            Purpose::Server => usages.server,
+        };
+        !usages.named || usages.any || named
     })
 }
 
@@ -214,7 +226,8 @@ fn keeps_names(chain: &[&Certificate]) -> bool {
     })
 }
 
-/// Judges a client's certificate at a time in nanoseconds since 1970.
+/// Judges a certificate that is shown for that purpose at a time in nanoseconds since 1970; whether it is for a host is
+/// another question ([`Certificate::is_for_host`]).
 ///
 /// # Errors
 ///
@@ -223,6 +236,7 @@ pub fn verify(
     leaf: &Certificate,
     intermediates: &Pool,
     roots: &Pool,
+    purpose: Purpose,
     now: i128,
     crypto: &dyn Crypto,
 ) -> Result<Verified, Refused> {
@@ -251,7 +265,7 @@ pub fn verify(
     let good = search
         .found
         .iter()
-        .filter(|chain| policy::are_valid(chain) && is_for_clients(chain) && keeps_names(chain));
+        .filter(|chain| policy::are_valid(chain) && is_for(purpose, chain) && keeps_names(chain));
     let ends = good.filter_map(|chain| chain.iter().map(|certificate| certificate.not_after).min());
     let until = ends.max().ok_or(Refused::NotAllowed)?;
     debug_assert!(now <= i128::from(until) * SECOND, "a path that is over was taken");

@@ -8,13 +8,16 @@ use std::{
 use rebalancer_core::{
     agent::{Switch, SwitchPause},
     ids::ApiserverName,
-    policy::Policy,
+    policy::{Policy, Weight},
     view::{Part, PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
 
+<<<<<<< HEAD
 use super::{millis, weight_name};
 
+=======
+>>>>>>> 3d15f09 (Unfinished heads are bounded together, handshakes have threads of their own, the apiserver's certificate is judged as client-go does)
 /// A snapshot between agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WireSnapshot {
@@ -133,6 +136,16 @@ struct Versioned {
     version: u32,
 }
 
+/// `connections`, `requests`, `bytes` or `streams`.
+pub fn weight_name(weight: Weight) -> &'static str {
+    match weight {
+        Weight::Connections => "connections",
+        Weight::Requests => "requests",
+        Weight::Bytes => "bytes",
+        Weight::Streams => "streams",
+    }
+}
+
 /// The flags all agents must be given alike: a plan is each donor's part of what all of them reckon alike.
 pub fn agreement(policy: &Policy) -> BTreeMap<String, String> {
     [
@@ -143,19 +156,6 @@ pub fn agreement(policy: &Policy) -> BTreeMap<String, String> {
     ]
     .map(|(flag, value)| (flag.to_owned(), value))
     .into()
-}
-
-/// The same as one short word, for a Lease.
-pub fn agreement_hash(policy: &Policy) -> String {
-    let said: Vec<String> = agreement(policy)
-        .into_iter()
-        .map(|(flag, value)| format!("{flag}={value}"))
-        .collect();
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, said.join(" ").as_bytes());
-    digest.as_ref()[..8]
-        .iter()
-        .map(|octet| format!("{octet:02x}"))
-        .collect()
 }
 
 /// [`ServerState`] as JSON has it.

@@ -15,25 +15,41 @@ thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
 }
 
+/// How many octets are read before others on this thread have their turn.
+const TURN: usize = 128 * 1024;
+
 /// What comes from one side.
 pub(super) struct Side<R> {
-    pub(super) reader: R,
+    reader: R,
     /// Read, and not taken yet.
     pub(super) ahead: Vec<u8>,
+    /// Octets since others had their turn.
+    turn: usize,
 }
 
 impl<R: AsyncRead + Unpin> Side<R> {
+    /// One of which something has been read.
+    pub(super) fn new(reader: R, ahead: Vec<u8>) -> Self {
+        Self { reader, ahead, turn: 0 }
+    }
+
     /// Reads once; zero at the end. Dropped before it is ready, it has read nothing.
     pub(super) async fn read(&mut self) -> io::Result<usize> {
-        std::future::poll_fn(|context| {
+        if self.turn >= TURN {
+            self.turn = 0;
+            tokio::task::yield_now().await;
+        }
+        let count = std::future::poll_fn(|context| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let mut buffer = ReadBuf::new(scratch);
                 ready!(Pin::new(&mut self.reader).poll_read(context, &mut buffer))?;
                 self.ahead.extend_from_slice(buffer.filled());
-                std::task::Poll::Ready(Ok(buffer.filled().len()))
+                std::task::Poll::Ready(io::Result::Ok(buffer.filled().len()))
             })
         })
-        .await
+        .await?;
+        self.turn += count;
+        Ok(count)
     }
 
     /// Takes octets off its front.

@@ -235,6 +235,26 @@ fn in_whatever_order_four_half_streams_become_ready_nothing_stays_behind() {
 }
 
 #[test]
+fn ten_thousand_pauses_of_random_length_leave_nothing_behind() {
+    const PLAYS: usize = 250;
+    const EVENTS: usize = 120;
+    let mut state = 1_u64;
+    let mut pauses = 0;
+    for _ in 0..PLAYS {
+        let order: Vec<usize> = (0..EVENTS)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 60) as usize % 4
+            })
+            .collect();
+        // A side that reads, and then does not until something else has happened, has paused.
+        pauses += order.windows(2).filter(|pair| pair[0] >= 2 && pair[1] != pair[0]).count();
+        play(&order);
+    }
+    assert!(pauses >= 10_000, "{pauses}");
+}
+
+#[test]
 fn a_client_that_reads_nothing_is_still_heard() {
     // Its own frames must reach the server although its queue is full: event 1 fills it, event 0 is the client's.
     play(&[3, 1, 1, 1, 1, 0, 3, 0, 3]);

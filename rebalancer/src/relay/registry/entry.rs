@@ -14,6 +14,7 @@ use std::{
 
 use super::{
     Registry,
+    heads::SMALL_HEAD,
     mailbox::{Mailbox, Order},
 };
 use crate::{
@@ -86,6 +87,8 @@ pub struct Connection {
     active_at: AtomicU64,
     /// The registry's coarse time of the last refusal that was counted.
     refused_at: AtomicU64,
+    /// Its number among those that hold a large head which is not whole; zero is none.
+    pub(super) head: AtomicU64,
     /// What its certificate's acceptance rests on.
     trust: OnceLock<Trust>,
     mailbox: Mailbox,
@@ -120,6 +123,7 @@ impl Connection {
             counted: AtomicU64::new(0),
             active_at: AtomicU64::new(registry.coarse_ms()),
             refused_at: AtomicU64::new(0),
+            head: AtomicU64::new(0),
             trust: OnceLock::new(),
             mailbox: Mailbox::default(),
             registry: Arc::clone(registry),
@@ -180,7 +184,7 @@ impl Connection {
     }
 
     /// Judges its certificate again; whether it is over.
-    pub(super) fn review(&self) -> bool {
+    pub fn review(&self) -> bool {
         self.trust.get().is_some_and(|trust| !trust.review())
     }
 
@@ -295,8 +299,17 @@ impl Connection {
         true
     }
 
+    /// So many octets of a head or of a handshake's message have come while it is not whole; zero when it is. To be said
+    /// whenever it changes.
+    pub fn hold(&self, octets: usize) {
+        if octets > SMALL_HEAD || self.head.load(Relaxed) != 0 {
+            self.registry.hold(self, octets);
+        }
+    }
+
     /// It is over; the entry goes.
     pub fn close(&self, reason: &str) {
+        self.hold(0);
         self.registry.closed(self, reason);
     }
 

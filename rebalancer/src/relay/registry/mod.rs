@@ -4,6 +4,7 @@
 //! Must never make a pump wait: figures are atomics, and an order is a note in a mailbox and a wake-up.
 
 mod entry;
+mod heads;
 mod listing;
 mod mailbox;
 mod orders;
@@ -20,6 +21,7 @@ use std::{
 
 use crate::shim::wire::{Id, Outcome, OutcomeEntry, Upstream};
 pub use entry::Connection;
+use heads::Heads;
 pub use mailbox::Order;
 
 /// How many ended connections and outcomes are remembered: an agent that polls less often than this asks for all.
@@ -45,6 +47,7 @@ pub struct Registry {
     coarse_ms: AtomicU64,
     /// Refusals for overload, each connection's once in a while.
     refused: AtomicU64,
+    heads: Mutex<Heads>,
     inner: Mutex<Inner>,
 }
 
@@ -72,6 +75,7 @@ impl Registry {
             cursor: AtomicU64::new(1),
             coarse_ms: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            heads: Mutex::default(),
             inner: Mutex::new(Inner {
                 open: HashMap::new(),
                 closed: VecDeque::new(),

@@ -101,6 +101,7 @@ impl Registry {
     pub fn sweep(&self, idle: Duration, drain: Duration) {
         let now = self.now_ms();
         self.coarse_ms.store(now, Relaxed);
+        self.end_slow_heads(now);
         let older = |at: u64, limit: Duration| u128::from(now.saturating_sub(at)) > limit.as_millis();
         let mut expired = Vec::new();
         for connection in self.inner().open.values() {

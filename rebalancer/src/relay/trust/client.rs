@@ -14,10 +14,10 @@ use rustls::{
 use super::{Authorities, AwsLc};
 
 /// The longest RSA key in a handshake (crypto/tls, `defaultMaxRSAKeySize`).
-const MAX_RSA_BITS: usize = 8192;
+pub(super) const MAX_RSA_BITS: usize = 8192;
 
 /// What Go takes, in its order (crypto/tls/defaults.go).
-const SCHEMES: [SignatureScheme; 10] = [
+pub(super) const SCHEMES: [SignatureScheme; 10] = [
     SignatureScheme::RSA_PSS_SHA256,
     SignatureScheme::ECDSA_NISTP256_SHA256,
     SignatureScheme::ED25519,
@@ -46,7 +46,7 @@ fn parse(der: &CertificateDer<'_>) -> Result<Certificate, rustls::Error> {
     Certificate::parse(der, &AwsLc).map_err(|_| rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
 }
 
-fn check(
+pub(super) fn check(
     message: &[u8],
     certificate: &CertificateDer<'_>,
     signed: &DigitallySignedStruct,
@@ -63,7 +63,7 @@ fn check(
 }
 
 /// The scheme of a signature, which every version of TLS in use takes; RSASSA-PKCS1-v1_5 is TLS 1.2's alone.
-fn scheme(scheme: SignatureScheme, pkcs1: bool) -> Option<Scheme> {
+pub(super) fn scheme(scheme: SignatureScheme, pkcs1: bool) -> Option<Scheme> {
     match scheme {
         SignatureScheme::RSA_PSS_SHA256 => Some(Scheme::RsaPss(Hash::Sha256)),
         SignatureScheme::RSA_PSS_SHA384 => Some(Scheme::RsaPss(Hash::Sha384)),

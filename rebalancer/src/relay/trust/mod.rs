@@ -6,6 +6,7 @@
 
 mod aws_lc;
 mod client;
+mod server;
 
 use std::{
     path::Path,
@@ -17,11 +18,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use rebalancer_core::x509::{Certificate, Pool, Refused, verify};
+use rebalancer_core::x509::{Certificate, Pool, Purpose, Refused, verify};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 pub use aws_lc::AwsLc;
 pub use client::ClientCertificates;
+pub use server::ServerCertificates;
 
 use super::{
     identity::{Claim, Identity},
@@ -34,6 +36,10 @@ pub const PROXY_CA: &str = "--requestheader-client-ca-file";
 
 /// Milliseconds of a second.
 const SECOND: i64 = 1000;
+
+/// How many octets of what came with a client's own certificate are kept to judge it by again. Whoever sends more, and is
+/// vouched for by what came late, is asked for all of it on its next connection.
+const MAX_KEPT: usize = 16 * 1024;
 
 /// Who may vouch for whom.
 pub struct Authorities {
@@ -95,7 +101,7 @@ impl Authorities {
         };
         let leaf = parsed.remove(0);
         let others = Pool::new(parsed);
-        let user = verify(&leaf, &others, &self.users, now, &AwsLc)
+        let user = verify(&leaf, &others, &self.users, Purpose::Client, now, &AwsLc)
             .map_err(|refused| refused.to_string())
             .and_then(|verified| {
                 let identity = Identity::of(&leaf, &self.headers).map_err(|error| error.to_string())?;
@@ -121,7 +127,7 @@ impl Authorities {
 
     /// Until when the owner may name users (k8s.io/apiserver/pkg/authentication/request/x509/x509.go, `Verifier`).
     fn proxy(&self, leaf: &Certificate, others: &Pool, now: i128) -> Result<i64, Refused> {
-        let verified = verify(leaf, others, &self.proxies, now, &AwsLc)?;
+        let verified = verify(leaf, others, &self.proxies, Purpose::Client, now, &AwsLc)?;
         if !self.headers.allows(leaf.name().common_name()) {
             return Err(Refused::NotAllowed);
         }
@@ -149,11 +155,22 @@ impl std::fmt::Debug for Trust {
     }
 }
 
+/// How many certificates of a chain are kept: the client's own, and what came next of them.
+fn kept(chain: &[CertificateDer<'_>]) -> usize {
+    let mut octets = 0;
+    let others = chain.iter().skip(1);
+    let fits = others.take_while(|one| {
+        octets += one.len();
+        octets <= MAX_KEPT
+    });
+    (1 + fits.count()).min(chain.len())
+}
+
 impl Trust {
     /// Of a judgement that was given with the authorities in use.
     pub fn new(chain: &[CertificateDer<'_>], judgement: &Judgement, tls: Arc<Reloader>) -> Self {
         Self {
-            chain: chain.iter().map(|one| one.clone().into_owned()).collect(),
+            chain: chain[..kept(chain)].iter().map(|one| one.clone().into_owned()).collect(),
             is_proxy: matches!(judgement.claim, Claim::Proxy(_)),
             until: AtomicI64::new(judgement.until),
             tls,
@@ -194,7 +211,7 @@ fn now_ms() -> i64 {
 }
 
 /// Reads a bundle of authorities.
-fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
+pub(super) fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
     let ders: Vec<CertificateDer<'_>> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;
@@ -213,7 +230,7 @@ fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
             tracing::warn!(
                 file = %path.display(),
                 subject = certificate.name().common_name(),
-                "{flag}: a certificate in it {why}: as for the apiserver, it vouches for nobody"
+                "{flag}: a certificate in it {why}: as for Go's programs, it vouches for nobody"
             );
         }
     }

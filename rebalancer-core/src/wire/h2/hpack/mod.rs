@@ -18,6 +18,13 @@ use super::error::ConnectionError;
 /// The size a dynamic table has until SETTINGS say otherwise (RFC 9113, section 6.5.2).
 pub const DEFAULT_TABLE_SIZE: usize = 4096;
 
+/// How many octets the names that a block's literals give by an index may have, for each of the block's own, and besides:
+/// a name that was put into the table once could else be copied again for every two octets.
+const NAMES_FACTOR: usize = 32;
+const NAMES_FREE: usize = 64 * 1024;
+
+const FAR_MORE: ConnectionError = ConnectionError::calm("a header block that stands for far more than was sent");
+
 /// Follows one direction's header blocks.
 #[derive(Debug)]
 pub struct Decoder {
@@ -46,10 +53,12 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2).
+    /// A compression error (RFC 7541, sections 2.3.3, 4.2, 5.1 and 5.2), or names by an index that stand for far more than
+    /// the block has.
     pub fn decode(&mut self, block: &[u8], limit: usize) -> Result<FieldList, ConnectionError> {
         let mut reader = Reader { rest: block };
         let mut list = FieldList::with_room();
+        let mut names = block.len() * NAMES_FACTOR + NAMES_FREE;
         while let Some(&first) = reader.rest.first() {
             if first & 0xe0 == 0x20 {
                 if !list.is_empty() {
@@ -85,7 +94,9 @@ impl Decoder {
                     if index == 0 {
                         reader.string(out)?;
                     } else {
-                        out.extend_from_slice(self.indexed(index)?.0);
+                        let name = self.indexed(index)?.0;
+                        names = names.checked_sub(name.len()).ok_or(FAR_MORE)?;
+                        out.extend_from_slice(name);
                     }
                     let name_end = out.len();
                     reader.string(out)?;
@@ -278,6 +289,24 @@ mod tests {
         );
         let after_cut = [&[0xbe; 10][..], &[0x80]].concat();
         assert!(decoder.decode(&after_cut, 64).is_err(), "a fault behind the cut is one");
+    }
+
+    #[test]
+    fn a_long_name_is_not_copied_for_every_two_octets() {
+        // A name of 4,000 octets, and then literals that name it: some into the table, some not.
+        let mut first = vec![0x40];
+        write_integer(4000, 7, 0, &mut first);
+        first.extend([b'n'; 4000]);
+        first.push(0);
+        for again in [&[0x7e, 0x00][..], &[0x0f, 0x2f, 0x00]] {
+            let mut decoder = Decoder::default();
+            let list = decoder.decode(&first, 1 << 17).expect("it fits");
+            assert!(!list.is_cut());
+            let few = decoder.decode(&again.repeat(10), 1 << 17).expect("some are well");
+            assert_eq!(few.iter().count(), 10);
+            let many = decoder.decode(&again.repeat(40_000), 1 << 17).expect_err("far too many");
+            assert_eq!(many, FAR_MORE);
+        }
     }
 
     proptest! {
