@@ -234,20 +234,11 @@ mod tests {
         let mut found = List::default();
         let mut answer = vec![0; 40];
         answer[0] = 200;
-        assert!(matches!(
-            read(&answer, 1, &mut found),
-            Err(Fault::Malformed(0))
-        ));
+        assert!(matches!(read(&answer, 1, &mut found), Err(Fault::Malformed(0))));
         answer[0] = 4;
-        assert!(matches!(
-            read(&answer, 1, &mut found),
-            Err(Fault::Malformed(0))
-        ));
+        assert!(matches!(read(&answer, 1, &mut found), Err(Fault::Malformed(0))));
         answer[0] = 40;
         answer[4] = SOCK_DIAG_BY_FAMILY as u8;
-        assert!(matches!(
-            read(&answer, 1, &mut found),
-            Err(Fault::Malformed(0))
-        ));
+        assert!(matches!(read(&answer, 1, &mut found), Err(Fault::Malformed(0))));
     }
 }

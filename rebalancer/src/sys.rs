@@ -86,12 +86,6 @@ pub fn watched(socket: TcpStream, interest: Interest) -> io::Result<AsyncFd<TcpS
     unsafe { AsyncFd::register_with_interest(socket, interest) }.map_err(io::Error::from)
 }
 
-/// Lets other threads go before the calling one, by so many steps (setpriority(2)); a system that refuses leaves it as it is.
-pub fn give_way(steps: i32) {
-    // SAFETY: numbers alone are passed, and the calling thread is the one that is meant.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS as _, 0, steps) };
-}
-
 /// Raises the soft limit of open files to the hard one, and says what it is now.
 ///
 /// # Errors

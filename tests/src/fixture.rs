@@ -150,7 +150,10 @@ fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathB
         .arg(package)
         .status()
         .context("cannot start go")?;
-    anyhow::ensure!(status.success(), "`go build` of {program} in tests/go failed ({status})");
+    anyhow::ensure!(
+        status.success(),
+        "`go build` of {program} in tests/go failed ({status})"
+    );
     Ok(to)
 }
 

@@ -21,14 +21,10 @@ use super::handle::Clock;
 
 mod snapshot;
 
-<<<<<<< HEAD
 pub use snapshot::{
     LONGEST_PAUSE_MS, LONGEST_REASON, SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, WireSwitch, agreement,
-    agreement_hash,
+    weight_name,
 };
-=======
-pub use snapshot::{SNAPSHOT_VERSION, WirePart, WireSnapshot, WireState, agreement, weight_name};
->>>>>>> 3d15f09 (Unfinished heads are bounded together, handshakes have threads of their own, the apiserver's certificate is judged as client-go does)
 
 /// The same as one short word, for a Lease.
 pub fn agreement_hash(policy: &Policy) -> String {

@@ -375,13 +375,15 @@ impl Door {
         {
             connection.set_client(client);
         }
-        stream::accept(tls.server(connection.local().ip()), stream, |held| connection.hold(held))
-            .await
-            .inspect_err(|error| {
-                self.metrics.handshake("failed");
-                self.complaints.complain(Cause::Tls, connection.client(), error);
-            })
-            .context("the client's TLS handshake failed")
+        stream::accept(tls.server(connection.local().ip()), stream, |held| {
+            connection.hold(held)
+        })
+        .await
+        .inspect_err(|error| {
+            self.metrics.handshake("failed");
+            self.complaints.complain(Cause::Tls, connection.client(), error);
+        })
+        .context("the client's TLS handshake failed")
     }
 
     /// From accept to the apiserver: nothing is done there before the client has begun to speak HTTP.
@@ -406,7 +408,10 @@ impl Door {
         let first = timeout(if h2 { PREFACE } else { http1::HEAD }, first_octets(&mut client))
             .await
             .with_context(|| slow("it has said nothing after its TLS handshake"))??;
-        anyhow::ensure!(!first.is_empty(), "the client closed the connection before it said anything");
+        anyhow::ensure!(
+            !first.is_empty(),
+            "the client closed the connection before it said anything"
+        );
         let known = claim.is_believed();
         place.finish(known).inspect_err(|no_place| {
             self.complaints.complain(Cause::Limit, connection.client(), no_place);

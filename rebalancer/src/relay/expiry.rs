@@ -34,7 +34,10 @@ pub fn earliest(path: &Path) -> Option<i64> {
 
 /// Runs as long as the relay.
 pub async fn run(files: Files, metrics: Arc<Metrics>) {
-    let sni = files.sni.into_iter().map(|files| ("--tls-sni-cert-key", files.certificate));
+    let sni = files
+        .sni
+        .into_iter()
+        .map(|files| ("--tls-sni-cert-key", files.certificate));
     let proxy_ca = files.proxy_ca.map(|file| (PROXY_CA, file));
     let watched: Vec<(&'static str, PathBuf)> = [
         ("--tls-cert", files.certificate),

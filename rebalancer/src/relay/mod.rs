@@ -318,7 +318,12 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Comp
         service::alive();
         registry.sweep(limits.idle_timeout, limits.drain_deadline);
         if let (count, Some(client)) = registry.take_ended_heads() {
-            complaints.complain_of(count, Cause::Heads, client, &"its head or handshake has been unfinished for longest");
+            complaints.complain_of(
+                count,
+                Cause::Heads,
+                client,
+                &"its head or handshake has been unfinished for longest",
+            );
         }
         complaints.summarise();
         registry.tell_distrusted();

@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, CommonState, ServerConfig,
+    CertificateError, ClientConfig, CommonState, OtherError, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
     pki_types::ServerName,
     server::{ServerConnectionData, UnbufferedServerConnection},
@@ -130,6 +130,14 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
+/// Why a handshake fails, where this program has said it itself in its own words.
+fn refused(error: rustls::Error) -> io::Error {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => invalid(why.to_string()),
+        error => invalid(error),
+    }
+}
+
 /// Appends a record of the handshake or an alert.
 fn encode<Data>(mut data: EncodeTlsData<'_, Data>, out: &mut Vec<u8>) -> io::Result<()> {
     let begin = out.len();
@@ -174,11 +182,11 @@ impl<S: Session> Handshake<S> {
                 Ok(_) => break false,
                 // Once more: its alert is due.
                 Err(error) if failed.is_none() => failed = Some(error),
-                Err(error) => return Err(invalid(error)),
+                Err(error) => return Err(refused(error)),
             }
         };
         if let Some(error) = failed {
-            return Err(invalid(error));
+            return Err(refused(error));
         }
         self.incoming.drain(..consumed);
         if done {

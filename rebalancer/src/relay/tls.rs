@@ -13,8 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use rustls::{
-    ClientConfig, ServerConfig,
-    ConfigBuilder, WantsVerifier,
+    ClientConfig, ConfigBuilder, ServerConfig, WantsVerifier,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,

@@ -1,6 +1,6 @@
 //! The threads that serve connections, each with an event loop of its own: a connection stays on one thread, and no
-//! byte wakes another. Handshakes have threads of their own, which give way to those: a signature takes as long as many
-//! requests, and strangers ask for as many as they like.
+//! byte wakes another. Handshakes have threads of their own, between which and those the kernel is fair: a signature takes
+//! as long as many requests, and strangers ask for as many as they like.
 //!
 //! Input: connections' tasks. Must never move a task, nor let one thread have many more than another, nor have a timer
 //! while connections are idle: with one, each wait for events sets the processor's clock and takes it back.
@@ -16,11 +16,6 @@ use std::{
 };
 
 use tokio::runtime::{Builder, Handle};
-
-use crate::sys;
-
-/// How much handshakes give way to requests that are served (setpriority(2)): where both would run, they have a quarter.
-const NICE: i32 = 6;
 
 /// How much longer than a thread that serves may one for handshakes owe an answer: it may have thousands of them to do, with
 /// what the others leave it.
@@ -58,8 +53,8 @@ impl Workers {
     }
 
     fn of(count: usize) -> io::Result<Self> {
-        let serving = (0..count).map(|index| Worker::start(format!("relay-{index}"), 0));
-        let doors = (0..count).map(|index| Worker::start(format!("relay-door-{index}"), NICE));
+        let serving = (0..count).map(|index| Worker::start(format!("relay-{index}")));
+        let doors = (0..count).map(|index| Worker::start(format!("relay-door-{index}")));
         Ok(Self {
             serving: serving.collect::<io::Result<_>>()?,
             doors: doors.collect::<io::Result<_>>()?,
@@ -106,15 +101,12 @@ impl Worker {
         });
     }
 
-    fn start(name: String, nice: i32) -> io::Result<Self> {
+    fn start(name: String) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        thread::Builder::new().name(name.clone()).spawn(move || {
-            if nice != 0 {
-                sys::give_way(nice);
-            }
-            runtime.block_on(std::future::pending::<()>());
-        })?;
+        thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
         Ok(Self {
             runtime: handle,
             name,

@@ -684,6 +684,12 @@ func constraints() {
 		{0x87, strings.Repeat("\x00", 10) + "\xff\xff\x0a\x00\x00\x01"},
 	}
 	ca := root("ca", edKey("ca"))
+	for i, a := range own {
+		for _, b := range own[i:] {
+			names := with(idSAN, seq(el(a.tag, []byte(a.value)), el(b.tag, []byte(b.value))))
+			add(fmt.Sprintf("server for %x %q and %x %q", a.tag, a.value, b.tag, b.value), one(ca), one(ca.leaf("server", eku(serverAuth), names)))
+		}
+	}
 	for _, list := range []byte{0xa0, 0xa1} {
 		for _, b := range bases {
 			nc := critical(idNC, seq(el(list, seq(el(b.tag, []byte(b.value))))))

@@ -258,8 +258,14 @@ impl Scene {
         let pki = Arc::new(Pki::new(&[RELAY.ip()]).expect("certificates"));
         let serving = pki.pair("apiserver");
         let mut command = Command::new(backend);
-        command.arg(format!("-listen={UPSTREAM}")).arg("-figures=127.0.0.1:6446");
-        command.arg("-cert").arg(serving.certificate).arg("-key").arg(serving.key);
+        command
+            .arg(format!("-listen={UPSTREAM}"))
+            .arg("-figures=127.0.0.1:6446");
+        command
+            .arg("-cert")
+            .arg(serving.certificate)
+            .arg("-key")
+            .arg(serving.key);
         let backend = Process::start("backend", command, Some(namespace.fd()), logs.path()).expect("it starts");
         let control = logs.path().join("relay.sock");
         let addresses = [RELAY, UPSTREAM];
@@ -393,7 +399,10 @@ fn no_abuse_costs_more_memory_than_the_bound_and_others_are_served() {
     let mut client = Bystander::connect(&scene.pki);
     scene.times(&mut client, Duration::from_millis(300));
     let idle = resident_kib(&scene.relay);
-    println!("idle: {} MiB; {connections} connections for {length:?} each", idle / 1024);
+    println!(
+        "idle: {} MiB; {connections} connections for {length:?} each",
+        idle / 1024
+    );
     for abuse in &ABUSES {
         let before = p99(&scene.times(&mut client, length));
         let stop = Arc::new(AtomicBool::new(false));
@@ -438,7 +447,9 @@ fn unfinished_handshakes(scene: &Scene, client: &mut Bystander, count: usize, id
     let mut held = Vec::new();
     let mut highest = 0;
     for _ in 0..count {
-        let Ok(mut socket) = TcpStream::connect(RELAY) else { continue };
+        let Ok(mut socket) = TcpStream::connect(RELAY) else {
+            continue;
+        };
         socket.set_nonblocking(true).expect("a socket option");
         let _ = socket.write(&hello);
         held.push(socket);

@@ -185,7 +185,11 @@ fn pauses(seed: u64, count: usize) -> (usize, Vec<(usize, Duration)>) {
 /// Both directions of one connection, each with readers that pause: 10,000 times with `REBALANCER_LONG`.
 #[test]
 fn pauses_of_random_length_stall_nothing() {
-    let count = if std::env::var_os("REBALANCER_LONG").is_some() { 5000 } else { 150 };
+    let count = if std::env::var_os("REBALANCER_LONG").is_some() {
+        5000
+    } else {
+        150
+    };
     let world = World::start(&[]);
     let mut ends = Vec::new();
     for (seed, upload) in [(1, false), (2, true)] {

@@ -153,7 +153,9 @@ impl Certificate {
     /// Whether it is for that address: those it names as addresses count alone.
     pub fn is_for_address(&self, address: IpAddr) -> bool {
         let named = self.extensions.names.addresses.iter();
-        named.map(IpAddr::to_canonical).any(|named| named == address.to_canonical())
+        named
+            .map(IpAddr::to_canonical)
+            .any(|named| named == address.to_canonical())
     }
 
     pub(super) fn issuer(&self) -> &[u8] {

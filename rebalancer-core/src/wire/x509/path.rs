@@ -75,7 +75,9 @@ pub enum Refused {
     #[error("no certificate authority that is trusted here vouches for it")]
     UnknownAuthority,
     /// There are paths, and none is for this use, within name constraints, with the policies demanded.
-    #[error("its path is not for this use (extended key usage), or breaks a name constraint or a policy of an authority")]
+    #[error(
+        "its path is not for this use (extended key usage), or breaks a name constraint or a policy of an authority"
+    )]
     NotAllowed,
     /// The search ended early.
     #[error("too many certificates came with it")]

@@ -13,11 +13,8 @@ use rebalancer_core::{
 };
 use serde::{Deserialize, Serialize};
 
-<<<<<<< HEAD
-use super::{millis, weight_name};
+use super::millis;
 
-=======
->>>>>>> 3d15f09 (Unfinished heads are bounded together, handshakes have threads of their own, the apiserver's certificate is judged as client-go does)
 /// A snapshot between agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WireSnapshot {

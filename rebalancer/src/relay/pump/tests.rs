@@ -248,7 +248,10 @@ fn ten_thousand_pauses_of_random_length_leave_nothing_behind() {
             })
             .collect();
         // A side that reads, and then does not until something else has happened, has paused.
-        pauses += order.windows(2).filter(|pair| pair[0] >= 2 && pair[1] != pair[0]).count();
+        pauses += order
+            .windows(2)
+            .filter(|pair| pair[0] >= 2 && pair[1] != pair[0])
+            .count();
         play(&order);
     }
     assert!(pauses >= 10_000, "{pauses}");

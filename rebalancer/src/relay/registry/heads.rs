@@ -143,7 +143,10 @@ mod tests {
     fn is_to_close(connection: &Connection) -> bool {
         let mut closing = std::pin::pin!(connection.closing());
         let waker = std::task::Waker::noop();
-        closing.as_mut().poll(&mut std::task::Context::from_waker(waker)).is_ready()
+        closing
+            .as_mut()
+            .poll(&mut std::task::Context::from_waker(waker))
+            .is_ready()
     }
 
     #[test]
@@ -156,7 +159,10 @@ mod tests {
             connection.hold(SMALL_HEAD + 1);
             connection.hold(part);
         }
-        assert!(!all.iter().any(|connection| is_to_close(connection)), "it is as much as may be");
+        assert!(
+            !all.iter().any(|connection| is_to_close(connection)),
+            "it is as much as may be"
+        );
         all[3].hold(0);
         all[4].hold(2 * part);
         assert!(!is_to_close(&all[1]));

@@ -170,7 +170,10 @@ impl Trust {
     /// Of a judgement that was given with the authorities in use.
     pub fn new(chain: &[CertificateDer<'_>], judgement: &Judgement, tls: Arc<Reloader>) -> Self {
         Self {
-            chain: chain[..kept(chain)].iter().map(|one| one.clone().into_owned()).collect(),
+            chain: chain[..kept(chain)]
+                .iter()
+                .map(|one| one.clone().into_owned())
+                .collect(),
             is_proxy: matches!(judgement.claim, Claim::Proxy(_)),
             until: AtomicI64::new(judgement.until),
             tls,

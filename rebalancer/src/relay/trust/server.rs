@@ -83,7 +83,10 @@ impl ServerCertVerifier for ServerCertificates {
             _ => leaf.is_for_host(&name.to_str()),
         };
         if !is_its {
-            return Err(refused(Refusal::Host(leaf.dns_names().to_vec(), name.to_str().into_owned())));
+            return Err(refused(Refusal::Host(
+                leaf.dns_names().to_vec(),
+                name.to_str().into_owned(),
+            )));
         }
         Ok(ServerCertVerified::assertion())
     }

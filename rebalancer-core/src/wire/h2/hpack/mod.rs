@@ -304,7 +304,9 @@ mod tests {
             assert!(!list.is_cut());
             let few = decoder.decode(&again.repeat(10), 1 << 17).expect("some are well");
             assert_eq!(few.iter().count(), 10);
-            let many = decoder.decode(&again.repeat(40_000), 1 << 17).expect_err("far too many");
+            let many = decoder
+                .decode(&again.repeat(40_000), 1 << 17)
+                .expect_err("far too many");
             assert_eq!(many, FAR_MORE);
         }
     }
