@@ -6,9 +6,16 @@
 #[expect(dead_code, reason = "the agent's own file: the other half of it tells")]
 mod snapshot;
 
+use std::time::Duration;
+
 use libfuzzer_sys::fuzz_target;
 use rebalancer_core::{ids::ApiserverName, policy::Policy};
 use snapshot::WireSnapshot;
+
+/// As the agent's own module beside it has it.
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
 
 fuzz_target!(|data: &[u8]| {
     let policy = Policy::new(ApiserverName::new("a"), [ApiserverName::new("b")].into());
