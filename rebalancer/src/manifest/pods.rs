@@ -70,8 +70,13 @@ metadata:
 ---
 "
     );
-    text += &leases(&namespace, &namespace, "[list, watch, create, update]");
-    text += &leases(KUBE_SYSTEM, &namespace, "[list, watch]");
+    for (of, right) in [
+        (&*namespace, OWN_LEASES),
+        (KUBE_SYSTEM, APISERVERS_LEASES),
+        ("\"default\"", EVENTS),
+    ] {
+        text += &granted(of, &namespace, &right);
+    }
     if pods.relay.is_some() {
         text += RELAY_READS;
     }
@@ -112,31 +117,65 @@ spec:
 /// Where the apiservers' own Leases are.
 const KUBE_SYSTEM: &str = "\"kube-system\"";
 
-/// The right to Leases of a namespace: agents write their own, and read which apiservers there are. Theirs are in a
-/// namespace of their own, since no rule can name the one Lease that each may write: in kube-system that right would hold
-/// for the Leases of others too.
-fn leases(of: &str, namespace: &str, verbs: &str) -> String {
+/// What agents may do in a namespace.
+struct Right {
+    role: &'static str,
+    group: &'static str,
+    resource: &'static str,
+    verbs: &'static str,
+}
+
+/// Agents write their Leases in a namespace of their own, since no rule can name the one Lease that each may write: in
+/// kube-system that right would hold for the Leases of others too.
+const OWN_LEASES: Right = Right {
+    role: "rebalancer",
+    group: "coordination.k8s.io",
+    resource: "leases",
+    verbs: "[list, watch, create, update]",
+};
+
+/// They read which apiservers there are.
+const APISERVERS_LEASES: Right = Right {
+    verbs: "[list, watch]",
+    ..OWN_LEASES
+};
+
+/// They say on the Node what has changed: Events of Nodes are in `default`.
+const EVENTS: Right = Right {
+    role: "rebalancer-events",
+    group: "events.k8s.io",
+    resource: "events",
+    verbs: "[create]",
+};
+
+fn granted(of: &str, namespace: &str, right: &Right) -> String {
+    let Right {
+        role,
+        group,
+        resource,
+        verbs,
+    } = right;
     format!(
         "\
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
-  name: rebalancer
+  name: {role}
   namespace: {of}
 rules:
-  - apiGroups: [coordination.k8s.io]
-    resources: [leases]
+  - apiGroups: [{group}]
+    resources: [{resource}]
     verbs: {verbs}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
-  name: rebalancer
+  name: {role}
   namespace: {of}
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: Role
-  name: rebalancer
+  name: {role}
 subjects:
   - kind: ServiceAccount
     name: rebalancer

@@ -147,6 +147,8 @@ fn a_daemonset_has_no_flag_of_one_node() {
             "RoleBinding",
             "Role",
             "RoleBinding",
+            "Role",
+            "RoleBinding",
             "RoleBinding",
             "DaemonSet"
         ]
