@@ -3,7 +3,6 @@
 #![no_main]
 
 #[path = "../../rebalancer/src/agent/wire/snapshot.rs"]
-#[expect(dead_code, reason = "the agent's own file: the other half of it tells")]
 mod snapshot;
 
 use std::time::Duration;

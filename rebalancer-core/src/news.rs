@@ -82,7 +82,12 @@ impl News {
             Hold::Evacuating { apiserver } if *apiserver == decision.node => Change::Evacuated,
             _ => return None,
         };
-        Some((change, hold.to_string()))
+        // Whoever may look at the cluster reads it: no client is named, and nothing a client chose is repeated.
+        let text = match hold {
+            Hold::Unmovable { .. } => "whoever could be moved is heavier than what there is to move".to_owned(),
+            _ => hold.to_string(),
+        };
+        Some((change, text))
     }
 }
 

@@ -157,6 +157,11 @@ fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathB
     Ok(to)
 }
 
+/// Whether there is Go to build anything with.
+pub fn has_go() -> bool {
+    on_path("go").is_some()
+}
+
 /// What looks at manifests, built from tests/go/tools: `chart`, which renders a Helm chart with Helm's own packages, and
 /// kubeconform. Most of what they need was compiled for kube-apiserver.
 ///

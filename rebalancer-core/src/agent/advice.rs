@@ -12,8 +12,8 @@ use crate::{
     view::ServerState,
 };
 
-/// For so long after an evacuation a load balancer that was told to send nobody is told that this is over. Not for ever: the
-/// word would end what an administrator said to the load balancer itself.
+/// For so long after an evacuation, and after the agent's start, a load balancer that was told to send nobody is told that
+/// this is over. Not for ever: the word would end what an administrator said to the load balancer itself.
 const RETURNING: Duration = Duration::from_secs(300);
 
 /// Everybody gets so much of its part beside what it needs, and a connection at the least: new clients of the moment between
@@ -25,7 +25,7 @@ const BESIDE: f64 = 0.01;
 pub struct Advice {
     /// Nobody is to be sent here: it is evacuated.
     pub drains: bool,
-    /// An evacuation has ended a short while ago, or there is no other apiserver to send anybody to.
+    /// An evacuation may have ended a short while ago, or no other apiserver takes anybody.
     pub returns: bool,
     /// Nobody listens here, or what is behind the shim does not answer.
     pub is_down: bool,
@@ -50,9 +50,13 @@ impl Agent {
     /// What a load balancer is told now.
     pub fn advice(&self, now: Timestamp) -> Advice {
         let state = self.state(now);
-        // Better an apiserver that is to have nobody than none at all.
-        let drains = self.evacuation.is_some() && self.has_refuge(now);
-        let returned = self.returned.is_some_and(|at| now.since(at) < RETURNING);
+        // Better an apiserver that is to have nobody than none at all: but only where the others are known to take nobody.
+        // An agent that has not heard of them yet says what was said before it began.
+        let drains = self.evacuation.is_some() && self.refuge(now) != Some(false);
+        // A process that began a while ago does not know all that one before it said: a file may be lost, with the machine or
+        // without.
+        let since = self.returned.map_or(self.started, |at| at.max(self.started));
+        let returned = now.since(since) < RETURNING;
         Advice {
             drains,
             returns: !drains && (returned || self.evacuation.is_some()),

@@ -91,14 +91,15 @@ pub struct Progress {
     pub draining_streams: u64,
     /// Those that cannot be told, and why: they break when the apiserver stops.
     pub stay: Vec<(ConnectionId, LeftOut)>,
-    /// Why nobody is told although somebody is left.
+    /// Why nobody is told although somebody is left, or why it is not known who is left.
     pub stuck: Option<String>,
 }
 
 impl Progress {
-    /// Whether everybody is off who can be told.
+    /// Whether everybody is off who can be told. Where it is not known who is there, as in an agent that just began, nobody
+    /// is known to be off.
     pub fn is_done(&self) -> bool {
-        self.to_go == 0 && self.draining == 0
+        self.to_go == 0 && self.draining == 0 && self.stuck.is_none()
     }
 }
 
@@ -108,7 +109,7 @@ pub(super) fn refusal(agent: &Agent, now: Timestamp) -> Option<Hold> {
         let why = "the agent only rehearses (--dry-run): nobody would be told".to_owned();
         return Some(Hold::ShimUnavailable { why });
     }
-    let is_last = !agent.has_refuge(now);
+    let is_last = agent.refuge(now) != Some(true);
     let last = Hold::FewerThanTwoApiservers { apiservers: 1 };
     agent.order_doubt().or(is_last.then_some(last))
 }
@@ -207,11 +208,11 @@ impl Agent {
         });
         let at_next_answer = over_http1.count() as u64;
         let to_go = leave.len() as u64 - at_next_answer;
-        let stuck = if to_go == 0 {
-            None
-        } else if let Some(hold) = self.order_doubt() {
+        let stuck = if let Some(hold) = self.order_doubt() {
             Some(hold.to_string())
-        } else if !self.has_refuge(now) {
+        } else if to_go == 0 {
+            None
+        } else if self.refuge(now) != Some(true) {
             Some("no other apiserver takes clients, as far as is known".to_owned())
         } else {
             evacuation.is_spent(now).then(|| {
@@ -243,14 +244,21 @@ impl Agent {
         self.returned
     }
 
-    /// Whether another apiserver takes clients, as far as is known now: nobody is sent away from the last one.
-    pub(super) fn has_refuge(&self, now: Timestamp) -> bool {
-        self.peers.iter().any(|(_, peer)| {
-            peer.snapshot.as_ref().is_some_and(|(at, snapshot)| {
-                let takes = matches!(snapshot.state, ServerState::Ready | ServerState::Starting);
-                takes && now.since(*at) <= self.policy.stale_after()
-            })
-        })
+    /// Whether another apiserver takes clients; `None` where that is not known, because no peer was heard yet or not for a
+    /// while. Nobody is sent away from the last one.
+    pub(super) fn refuge(&self, now: Timestamp) -> Option<bool> {
+        let mut are_all_known = self.peers.iter().next().is_some();
+        for (_, peer) in self.peers.iter() {
+            match &peer.snapshot {
+                Some((at, snapshot)) if now.since(*at) <= self.policy.stale_after() => {
+                    if matches!(snapshot.state, ServerState::Ready | ServerState::Starting) {
+                        return Some(true);
+                    }
+                }
+                _ => are_all_known = false,
+            }
+        }
+        are_all_known.then_some(false)
     }
 
     /// Those who can be told, those over HTTP/2 first and of those who have the fewest watches, and those who cannot.
@@ -295,7 +303,7 @@ impl Agent {
         if self.plan.is_some() || now < evacuation.next {
             return;
         }
-        let may_tell = !evacuation.is_spent(now) && self.order_doubt().is_none() && self.has_refuge(now);
+        let may_tell = !evacuation.is_spent(now) && self.order_doubt().is_none() && self.refuge(now) == Some(true);
         let (mut leave, _) = if may_tell { self.leavers() } else { Default::default() };
         let Some(evacuation) = &mut self.evacuation else { return };
         evacuation.next = now + PAUSE;

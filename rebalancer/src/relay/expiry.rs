@@ -59,9 +59,9 @@ pub async fn run(files: Files, metrics: Arc<Metrics>) {
         let mut ends: BTreeMap<&'static str, i64> = BTreeMap::new();
         for ((file, path), said) in watched.iter().zip(&mut said) {
             let Some(end) = earliest(path) else { continue };
-            let first = ends.entry(file).or_insert(end);
-            *first = end.min(*first);
-            metrics.expires(file, *first);
+            ends.entry(file)
+                .and_modify(|first| *first = end.min(*first))
+                .or_insert(end);
             let today = (end, (end - now).div_euclid(DAY));
             if end - now > SOON || *said == Some(today) {
                 continue;
@@ -72,6 +72,9 @@ pub async fn run(files: Files, metrics: Arc<Metrics>) {
             } else {
                 tracing::warn!(file, path = %path.display(), days = today.1, "a certificate in it expires soon");
             }
+        }
+        for (file, end) in ends {
+            metrics.expires(file, end);
         }
     }
 }

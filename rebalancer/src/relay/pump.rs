@@ -167,20 +167,39 @@ where
     if let End::Protocol(error) = &end {
         pump.relay.fail(*error, &mut pump.out);
     }
+    let Pump {
+        relay,
+        out,
+        to_client,
+        to_server,
+        unread,
+    } = pump;
+    // What a client sent and nobody reads any more does not stay while it is waited for: it may take its time.
+    drop((relay, unread));
+    let due = Due {
+        client: &out.to_client[to_client.sent..],
+        server: &out.to_server[to_server.sent..],
+    };
     // On the heap for as long as it lasts: what goes before, which lasts, is small.
-    Box::pin(finish(&mut client, &mut server, &pump, &end)).await;
+    Box::pin(finish(&mut client, &mut server, due, &end)).await;
     end
 }
 
+/// What is still to be written to each side.
+struct Due<'a> {
+    client: &'a [u8],
+    server: &'a [u8],
+}
+
 /// Writes what is due to each side, and ends both in order.
-async fn finish<C, S>(client: &mut C, server: &mut S, pump: &Pump, end: &End)
+async fn finish<C, S>(client: &mut C, server: &mut S, due: Due<'_>, end: &End)
 where
     C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
 {
     // A server that ends or a failure of ours: what the client can still get, it gets.
     let last_words = async {
-        client.write_all(&pump.out.to_client[pump.to_client.sent..]).await?;
+        client.write_all(due.client).await?;
         client.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
         let mut discarded = [0; 512];
@@ -195,7 +214,7 @@ where
     };
     // What the client had sent by then is the server's, as it is without a relay.
     let last_requests = async {
-        server.write_all(&pump.out.to_server[pump.to_server.sent..]).await?;
+        server.write_all(due.server).await?;
         server.shutdown().await
     };
     // However it goes, the connection is over.

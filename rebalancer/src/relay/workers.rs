@@ -17,10 +17,6 @@ use std::{
 
 use tokio::runtime::{Builder, Handle};
 
-/// How much longer than a thread that serves may one for handshakes owe an answer: it may have thousands of them to do, with
-/// what the others leave it.
-const PATIENCE: u32 = 3;
-
 /// All threads.
 #[derive(Debug)]
 pub struct Workers {
@@ -37,6 +33,10 @@ struct Worker {
     began: Instant,
     /// Milliseconds from its beginning to when it was asked whether it moves; [`ANSWERED`] once it has said so.
     asked: Arc<AtomicU64>,
+    /// Tasks it has begun and ended.
+    moved: Arc<AtomicU64>,
+    /// How many those were when somebody last looked whether it moves.
+    seen: AtomicU64,
 }
 
 /// A thread owes no answer.
@@ -61,16 +61,15 @@ impl Workers {
         })
     }
 
-    /// A thread that owes an answer for longer than that, if there is one. Every other is asked anew: whoever wants to
-    /// know asks again and again.
+    /// A thread that owes an answer for longer than that, and has neither begun nor ended a task meanwhile, if there is one.
+    /// Every other is asked anew: whoever wants to know asks again and again.
     pub fn standing_still(&self, limit: Duration) -> Option<&str> {
-        let serving = self.serving.iter().map(|worker| (worker, limit));
-        let doors = self.doors.iter().map(|worker| (worker, limit * PATIENCE));
         // Each is asked, also behind one that stands still.
-        let still: Vec<&Worker> = serving
-            .chain(doors)
-            .filter(|(worker, limit)| !worker.moves(*limit))
-            .map(|(worker, _)| worker)
+        let still: Vec<&Worker> = self
+            .serving
+            .iter()
+            .chain(&self.doors)
+            .filter(|worker| !worker.moves(limit))
             .collect();
         still.first().map(|worker| worker.name.as_str())
     }
@@ -93,11 +92,14 @@ impl Worker {
             return;
         };
         let counted = Counted::new(&worker.tasks);
+        let moved = Arc::clone(&worker.moved);
         // A future within a future is held twice.
         let task = Box::pin(task);
         worker.runtime.spawn(async move {
             let _counted = counted;
+            moved.fetch_add(1, Relaxed);
             task.await;
+            moved.fetch_add(1, Relaxed);
         });
     }
 
@@ -113,12 +115,22 @@ impl Worker {
             tasks: Arc::default(),
             began: Instant::now(),
             asked: Arc::new(AtomicU64::new(ANSWERED)),
+            moved: Arc::default(),
+            seen: AtomicU64::new(0),
         })
     }
 
-    /// Whether it does not owe an answer for longer than that; asks it when it owes none.
+    /// Whether it does not owe an answer for longer than that, or has begun or ended a task since it was asked this last;
+    /// asks it when it owes none. A thread that has thousands of handshakes to do, which strangers may see to, comes to its
+    /// answer behind all of them.
     fn moves(&self, limit: Duration) -> bool {
         let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(ANSWERED - 1);
+        let moved = self.moved.load(Relaxed);
+        if self.seen.swap(moved, Relaxed) != moved {
+            self.asked
+                .fetch_update(Relaxed, Relaxed, |asked| (asked != ANSWERED).then_some(now))
+                .ok();
+        }
         match self.asked.load(Relaxed) {
             ANSWERED => {
                 self.asked.store(now, Relaxed);
@@ -174,6 +186,28 @@ mod tests {
             assert!(began.elapsed() < Duration::from_secs(120), "it goes on");
             thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    #[test]
+    fn a_thread_that_owes_an_answer_behind_much_work_does_not_stand_still() {
+        let workers = Workers::of(1).expect("threads");
+        let (go_on, held) = mpsc::channel::<()>();
+        workers.doors[0].runtime.spawn(async move {
+            let _ = held.recv();
+        });
+        let limit = Duration::from_millis(50);
+        for _ in 0..20 {
+            // Handshakes that were before the question in the queue.
+            workers.doors[0].moved.fetch_add(1, Relaxed);
+            assert_eq!(workers.standing_still(limit), None);
+            thread::sleep(Duration::from_millis(10));
+        }
+        let began = Instant::now();
+        while workers.standing_still(limit) != Some("relay-door-0") {
+            assert!(began.elapsed() < Duration::from_secs(60), "nothing moves any more");
+            thread::sleep(Duration::from_millis(10));
+        }
+        drop(go_on);
     }
 
     #[test]

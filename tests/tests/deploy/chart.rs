@@ -12,11 +12,13 @@ use serde_json::{Value, json};
 
 use crate::docs::root;
 
-/// A tool, else a counted skip.
+/// A tool; a counted skip where there is no Go to build it with.
 fn tool(program: &str) -> Option<PathBuf> {
-    fixture::tool(program)
-        .inspect_err(|error| skip(&format!("{error:#}")))
-        .ok()
+    if !fixture::has_go() {
+        skip("there is no `go` on PATH to build what looks at the chart with: install Go 1.26 or later");
+        return None;
+    }
+    Some(fixture::tool(program).unwrap_or_else(|error| panic!("{error:#}")))
 }
 
 fn chart() -> PathBuf {

@@ -158,8 +158,31 @@ fn an_evacuation_outlives_the_agent_and_ends_with_the_apiserver() {
     let resumed = Agent::with_memory(policy.clone(), 2, at(0), &memory, Duration::from_secs(5));
     let lasts = resumed.evacuation(at(0)).expect("it goes on").lasts;
     let advice = resumed.advice(at(0));
-    assert!(!advice.drains && advice.returns, "no other one is known: {advice:?}");
+    assert!(
+        advice.drains && !advice.returns,
+        "the others are not known yet: {advice:?}"
+    );
+    let progress = resumed.evacuation(at(0)).expect("it goes on");
+    assert!(
+        progress.to_go == 0 && !progress.is_done() && progress.stuck.is_some(),
+        "nobody is known to be off: {progress:?}"
+    );
+    let mut resumed = resumed;
+    let other = ApiserverName::new("m");
+    let down = Snapshot {
+        apiserver: other.clone(),
+        state: ServerState::Down,
+        ..resumed.snapshot(at(1))
+    };
+    resumed.handle(at(1), Input::Peer(other, Ok(down)));
+    let advice = resumed.advice(at(1));
+    assert!(!advice.drains && advice.returns, "there is no other one: {advice:?}");
     assert_eq!(lasts, Duration::from_millis(14_998));
+    let fresh = Agent::new(policy.clone(), 3, at(0));
+    assert!(
+        fresh.advice(at(1)).returns && !fresh.advice(at(300_000)).returns,
+        "one whose state was lost may have said that nobody is to be sent"
+    );
     if let Some(evacuation) = &mut memory.evacuation {
         evacuation.is_over = true;
     }
