@@ -213,13 +213,27 @@ impl Agent {
         if victims.is_empty() {
             return Answer::Nobody(left_out);
         }
+        let mut explanation = format!("telling {}: an operator asked for it", victims.len());
+        if !left_out.is_empty() {
+            explanation += &format!("; {} left out", left_out.len());
+        }
+        let decision = self.carry_out(now, victims, explanation, over, effects);
+        Answer::Ordered { decision, left_out }
+    }
+
+    /// Begins the plan of an order, spread over that time if one is given; the id of its decision.
+    pub(super) fn carry_out(
+        &mut self,
+        now: Timestamp,
+        victims: Vec<Victim>,
+        explanation: String,
+        over: Option<Duration>,
+        effects: &mut Vec<Effect>,
+    ) -> u64 {
         let (mut decision, _) = self.decide(now, self.still(now));
         decision.id = self.next_id();
         decision.hold = None;
-        decision.explanation = format!("telling {}: an operator asked for it", victims.len());
-        if !left_out.is_empty() {
-            decision.explanation += &format!("; {} left out", left_out.len());
-        }
+        decision.explanation = explanation;
         decision.outcomes = Outcomes {
             pending: victims.len() as u64,
             ..Outcomes::default()
@@ -235,7 +249,7 @@ impl Agent {
         let id = decision.id;
         self.remember(decision.clone());
         effects.push(Effect::Record(decision));
-        Answer::Ordered { decision: id, left_out }
+        id
     }
 
     /// The number by which an operator approves a course: that of the decision that first proposed it.

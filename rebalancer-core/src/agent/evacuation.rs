@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{Agent, Effect};
 use crate::{
-    decision::{Fate, Outcomes, Victim},
+    decision::{Fate, Victim},
     hold::Hold,
     ids::{ConnectionId, Protocol, ShimKind, Timestamp},
     planner::LeftOut,
@@ -290,7 +290,7 @@ impl Agent {
             return Some(LeftOut::Deaf);
         }
         match connection.protocol {
-            Protocol::Http1 if !connection.can_be_told() => Some(LeftOut::Deaf),
+            Protocol::Http1 if !connection.can_hear() => Some(LeftOut::Deaf),
             Protocol::Unknown => Some(LeftOut::UnknownProtocol),
             _ if connection.is_node_local() && self.policy.node_local != NodeLocal::Move => Some(LeftOut::NodeLocal),
             Protocol::Http1 | Protocol::H2Offered | Protocol::H2Selected => None,
@@ -316,23 +316,11 @@ impl Agent {
         let over = evacuation.over.saturating_sub(evacuation.lasts(now));
         evacuation.tells(leave.len() as u64);
         let victims: Vec<Victim> = leave.iter().filter_map(|id| self.leaver(*id, now)).collect();
-        let (mut decision, _) = self.decide(now, self.still(now));
-        decision.id = self.next_id();
-        decision.hold = None;
-        decision.explanation = format!("evacuating: telling all {} that can be told", victims.len());
-        decision.outcomes = Outcomes {
-            pending: victims.len() as u64,
-            ..Outcomes::default()
-        };
-        decision.victims = victims;
-        self.start(now, &mut decision);
+        let explanation = format!("evacuating: telling all {} that can be told", victims.len());
+        self.carry_out(now, victims, explanation, Some(over), effects);
         if let Some(plan) = &mut self.plan {
-            plan.is_ordered = true;
             plan.is_evacuation = true;
-            plan.spread_over(over, self.abilities.order_expiry, now);
         }
-        self.remember(decision.clone());
-        effects.push(Effect::Record(decision));
     }
 
     fn leaver(&self, id: ConnectionId, now: Timestamp) -> Option<Victim> {

@@ -185,7 +185,7 @@ impl Agent {
         };
         let expired = now > plan.expires;
         let table = &self.table;
-        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_be_told);
+        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_hear);
         let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
         plan.unsent = unsent.into();
         self.drop_victims(&gone);

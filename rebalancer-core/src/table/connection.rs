@@ -168,11 +168,6 @@ impl Connection {
         self.state == ConnectionState::Active && self.can_be_told
     }
 
-    /// Whether it could be told to go in any way: over HTTP/1.1 a shim may do it with the next answer.
-    pub fn can_be_told(&self) -> bool {
-        self.can_hear()
-    }
-
     /// A shim says how old it is: it may be older than the agent, and than the agent's clock.
     pub(super) fn is_known_to_be(&mut self, age: Duration, now: Timestamp) {
         let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);

@@ -7,22 +7,13 @@ use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
     scenario::{default_policy, named},
-    setup::{Admission, Horizon, Setup},
+    setup::{Admission, Horizon},
 };
 
-use crate::{runs, say, seeds};
+use crate::{loads, runs, say, seeds};
 
 /// E / rho of (500, 500, 0) at 5 %.
 const OF_1000: [(LoadBalancer, f64); 2] = [(LoadBalancer::Leastconn, 300.0), (LoadBalancer::RoundRobin, 900.0)];
-
-fn loads(loads: &[usize], balancer: LoadBalancer, policy: Policy) -> Setup {
-    let mut setup = Setup::of_loads(loads, balancer, policy);
-    setup.horizon = Horizon::Balanced {
-        limit: Duration::from_secs(3_600),
-        after: Duration::from_secs(60),
-    };
-    setup
-}
 
 fn at_five_percent() -> Policy {
     let mut policy = default_policy();

@@ -9,11 +9,13 @@ mod figures;
 mod scenarios;
 mod unkind;
 
-use std::io::Write as _;
+use std::{io::Write as _, time::Duration};
 
+use rebalancer_core::policy::Policy;
 use rebalancer_sim::{
+    balancer::LoadBalancer,
     figures::Run,
-    setup::{Contender, Setup},
+    setup::{Contender, Horizon, Setup},
     simulate,
 };
 
@@ -29,6 +31,16 @@ fn seeds(otherwise: u64) -> u64 {
         .ok()
         .and_then(|seeds| seeds.parse().ok());
     said.unwrap_or(otherwise)
+}
+
+/// A world of these loads, watched until it has been balanced for a minute.
+fn loads(loads: &[usize], balancer: LoadBalancer, policy: Policy) -> Setup {
+    let mut setup = Setup::of_loads(loads, balancer, policy);
+    setup.horizon = Horizon::Balanced {
+        limit: Duration::from_secs(3_600),
+        after: Duration::from_secs(60),
+    };
+    setup
 }
 
 /// One world, with the agents, once for each seed.

@@ -2,25 +2,15 @@
 
 use std::time::Duration;
 
-use rebalancer_core::policy::Policy;
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
     scenario::{default_policy, named},
-    setup::{Contender, Horizon, Incident, Role, Setup},
+    setup::{Contender, Incident, Role, Setup},
     simulate,
 };
 
-use crate::{say, seeds};
-
-fn loads(loads: &[usize], balancer: LoadBalancer, policy: Policy) -> Setup {
-    let mut setup = Setup::of_loads(loads, balancer, policy);
-    setup.horizon = Horizon::Balanced {
-        limit: Duration::from_secs(3_600),
-        after: Duration::from_secs(60),
-    };
-    setup
-}
+use crate::{loads, say, seeds};
 
 fn run(setup: &Setup, seed: u64) -> Run {
     simulate(setup, Contender::Rebalancer, seed)

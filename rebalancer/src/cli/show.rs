@@ -165,21 +165,25 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
+/// How old what is known of a peer is.
+fn age(peer: &Value) -> String {
+    match peer["age_ms"].as_u64() {
+        Some(age) => Short(std::time::Duration::from_millis(age)).to_string(),
+        None => "never heard".to_owned(),
+    }
+}
+
 /// What is known of each peer.
 pub fn peers(answer: &Value) -> String {
     let mut table = Table::new(&["APISERVER", "STATE", "CONNECTIONS", "LOAD", "DRAINING", "AGE", "FAULT"]);
     for peer in list(&answer["peers"]) {
-        let age = match peer["age_ms"].as_u64() {
-            Some(age) => Short(std::time::Duration::from_millis(age)).to_string(),
-            None => "never heard".to_owned(),
-        };
         table.row([
             text(&peer["apiserver"]),
             text(&peer["state"]),
             text(&peer["connections"]),
             text(&peer["load"]),
             text(&peer["draining"]),
-            age,
+            age(peer),
             text(&peer["fault"]),
         ]);
     }
@@ -432,17 +436,13 @@ fn not_heard(answer: &Value) -> String {
 pub fn cluster(answer: &Value) -> String {
     let mut table = Table::new(&["APISERVER", "STATE", "CONNECTIONS", "DRAINING", "AGENT", "AGE", "FAULT"]);
     for peer in list(&answer["peers"]) {
-        let age = match peer["age_ms"].as_u64() {
-            Some(age) => Short(std::time::Duration::from_millis(age)).to_string(),
-            None => "never heard".to_owned(),
-        };
         table.row([
             text(&peer["apiserver"]),
             text(&peer["state"]),
             text(&peer["connections"]),
             text(&peer["draining"]),
             text(&peer["part"]),
-            age,
+            age(peer),
             text(&peer["fault"]),
         ]);
     }

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::Path, process::Command};
 
 use rebalancer::relay::trust::AwsLc;
-use rebalancer_core::x509::{Certificate, Pool, Purpose, verify};
+use rebalancer_core::x509::{Certificate, Pool, Purpose, Refused, Verified, verify};
 use rebalancer_tests::skip;
 use serde::Deserialize;
 
@@ -48,16 +48,9 @@ fn judge_server(case: &Judged) -> (i64, Vec<String>) {
         return refused;
     };
     let leaf = chain.remove(0);
-    let now = i128::from(case.now) * 1_000_000_000;
-    let judged = verify(
-        &leaf,
-        &Pool::new(chain),
-        &Pool::new(roots),
-        Purpose::Server,
-        now,
-        &AwsLc,
-    );
-    let Ok(verified) = judged else { return refused };
+    let Ok(verified) = path(case, &leaf, chain, roots, Purpose::Server) else {
+        return refused;
+    };
     let is_for = |host: &&str| match host.parse::<IpAddr>() {
         Ok(address) => leaf.is_for_address(address),
         Err(_) => leaf.is_for_host(host),
@@ -66,6 +59,18 @@ fn judge_server(case: &Judged) -> (i64, Vec<String>) {
         verified.until,
         HOSTS.into_iter().filter(is_for).map(str::to_owned).collect(),
     )
+}
+
+/// The relay's path from that leaf to the roots, at the case's time.
+fn path(
+    case: &Judged,
+    leaf: &Certificate,
+    others: Vec<Certificate>,
+    roots: Vec<Certificate>,
+    purpose: Purpose,
+) -> Result<Verified, Refused> {
+    let now = i128::from(case.now) * 1_000_000_000;
+    verify(leaf, &Pool::new(others), &Pool::new(roots), purpose, now, &AwsLc)
 }
 
 fn parse(texts: &[String]) -> Option<Vec<Certificate>> {
@@ -95,16 +100,7 @@ fn judge(case: &Judged) -> Word {
         return nobody("chain");
     };
     let leaf = chain.remove(0);
-    let now = i128::from(case.now) * 1_000_000_000;
-    let judged = verify(
-        &leaf,
-        &Pool::new(chain),
-        &Pool::new(roots),
-        Purpose::Client,
-        now,
-        &AwsLc,
-    );
-    let (verdict, until) = match judged {
+    let (verdict, until) = match path(case, &leaf, chain, roots, Purpose::Client) {
         Ok(verified) => ("good", verified.until),
         Err(_) => ("refused", 0),
     };
