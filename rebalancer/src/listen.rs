@@ -82,6 +82,17 @@ pub fn unfilter(socket: &Socket) {
     let _ = socket.detach_filter();
 }
 
+/// As whom an address counts where strangers have a bound each: one network of IPv6 (/64) has as many addresses as it likes.
+pub fn counted_as(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        v4 => v4,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

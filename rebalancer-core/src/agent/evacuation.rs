@@ -42,7 +42,7 @@ pub(super) struct Evacuation {
     over: Duration,
     /// When the next one may begin.
     next: Timestamp,
-    /// Clients it set out to tell.
+    /// Clients it has told.
     told: u64,
     window: Option<Window>,
     /// The listening socket it began with: another one is another server process, where no shim knows better.
@@ -79,7 +79,7 @@ pub struct RememberedEvacuation {
 pub struct Progress {
     /// How long it lasts.
     pub lasts: Duration,
-    /// Clients it set out to tell, those who came back each time.
+    /// Clients that were told, those who came back each time.
     pub told: u64,
     /// Clients that can be told and have not left yet.
     pub to_go: u64,
@@ -314,7 +314,6 @@ impl Agent {
         }
         // What is left of the time, also for the agent that goes on with it.
         let over = evacuation.over.saturating_sub(evacuation.lasts(now));
-        evacuation.tells(leave.len() as u64);
         let victims: Vec<Victim> = leave.iter().filter_map(|id| self.leaver(*id, now)).collect();
         let explanation = format!("evacuating: telling all {} that can be told", victims.len());
         self.carry_out(now, victims, explanation, Some(over), effects);
@@ -368,10 +367,11 @@ impl Evacuation {
         window.most - window.told.min(window.most)
     }
 
-    fn tells(&mut self, clients: u64) {
-        self.told += clients;
+    /// A client was told: not who was only to be, or a shim that fails for a while would use up what may be told.
+    pub(super) fn tells_one(&mut self) {
+        self.told += 1;
         if let Some(window) = &mut self.window {
-            window.told += clients;
+            window.told += 1;
         }
     }
 }

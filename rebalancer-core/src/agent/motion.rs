@@ -25,7 +25,10 @@ struct Totals {
     goaways: u64,
     left: u64,
     accepted: u64,
+    /// What those who were told weighed.
     load: f64,
+    /// What a connection weighs.
+    each: f64,
 }
 
 /// What happened since the last look.
@@ -106,6 +109,7 @@ impl Motion {
         }
         let mut moves = Moves::default();
         let mut others = 0;
+        let mean = mean_load(view);
         for (name, entry) in &view.entries {
             let Snapshot {
                 instance,
@@ -113,6 +117,8 @@ impl Motion {
                 accepted_total,
                 told_load_total,
                 left_total,
+                load,
+                connections,
                 ..
             } = entry.snapshot;
             let new = Totals {
@@ -121,6 +127,7 @@ impl Motion {
                 left: left_total,
                 accepted: accepted_total,
                 load: told_load_total,
+                each: each_of(load, connections),
             };
             let old = self
                 .last
@@ -128,7 +135,8 @@ impl Motion {
                 .filter(|old| old.instance == instance);
             let old = old.unwrap_or(new);
             let left = new.left.saturating_sub(old.left);
-            let each = entry.snapshot.load / entry.snapshot.connections.max(1) as f64;
+            // What they weighed before: now they drain, and weigh nothing there any more.
+            let each = if old.each > 0.0 { old.each } else { mean };
             self.told_load += (new.load - old.load).max(0.0) + left as f64 * each;
             others += left;
             moves.told += new.goaways.saturating_sub(old.goaways);
@@ -171,9 +179,7 @@ impl Motion {
         } else {
             self.draining
         };
-        let connections: u64 = snapshots().map(|snapshot| snapshot.connections).sum();
-        let load: f64 = snapshots().map(|snapshot| snapshot.load).sum();
-        self.told_load = self.told as f64 * load / connections.max(1) as f64;
+        self.told_load = self.told as f64 * mean_load(view);
     }
 
     /// Clients that were told and have not landed.
@@ -202,6 +208,19 @@ impl Motion {
         };
         Transit { clients, load }
     }
+}
+
+fn each_of(load: f64, connections: u64) -> f64 {
+    load / connections.max(1) as f64
+}
+
+/// What a connection weighs, over all apiservers.
+fn mean_load(view: &View) -> f64 {
+    let snapshots = || view.entries.values().map(|entry| &entry.snapshot);
+    each_of(
+        snapshots().map(|snapshot| snapshot.load).sum(),
+        snapshots().map(|snapshot| snapshot.connections).sum(),
+    )
 }
 
 /// A window in which those who come anyway are counted.
@@ -366,11 +385,16 @@ mod tests {
     fn whom_a_relay_told_when_it_handed_over_is_in_transit() {
         let mut motion = Motion::default();
         let mut before = view(&[("a", 1, 0, 0, 0, 0), ("b", 1, 0, 0, 0, 0)]);
+        let a = before.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
+        a.snapshot.load = 250.0;
         motion.look(&before, 2, SETTLE, at(0));
         let a = before.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
         (a.snapshot.left_total, a.snapshot.draining) = (100, 100);
+        (a.snapshot.connections, a.snapshot.load) = (0, 0.0);
         let moves = motion.look(&before, 2, SETTLE, at(1));
         assert_eq!((moves.told, motion.in_transit()), (0, 100));
+        let transit = motion.transit(Weight::Requests);
+        assert_eq!(transit.load, 250.0, "what they weighed before they were told");
         let later = view(&[("a", 1, 0, 20, 40, 0), ("b", 1, 0, 40, 0, 0)]);
         motion.look(&later, 2, SETTLE, at(30));
         assert_eq!(motion.in_transit(), 40);

@@ -250,6 +250,9 @@ impl Agent {
                 continue;
             }
             plan.last_goaway = now;
+            if let (true, true, Some(evacuation)) = (told, plan.is_evacuation, &mut self.evacuation) {
+                evacuation.tells_one();
+            }
             plan.outcomes.pending -= 1;
             let Some(key) = plan.keys.remove(id) else {
                 continue;

@@ -38,6 +38,8 @@ pub(super) struct Kept {
     stamp: u64,
     by: Option<ApiserverName>,
     pause: Option<Pause>,
+    /// The pause's time was over when this process began, by a clock that may have been set meanwhile.
+    lapsed_before: bool,
 }
 
 impl Kept {
@@ -47,6 +49,7 @@ impl Kept {
             stamp: self.stamp.saturating_add(1),
             by: Some(by),
             pause,
+            lapsed_before: false,
         };
     }
 
@@ -55,7 +58,8 @@ impl Kept {
         let order = (other.stamp, &other.by).cmp(&(self.stamp, &self.by));
         let is_on_there = other.pause.as_ref().is_some_and(|pause| pause.left > Some(LAPSED));
         // The same word, whose time is over here and not there: this agent was away and counted it by a clock that was set.
-        let has_lapsed_here = order == Ordering::Equal && self.pause.is_none() && is_on_there;
+        // What ended while it ran has ended, whatever one says that was away.
+        let has_lapsed_here = order == Ordering::Equal && self.lapsed_before && is_on_there;
         if order != Ordering::Greater && !has_lapsed_here {
             return false;
         }
@@ -73,6 +77,7 @@ impl Kept {
                 reason: pause.reason.clone(),
                 until: pause.left.map(|left| now + left.saturating_sub(down)),
             }),
+            lapsed_before: switch.pause.as_ref().is_some_and(|pause| !is_on(&pause)),
         }
     }
 
@@ -167,6 +172,18 @@ mod tests {
         assert!(!b.hear(&a.told(at(61)), at(61)), "it is told once");
         a.turn(name("a"), None);
         assert!(b.hear(&a.told(at(62)), at(62)) && b.pause().is_none());
+    }
+
+    #[test]
+    fn a_pause_that_ended_here_does_not_come_back_with_one_that_was_away() {
+        let mut a = Kept::default();
+        a.turn(name("a"), pause("x", Some(7_200)));
+        let kept_away = a.told(at(0));
+        assert!(a.expire(at(7_200)));
+        // Its clock was set back, so that no time has passed.
+        let away = Kept::of(&kept_away, Duration::ZERO, at(0));
+        assert!(away.pause().is_some());
+        assert!(!a.hear(&away.told(at(1)), at(10_800)) && a.pause().is_none());
     }
 
     #[test]

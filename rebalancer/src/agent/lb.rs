@@ -19,11 +19,12 @@ use tokio::{
 use super::{handle::AgentHandle, metrics::KindLabel, places::Places};
 use crate::listen;
 
-/// Connections at once, and those of one address.
-const PLACES: (usize, usize) = (64, 16);
+/// Connections at once, and those of one address. Whoever is refused takes this apiserver for dead: strangers who say
+/// nothing must be many to hold all of them.
+const PLACES: (usize, usize) = (512, 16);
 
-/// A connection is over after that, whatever has become of it.
-const DEADLINE: Duration = Duration::from_secs(3);
+/// A connection is over after that, whatever has become of it: a load balancer's question is one packet.
+const DEADLINE: Duration = Duration::from_secs(1);
 
 /// HAProxy says nothing unless told to (`agent-send`) and waits for the answer: who is silent for so long is one.
 const SILENCE: Duration = Duration::from_millis(300);

@@ -8,7 +8,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// How many connections each address has.
+use crate::listen::counted_as;
+
+/// How many connections each address has (IPv6: each /64).
 #[derive(Debug)]
 pub struct Places {
     all: usize,
@@ -35,6 +37,7 @@ impl Places {
 
     /// A place, if there is one left.
     pub fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let address = counted_as(address);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         if taken.values().sum::<usize>() >= self.all {
             return None;
@@ -77,6 +80,10 @@ mod tests {
             held.extend((0..8).map(|_| places.take(address(last)).expect("a place")));
         }
         assert!(places.take(address(33)).is_none(), "all together have a limit too");
+        let v6 = |last: u16| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]);
+        let of_network = Places::new(256, 8);
+        let held_there: Vec<_> = (0..20).filter_map(|last| of_network.take(v6(last))).collect();
+        assert_eq!(held_there.len(), 8, "a network of IPv6 is one address");
         held.remove(0);
         assert!(places.take(address(33)).is_some());
         held.clear();

@@ -156,8 +156,8 @@ pub struct Arguments {
     watch_handover_rate: u32,
 }
 
-/// Files for everything but connections that are served, unfinished ones among it.
-const OTHER_FILES: u64 = 2_048 + 64;
+/// Files for everything but connections that are served: those that are not finished, those that give way, and the rest.
+const OTHER_FILES: u64 = 2_048 + 512 + 64;
 
 /// Runs the relay until it is told to end.
 pub fn run(arguments: Arguments) -> Result<(), Failure> {

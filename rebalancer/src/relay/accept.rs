@@ -301,6 +301,10 @@ impl Door {
             }
         };
         let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        let Some(task) = self.admission.task() else {
+            let why = "others that were to give way have not gone yet";
+            return self.complaints.complain(Cause::Crowded, canonical(client), &why);
+        };
         let connection = self.registry.open(cookie, canonical(client), canonical(local));
         let (mut place, crowded) = self.admission.enter(client.ip(), &connection);
         if crowded {
@@ -328,6 +332,7 @@ impl Door {
                 }
             };
             let joined = joining.await;
+            drop(task);
             match joined {
                 Ok(Some(joined)) => {
                     let workers = Arc::clone(&door.workers);
@@ -402,7 +407,16 @@ impl Door {
         let h2 = client.state().alpn_protocol() == Some(ALPN[0]);
         let claim = match client.state().peer_certificates() {
             None => Claim::Absent,
-            Some(chain) => self.claim(&tls, chain, connection),
+            Some(chain) => {
+                let claim = self.claim(&tls, chain, connection);
+                // The session keeps what the client sent for as long as it lasts.
+                if !claim.is_believed() && trust::is_long(chain) {
+                    let why = "nobody vouches for a chain of certificates of more than 16 KiB";
+                    self.complaints.complain(Cause::Certificate, connection.client(), &why);
+                    anyhow::bail!(why);
+                }
+                claim
+            }
         };
         connection.established(if h2 { Protocol::H2 } else { Protocol::Http1 }, claim.user());
         let first = timeout(if h2 { PREFACE } else { http1::HEAD }, first_octets(&mut client))

@@ -6,14 +6,21 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 use super::registry::{Connection, Order};
+use crate::listen::counted_as;
 
 /// How many connections may be unfinished at a time: handshakes that last, and clients that have not said anything.
 const UNFINISHED: usize = 2_048;
+
+/// Those that were told to give way and whose task has not come to it yet: beyond that whoever is newest is let go, since
+/// each holds a file and a task.
+const LEAVING: usize = UNFINISHED / 4;
 
 /// One part in so many of `--max-connections` is for clients with a certificate.
 const KEPT_PART: usize = 5;
@@ -63,15 +70,8 @@ pub enum NoPlace {
 struct Source(IpAddr);
 
 impl Source {
-    /// One network of IPv6 has as many addresses as it likes.
     fn of(address: IpAddr) -> Self {
-        Self(match address.to_canonical() {
-            IpAddr::V6(address) => {
-                let [a, b, c, d, ..] = address.segments();
-                Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
-            }
-            v4 => v4,
-        })
+        Self(counted_as(address))
     }
 }
 
@@ -96,6 +96,8 @@ struct Inner {
 pub struct Admission {
     bounds: Bounds,
     inner: Mutex<Inner>,
+    /// One for each task whose handshakes are not done, those included that gave way.
+    tasks: Arc<Semaphore>,
 }
 
 /// How far a guest is.
@@ -120,7 +122,13 @@ impl Admission {
         Arc::new(Self {
             bounds,
             inner: Mutex::default(),
+            tasks: Arc::new(Semaphore::new(bounds.unfinished + LEAVING)),
         })
+    }
+
+    /// Leave to begin handshakes, kept until they are done or given up; `None` when those that gave way are still too many.
+    pub fn task(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.tasks).try_acquire_owned().ok()
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -276,6 +284,15 @@ mod tests {
         strangers_per_address: 4,
         unfinished: 6,
     };
+
+    #[test]
+    fn those_that_gave_way_and_are_not_gone_are_bounded_too() {
+        let hall = Hall::new(BOUNDS);
+        let mut tasks: Vec<_> = std::iter::from_fn(|| hall.admission.task()).collect();
+        assert_eq!(tasks.len(), BOUNDS.unfinished + LEAVING);
+        tasks.pop();
+        assert!(hall.admission.task().is_some(), "one has gone");
+    }
 
     #[test]
     fn strangers_leave_room_for_those_who_are_known() {

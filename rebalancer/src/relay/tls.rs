@@ -109,7 +109,7 @@ impl Tls {
         };
         let by_address = by_address.into_iter().map(at).collect();
 
-        let upstream = ServerCertificates::new(trust::bundle(&files.upstream_ca, "--upstream-ca")?);
+        let upstream = ServerCertificates::new(trust::readable_bundle(&files.upstream_ca, "--upstream-ca")?);
         let towards_upstream = || {
             let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
             // As client-go judges it: see there.

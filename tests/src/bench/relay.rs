@@ -58,7 +58,7 @@ const EVENT_PERIOD: Duration = Duration::from_millis(5);
 const COUNTED: Duration = Duration::from_millis(500);
 
 /// Descriptors that the relay keeps beside its connections: for those that are not finished, and for everything else.
-const SPARE_FILES: u64 = 2_048 + 64;
+const SPARE_FILES: u64 = 2_048 + 512 + 64;
 
 /// Connections of those who work while others watch, with room to spare.
 const WORKING: u64 = 64;

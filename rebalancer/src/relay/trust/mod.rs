@@ -41,6 +41,11 @@ const SECOND: i64 = 1000;
 /// vouched for by what came late, is asked for all of it on its next connection.
 const MAX_KEPT: usize = 16 * 1024;
 
+/// Whether a chain is longer than whoever proves nothing may have one kept.
+pub fn is_long(chain: &[CertificateDer<'_>]) -> bool {
+    chain.iter().map(|one| one.len()).sum::<usize>() > MAX_KEPT
+}
+
 /// Who may vouch for whom.
 pub struct Authorities {
     /// For users: `--client-ca`.
@@ -217,9 +222,41 @@ fn now_ms() -> i64 {
     (now_ns() / 1_000_000) as i64
 }
 
-/// Reads a bundle of authorities.
+/// Reads a bundle of authorities as kube-apiserver reads its own: what cannot be read refuses all of it.
 pub(super) fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
-    let ders: Vec<CertificateDer<'_>> = CertificateDer::pem_file_iter(path)
+    let mut readable = Vec::new();
+    for (index, der) in certificates(path, flag)?.iter().enumerate() {
+        let parsed = Certificate::parse(der, &AwsLc);
+        readable.push(parsed.with_context(|| format!("{flag} {}: certificate {} in it", path.display(), index + 1))?);
+    }
+    Ok(pool(readable, path, flag))
+}
+
+/// The same as client-go reads it (crypto/x509, `CertPool.AppendCertsFromPEM`): what cannot be read vouches for nobody, and
+/// the others do.
+pub(super) fn readable_bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
+    let mut readable = Vec::new();
+    for (index, der) in certificates(path, flag)?.iter().enumerate() {
+        match Certificate::parse(der, &AwsLc) {
+            Ok(certificate) => readable.push(certificate),
+            Err(error) => tracing::warn!(
+                file = %path.display(),
+                number = index + 1,
+                %error,
+                "{flag}: a certificate in it cannot be read: as for Go's programs, it vouches for nobody"
+            ),
+        }
+    }
+    anyhow::ensure!(
+        !readable.is_empty(),
+        "{flag} {}: no certificate in it can be read",
+        path.display()
+    );
+    Ok(pool(readable, path, flag))
+}
+
+fn certificates(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let ders: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;
     anyhow::ensure!(
@@ -227,11 +264,11 @@ pub(super) fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
         "{flag} {}: there is no certificate (PEM) in it",
         path.display()
     );
-    let parse = |(index, der): (usize, &CertificateDer<'_>)| {
-        Certificate::parse(der, &AwsLc)
-            .with_context(|| format!("{flag} {}: certificate {} in it", path.display(), index + 1))
-    };
-    let pool = Pool::new(ders.iter().enumerate().map(parse).collect::<anyhow::Result<Vec<_>>>()?);
+    Ok(ders)
+}
+
+fn pool(certificates: Vec<Certificate>, path: &Path, flag: &str) -> Pool {
+    let pool = Pool::new(certificates);
     for certificate in pool.certificates() {
         if let Some(why) = useless(certificate) {
             tracing::warn!(
@@ -241,7 +278,7 @@ pub(super) fn bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
             );
         }
     }
-    Ok(pool)
+    pool
 }
 
 /// Why an authority vouches for nobody.
