@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::btf::Btf;
+use rebalancer_core::binary::btf::Btf;
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(btf) = Btf::parse(data) {

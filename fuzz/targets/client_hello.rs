@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::hello::{Assembly, classify};
+use rebalancer_core::wire::hello::{Assembly, classify};
 
 fuzz_target!(|data: &[u8]| {
     let [cut, data @ ..] = data else { return };
@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
             break;
         }
     }
-    if data.len() <= rebalancer_core::hello::LONGEST {
+    if data.len() <= rebalancer_core::wire::hello::LONGEST {
         assert_eq!(answer, whole);
     }
     // Pieces that overlap, come twice or ahead of others.

@@ -5,7 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::golang::find;
+use rebalancer_core::binary::golang::find;
 
 const PROGRAM: &[u8] = include_bytes!("../bases/golang");
 

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::h2::hpack::{Decoder, write_literal};
+use rebalancer_core::wire::h2::hpack::{Decoder, write_literal};
 
 const BOUND: usize = 2048;
 

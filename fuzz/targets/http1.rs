@@ -6,12 +6,12 @@ use std::net::IpAddr;
 
 use libfuzzer_sys::fuzz_target;
 use rebalancer_core::{
-    h1::{
+    wire::h1::{
         body::{Body, Passing},
         head::{AnswerHead, Finder, RequestHead},
         request::pass,
     },
-    h2::policy::Policy,
+    wire::h2::policy::Policy,
 };
 
 fuzz_target!(|data: &[u8]| {

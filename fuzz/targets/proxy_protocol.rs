@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::proxy_protocol::{MAX_HEADER, parse};
+use rebalancer_core::wire::proxy_protocol::{MAX_HEADER, parse};
 
 fuzz_target!(|data: &[u8]| {
     match parse(data) {

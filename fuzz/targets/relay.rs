@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::h2::{
+use rebalancer_core::wire::h2::{
     error::ConnectionError,
     frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
     hpack::{Decoder, FieldList},

@@ -6,7 +6,7 @@
 use std::cell::Cell;
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::x509::{Certificate, Crypto, Curve, Pool, PublicKey, Purpose, Scheme, verify};
+use rebalancer_core::wire::x509::{Certificate, Crypto, Curve, Pool, PublicKey, Purpose, Scheme, verify};
 
 /// Says yes, and counts how often it is asked.
 #[derive(Default)]
@@ -61,7 +61,11 @@ fuzz_target!(|data: &[u8]| {
     let roots = all.split_off(usize::from(*split).min(all.len()));
     let (intermediates, roots) = (Pool::new(all), Pool::new(roots));
     let crypto = Gullible::default();
-    let purpose = if data.len() % 2 == 0 { Purpose::Client } else { Purpose::Server };
+    let purpose = if data.len() % 2 == 0 {
+        Purpose::Client
+    } else {
+        Purpose::Server
+    };
     let verdict = verify(&leaf, &intermediates, &roots, purpose, now, &crypto);
     assert!(crypto.signatures.get() <= 1000, "a bounded search");
     let again = verify(&leaf, &intermediates, &roots, purpose, now, &Gullible::default());

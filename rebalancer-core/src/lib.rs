@@ -27,6 +27,3 @@ pub mod table;
 pub mod view;
 pub mod weight;
 pub mod wire;
-
-pub use binary::{btf, golang};
-pub use wire::{assemblies, h1, h2, hello, hellos, pace, proxy_protocol, x509};

@@ -10,8 +10,8 @@ use std::{
 };
 
 use crate::{
-    hello::Assembly,
     ids::{Protocol, Timestamp},
+    wire::hello::Assembly,
 };
 
 /// Octets of all of them together, what it takes to keep each included.

@@ -6,7 +6,7 @@
 
 use crate::{
     ids::Protocol,
-    proxy_protocol::{self, ProxyError},
+    wire::proxy_protocol::{self, ProxyError},
 };
 
 /// A longer first record is given up.

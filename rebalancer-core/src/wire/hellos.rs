@@ -9,9 +9,9 @@ use std::{
 };
 
 use crate::{
-    assemblies::Assemblies,
     ids::{ConnectionId, Protocol, Timestamp},
     observation::Socket,
+    wire::assemblies::Assemblies,
 };
 
 /// Own address and the client's: names a connection that has no socket yet.

@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use prometheus_client::metrics::gauge::Gauge;
-use rebalancer_core::golang::AttachPoint;
+use rebalancer_core::binary::golang::AttachPoint;
 use serde_json::{Value, json};
 
 use super::{Failure, print, runtime, table::Table};

@@ -24,10 +24,10 @@ use rebalancer_common::{
     Offsets, SocketRecord,
 };
 use rebalancer_core::{
-    hellos::Hellos,
     ids::{ConnectionId, Timestamp},
     observation::{HelloLoss, Observation, Socket},
     subflows::Subflows,
+    wire::hellos::Hellos,
 };
 use tokio::{
     io::{

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use rebalancer_core::btf;
+use rebalancer_core::binary::btf;
 
 use super::refusal::hint;
 

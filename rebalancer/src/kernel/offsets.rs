@@ -5,7 +5,7 @@
 use std::{fs, os::unix::fs::MetadataExt as _};
 
 use rebalancer_common::Offsets;
-use rebalancer_core::btf;
+use rebalancer_core::binary::btf;
 
 use super::{Options, ebpf_error::EbpfError};
 

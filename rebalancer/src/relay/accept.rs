@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use rebalancer_core::h2::{
+use rebalancer_core::wire::h2::{
     policy::IdentityNames,
     relay::{Relay, Settings},
 };

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use rebalancer_core::x509::{Certificate, Pool};
+use rebalancer_core::wire::x509::{Certificate, Pool};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use serde::Deserialize;
 use tokio::time::{sleep, timeout};

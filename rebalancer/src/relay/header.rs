@@ -5,7 +5,7 @@
 use std::{io, net::SocketAddr};
 
 use ipnet::IpNet;
-use rebalancer_core::proxy_protocol::{self, MAX_HEADER, ProxyError};
+use rebalancer_core::wire::proxy_protocol::{self, MAX_HEADER, ProxyError};
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 /// Why a connection from a listed address is refused.

@@ -17,12 +17,12 @@ use std::{
 };
 
 use rebalancer_core::{
-    h1::{
+    wire::h1::{
         body::{Body, Passing},
         head::{AnswerHead, Finder, HeadError},
         request::{Passed, Stays, pass},
     },
-    h2::{policy::Policy, relay::is_refusal},
+    wire::h2::{policy::Policy, relay::is_refusal},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf},

@@ -8,8 +8,8 @@ use std::{borrow::Cow, fmt::Write as _, net::IpAddr, sync::Arc};
 
 use http::HeaderValue;
 use rebalancer_core::{
-    h2::policy::{IdentityNames, Policy},
-    x509::Certificate,
+    wire::h2::policy::{IdentityNames, Policy},
+    wire::x509::Certificate,
 };
 
 use super::request_headers::RequestHeaders;

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rebalancer_core::{ids::ConnectionId, pace::Pace};
+use rebalancer_core::{ids::ConnectionId, wire::pace::Pace};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::registry::Registry;

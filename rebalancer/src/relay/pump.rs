@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use rebalancer_core::h2::{
+use rebalancer_core::wire::h2::{
     error::ConnectionError,
     relay::{Drain, Output, Relay},
 };

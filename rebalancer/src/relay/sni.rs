@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use rebalancer_core::x509::Certificate;
+use rebalancer_core::wire::x509::Certificate;
 use rustls::{
     SignatureScheme,
     pki_types::CertificateDer,

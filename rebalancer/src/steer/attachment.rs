@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use rebalancer_common::steer::Place;
-use rebalancer_core::golang::{Architecture, AttachPoint, BEGIN};
+use rebalancer_core::binary::golang::{Architecture, AttachPoint, BEGIN};
 
 use super::{
     SteerError, binary,

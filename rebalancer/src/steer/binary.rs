@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, path::Path};
 
-use rebalancer_core::golang::{self, AttachPoint, Refusal};
+use rebalancer_core::binary::golang::{self, AttachPoint, Refusal};
 
 use super::SteerError;
 use crate::sys::Mapped;

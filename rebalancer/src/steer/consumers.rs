@@ -3,7 +3,7 @@
 use std::fs;
 
 use rebalancer_common::steer::Consumers;
-use rebalancer_core::btf::{Btf, BtfError};
+use rebalancer_core::binary::btf::{Btf, BtfError};
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 

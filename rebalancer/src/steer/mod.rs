@@ -19,7 +19,7 @@ mod shim;
 
 use std::{io, path::PathBuf};
 
-use rebalancer_core::golang;
+use rebalancer_core::binary::golang;
 
 pub use answers::Answers;
 pub use attachment::{Attachment, cost_program, point_in};

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rebalancer_core::h2::hpack::Decoder;
+use rebalancer_core::wire::h2::hpack::Decoder;
 use rebalancer_tests::{
     h2wire::{END_STREAM, Peer, kind, request},
     kubectl::{Kubectl, Who},

@@ -11,11 +11,11 @@ use std::{
 };
 
 use rebalancer_core::{
-    h1::{
+    wire::h1::{
         head::Finder,
         request::{Stays, pass},
     },
-    h2::policy::Policy,
+    wire::h2::policy::Policy,
 };
 use rebalancer_tests::skip;
 use serde::Deserialize;

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::Path, process::Command};
 
 use rebalancer::relay::trust::AwsLc;
-use rebalancer_core::x509::{Certificate, Pool, Purpose, Refused, Verified, verify};
+use rebalancer_core::wire::x509::{Certificate, Pool, Purpose, Refused, Verified, verify};
 use rebalancer_tests::skip;
 use serde::Deserialize;
 

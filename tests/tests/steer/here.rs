@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use rebalancer_core::golang::{self, Architecture, FUNCTION};
+use rebalancer_core::binary::golang::{self, Architecture, FUNCTION};
 use rebalancer_tests::{
     fixture::{Fixture, goaway_server},
     skip,

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use rebalancer_core::golang;
+use rebalancer_core::binary::golang;
 use rebalancer_tests::{
     h2client::Client,
     process::{Process, wait_for},

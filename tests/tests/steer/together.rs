@@ -12,7 +12,7 @@ use std::{
 };
 
 use rebalancer::steer::{Part, Program, cost_program};
-use rebalancer_core::golang;
+use rebalancer_core::binary::golang;
 use rebalancer_tests::{h2client::Client, process::Process};
 
 use crate::world::{PORT, World};

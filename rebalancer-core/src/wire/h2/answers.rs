@@ -165,7 +165,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::h2::hpack::write_literal;
+    use crate::wire::h2::hpack::write_literal;
 
     fn block(fields: &[(&str, &str)]) -> Vec<u8> {
         let mut block = Vec::new();

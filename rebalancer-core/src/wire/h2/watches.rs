@@ -264,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::h2::{
+    use crate::wire::h2::{
         answers::{Answer, Answers},
         hpack::write_literal,
     };

@@ -4,7 +4,7 @@
 
 use std::{cell::RefCell, io, pin::Pin, task::ready};
 
-use rebalancer_core::h1::body::Body;
+use rebalancer_core::wire::h1::body::Body;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
 /// How much is read at once.

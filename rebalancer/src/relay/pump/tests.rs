@@ -12,7 +12,7 @@ use std::{
     task::{Wake, Waker},
 };
 
-use rebalancer_core::h2::{
+use rebalancer_core::wire::h2::{
     frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
     policy::Policy,
     relay::Settings,

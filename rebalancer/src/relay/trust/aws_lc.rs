@@ -8,7 +8,7 @@
 use std::{ffi::c_int, ptr};
 
 use aws_lc_sys as c;
-use rebalancer_core::x509::{Crypto, Curve, Hash, PublicKey, Scheme};
+use rebalancer_core::wire::x509::{Crypto, Curve, Hash, PublicKey, Scheme};
 
 /// AWS-LC.
 #[derive(Clone, Copy, Debug, Default)]

@@ -3,7 +3,7 @@
 //! Job: check that the client holds the key of the certificate it shows, and leave the judgement for later: a client with
 //! a token and a certificate of another authority must get through. Must never end a handshake that Go would not end.
 
-use rebalancer_core::x509::{Certificate, Crypto as _, Hash, PublicKey, Scheme};
+use rebalancer_core::wire::x509::{Certificate, Crypto as _, Hash, PublicKey, Scheme};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, PeerMisbehaved, SignatureScheme,
     client::danger::HandshakeSignatureValid,

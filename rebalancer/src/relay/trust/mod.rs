@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use rebalancer_core::x509::{Certificate, Pool, Purpose, Refused, verify};
+use rebalancer_core::wire::x509::{Certificate, Pool, Purpose, Refused, verify};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 pub use aws_lc::AwsLc;

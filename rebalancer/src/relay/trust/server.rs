@@ -5,7 +5,7 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
-use rebalancer_core::x509::{Certificate, Pool, PublicKey, Purpose, Refused, verify};
+use rebalancer_core::wire::x509::{Certificate, Pool, PublicKey, Purpose, Refused, verify};
 use rustls::{
     CertificateError, DigitallySignedStruct, OtherError, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},

@@ -99,7 +99,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::h2::hpack::{Decoder, FieldList};
+    use crate::wire::h2::hpack::{Decoder, FieldList};
 
     /// Decodes a client's blocks, leaves some fields and some blocks out, encodes the rest anew, and reads that back.
     struct Hop {

@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use proptest::prelude::*;
 
 use super::*;
-use crate::h2::{
+use crate::wire::h2::{
     frame::{MAX_STREAM_ID, PREFACE},
     hpack::{self, Decoder},
 };
