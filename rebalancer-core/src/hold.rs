@@ -198,6 +198,14 @@ pub enum Hold {
         /// Which.
         apiserver: ApiserverName,
     },
+    /// Apiservers are of different releases, or are restarted or evacuated one after the other: clients are spread once,
+    /// after the last.
+    UpgradeInProgress {
+        /// What shows it.
+        why: String,
+        /// How long another step is waited for.
+        left: Duration,
+    },
     /// The shim does not answer: nothing could be sent.
     ShimUnavailable {
         /// What it said.
@@ -239,6 +247,7 @@ impl Hold {
             Self::UnknownProtocols { .. } => "unknown_protocols",
             Self::Paused { .. } => "paused",
             Self::Evacuating { .. } => "evacuating",
+            Self::UpgradeInProgress { .. } => "upgrade_in_progress",
             Self::ShimUnavailable { .. } => "shim_unavailable",
         }
     }
@@ -378,6 +387,12 @@ impl fmt::Display for Hold {
             Self::Evacuating { apiserver } => write!(
                 f,
                 "apiserver {apiserver} is evacuated by an operator: until `rebalancer return` there, or its restart"
+            ),
+            Self::UpgradeInProgress { why, left } => write!(
+                f,
+                "an upgrade is under way: {why}; clients are spread once, after the last, or when nothing more happens for \
+                 {} (--upgrade-patience)",
+                spoken(*left)
             ),
             Self::ShimUnavailable { why } => write!(f, "the shim does not answer: {why}"),
         }

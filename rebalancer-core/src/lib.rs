@@ -19,6 +19,7 @@ pub mod news;
 pub mod observation;
 pub mod planner;
 pub mod policy;
+pub mod release;
 pub mod rho;
 pub mod shim;
 pub mod sock_diag;

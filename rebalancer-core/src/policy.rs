@@ -96,6 +96,8 @@ pub struct Policy {
     pub min_connection_age: Duration,
     /// Time in which no client is told twice.
     pub client_cooldown: Duration,
+    /// How long the next step of an upgrade is waited for; nothing is waited for with 0.
+    pub upgrade_patience: Duration,
     /// Who is never a victim.
     pub exclusions: Exclusions,
     /// What sends the GOAWAY.
@@ -169,6 +171,7 @@ impl Policy {
             settle: Duration::from_secs(10),
             min_connection_age: Duration::from_secs(30),
             client_cooldown: Duration::from_secs(600),
+            upgrade_patience: Duration::from_secs(900),
             exclusions: Exclusions::default(),
             shim: ShimKind::None,
             capacity: 1.0,
@@ -211,6 +214,7 @@ impl Policy {
             settle,
             min_connection_age,
             client_cooldown,
+            upgrade_patience,
             exclusions,
             capacity,
             ..
@@ -269,6 +273,13 @@ impl Policy {
                 1_000,
                 7 * 24 * HOUR_MS,
                 "1s to 168h: in that time no client is told twice",
+            ),
+            (
+                "--upgrade-patience",
+                *upgrade_patience,
+                0,
+                24 * HOUR_MS,
+                "0s to 24h: for so long the next step of an upgrade is waited for",
             ),
         ] {
             if !(least..=most).contains(&value.as_millis()) {
@@ -415,6 +426,13 @@ mod tests {
                 "--client-cooldown is 0s",
                 Policy {
                     client_cooldown: Duration::ZERO,
+                    ..policy()
+                },
+            ),
+            (
+                "--upgrade-patience",
+                Policy {
+                    upgrade_patience: Duration::from_secs(86_401),
                     ..policy()
                 },
             ),

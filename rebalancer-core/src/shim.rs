@@ -4,7 +4,10 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use crate::ids::{ConnectionId, Protocol};
+use crate::{
+    ids::{ConnectionId, Protocol},
+    release::Release,
+};
 
 /// How far a connection is in its life, as the shim knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +110,10 @@ pub struct ShimReport {
     pub counters: Vec<(ConnectionId, Counters)>,
     /// Whether the server behind it answers; `None` when the shim does not know.
     pub upstream_ready: Option<bool>,
+    /// Which release the server behind it is; `None` when the shim does not know it now.
+    pub release: Option<Release>,
+    /// Names the listening socket of the server behind it, where that is on this host: another one is another process.
+    pub upstream_listener: Option<u64>,
     /// Whether nobody listens where it should: it is being restarted, or is down.
     pub upstream_gone: bool,
     /// Requests that the server behind it refused for overload since the shim started (429 or 503, and when to come

@@ -13,6 +13,7 @@ use crate::{
     hold::Hold,
     ids::{ApiserverName, Timestamp},
     membership::Roll,
+    release::Release,
 };
 
 /// How an apiserver is, as its own node's agent sees it.
@@ -85,6 +86,10 @@ pub struct Snapshot {
     pub instance: u64,
     /// The names this agent knows, its own included, to notice peers that disagree.
     pub names: Vec<ApiserverName>,
+    /// Which release it is, as far as its shim can tell; the last that was known while it is down.
+    pub release: Option<Release>,
+    /// How often its agent saw it begin anew since that started.
+    pub restarts: u64,
     /// What an operator said to all agents, as this one knows it.
     pub switch: Switch,
 }
@@ -180,11 +185,9 @@ impl Peers {
         !self.awaits_roll && self.known.values().all(was_asked)
     }
 
-    /// Whether that snapshot is the word of the peer of that name: nobody else calls itself so, and nothing stands against
-    /// its Lease.
-    pub fn speaks_for(&self, name: &ApiserverName, snapshot: &Snapshot) -> bool {
-        let peer = self.known.get(name).filter(|peer| peer.member_fault.is_none());
-        peer.is_some() && snapshot.apiserver == *name
+    /// Whether there is a peer of that name, against whose Lease nothing stands.
+    pub fn may_speak(&self, name: &ApiserverName) -> bool {
+        self.known.get(name).is_some_and(|peer| peer.member_fault.is_none())
     }
 
     /// Expects the members of that roll from now on and no others, and says who has gone and who has come back.

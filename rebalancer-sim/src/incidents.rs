@@ -52,6 +52,7 @@ impl World<'_> {
             Incident::SnapshotLoss(share) => self.loss = *share,
             Incident::SnapshotDelay(delay) => self.delay = delay.as_millis() as u64,
             Incident::Partition(side) => self.partition.clone_from(side),
+            Incident::Install(server) => self.nodes[*server].release += 1,
             Incident::RestartAgent(server) => self.restart_agent(*server),
             Incident::ReplaceRelay(server) => self.replace_relay(*server),
             Incident::Freeze(server, length) => {

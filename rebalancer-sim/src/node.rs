@@ -12,6 +12,7 @@ use rebalancer_core::{
     agent::{Agent, Input},
     ids::{ApiserverName, ConnectionId, Protocol},
     observation::{Observation, Socket},
+    release::Release,
     shim::{ConnectionState, Counters, ShimConnection, ShimReport},
 };
 
@@ -82,6 +83,8 @@ pub struct Node {
     pub up_at: u64,
     /// Names the listening socket.
     pub listener: u64,
+    /// Counts its releases.
+    pub release: u32,
     /// Until when the agent stands still.
     pub frozen_until: u64,
     /// The newest wake-up that counts, and for when it is.
@@ -133,6 +136,7 @@ impl Node {
             agent: None,
             up_at: 0,
             listener: 1,
+            release: 1,
             frozen_until: 0,
             wake: (0, u64::MAX),
             flush_at: None,
@@ -218,6 +222,10 @@ impl Node {
         self.greeted = false;
     }
 
+    fn release(&self) -> Option<Release> {
+        Release::new(&format!("v1.{}.0", self.release)).filter(|_| self.up)
+    }
+
     fn relay(&self) -> String {
         format!("relay-{}", self.relay.0)
     }
@@ -250,6 +258,7 @@ impl Node {
             connections: told.collect(),
             closed,
             upstream_ready: Some(self.up),
+            release: self.release(),
             refused_total: Some(self.refused),
             ..ShimReport::default()
         }));
@@ -268,6 +277,7 @@ impl Node {
             instance: self.relay(),
             counters: counted.collect(),
             upstream_ready: Some(self.up),
+            release: self.release(),
             ..ShimReport::default()
         })
     }

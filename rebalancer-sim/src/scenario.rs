@@ -218,7 +218,11 @@ fn restart() -> Setup {
 
 fn rolling_upgrade() -> Setup {
     let hour = 3_600;
-    let upgrades = (0..3).flat_map(|server| dies_and_returns(server, hour + 300 * server as u64, 60));
+    let upgrades = (0..3).flat_map(|server| {
+        let at = hour + 300 * server as u64;
+        let [crash, start] = dies_and_returns(server, at, 60);
+        [crash, (Duration::from_secs(at + 30), Incident::Install(server)), start]
+    });
     Setup {
         incidents: upgrades.collect(),
         ..cluster(vec![Group::kubelets(1_000)], LoadBalancer::Random, minutes(24 * 60))

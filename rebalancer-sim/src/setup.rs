@@ -103,6 +103,8 @@ pub enum Incident {
     SnapshotDelay(Duration),
     /// The agents of these apiservers and those of the others do not hear each other; empty heals it.
     Partition(Vec<usize>),
+    /// An apiserver that is down begins with the next release.
+    Install(usize),
     /// The agent of one apiserver ends and is started again, with what it wrote down.
     RestartAgent(usize),
     /// The relay of one apiserver hands over to a new one: its connections drain, and the new one does not list them.

@@ -127,40 +127,48 @@ impl Admin {
     ///
     /// They are refused.
     pub fn let_agents(&self, nodes: &[&str]) -> anyhow::Result<()> {
-        let roles = "/apis/rbac.authorization.k8s.io/v1/namespaces/kube-system";
-        self.make(&format!("{roles}/roles"), &role(nodes))?;
-        let binding = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "RoleBinding",
-            "metadata": {"name": "rebalancer"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "rebalancer"},
-            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": AGENTS}],
-        });
-        self.make(&format!("{roles}/rolebindings"), &binding)?;
-        let events = "/apis/rbac.authorization.k8s.io/v1/namespaces/default";
-        let role = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "Role",
-            "metadata": {"name": "rebalancer"},
-            "rules": [{"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]}],
-        });
-        self.make(&format!("{events}/roles"), &role)?;
-        self.make(&format!("{events}/rolebindings"), &binding)
+        let subject = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": AGENTS});
+        granted_to_agents(self, "rebalancer", nodes, &subject)
     }
 }
 
-/// What agents may do, as docs/membership.md has it.
-pub fn role(nodes: &[&str]) -> Value {
+/// What agents may do, as docs/membership.md has it, for whoever the subject is.
+///
+/// # Errors
+///
+/// It is refused.
+pub fn granted_to_agents(admin: &Admin, name: &str, nodes: &[&str], subject: &Value) -> anyhow::Result<()> {
     let leases =
         |verbs: &[&str]| json!({"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": verbs});
     let mut update = leases(&["update"]);
     update["resourceNames"] = nodes.iter().map(|node| json!(format!("rebalancer-{node}"))).collect();
-    json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "Role",
-        "metadata": {"name": "rebalancer"},
-        "rules": [leases(&["list", "watch", "create"]), update],
-    })
+    granted(
+        admin,
+        "kube-system",
+        name,
+        &[leases(&["list", "watch", "create"]), update],
+        subject,
+    )?;
+    let events = json!({"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]});
+    granted(admin, "default", name, &[events], subject)
+}
+
+/// A role of these rules in a namespace, and its binding.
+///
+/// # Errors
+///
+/// They are refused.
+pub fn granted(admin: &Admin, namespace: &str, name: &str, rules: &[Value], subject: &Value) -> anyhow::Result<()> {
+    let group = "rbac.authorization.k8s.io";
+    let all = format!("/apis/{group}/v1/namespaces/{namespace}");
+    let of = |kind: &str| json!({"apiVersion": format!("{group}/v1"), "kind": kind, "metadata": {"name": name}});
+    let mut role = of("Role");
+    role["rules"] = json!(rules);
+    admin.make(&format!("{all}/roles"), &role)?;
+    let mut binding = of("RoleBinding");
+    binding["roleRef"] = json!({"apiGroup": group, "kind": "Role", "name": name});
+    binding["subjects"] = json!([subject]);
+    admin.make(&format!("{all}/rolebindings"), &binding)
 }
 
 fn unchunked(body: &str) -> String {

@@ -42,6 +42,7 @@ pub struct Node {
     /// The apiserver, while it runs.
     pub apiserver: Option<Process>,
     relay: Option<Process>,
+    relay_flags: Vec<OsString>,
     agent: Process,
     /// How the agent is started.
     agent_flags: Vec<OsString>,
@@ -116,13 +117,16 @@ impl Node {
         let (name, address) = &shared.nodes[index];
         let directory = shared.directory.join(name);
         std::fs::create_dir_all(&directory)?;
-        let (relay, shim) = match shared.shim {
+        let (relay, shim, flags_of_relay) = match shared.shim {
             Shim::Relay => {
                 let control = directory.join("relay.sock");
-                let relay = start_relay(shared, *address, &control, namespace, &directory)?;
-                (Some(relay), format!("relay:unix:{}", control.display()))
+                let flags = relay_flags(shared, *address, &control);
+                let mut relay = Command::new(shared.rebalancer);
+                relay.args(&flags);
+                let relay = Process::start("relay", relay, Some(namespace.fd()), &directory)?;
+                (Some(relay), format!("relay:unix:{}", control.display()), flags)
             }
-            Shim::Steer => (None, "steer:auto".to_owned()),
+            Shim::Steer => (None, "steer:auto".to_owned(), Vec::new()),
         };
 
         let mut agent = Command::new(shared.rebalancer);
@@ -167,6 +171,7 @@ impl Node {
             address: *address,
             apiserver: Some(apiserver),
             relay,
+            relay_flags: flags_of_relay,
             agent,
             agent_flags,
             rebalancer: shared.rebalancer.to_owned(),
@@ -190,6 +195,23 @@ impl Node {
         agent.args(&self.agent_flags).args(more);
         on_host(&mut agent, &self.name);
         self.agent = Process::start("agent", agent, Some(&self.namespace), &self.directory)?;
+        Ok(())
+    }
+
+    /// Kills the relay the hard way.
+    pub fn kill_relay(&mut self) {
+        self.relay = None;
+    }
+
+    /// Starts the relay again, as it was started.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn start_relay(&mut self) -> anyhow::Result<()> {
+        let mut relay = Command::new(&self.rebalancer);
+        relay.args(&self.relay_flags);
+        self.relay = Some(Process::start("relay", relay, Some(&self.namespace), &self.directory)?);
         Ok(())
     }
 
@@ -341,13 +363,7 @@ pub struct Work {
 }
 
 /// Starts the relay of the node with that address.
-fn start_relay(
-    shared: &Shared<'_>,
-    address: IpAddr,
-    control: &Path,
-    namespace: &Namespace,
-    directory: &Path,
-) -> anyhow::Result<Process> {
+fn relay_flags(shared: &Shared<'_>, address: IpAddr, control: &Path) -> Vec<OsString> {
     let mut relay = Command::new(shared.rebalancer);
     relay
         .arg("relay")
@@ -356,7 +372,7 @@ fn start_relay(
         .args(shared.pki.relay_flags())
         .arg(format!("--control=unix:{}", control.display()))
         .args(shared.relay_flags);
-    Process::start("relay", relay, Some(namespace.fd()), directory)
+    relay.get_args().map(OsString::from).collect()
 }
 
 /// `GET PATH` on a local socket.

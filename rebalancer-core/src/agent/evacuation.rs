@@ -47,6 +47,8 @@ pub(super) struct Evacuation {
     window: Option<Window>,
     /// The listening socket it began with: another one is another server process, where no shim knows better.
     listener: Option<ConnectionId>,
+    /// The same of the server behind a shim.
+    upstream: Option<u64>,
     /// The server behind the shim was seen to be gone: when it is back, it was restarted.
     was_gone: bool,
 }
@@ -68,6 +70,8 @@ pub struct RememberedEvacuation {
     pub over: Duration,
     /// The listening socket it began with.
     pub listener: Option<u64>,
+    /// The same of the server behind a shim.
+    pub upstream: Option<u64>,
     /// Whether the server behind the shim was seen to be gone.
     pub was_gone: bool,
     /// Whether it ended while no agent ran: the machine was started again.
@@ -129,6 +133,7 @@ impl Agent {
             told: 0,
             window: None,
             listener: self.table.listener(),
+            upstream: self.upstream_listener,
             was_gone: false,
         });
         self.memory_changes += 1;
@@ -162,6 +167,7 @@ impl Agent {
             told: 0,
             window: None,
             listener: remembered.listener.map(ConnectionId),
+            upstream: remembered.upstream,
             was_gone: remembered.was_gone,
         });
     }
@@ -172,6 +178,7 @@ impl Agent {
             lasts: evacuation.lasts(now),
             over: evacuation.over,
             listener: evacuation.listener.map(|id| id.0),
+            upstream: evacuation.upstream,
             was_gone: evacuation.was_gone,
             is_over: false,
         })
@@ -190,11 +197,17 @@ impl Agent {
     /// What the shim says of the server behind it.
     pub(super) fn upstream_is(&mut self, report: &ShimReport, now: Timestamp) {
         let Some(evacuation) = &mut self.evacuation else { return };
+        let (before, listener) = (evacuation.upstream, report.upstream_listener);
         if report.upstream_gone && !evacuation.was_gone {
             evacuation.was_gone = true;
             self.memory_changes += 1;
-        } else if evacuation.was_gone && report.upstream_ready == Some(true) {
+        } else if report.upstream_ready != Some(true) {
+        } else if evacuation.was_gone || before.is_some() && listener.is_some() && listener != before {
+            // The second: it was restarted together with the shim, which saw nothing of it.
             self.end_evacuation(now);
+        } else if before.is_none() && listener.is_some() {
+            evacuation.upstream = listener;
+            self.memory_changes += 1;
         }
     }
 

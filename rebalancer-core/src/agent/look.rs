@@ -4,7 +4,13 @@
 //! Input: the agent's state and `now`. Output: a [`Look`].
 //! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
 
-use super::{Agent, decide::even_of, motion::Moves, ramp::Tellers, rebalancing::Signs};
+use super::{
+    Agent,
+    decide::even_of,
+    motion::Moves,
+    ramp::Tellers,
+    rebalancing::{Rebalancing, Signs},
+};
 use crate::{
     hold::Hold,
     ids::{ApiserverName, Timestamp},
@@ -39,6 +45,7 @@ impl Agent {
             .look(&view, apiservers, self.policy.settle + self.policy.stays_after(), now);
         self.memory_changes += u64::from(figures != self.motion.figures());
         self.compare_ready(&view, now);
+        self.compare_releases(&view, now);
         self.rebalancing.told(moves.told);
         let transit = self.motion.transit(self.policy.weight);
         let donors = planner::donors(&view, &self.policy, transit);
@@ -94,6 +101,15 @@ impl Agent {
             moves,
             balance,
             signs,
+        }
+    }
+
+    /// Whether an upgrade is under way. What was begun before it is not gone on with after it: the loads are others.
+    fn compare_releases(&mut self, view: &View, now: Timestamp) {
+        let patience = self.policy.upgrade_patience;
+        self.upgrade.look(view, patience, now);
+        if self.upgrade.hold(patience, now).is_some() {
+            self.rebalancing = Rebalancing::Off(0);
         }
     }
 

@@ -20,6 +20,7 @@ mod stress;
 mod switch;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -34,6 +35,7 @@ use ramp::Ramp;
 use rebalancing::Rebalancing;
 use stress::Stress;
 pub use switch::{Switch, SwitchPause};
+use upgrade::Upgrade;
 
 use crate::{
     budget::TokenBucket,
@@ -44,6 +46,7 @@ use crate::{
     observation::Observation,
     planner::{self, Cooldowns, Spread, Unmovable},
     policy::{Mode, Policy},
+    release::Release,
     rho::Rho,
     shim::{Abilities, GoawayOrder, GoawayResult, ShimReport},
     table::ConnectionTable,
@@ -75,6 +78,8 @@ pub enum Input {
     ShimFailed(String),
     /// A peer answered, or did not.
     Peer(ApiserverName, Result<Snapshot, PeerFault>),
+    /// What a peer of another release, or with other flags, says was said to all agents: it is paused with them all the same.
+    Word(ApiserverName, Switch),
     /// Who is who by the cluster's Leases.
     Roll(Roll),
     /// The shim carried out an order.
@@ -114,6 +119,10 @@ pub struct Agent {
     shim_fault: Option<String>,
     upstream_ready: Option<bool>,
     up_since: Option<Timestamp>,
+    /// How often the apiserver was seen to begin anew.
+    restarts: u64,
+    release: Option<Release>,
+    upstream_listener: Option<u64>,
     stress: Stress,
 
     // What was learned.
@@ -128,6 +137,7 @@ pub struct Agent {
 
     // What is being done.
     rebalancing: Rebalancing,
+    upgrade: Upgrade,
     plan: Option<Plan>,
     bucket: TokenBucket,
     cooldowns: Cooldowns,
@@ -183,6 +193,9 @@ impl Agent {
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
             upstream_ready: None,
             up_since: None,
+            restarts: 0,
+            release: None,
+            upstream_listener: None,
             stress: Stress::default(),
             motion: Motion::default(),
             rho: Rho::default(),
@@ -192,6 +205,7 @@ impl Agent {
             ready: Vec::new(),
             sampled: None,
             rebalancing: Rebalancing::Off(0),
+            upgrade: Upgrade::default(),
             plan: None,
             bucket: TokenBucket::new(policy.goaway_rate.per_second(0), now),
             cooldowns: Cooldowns::default(),
@@ -228,15 +242,19 @@ impl Agent {
             Input::Shim(report) => self.shim_answered(now, &report),
             Input::ShimFailed(why) => self.shim_fault = Some(why),
             Input::Peer(name, answer) => {
-                // Whatever else it says: who is at odds with a peer is paused with it all the same.
+                let beyond = |snapshot: &Snapshot| self.switch.is_beyond(&snapshot.switch);
+                let answer = match answer.as_ref().ok().and_then(beyond) {
+                    Some(why) => Err(PeerFault::Disagrees(why)),
+                    None => answer,
+                };
                 if let Ok(snapshot) = &answer
-                    && self.peers.speaks_for(&name, snapshot)
-                    && self.switch.hear(&snapshot.switch, now)
+                    && snapshot.apiserver == name
                 {
-                    self.memory_changes += 1;
+                    self.hear_word(&name, &snapshot.switch, now);
                 }
                 self.peers.hear(&name, answer, now);
             }
+            Input::Word(name, switch) => self.hear_word(&name, &switch, now),
             Input::Roll(roll) => self.call(now, roll, &mut effects),
             Input::GoawayAnswered(results) => self.goaway_answered(now, &results),
             Input::GoawayFailed(victims, why) => {
@@ -251,6 +269,13 @@ impl Agent {
         }
         self.turn(now, &mut effects);
         effects
+    }
+
+    /// What a peer says was said to all: whoever is at odds with it otherwise is paused with it all the same.
+    fn hear_word(&mut self, name: &ApiserverName, switch: &Switch, now: Timestamp) {
+        if self.peers.may_speak(name) && self.switch.hear(switch, now) {
+            self.memory_changes += 1;
+        }
     }
 
     /// When to call again with [`Input::Tick`] at the latest.
@@ -358,6 +383,7 @@ impl Agent {
             let changes = self.table.observe(observation, now);
             if changes.listener_changed {
                 self.up_since = Some(now);
+                self.restarts += u64::from(self.table.is_listening());
             }
             if changes.lost && !effects.contains(&Effect::Resync) {
                 effects.push(Effect::Resync);
@@ -376,9 +402,14 @@ impl Agent {
         if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
             // The port was open a while before the server behind it was ready: clients come from now on.
             self.up_since = Some(now);
+            self.restarts += 1;
+        }
+        if report.release.is_some() {
+            self.release.clone_from(&report.release);
         }
         self.upstream_ready = report.upstream_ready;
         self.upstream_is(report, now);
+        self.upstream_listener = report.upstream_listener.or(self.upstream_listener);
         self.stress.hear(&report.instance, report.refused_total, now);
         // A restarted agent goes on above what the shim has seen, or it would be refused.
         self.generation = self.generation.max(report.generation);
@@ -572,6 +603,9 @@ impl Agent {
             }
         }
         if let Some(hold) = self.peers.hold(self.policy.stale_after(), self.policy.settle, now) {
+            return Some(hold);
+        }
+        if let Some(hold) = self.upgrade.hold(self.policy.upgrade_patience, now) {
             return Some(hold);
         }
         let why = self.shim_fault.clone()?;

@@ -306,6 +306,8 @@ mod tests {
                     rebalancing: false,
                     instance: *instance,
                     names: vec![],
+                    release: None,
+                    restarts: 0,
                     switch: crate::agent::Switch::default(),
                 };
                 (

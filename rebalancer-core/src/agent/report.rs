@@ -41,6 +41,8 @@ impl Agent {
             rebalancing: self.rebalancing.course().is_some() && acts,
             instance: self.instance,
             names,
+            release: self.release.clone(),
+            restarts: self.restarts,
             switch: self.switch.told(now),
         }
     }

@@ -12,6 +12,10 @@ use crate::ids::{ApiserverName, Timestamp};
 /// One word may end at two agents so long after each other: it was on its way to one of them.
 const LAPSED: Duration = Duration::from_secs(10);
 
+/// A word is so many ahead of the last one here at most: people say them. Without a bound one agent that says the highest
+/// there is would have said the last word for ever.
+const AHEAD: u64 = 1 << 20;
+
 /// The switch as it travels: with times that are left, since two agents have two clocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Switch {
@@ -53,8 +57,22 @@ impl Kept {
         };
     }
 
+    /// Why no operator can have said that word, if so.
+    pub fn is_beyond(&self, other: &Switch) -> Option<String> {
+        (other.stamp > self.stamp.saturating_add(AHEAD)).then(|| {
+            format!(
+                "its word to all agents has the number {}, where this agent has heard {}: no operator said so many; remove \
+                 its state file (--state), and see who has that node",
+                other.stamp, self.stamp
+            )
+        })
+    }
+
     /// Takes another's word if it is newer, and says whether it was.
     pub fn hear(&mut self, other: &Switch, now: Timestamp) -> bool {
+        if self.is_beyond(other).is_some() {
+            return false;
+        }
         let order = (other.stamp, &other.by).cmp(&(self.stamp, &self.by));
         let is_on_there = other.pause.as_ref().is_some_and(|pause| pause.left > Some(LAPSED));
         // The same word, whose time is over here and not there: this agent was away and counted it by a clock that was set.
@@ -150,6 +168,28 @@ mod tests {
         assert!(!a.hear(&away.told(at(2)), at(2)), "it comes back with the old word");
         assert!(away.hear(&a.told(at(2)), at(2)) && away.pause().is_none());
         assert!(!a.hear(&Switch::default(), at(3)), "a new agent without any");
+    }
+
+    #[test]
+    fn nobody_says_the_last_word_for_ever() {
+        let mut kept = Kept::default();
+        let word = |stamp| Switch {
+            stamp,
+            by: Some(name("z")),
+            pause: None,
+        };
+        for stamp in [u64::MAX, 1 << 52, AHEAD + 1] {
+            let why = kept.is_beyond(&word(stamp)).expect("nobody said so many");
+            assert!(
+                why.contains(&stamp.to_string()) && !kept.hear(&word(stamp), at(0)),
+                "{why}"
+            );
+        }
+        assert!(kept.hear(&word(AHEAD), at(0)));
+        kept.turn(name("a"), pause("x", None));
+        let mut other = Kept::default();
+        other.hear(&word(AHEAD), at(0));
+        assert!(other.hear(&kept.told(at(0)), at(0)), "an operator is still heard");
     }
 
     #[test]

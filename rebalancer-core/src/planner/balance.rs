@@ -348,6 +348,8 @@ mod tests {
                 rebalancing: false,
                 instance: 1,
                 names: vec![],
+                release: None,
+                restarts: 0,
                 switch: crate::agent::Switch::default(),
             };
             (

@@ -288,6 +288,10 @@ proptest! {
                 "cooling_down" => 2.0 * setup.policy.client_cooldown.as_secs_f64() + 60.0,
                 // A plan of a minute at the budget's pace, and what its clients take to land.
                 "plan_in_flight" => 300.0,
+                // Each apiserver may begin anew as the one before is waited for.
+                "upgrade_in_progress" => {
+                    setup.policy.upgrade_patience.as_secs_f64() / 3.0 * setup.apiservers as f64
+                }
                 // With measured weights one moves at a time: each of the others may have its turn first.
                 "peer_plan_in_flight" => 300.0 * (setup.apiservers - 1) as f64,
                 _ => 130.0,

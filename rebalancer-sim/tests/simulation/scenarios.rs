@@ -131,4 +131,15 @@ fn a_rolling_upgrade_costs_what_it_needs() {
         ours.goaways_total,
         lottery.goaways_total
     );
+    // One rebalancing after the last: with one of three empty, a third of those who were told land there by chance.
+    assert!(ours.goaways_total <= 1_000, "{}", ours.goaways_total);
+    let mut each = setup.clone();
+    each.policy.upgrade_patience = std::time::Duration::ZERO;
+    let each = simulate(&each, Contender::Rebalancer, 1);
+    assert!(
+        each.goaways_total > 2 * ours.goaways_total,
+        "{} without patience, {} with",
+        each.goaways_total,
+        ours.goaways_total
+    );
 }

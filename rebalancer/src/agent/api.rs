@@ -180,6 +180,7 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
             "settle_s": policy.settle.as_secs_f64(),
             "min_connection_age_s": policy.min_connection_age.as_secs_f64(),
             "client_cooldown_s": policy.client_cooldown.as_secs_f64(),
+            "upgrade_patience_s": policy.upgrade_patience.as_secs_f64(),
             "view": decision["view"],
             "mean": decision["mean"],
             "skew": decision["skew"],

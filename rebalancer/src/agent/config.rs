@@ -131,6 +131,10 @@ pub struct Raw {
     /// Time in which no client is told twice [default: 10m]
     #[arg(long, env = "REBALANCER_CLIENT_COOLDOWN", value_name = "DURATION")]
     client_cooldown: Option<Span>,
+    /// How long the next step of an upgrade of the apiservers is waited for, so that clients are spread once after the last;
+    /// 0s waits for nothing [default: 15m]
+    #[arg(long, env = "REBALANCER_UPGRADE_PATIENCE", value_name = "DURATION")]
+    upgrade_patience: Option<Span>,
     /// Clients of these networks are left alone
     #[arg(long, env = "REBALANCER_EXCLUDE_CIDR", value_delimiter = ',', value_name = "CIDR")]
     #[serde(deserialize_with = "parsed_list")]
@@ -308,6 +312,7 @@ impl Raw {
             settle: self.settle.or(file.settle),
             min_connection_age: self.min_connection_age.or(file.min_connection_age),
             client_cooldown: self.client_cooldown.or(file.client_cooldown),
+            upgrade_patience: self.upgrade_patience.or(file.upgrade_patience),
             exclude_cidr: list(self.exclude_cidr, file.exclude_cidr),
             exclude_user: list(self.exclude_user, file.exclude_user),
             exclude_user_agent: list(self.exclude_user_agent, file.exclude_user_agent),
@@ -428,6 +433,7 @@ impl Raw {
             settle: or(self.settle, defaults.settle),
             min_connection_age: or(self.min_connection_age, defaults.min_connection_age),
             client_cooldown: or(self.client_cooldown, defaults.client_cooldown),
+            upgrade_patience: or(self.upgrade_patience, defaults.upgrade_patience),
             exclusions: Exclusions {
                 networks: self.exclude_cidr.into_iter().map(|network| network.0).collect(),
                 users: self.exclude_user.into_iter().collect(),

@@ -75,6 +75,9 @@ struct Evacuation {
     lasts_ms: u64,
     over_ms: u64,
     listener: Option<u64>,
+    /// Files of before lack it.
+    #[serde(default)]
+    upstream: Option<u64>,
     was_gone: bool,
 }
 
@@ -131,6 +134,7 @@ impl Written {
                 lasts_ms: millis(evacuation.lasts),
                 over_ms: millis(evacuation.over),
                 listener: evacuation.listener,
+                upstream: evacuation.upstream,
                 was_gone: evacuation.was_gone,
             }),
             pause: memory.pause.as_ref().map(|pause| Pause {
@@ -176,6 +180,7 @@ impl Written {
                 lasts: Duration::from_millis(evacuation.lasts_ms),
                 over: Duration::from_millis(evacuation.over_ms),
                 listener: evacuation.listener,
+                upstream: evacuation.upstream,
                 was_gone: evacuation.was_gone,
                 // With the machine the apiserver was started again, which ends it.
                 is_over: self.up_ms > millis(sys::since_boot()),
@@ -426,6 +431,7 @@ mod tests {
                 lasts: Duration::from_secs(90),
                 over: Duration::from_secs(60),
                 listener: Some(7),
+                upstream: Some(8),
                 was_gone: true,
                 is_over: false,
             }),

@@ -12,6 +12,7 @@ use rebalancer_core::{
     membership::{Basis, Endpoint, Roll},
     planner::LeftOut,
     policy::{Mode, Policy},
+    release::Release,
     table::{Connection, ConnectionTable},
 };
 use serde_json::{Value, json};
@@ -105,6 +106,7 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
             json!({
                 "apiserver": entry.snapshot.apiserver.as_str(),
                 "state": WireState::from(entry.snapshot.state),
+                "release": entry.snapshot.release.as_ref().map(Release::as_str),
                 "connections": entry.snapshot.connections,
                 "load": rounded(entry.snapshot.load),
                 "unmovable": rounded(entry.snapshot.unmovable),
@@ -324,6 +326,7 @@ pub fn hold(hold: &Hold) -> Value {
             "by": by.as_ref().map(ApiserverName::as_str),
         }),
         Hold::Evacuating { apiserver } => json!({"apiserver": apiserver.as_str()}),
+        Hold::UpgradeInProgress { why, left } => json!({"why": why, "left_s": left.as_secs()}),
         Hold::ShimUnavailable { why } => json!({"why": why}),
     };
     shown["reason"] = json!(hold.reason());

@@ -401,7 +401,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             Question::Goaway { .. } => show::order(&answer),
             Question::Pause { .. } => show::pause(&answer),
             Question::Resume { .. } => show::resume(&answer),
-            Question::Evacuate { .. } => show::evacuation(&answer["evacuation"]),
+            Question::Evacuate { .. } => show::evacuate(&answer),
             Question::Return(_) => show::returned(&answer),
             Question::Approve { id, .. } => format!("approved: the rebalancing of proposal {id} may begin\n"),
         },

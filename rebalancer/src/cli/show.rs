@@ -393,18 +393,14 @@ pub fn pause(answer: &Value) -> String {
         Some(_) => format!("for {}, or ", seconds(&answer["left_s"])),
         None => String::new(),
     };
-    let kept = if answer["kept"] == false {
-        "\nit is not in the state file yet: a restart of the agent would end it"
-    } else {
-        ""
-    };
+    let kept = not_kept(answer, "a restart of the agent would end the pause");
     let (who, how) = if answer["cluster"] == true {
         (", all agents", " --cluster")
     } else {
         ("", "")
     };
     format!(
-        "paused{who}: nothing is decided {until}until `rebalancer resume{how}`{kept}\n{}",
+        "paused{who}: nothing is decided {until}until `rebalancer resume{how}`\n{kept}{}",
         not_heard(answer)
     )
 }
@@ -416,7 +412,17 @@ pub fn resume(answer: &Value) -> String {
         (true, true) => "resumed for all agents; this one is paused by itself still: `rebalancer resume`\n",
         (true, false) => "resumed; all agents are paused still: `rebalancer resume --cluster`\n",
     };
-    rest.to_owned() + &not_heard(answer)
+    let kept = not_kept(answer, "a restart of the agent would pause it again");
+    rest.to_owned() + &kept + &not_heard(answer)
+}
+
+/// That the state file is behind, and what that would do; nothing where it is not.
+fn not_kept(answer: &Value, then: &str) -> String {
+    if answer["kept"] == false {
+        format!("the state file (--state) cannot be written now, see the agent's log: {then}\n")
+    } else {
+        String::new()
+    }
 }
 
 /// Who has not heard of a word to all.
@@ -571,14 +577,17 @@ pub fn evacuation(evacuation: &Value) -> String {
 
 /// What the end of an evacuation came to.
 pub fn returned(answer: &Value) -> String {
-    let kept = if answer["kept"] == false {
-        "; the state file cannot be written: a restart of the agent would evacuate again"
+    let kept = not_kept(answer, "a restart of the agent would evacuate again");
+    let what = if answer["was_evacuated"] == true {
+        "returned: clients are welcome here"
     } else {
-        ""
+        "it was not evacuated"
     };
-    if answer["was_evacuated"] == true {
-        format!("returned: clients are welcome here{kept}\n")
-    } else {
-        format!("it was not evacuated{kept}\n")
-    }
+    format!("{what}\n{kept}")
+}
+
+/// What the order to evacuate came to.
+pub fn evacuate(answer: &Value) -> String {
+    let kept = not_kept(answer, "a restart of the agent would end the evacuation");
+    kept + &evacuation(&answer["evacuation"])
 }

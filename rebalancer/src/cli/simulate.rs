@@ -266,6 +266,7 @@ fn policy_of(status: &Value) -> Policy {
     policy.settle = time("settle_s", policy.settle);
     policy.min_connection_age = time("min_connection_age_s", policy.min_connection_age);
     policy.client_cooldown = time("client_cooldown_s", policy.client_cooldown);
+    policy.upgrade_patience = time("upgrade_patience_s", policy.upgrade_patience);
     policy
 }
 

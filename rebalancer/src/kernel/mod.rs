@@ -11,7 +11,7 @@ mod offsets;
 mod records;
 mod refusal;
 mod release;
-mod sockdiag;
+pub mod sockdiag;
 
 use std::{io, net::IpAddr, path::PathBuf};
 

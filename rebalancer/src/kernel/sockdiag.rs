@@ -76,6 +76,15 @@ pub fn listeners(port: u16) -> Result<BTreeSet<u64>, SockdiagError> {
     Ok(all(port, 1 << LISTEN)?.cgroups)
 }
 
+/// The cookie of the socket that listens on a port; of several the newest.
+///
+/// # Errors
+///
+/// See [`SockdiagError`].
+pub fn listener(port: u16) -> Result<Option<ConnectionId>, SockdiagError> {
+    Ok(all(port, 1 << LISTEN)?.listener)
+}
+
 fn all(port: u16, states: u32) -> Result<List, SockdiagError> {
     const ATTEMPTS: u32 = 5;
     for _ in 0..ATTEMPTS {

@@ -171,7 +171,8 @@ impl Access {
                 kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => (
                     "garbled",
                     Failed::Because(format!(
-                        "{at} answered {verb} with something else than Leases ({why}): is it a kube-apiserver?"
+                        "{at} answered {verb} of {of} with what cannot be read ({why}): is it a kube-apiserver, and is nothing \
+                         before it that cuts answers short?"
                     )),
                     false,
                 ),
@@ -220,13 +221,15 @@ impl Access {
             404 | 409 | 410 => ("outdated", Failed::Outdated, true),
             code @ (429 | 500..) => (
                 "overloaded",
-                Failed::Because(format!("{at} answers {verb} with {code}: {message}")),
+                Failed::Because(format!(
+                    "{at} answers {verb} of {of} with {code} ({message}): see its log, and whether its etcd answers"
+                )),
                 false,
             ),
             code => (
                 "refused",
                 Failed::Because(format!(
-                    "{at} refuses {verb} of Leases in {namespace} ({code}): {message}"
+                    "{at} refuses {verb} of {of} in the namespace {namespace} ({code}): {message}"
                 )),
                 true,
             ),

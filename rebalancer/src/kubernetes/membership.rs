@@ -256,12 +256,12 @@ impl Task {
     }
 
     async fn heard(&mut self, answer: Answer) -> Result<(), mpsc::error::SendError<Input>> {
-        let Answer { target, said } = answer;
-        let name = target.at.name.clone();
-        let Some((endpoint, _)) = self.followed.get(&name).filter(|(at, _)| Some(at.key) == target.pin) else {
+        let name = answer.target.at.name.clone();
+        let pin = answer.target.pin;
+        let Some((endpoint, _)) = self.followed.get(&name).filter(|(at, _)| Some(at.key) == pin) else {
             return Ok(());
         };
-        match &said {
+        match &answer.said {
             Ok(snapshot) if snapshot.apiserver == name => {
                 let is_down = snapshot.state == ServerState::Down;
                 self.membership.answered(self.clock.now(), &name, *endpoint, is_down);
@@ -270,7 +270,10 @@ impl Task {
             Err(PeerFault::Disagrees(_)) => self.membership.answered(self.clock.now(), &name, *endpoint, false),
             _ => {}
         }
-        self.inputs.send(Input::Peer(name, said)).await
+        for input in answer.inputs() {
+            self.inputs.send(input).await?;
+        }
+        Ok(())
     }
 
     /// Tells the loop when the roll has changed, and asks whom it names.

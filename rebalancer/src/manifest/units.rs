@@ -99,7 +99,8 @@ LimitNOFILE=131072
     );
     text += HARDENED;
     text += "CapabilityBoundingSet=\n";
-    text += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+    // netlink: whether the apiserver's listening socket is another one than before.
+    text += "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK\n";
     text += "SystemCallFilter=@system-service\nSystemCallFilter=~@privileged @resources\n";
     writable(&mut text, flags);
     text + INSTALL

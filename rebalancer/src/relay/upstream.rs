@@ -15,9 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use rebalancer_core::release::Release;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -33,7 +34,7 @@ use super::{
     tls::{Reloader, Tls},
     workers::Workers,
 };
-use crate::{shim::wire::Upstream, sys};
+use crate::{kernel::sockdiag, shim::wire::Upstream, sys};
 
 /// How long each step of a check may take.
 const CHECK: Duration = Duration::from_secs(3);
@@ -214,15 +215,24 @@ impl Drop for Kept {
 pub struct Checks {
     target: Arc<Target>,
     kept: Option<Kept>,
+    /// What it called its version last.
+    version: Option<String>,
+    /// Which socket it listened on then, where that is on this host.
+    listener: Option<u64>,
 }
 
 impl Checks {
     /// Of one apiserver.
     pub fn new(target: Arc<Target>) -> Self {
-        Self { target, kept: None }
+        Self {
+            target,
+            kept: None,
+            version: None,
+            listener: None,
+        }
     }
 
-    /// Asks once, in three times [`CHECK`] at most.
+    /// Asks once, in four times [`CHECK`] at most.
     async fn check(&mut self) -> Found {
         let current = self.target.tls.current();
         self.kept = self.kept.take().filter(|kept| {
@@ -241,6 +251,14 @@ impl Checks {
         };
         match timeout(CHECK, ask(&mut kept.sender, &self.target.name)).await {
             Ok(Ok(status)) => {
+                // Another process has another listening socket, and every connection with it is new.
+                self.listener = sockdiag::listener(self.target.address.port())
+                    .ok()
+                    .flatten()
+                    .map(|id| id.0);
+                if let Ok(Some(version)) = timeout(CHECK, ask_version(&mut kept.sender, &self.target.name)).await {
+                    self.version = Some(version);
+                }
                 self.kept = Some(kept);
                 judged(status)
             }
@@ -322,12 +340,44 @@ fn judged(status: http::StatusCode) -> Found {
     Found::State(state, format!("/readyz says {status}"))
 }
 
+/// So many octets of an answer to `/version` are read.
+const LONGEST_VERSION: usize = 16 * 1024;
+
+/// What the server calls its version (`gitVersion`, k8s.io/apimachinery/pkg/version, Info); `None` when it does not say, or
+/// not to a user of no rights.
+async fn ask_version(sender: &mut SendRequest<Empty<bytes::Bytes>>, name: &ServerName<'static>) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Info {
+        git_version: String,
+    }
+    sender.ready().await.ok()?;
+    let answer = sender.send_request(request("/version", name)).await.ok()?;
+    let is_said = answer.status().is_success();
+    let body = Limited::new(answer.into_body(), LONGEST_VERSION)
+        .collect()
+        .await
+        .ok()?
+        .to_bytes();
+    let info: Info = serde_json::from_slice(&body).ok().filter(|_| is_said)?;
+    Some(Release::new(&info.git_version)?.to_string())
+}
+
 async fn ask(
     sender: &mut SendRequest<Empty<bytes::Bytes>>,
     name: &ServerName<'static>,
 ) -> Result<http::StatusCode, hyper::Error> {
+    sender.ready().await?;
+    let answer = sender.send_request(request("/readyz", name)).await?;
+    let status = answer.status();
+    // Read to its end, so that the connection can be asked on again; one that is closed behind it is not.
+    let _ = answer.into_body().collect().await;
+    Ok(status)
+}
+
+fn request(path: &'static str, name: &ServerName<'static>) -> http::Request<Empty<bytes::Bytes>> {
     let mut request = http::Request::new(Empty::new());
-    *request.uri_mut() = http::Uri::from_static("/readyz");
+    *request.uri_mut() = http::Uri::from_static(path);
     let headers = request.headers_mut();
     if let Ok(host) = http::HeaderValue::from_str(&name.to_str()) {
         headers.insert(http::header::HOST, host);
@@ -335,12 +385,7 @@ async fn ask(
     let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
     headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
     headers.insert("x-remote-user", http::HeaderValue::from_static(CHECK_USER));
-    sender.ready().await?;
-    let answer = sender.send_request(request).await?;
-    let status = answer.status();
-    // Read to its end, so that the connection can be asked on again; one that is closed behind it is not.
-    let _ = answer.into_body().collect().await;
-    Ok(status)
+    request
 }
 
 /// Whether the port is open in that state: a client sees an apiserver that starts, or is slow, as it is.
@@ -396,6 +441,8 @@ pub async fn watch(
         }
         let before = judge.state;
         let state = judge.take(&found);
+        // Before the state: who hears that it is ready hears which process it is.
+        registry.set_upstream_process(checks.version.clone(), checks.listener);
         registry.set_upstream(state);
         seen.send_replace(state);
         let address = checks.target.address;

@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use rebalancer_core::{
     agent::Input,
     ids::{ConnectionId, Protocol},
+    release::Release,
     shim::{Abilities, ConnectionState, Counters, GoawayOrder, GoawayResult, ShimConnection, ShimReport},
 };
 use tokio::{
@@ -230,6 +231,8 @@ fn report(answer: wire::Connections) -> ShimReport {
         instance: answer.instance,
         generation: answer.generation,
         refused_total: answer.refused_total,
+        upstream_listener: answer.upstream_listener.map(|id| id.0),
+        release: answer.upstream_version.as_deref().and_then(Release::new),
         // The relay holds its connections itself, and carries an order out at once.
         abilities: Abilities::default(),
         full: answer.full,

@@ -159,6 +159,12 @@ pub struct Connections {
     pub generation: u64,
     /// The server behind it.
     pub upstream: Upstream,
+    /// What the server calls its version, as far as the shim has heard it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream_version: Option<String>,
+    /// The cookie of the server's listening socket, where that is on this host: another one is another process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream_listener: Option<Id>,
     /// Requests that the server refused for overload since the shim started; absent when the shim does not see answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused_total: Option<u64>,

@@ -394,6 +394,10 @@ impl Steer {
     /// Takes out who is gone, and reads what was answered.
     fn reported(&mut self, seen: Seen) -> Result<ShimReport, SteerError> {
         let report = ShimReport {
+            release: self
+                .attached
+                .as_ref()
+                .and_then(|attached| attached.point.build.release()),
             instance: format!("steer-{:x}", self.instance),
             generation: self.generation,
             abilities: Abilities::AT_REQUEST,

@@ -78,6 +78,9 @@ struct Demo {
     /// With --scene rolling-restart: `rebalancer evacuate` before each restart
     #[arg(long)]
     evacuate: bool,
+    /// With --scene rolling-restart: apiservers are killed, as a machine that is reset does, and not ended by SIGTERM
+    #[arg(long)]
+    kill: bool,
     /// So many seconds the demo's own load balancer takes to admit an apiserver that came back
     #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=170))]
     lb_admission: u16,
@@ -259,8 +262,8 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     }
     let (front, policy) = demo.front()?;
     anyhow::ensure!(
-        !demo.evacuate || demo.scene == Play::RollingRestart,
-        "--evacuate is for --scene rolling-restart"
+        !(demo.evacuate || demo.kill) || demo.scene == Play::RollingRestart,
+        "--evacuate and --kill are for --scene rolling-restart"
     );
     let fixture = fixture(demo.apiserver)?;
     anyhow::ensure!(
@@ -342,6 +345,7 @@ fn rolling(demo: &Demo, report: &Report) -> Rolling {
         nodes: report.nodes,
         clients: report.clients,
         evacuate: demo.evacuate,
+        kill: demo.kill,
         ..Rolling::default()
     }
 }
@@ -377,7 +381,9 @@ impl Played {
     fn is_success(&self) -> bool {
         match self {
             Self::Crash(report) => report.is_success(),
-            Self::Rolling(rolling) => !rolling.evacuate || rolling.is_unnoticed(),
+            Self::Rolling(rolling) => {
+                rolling.seconds_to_level.is_some() && (!rolling.evacuate || rolling.is_unnoticed())
+            }
         }
     }
 }

@@ -32,7 +32,13 @@ fn evacuable() -> Cluster {
         shim: Shim::Relay,
         peers: Finding::Static,
         rebalancer: binary(),
-        agent_flags: flags(&["--interval=1s", "--settle=2s", &format!("--lb-agent=0.0.0.0:{LB_PORT}")]),
+        // An evacuation is waited for, and a restart after it a third of that.
+        agent_flags: flags(&[
+            "--interval=1s",
+            "--settle=2s",
+            "--upgrade-patience=15s",
+            &format!("--lb-agent=0.0.0.0:{LB_PORT}"),
+        ]),
         relay_flags: flags(&["--watch-handover=1s"]),
         directory: log_directory("rebalancer-evacuation-").expect("a directory"),
     };
@@ -99,6 +105,14 @@ fn an_evacuated_apiserver_has_nobody_until_it_is_returned_or_restarted() {
     assert!(heard(&cluster, 0, "GET /lb HTTP/1.1\r\nHost: a\r\n\r\n").starts_with("HTTP/1.1 503 "));
     until("the peers' view", || {
         (state_of(&cluster, 1, "node-1")? == "evacuating").then_some(())
+    });
+    let waits = |decision: &serde_json::Value| {
+        let said = decision["hold"]["message"].as_str().unwrap_or_default();
+        decision["hold"]["reason"] == "upgrade_in_progress" && said.contains("node-1 is evacuated")
+    };
+    until("the others' patience", || {
+        let decisions = cluster.nodes[1].decisions(0).ok()?;
+        decisions.iter().any(waits).then_some(())
     });
     no_client_noticed(&mut swarm);
 

@@ -1,10 +1,15 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
+mod bad_input;
+mod dead_node;
 mod evacuation;
 mod health_checks;
 mod membership;
 mod operator;
+mod outages;
+mod rights;
 mod switch;
+mod world;
 
 use std::{
     process::{Command, Output},

@@ -1,297 +1,22 @@
 //! Membership by Leases on three real apiservers: who is there, who is gone, and whose word is refused.
 //!
-//! One cluster, several scenes after one another; those that wait for a minute or more play with `REBALANCER_LONG`. What
-//! time alone decides is in the tables of the core's `membership`.
+//! One cluster, several scenes after one another; those that wait for a minute or more (`outages.rs`) play with
+//! `REBALANCER_LONG`. What time alone decides is in the tables of the core's `membership`.
 
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    net::SocketAddr,
-    path::PathBuf,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+use std::env;
 
-use rebalancer_tests::{
-    apiserver::{Settings, start_apiserver, start_etcd},
-    binary,
-    fixture::Fixture,
-    kube::{Admin, kubeconfig},
-    netns::{Namespace, Network},
-    node::{PORT, ask},
-    pki::Pki,
-    process::{Process, log_directory, on_host, wait_for},
-    skip,
-};
+use rebalancer_tests::{fixture::Fixture, kube::kubeconfig, process::wait_for, skip};
 use serde_json::{Value, json};
 
-/// A busy machine is slow.
-const PATIENCE: Duration = Duration::from_secs(180);
+use super::{
+    bad_input,
+    operator::ask,
+    outages, rights,
+    world::{LEASES, PATIENCE, World, apiserver_address},
+};
 
-/// By then a node whose Leases stand still and whose agent is silent is gone: it takes a minute.
-const AFTER_PATIENCE: Duration = Duration::from_secs(75);
-
-/// Agents ask each other here.
-const PEERS: u16 = 9443;
-
-const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases";
-
-struct Agent {
-    process: Process,
-    socket: PathBuf,
-    metrics: SocketAddr,
-}
-
-struct World {
-    fixture: Fixture,
-    pki: Pki,
-    network: Network,
-    directory: PathBuf,
-    etcd: Process,
-    apiservers: Vec<Option<Process>>,
-    agents: Vec<Agent>,
-}
-
-fn name(index: usize) -> String {
-    format!("node-{}", index + 1)
-}
-
-fn apiserver_address(index: usize) -> SocketAddr {
-    SocketAddr::new(Network::node_address(index), PORT)
-}
-
-impl World {
-    fn new(fixture: Fixture) -> Self {
-        let network = Network::new(3).expect("root may make namespaces");
-        let addresses: Vec<_> = (0..3).map(Network::node_address).collect();
-        let pki = Pki::new(&[&addresses[..], &[Network::HUB]].concat()).expect("certificates");
-        let directory = log_directory("rebalancer-membership-").expect("a directory");
-        let at = |port| SocketAddr::new(Network::HUB, port);
-        let etcd = start_etcd(&fixture, at(2379), at(2380), &directory, Some(network.hub.fd())).expect("etcd");
-        let mut world = Self {
-            fixture,
-            pki,
-            network,
-            directory,
-            etcd,
-            apiservers: Vec::new(),
-            agents: Vec::new(),
-        };
-        let policy = world.directory.join("audit-policy.yaml");
-        fs::write(
-            &policy,
-            "apiVersion: audit.k8s.io/v1\nkind: Policy\nrules: [{level: Metadata, omitStages: [RequestReceived]}]\n",
-        )
-        .expect("a file");
-        for index in 0..3 {
-            let apiserver = world.start_apiserver(index);
-            world.apiservers.push(Some(apiserver));
-        }
-        let admin = world.admin(0);
-        wait_for(PATIENCE, || {
-            let (status, _) = admin.ask_text("GET", "/readyz", None).ok()?;
-            (status == 200).then_some(())
-        })
-        .expect("an apiserver that is ready");
-        admin.let_agents(&["node-1", "node-2", "node-3"]).expect("rights");
-        for index in 0..3 {
-            let agent = world.start_agent(index);
-            world.agents.push(agent);
-        }
-        world
-    }
-
-    fn admin(&self, index: usize) -> Admin {
-        Admin::new(&self.pki, &self.network.hub, apiserver_address(index)).expect("an administrator")
-    }
-
-    fn start_apiserver(&self, index: usize) -> Process {
-        let host = name(index);
-        let audit = self.directory.join(format!("audit-{host}.log"));
-        start_apiserver(
-            &Settings {
-                fixture: &self.fixture,
-                pki: &self.pki,
-                etcd: SocketAddr::new(Network::HUB, 2379),
-                listen: apiserver_address(index),
-                advertise: Network::node_address(index),
-                count: 3,
-                directory: &self.directory,
-                name: &format!("apiserver-{host}"),
-                goaway_chance: 0.0,
-                host: Some(&host),
-                extra: &[
-                    format!(
-                        "--audit-policy-file={}",
-                        self.directory.join("audit-policy.yaml").display()
-                    ),
-                    format!("--audit-log-path={}", audit.display()),
-                    "--audit-log-mode=blocking".to_owned(),
-                ],
-            },
-            Some(self.network.nodes[index].fd()),
-        )
-        .expect("an apiserver")
-    }
-
-    /// The agent of a node; the way to the cluster is another apiserver than the local one.
-    fn start_agent(&self, index: usize) -> Agent {
-        let kubeconfig = kubeconfig(&self.pki, &name(index), apiserver_address((index + 1) % 3)).expect("credentials");
-        self.start(&self.network.nodes[index], &name(index), index, &kubeconfig, &[])
-    }
-
-    fn start_another(&self, called: &str, kubeconfig: &PathBuf, more: &[&str]) -> Agent {
-        self.start(&self.network.hub, called, 9, kubeconfig, more)
-    }
-
-    fn start(&self, namespace: &Namespace, called: &str, index: usize, kubeconfig: &PathBuf, more: &[&str]) -> Agent {
-        let address = if index < 3 {
-            Network::node_address(index)
-        } else {
-            Network::HUB
-        };
-        let socket = self.directory.join(format!("agent-{index}-{called}.sock"));
-        let metrics = SocketAddr::new(address, 9470);
-        let mut agent = Command::new(binary());
-        agent
-            .args([
-                "agent",
-                "--shim=none",
-                "--source=sockdiag",
-                "--interval=1s",
-                "--peers=kubernetes",
-            ])
-            .arg(format!("--node-name={called}"))
-            .arg(format!("--apiserver-port={PORT}"))
-            .arg(format!("--api=unix:{}", socket.display()))
-            .arg(format!("--metrics={metrics}"))
-            .arg(format!("--peer-listen={address}:{PEERS}"))
-            .arg("--kubeconfig")
-            .arg(kubeconfig)
-            .args(more);
-        on_host(&mut agent, called);
-        let log = format!("agent-{index}-{called}");
-        Agent {
-            process: Process::start(&log, agent, Some(namespace.fd()), &self.directory).expect("an agent"),
-            socket,
-            metrics,
-        }
-    }
-
-    fn lease(&self, of: &str) -> Value {
-        let (status, lease) = self
-            .admin(0)
-            .ask("GET", &format!("{LEASES}/rebalancer-{of}"), None)
-            .expect("an answer");
-        assert_eq!(status, 200, "{lease}");
-        lease
-    }
-
-    /// Waits until all three agents are certain of each other.
-    fn is_well(&self) {
-        for agent in &self.agents {
-            agent.until("certainty of all three", |status| {
-                let membership = &status["membership"];
-                let reason = status["hold"]["reason"].as_str().unwrap_or("none");
-                let view = status["view"].as_array()?;
-                let doubtful = [
-                    "membership_unknown",
-                    "peer_unknown",
-                    "snapshot_stale",
-                    "apiserver_starting",
-                ];
-                (view.len() == 3
-                    && membership["set_from"] == "identity_leases"
-                    && membership["doubt"].is_null()
-                    && membership["blind"].is_null()
-                    && membership["gone"] == json!([])
-                    && !doubtful.contains(&reason))
-                .then_some(())
-            });
-        }
-    }
-
-    /// Waits until so long has passed by each agent's own clock.
-    fn lets_pass(&self, time: Duration) {
-        for agent in &self.agents {
-            let age = |status: &Value| status["uptime_s"].as_u64();
-            let began = agent.until("its age", age);
-            agent.until("that time has passed", |status| {
-                (age(status)? >= began + time.as_secs()).then_some(())
-            });
-        }
-    }
-
-    /// Requests of agents so far, each once, by the apiservers' own audit logs.
-    fn requests(&self) -> BTreeSet<String> {
-        let mut ids = BTreeSet::new();
-        for index in 0..3 {
-            let path = self.directory.join(format!("audit-{}.log", name(index)));
-            let log = fs::read_to_string(&path).expect("an audit log");
-            for event in log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
-                let user = event["user"]["username"].as_str().unwrap_or_default();
-                if user.starts_with("rebalancer:") {
-                    ids.insert(event["auditID"].as_str().unwrap_or_default().to_owned());
-                }
-            }
-        }
-        ids
-    }
-}
-
-impl Agent {
-    fn status(&self) -> Option<Value> {
-        ask(&self.socket, "/v1/status").ok()
-    }
-
-    /// Waits until its status shows that.
-    fn until<T>(&self, what: &str, look: impl Fn(&Value) -> Option<T>) -> T {
-        let mut last = Value::Null;
-        let found = wait_for(PATIENCE, || {
-            last = self.status()?;
-            look(&last)
-        });
-        let log = self.process.log();
-        found.unwrap_or_else(|| {
-            panic!(
-                "{what} did not come: hold {}, membership {}\n{}",
-                last["hold"],
-                last["membership"],
-                rebalancer_tests::process::tail(&log)
-            )
-        })
-    }
-
-    /// Waits until its hold is for that reason, and its words have those parts.
-    fn holds(&self, reason: &str, parts: &[&str]) {
-        self.until(&format!("hold {reason} with {parts:?}"), |status| {
-            let hold = &status["hold"];
-            let words = hold["message"].as_str()?;
-            (hold["reason"] == reason && parts.iter().all(|part| words.contains(part))).then_some(())
-        });
-    }
-
-    /// One line of its metrics.
-    fn metric(&self, namespace: &Namespace, line: &str) -> Option<f64> {
-        let (at, namespace) = (self.metrics, namespace.clone());
-        let text = thread::spawn(move || -> Option<String> {
-            use std::io::{Read as _, Write as _};
-            namespace.enter().ok()?;
-            let mut stream = std::net::TcpStream::connect(at).ok()?;
-            write!(stream, "GET /metrics HTTP/1.0\r\n\r\n").ok()?;
-            let mut text = String::new();
-            stream.read_to_string(&mut text).ok()?;
-            Some(text)
-        });
-        let text = text.join().ok()??;
-        let value = text.lines().find_map(|one| one.strip_prefix(line))?;
-        value.trim().parse().ok()
-    }
-}
-
-fn long() -> bool {
-    env::var_os("REBALANCER_LONG").is_some()
+pub fn scene(what: &str) {
+    eprintln!("scene: {what}");
 }
 
 #[test]
@@ -304,7 +29,6 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
         }
     };
     let mut world = World::new(fixture);
-    let scene = |what: &str| eprintln!("scene: {what}");
     scene("three find each other with no flag for any of them");
     world.is_well();
 
@@ -393,147 +117,67 @@ fn leases_say_who_is_there_who_is_gone_and_whose_word_is_refused() {
     world.is_well();
     drop(second);
 
-    scene("no rights, no namespace, no address: each is one sentence with what to do");
-    let stranger = world
-        .pki
-        .client("stranger", "rebalancer:stranger", &["nobody"])
-        .expect("a certificate");
-    let mut nobody: Value = serde_json::from_str(&fs::read_to_string(&credentials).expect("a file")).expect("JSON");
-    nobody["users"][0]["user"] = json!({"client-certificate": stranger.certificate, "client-key": stranger.key});
-    let path = world.directory.join("nobody.kubeconfig");
-    fs::write(&path, nobody.to_string()).expect("a file");
-    let agent = world.start_another("node-9", &path, &[]);
-    agent.holds(
-        "membership_unknown",
-        &["forbids it: grant this agent list on leases", "kube-system"],
-    );
-    drop(agent);
-    nobody["users"][0]["user"] = json!({"token": "expired"});
-    fs::write(&path, nobody.to_string()).expect("a file");
-    let agent = world.start_another("node-9", &path, &[]);
-    agent.holds("membership_unknown", &["401", "token or certificate has expired"]);
-    drop(agent);
-    nobody["users"][0]["user"] = json!({"token": "the-admins-token"});
-    fs::write(&path, nobody.to_string()).expect("a file");
-    let agent = world.start_another("node-9", &path, &["--lease-namespace=nowhere"]);
-    agent.holds("membership_unknown", &["namespace nowhere does not exist"]);
-    drop(agent);
-    let agent = world.start_another("node-9", &path, &[]);
-    agent.holds("membership_unknown", &["--node-name", "node-1, node-2, node-3"]);
-    drop(agent);
-    nobody["clusters"][0]["cluster"]["server"] = json!("https://10.77.0.1:1");
-    fs::write(&path, nobody.to_string()).expect("a file");
-    let agent = world.start_another("node-9", &path, &[]);
-    agent.holds(
-        "membership_unknown",
-        &["cannot be reached at https://10.77.0.1:1", "onnection refused"],
-    );
-    drop(agent);
-    let (status, _) = world
-        .admin(0)
-        .ask("DELETE", &format!("{LEASES}/rebalancer-node-9"), None)
-        .expect("an answer");
-    assert!(matches!(status, 200 | 404));
-
-    scene("the rights are taken away: the last membership holds while peers answer, and the way back is said");
-    let binding = "/apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/rolebindings/rebalancer";
-    let (status, _) = world.admin(0).ask("DELETE", binding, None).expect("an answer");
-    assert_eq!(status, 200);
-    // Watches that are open go on; renewals do not.
-    world.agents[0].until("a request that is forbidden", |_| {
-        let forbidden = "rebalancer_kubernetes_requests_total{verb=\"update\",result=\"forbidden\"}";
-        world.agents[0]
-            .metric(&world.network.nodes[0], forbidden)
-            .filter(|count| *count >= 1.0)
-    });
-    let status = world.agents[0].status().expect("an answer");
-    assert_eq!(status["view"].as_array().map(Vec::len), Some(3), "{status}");
-    world
-        .admin(0)
-        .let_agents(&["node-1", "node-2", "node-3"])
-        .expect("rights");
-    world.is_well();
-
-    if !long() {
-        eprintln!("the scenes of a dead node, of partitions and of a lost API play with REBALANCER_LONG=1");
-        return;
-    }
-
-    scene("what the agents ask of the apiservers, by the audit logs");
-    const WINDOW: Duration = Duration::from_secs(120);
-    let (began, before) = (Instant::now(), world.requests());
-    world.lets_pass(WINDOW);
-    let asked = world.requests().difference(&before).count();
-    let rate = asked as f64 / began.elapsed().as_secs_f64() / 3.0;
-    eprintln!("{asked} requests of three agents in {WINDOW:?}: {rate:.3} a second and agent");
-    assert!(rate <= 0.2, "{rate}");
-    assert!(asked >= 3 * 9, "they renew: {asked}");
-
-    scene("a partition between two agents only: they hold, the third goes on, and nobody is gone");
-    let cut = format!("route add blackhole {}/32", Network::node_address(1));
-    world.network.nodes[0].ip(&cut).expect("a route");
-    world.agents[0].holds("snapshot_stale", &["node-2"]);
-    world.agents[1].holds("snapshot_stale", &["node-1"]);
-    world.lets_pass(AFTER_PATIENCE);
-    for agent in &world.agents {
-        let status = agent.status().expect("an answer");
-        assert_eq!(status["membership"]["gone"], json!([]), "{status}");
-    }
-    let third = world.agents[2].status().expect("an answer");
-    assert_ne!(third["hold"]["reason"], "snapshot_stale", "{third}");
-    world.network.nodes[0].ip(&cut.replace("add", "del")).expect("a route");
-    world.is_well();
-
-    scene("a node dies: apiserver and agent; the others say so and go on");
-    world.apiservers[2] = None;
-    world.agents[2].process.kill();
-    for agent in &world.agents[..2] {
-        agent.until("node-3 is gone", |status| {
-            (status["membership"]["gone"] == json!(["node-3"]) && status["view"].as_array()?.len() == 2).then_some(())
-        });
-        let decided = ask(&agent.socket, "/v1/decisions?limit=1000").expect("decisions");
-        let is_it = |decision: &&Value| decision["hold"]["reason"] == "apiserver_gone";
-        let gone: Vec<_> = decided["decisions"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(is_it)
-            .collect();
-        assert_eq!(gone.len(), 1, "one decision");
-        assert_eq!(gone[0]["hold"]["apiserver"], "node-3");
-        agent.until("the others go on", |status| {
-            let reason = status["hold"]["reason"].as_str().unwrap_or("none");
-            ["below_threshold", "noise", "shim_unavailable", "none"]
-                .contains(&reason)
-                .then_some(())
-        });
-    }
-    scene("it comes back by itself");
-    world.apiservers[2] = Some(world.start_apiserver(2));
-    world.agents[2] = world.start_agent(2);
-    world.is_well();
-
-    scene("the API is lost altogether: the last membership holds while all answer, then a hold says what to repair");
-    world.etcd.kill();
-    for agent in &world.agents {
-        let blind = agent.until("blindness", |status| {
-            status["membership"]["blind"].as_str().map(str::to_owned)
-        });
-        eprintln!("blind: {blind}");
-    }
-    world.lets_pass(AFTER_PATIENCE);
-    for agent in &world.agents {
-        let status = agent.status().expect("an answer");
-        assert_eq!(status["membership"]["gone"], json!([]), "{status}");
-        assert_eq!(status["view"].as_array().map(Vec::len), Some(3), "{status}");
-        assert_ne!(status["hold"]["reason"], "membership_unknown", "{status}");
-    }
-    world.agents[2].process.kill();
-    for agent in &world.agents[..2] {
-        agent.holds("membership_unknown", &["as it was", "node-3"]);
+    rights::are_the_smallest(&world);
+    bad_input::is_said_in_a_sentence_each(&world);
+    one_switch_for_all(&mut world);
+    rights::are_taken_away(&world);
+    if env::var_os("REBALANCER_LONG").is_none() {
+        eprintln!(
+            "the scenes of a dead node, of partitions, of stale Leases and of a lost API play with REBALANCER_LONG=1"
+        );
+    } else {
+        outages::come_and_go(&mut world);
     }
     let directory = world.directory.clone();
     drop(world);
     // Kept when the test fails.
-    let _ = fs::remove_dir_all(directory);
+    let _ = std::fs::remove_dir_all(directory);
+}
+
+/// Said on one, held by all, over restarts of all; and ended on another one.
+fn one_switch_for_all(world: &mut World) {
+    scene("one word pauses all agents, over a restart of each, and another ends it");
+    let answer = |agent: usize, arguments: &[&str], world: &World| {
+        let arguments = [arguments, &["--output=json"]].concat();
+        let (code, said, error) = ask(&world.agents[agent].socket, &arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {error}");
+        serde_json::from_str::<Value>(&said).expect("JSON")
+    };
+    let said = answer(0, &["pause", "--cluster", "--reason=upgrade of etcd"], world);
+    assert_eq!(
+        (&said["not_heard_by"], &said["kept"]),
+        (&json!([]), &json!(true)),
+        "{said}"
+    );
+    let are_paused = |world: &World| {
+        for agent in &world.agents {
+            agent.holds("paused", &["all agents", "node-1", "upgrade of etcd"]);
+        }
+    };
+    are_paused(world);
+    // All at once, so that nobody is left to tell them; and their keys are others now.
+    for index in 0..3 {
+        world.agents[index].process.kill();
+    }
+    for index in 0..3 {
+        world.agents[index] = world.start_agent(index);
+    }
+    are_paused(world);
+    let (_, shown, _) = ask(&world.agents[1].socket, &["status", "--cluster"]);
+    assert!(
+        shown.contains("all agents are paused, on node-1: upgrade of etcd"),
+        "{shown}"
+    );
+    // Each is asked by its new key before it may be told something newer.
+    wait_for(PATIENCE, || {
+        let (code, ..) = ask(&world.agents[2].socket, &["resume", "--cluster"]);
+        (code == Some(0)).then_some(())
+    })
+    .expect("the end of the pause");
+    world.is_well();
+    for agent in &world.agents {
+        agent.until("the end of the pause", |status| {
+            (status["paused"] == false).then_some(())
+        });
+    }
 }

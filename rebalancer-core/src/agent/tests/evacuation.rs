@@ -94,6 +94,13 @@ fn an_evacuation_outlives_the_agent_and_ends_with_the_apiserver() {
             ..ShimReport::default()
         })
     };
+    let upstream = |listener: u64| {
+        Input::Shim(ShimReport {
+            upstream_ready: Some(true),
+            upstream_listener: Some(listener),
+            ..ShimReport::default()
+        })
+    };
     let (at, over) = (Timestamp::from_millis, Duration::from_secs(60));
     let evacuated = |kind: ShimKind| {
         let other = ApiserverName::new("m");
@@ -133,6 +140,17 @@ fn an_evacuation_outlives_the_agent_and_ends_with_the_apiserver() {
             true,
         ),
         (ShimKind::Relay, vec![shim(Some(false), true)], false),
+        // Restarted with the relay, which saw nothing of it: another socket listens; or the relay alone.
+        (
+            ShimKind::Relay,
+            vec![upstream(5), Input::ShimFailed("no relay".to_owned()), upstream(6)],
+            true,
+        ),
+        (
+            ShimKind::Relay,
+            vec![upstream(5), Input::ShimFailed("no relay".to_owned()), upstream(5)],
+            false,
+        ),
         (ShimKind::Steer, vec![listener(9)], false),
         (ShimKind::Steer, vec![listener(10)], true),
     ] {

@@ -1,6 +1,7 @@
 //! Go's build information (debug/buildinfo): which release built the binary, from which modules.
 
 use super::{Refusal, image::Image};
+use crate::release::Release;
 
 const MAGIC: &[u8] = b"\xff Go buildinf:";
 /// Magic number, size of a pointer, flags, and padding to 32 octets.
@@ -46,11 +47,20 @@ pub struct BuildInfo {
     pub main: Option<String>,
     /// The version of k8s.io/apiserver it is built on, where the module list says so.
     pub apiserver: Option<String>,
+    /// The linker's name for this very build (`.note.go.buildid`), where it was given one.
+    pub id: Option<String>,
     /// The profile that guided the compiler (`-pgo`), where one did.
     pub profile: Option<String>,
 }
 
 impl BuildInfo {
+    /// Which release of Kubernetes it is: by its modules, or else by what no other build has in common with it.
+    pub fn release(&self) -> Option<Release> {
+        let named = self.apiserver.as_deref().and_then(Release::of_module);
+        let content = self.id.as_deref().and_then(|id| id.rsplit('/').next());
+        named.or_else(|| Release::of_build(content?))
+    }
+
     /// Reads it.
     ///
     /// # Errors
@@ -76,9 +86,23 @@ impl BuildInfo {
             version: GoVersion::new(&String::from_utf8_lossy(version)),
             main: main.map(str::to_owned),
             apiserver: module(&modules, "k8s.io/apiserver"),
+            id: image
+                .section(&[b".note.go.buildid"])
+                .and_then(|note| build_id(note.bytes)),
             profile: setting(&modules, "-pgo").filter(|profile| profile != "off"),
         })
     }
+}
+
+/// The longest build ID that is taken, in octets: Go's has four digests, 83 octets.
+const LONGEST_ID: usize = 128;
+
+/// The text of the note: lengths of name and text, type, the name `Go` with its padding (cmd/internal/buildid).
+fn build_id(note: &[u8]) -> Option<String> {
+    let length = u32::from_le_bytes(note.get(4..8)?.try_into().ok()?) as usize;
+    let is_it = note.get(12..16) == Some(b"Go\0\0") && (1..=LONGEST_ID).contains(&length);
+    let text = note.get(16..)?.get(..length).filter(|_| is_it)?;
+    text.is_ascii().then(|| String::from_utf8_lossy(text).into_owned())
 }
 
 /// The version of a module in the list; that of its replacement, where it is replaced.
@@ -147,6 +171,25 @@ mod tests {
         assert_eq!(module(list, "k8s.io/apimachinery").as_deref(), Some("v0.36.1"));
         assert_eq!(module(list, "k8s.io/kubernetes").as_deref(), Some("v1.36.2"));
         assert_eq!(module(list, "k8s.io"), None);
+    }
+
+    #[test]
+    fn a_build_id_is_read_and_what_is_none_is_not() {
+        let note = |length: u32, name: &[u8], text: &[u8]| {
+            let head = [4_u32, length, 4].map(u32::to_le_bytes);
+            [&head.concat()[..], name, text].concat()
+        };
+        assert_eq!(build_id(&note(5, b"Go\0\0", b"ab/cd\0\0\0")).as_deref(), Some("ab/cd"));
+        for wrong in [
+            note(0, b"Go\0\0", b"ab/cd"),
+            note(9, b"Go\0\0", b"ab/cd"),
+            note(u32::MAX, b"Go\0\0", b"ab/cd"),
+            note(5, b"GNU\0", b"ab/cd"),
+            note(2, b"Go\0\0", b"\xff\xfe"),
+            vec![4, 0, 0],
+        ] {
+            assert_eq!(build_id(&wrong), None);
+        }
     }
 
     #[test]

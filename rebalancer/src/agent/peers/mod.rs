@@ -22,7 +22,7 @@ use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rebalancer_core::{
-    agent::Input,
+    agent::{Input, Switch},
     membership::KeyHash,
     policy::Policy,
     view::{PeerFault, Snapshot},
@@ -96,6 +96,17 @@ pub struct Answer {
     pub target: Target,
     /// The answer.
     pub said: Result<Snapshot, PeerFault>,
+    /// What was said to all agents, where the answer is not understood otherwise.
+    pub word: Option<Switch>,
+}
+
+impl Answer {
+    /// As the core is told it.
+    pub fn inputs(self) -> impl Iterator<Item = Input> {
+        let name = self.target.at.name;
+        let word = self.word.map(|word| Input::Word(name.clone(), word));
+        word.into_iter().chain([Input::Peer(name, self.said)])
+    }
 }
 
 /// Asks one peer, for as long as somebody listens.
@@ -110,12 +121,13 @@ pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answ
         let usable = link
             .take()
             .filter(|link| !link.sender.is_closed() && link.generation == generation);
+        let mut word = None;
         let said = async {
             let mut connected = match usable {
                 Some(link) => link,
                 None => connect(&target, &tls).await?,
             };
-            let asked = timeout(PATIENCE, ask(&target.at, &mut connected, &policy)).await;
+            let asked = timeout(PATIENCE, ask(&target.at, &mut connected, &policy, &mut word)).await;
             let snapshot = asked.unwrap_or_else(|_| {
                 let why = format!("{} gave no answer within {} s", connected.at, PATIENCE.as_secs());
                 Err(PeerFault::Unreachable(why))
@@ -125,7 +137,7 @@ pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answ
         }
         .await;
         let target = target.clone();
-        if answers.send(Answer { target, said }).await.is_err() {
+        if answers.send(Answer { target, said, word }).await.is_err() {
             return;
         }
     }
@@ -143,9 +155,11 @@ pub fn ask_all(addresses: &[PeerAddress], tls: &Arc<PeerTls>, policy: &Arc<Polic
     }
     let inputs = inputs.clone();
     tokio::spawn(async move {
-        while let Some(Answer { target, said }) = answered.recv().await {
-            if inputs.send(Input::Peer(target.at.name, said)).await.is_err() {
-                return;
+        while let Some(answer) = answered.recv().await {
+            for input in answer.inputs() {
+                if inputs.send(input).await.is_err() {
+                    return;
+                }
             }
         }
     });
@@ -182,7 +196,12 @@ async fn connect(target: &Target, tls: &PeerTls) -> Result<Link, PeerFault> {
     Ok(Link { sender, at, generation })
 }
 
-async fn ask(address: &PeerAddress, link: &mut Link, policy: &Policy) -> Result<Snapshot, PeerFault> {
+async fn ask(
+    address: &PeerAddress,
+    link: &mut Link,
+    policy: &Policy,
+    word: &mut Option<Switch>,
+) -> Result<Snapshot, PeerFault> {
     let at = link.at.clone();
     let refused = |why: &dyn std::fmt::Display| PeerFault::Refused(format!("{at}: {why}"));
     let request = http::Request::get("/v1/snapshot")
@@ -205,7 +224,11 @@ async fn ask(address: &PeerAddress, link: &mut Link, policy: &Policy) -> Result<
         let problem: Value = serde_json::from_slice(&body).unwrap_or_default();
         return Err(refused(&problem["detail"].as_str().unwrap_or(status.as_str())));
     }
-    WireSnapshot::read(&body, policy)
+    let said = WireSnapshot::read(&body, policy);
+    if matches!(said, Err(PeerFault::Disagrees(_))) {
+        *word = WireSnapshot::word_of(&address.name, &body);
+    }
+    said
 }
 
 fn root_cause(error: &dyn std::error::Error) -> String {

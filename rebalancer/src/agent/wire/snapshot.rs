@@ -9,6 +9,7 @@ use rebalancer_core::{
     agent::{Switch, SwitchPause},
     ids::ApiserverName,
     policy::{Policy, Weight},
+    release::Release,
     view::{Part, PeerFault, ServerState, Snapshot},
 };
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,10 @@ pub struct WireSnapshot {
     pub instance: u64,
     /// The apiservers it knows, its own included.
     pub names: Vec<String>,
+    /// Which release it is, where that is known.
+    pub release: Option<String>,
+    /// How often it was seen to begin anew since its agent started.
+    pub restarts: u64,
     /// The flags all agents must be given alike, with its values.
     pub policy: BTreeMap<String, String>,
     /// What an operator said to all agents.
@@ -85,6 +90,16 @@ pub struct WirePause {
     pub reason: String,
     /// How long yet.
     pub left_ms: Option<u64>,
+}
+
+impl WireSwitch {
+    /// Whether an operator can have said it.
+    fn is_fit(&self) -> bool {
+        let is_long = |pause: &WirePause| {
+            pause.reason.len() > LONGEST_REASON || pause.left_ms.is_some_and(|left| left > LONGEST_PAUSE_MS)
+        };
+        self.stamp <= MOST_WORDS && !self.pause.as_ref().is_some_and(is_long)
+    }
 }
 
 impl From<&Switch> for WireSwitch {
@@ -125,7 +140,14 @@ const MOST_WORDS: u64 = 1 << 52;
 /// The format's version: agents of different ones do not understand each other.
 ///
 /// It goes up with every member that is new, gone, or means something else.
-pub const SNAPSHOT_VERSION: u32 = 5;
+pub const SNAPSHOT_VERSION: u32 = 6;
+
+/// What is read of an answer that is not understood otherwise: which agents are paused does not depend on what they agree on.
+#[derive(Deserialize)]
+struct Worded {
+    apiserver: String,
+    switch: WireSwitch,
+}
 
 /// What is read of an answer first: all versions have it.
 #[derive(Deserialize)]
@@ -252,6 +274,8 @@ impl WireSnapshot {
             rebalancing: snapshot.rebalancing,
             instance: snapshot.instance,
             names: snapshot.names.iter().map(ToString::to_string).collect(),
+            release: snapshot.release.as_ref().map(ToString::to_string),
+            restarts: snapshot.restarts,
             policy: agreement(policy),
             switch: (&snapshot.switch).into(),
         }
@@ -273,6 +297,13 @@ impl WireSnapshot {
         }
         let snapshot: Self = serde_json::from_slice(body).map_err(garbled)?;
         snapshot.checked(policy).map_err(PeerFault::Disagrees)
+    }
+
+    /// What the agent of that apiserver says was said to all, whatever else it says.
+    pub fn word_of(apiserver: &ApiserverName, body: &[u8]) -> Option<Switch> {
+        let said: Worded = serde_json::from_slice(body).ok()?;
+        let is_fit = said.apiserver == apiserver.as_str() && said.switch.is_fit();
+        is_fit.then(|| said.switch.into())
     }
 
     fn checked(self, policy: &Policy) -> Result<Snapshot, String> {
@@ -298,11 +329,12 @@ impl WireSnapshot {
                 return Err(format!("its {what} is {value}"));
             }
         }
-        let is_long = |pause: &WirePause| {
-            pause.reason.len() > LONGEST_REASON || pause.left_ms.is_some_and(|left| left > LONGEST_PAUSE_MS)
-        };
-        if self.switch.stamp > MOST_WORDS || self.switch.pause.as_ref().is_some_and(is_long) {
+        if !self.switch.is_fit() {
             return Err("its pause of all agents is none that an operator can have said".to_owned());
+        }
+        let release = self.release.as_deref().and_then(Release::new);
+        if release.is_none() && self.release.is_some() {
+            return Err("its release is none".to_owned());
         }
         if !(0.01..=1_000.0).contains(&self.capacity) {
             return Err(format!("its capacity is {}", self.capacity));
@@ -328,6 +360,8 @@ impl WireSnapshot {
             rebalancing: self.rebalancing,
             instance: self.instance,
             names: self.names.into_iter().map(ApiserverName::new).collect(),
+            release,
+            restarts: self.restarts,
             switch: self.switch.into(),
         })
     }
@@ -445,6 +479,23 @@ mod tests {
             said["switch"][field] = wrong;
             assert!(disagrees(&said).contains("pause of all agents"), "{field}");
         }
+    }
+
+    #[test]
+    fn a_word_to_all_is_heard_of_whoever_disagrees() {
+        let b = ApiserverName::new("b");
+        let mut said = answer(&policy("b", &["a", "c"]));
+        said["switch"] = json!({"stamp": 7, "by": "b", "pause": {"reason": "upgrade", "left_ms": null}});
+        said["policy"]["--skew-target"] = json!("0.07");
+        said["version"] = json!(SNAPSHOT_VERSION + 1);
+        said.as_object_mut().expect("an object").remove("load");
+        assert!(disagrees(&said).contains("version"));
+        let word = |said: &Value, of: &str| WireSnapshot::word_of(&ApiserverName::new(of), said.to_string().as_bytes());
+        assert_eq!(word(&said, "b").map(|word| word.stamp), Some(7));
+        assert_eq!(word(&said, "a"), None, "it calls itself b");
+        said["switch"]["stamp"] = json!(u64::MAX);
+        assert_eq!(word(&said, "b"), None);
+        assert_eq!(WireSnapshot::word_of(&b, b"{}"), None);
     }
 
     #[test]

@@ -24,6 +24,8 @@ impl Registry {
             full: since.is_none(),
             generation: inner.generation,
             upstream: inner.upstream,
+            upstream_listener: inner.upstream_listener,
+            upstream_version: inner.upstream_version.clone(),
             refused_total: Some(self.refused()),
             connections: Vec::new(),
             closed: Vec::new(),

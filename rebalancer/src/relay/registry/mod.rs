@@ -61,6 +61,8 @@ struct Inner {
     outcomes: VecDeque<OutcomeEntry>,
     next_outcome: u64,
     upstream: Upstream,
+    upstream_version: Option<String>,
+    upstream_listener: Option<Id>,
     ended: Totals,
     /// Connections that were told, and those of them that ended.
     drained: (u64, u64),
@@ -84,6 +86,8 @@ impl Registry {
                 outcomes: VecDeque::new(),
                 next_outcome: 0,
                 upstream: Upstream::Unknown,
+                upstream_version: None,
+                upstream_listener: None,
                 ended: Totals::default(),
                 drained: (0, 0),
             }),
@@ -114,6 +118,13 @@ impl Registry {
     /// What the health check saw.
     pub fn set_upstream(&self, upstream: Upstream) {
         self.inner().upstream = upstream;
+    }
+
+    /// What the apiserver called its version, and which socket it listens on, where that is known.
+    pub fn set_upstream_process(&self, version: Option<String>, listener: Option<u64>) {
+        let mut inner = self.inner();
+        inner.upstream_version = version.or(inner.upstream_version.take());
+        inner.upstream_listener = listener.map(Id).or(inner.upstream_listener);
     }
 
     /// Requests and octets of all connections since the relay began.

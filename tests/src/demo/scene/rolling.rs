@@ -12,11 +12,11 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Driver, Report, START, Scene};
+use super::{Driver, LEVEL, Report, START, Scene};
 use crate::{binary, process::wait_for};
 
-/// How long an apiserver may take to end on SIGTERM: requests may run for a minute.
-const END: Duration = Duration::from_secs(90);
+/// How long an apiserver may take to end on SIGTERM before it is killed: a static pod's `terminationGracePeriodSeconds`.
+const END: Duration = Duration::from_secs(30);
 
 /// In this time an evacuation tells all clients.
 const OVER: &str = "15s";
@@ -39,6 +39,8 @@ pub struct Rolling {
     pub clients: usize,
     /// Whether each apiserver was evacuated before its restart.
     pub evacuate: bool,
+    /// Whether they were killed, as a machine that is reset does, and not ended by SIGTERM.
+    pub kill: bool,
     /// Connections of each apiserver when it was told to end.
     pub connections_at_end: Vec<u64>,
     /// Seconds that each evacuation took, watches handed over.
@@ -59,6 +61,12 @@ pub struct Rolling {
     pub requests: u64,
     /// GOAWAYs, those of evacuations and of rebalancings.
     pub goaways: u64,
+    /// Those of evacuations.
+    pub goaways_of_evacuations: u64,
+    /// Seconds from the last restart until the loads were level; absent when they were not in time.
+    pub seconds_to_level: Option<f64>,
+    /// The skew at the end.
+    pub skew_after: f64,
     /// For how long it was watched.
     pub seconds: f64,
 }
@@ -72,10 +80,11 @@ impl Rolling {
 
 impl fmt::Display for Rolling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.evacuate {
-            "evacuated and restarted"
-        } else {
-            "restarted"
+        let how = match (self.evacuate, self.kill) {
+            (true, false) => "evacuated and restarted",
+            (true, true) => "evacuated, killed and started again",
+            (false, false) => "restarted",
+            (false, true) => "killed and started again",
         };
         writeln!(
             f,
@@ -92,15 +101,20 @@ impl fmt::Display for Rolling {
         }
         write!(
             f,
-            "  clients saw {} failed requests of {}, {} broken watches, {} relists, {} missed and {} doubled events; {} GOAWAYs",
+            "  clients saw {} failed requests of {}, {} broken watches, {} relists, {} missed and {} doubled events; {} GOAWAYs, {} of them of evacuations",
             self.client_errors,
             self.requests,
             self.watch_breaks,
             self.relists,
             self.missed_events,
             self.doubled_events,
-            self.goaways
-        )
+            self.goaways,
+            self.goaways_of_evacuations
+        )?;
+        match self.seconds_to_level {
+            Some(seconds) => write!(f, "; level {seconds:.0} s after the last restart"),
+            None => write!(f, "; not level at the end: {:.0} %", self.skew_after * 100.0),
+        }
     }
 }
 
@@ -125,12 +139,17 @@ impl Scene<'_> {
             if rolling.evacuate {
                 self.step(&format!("rebalancer evacuate on {name}"));
                 let evacuating = Instant::now();
-                self.evacuate(index, &mut swarm)?;
+                rolling.goaways_of_evacuations += self.evacuate(index, &mut swarm)?;
                 rolling.evacuation_seconds.push(evacuating.elapsed().as_secs_f64());
             }
             rolling.connections_at_end.push(self.cluster.loads()?[index]);
-            self.step(&format!("ending the apiserver of {name} (SIGTERM)"));
-            self.cluster.end_apiserver(index, END);
+            if rolling.kill {
+                self.step(&format!("killing the apiserver of {name} (SIGKILL)"));
+                self.cluster.kill_apiserver(index);
+            } else {
+                self.step(&format!("ending the apiserver of {name} (SIGTERM)"));
+                self.cluster.end_apiserver(index, END);
+            }
             self.wait(START, "the load balancer still sends to it", |cluster| {
                 Ok(!cluster.admitted()[index])
             })?;
@@ -142,8 +161,17 @@ impl Scene<'_> {
             self.wait_for_clients(&mut swarm, all)?;
             let is_last = index + 1 == self.cluster.nodes.len();
             let levelling = Instant::now();
-            while !is_last && levelling.elapsed() < LEVELLING && !self.at_rest()? {
+            // Between two restarts nobody waits for agents that wait for the next one.
+            while !is_last && levelling.elapsed() < LEVELLING && !self.at_rest()? && !self.agents_wait()? {
                 self.look(&mut swarm, Some(began), goaways)?;
+            }
+        }
+        let levelling = Instant::now();
+        while rolling.seconds_to_level.is_none() && levelling.elapsed() < self.limit {
+            let loads = self.look(&mut swarm, Some(began), goaways)?;
+            rolling.skew_after = Report::skew(&loads);
+            if rolling.skew_after <= LEVEL && self.at_rest()? {
+                rolling.seconds_to_level = Some(levelling.elapsed().as_secs_f64());
             }
         }
         self.settled(&mut swarm)?;
@@ -160,8 +188,18 @@ impl Scene<'_> {
         Ok(rolling)
     }
 
-    /// As an ExecStop or a pre-stop hook does it.
-    fn evacuate(&mut self, index: usize, swarm: &mut Driver) -> anyhow::Result<()> {
+    /// Whether all agents see an upgrade and wait for its next step.
+    fn agents_wait(&self) -> anyhow::Result<bool> {
+        for node in &self.cluster.nodes {
+            if node.status()?["hold"]["reason"] != "upgrade_in_progress" {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As an ExecStop or a pre-stop hook does it; how many were told.
+    fn evacuate(&mut self, index: usize, swarm: &mut Driver) -> anyhow::Result<u64> {
         let mut command = Command::new(binary());
         command
             .args(["evacuate", "--wait", "--over", OVER, "--output=json"])
@@ -190,6 +228,7 @@ impl Scene<'_> {
                 "{} sockets are left at the load balancer",
                 self.cluster.sockets()[index]
             )
-        })
+        })?;
+        answer["evacuation"]["told"].as_u64().context("how many were told")
     }
 }
