@@ -88,7 +88,7 @@ pub struct Snapshot {
     pub names: Vec<ApiserverName>,
     /// Which release it is, as far as its shim can tell; the last that was known while it is down.
     pub release: Option<Release>,
-    /// How often its agent saw it begin anew since that started.
+    /// How often its agent saw it end since that started.
     pub restarts: u64,
     /// What an operator said to all agents, as this one knows it.
     pub switch: Switch,

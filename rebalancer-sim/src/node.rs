@@ -258,6 +258,7 @@ impl Node {
             connections: told.collect(),
             closed,
             upstream_ready: Some(self.up),
+            upstream_gone: !self.up,
             release: self.release(),
             refused_total: Some(self.refused),
             ..ShimReport::default()
@@ -277,6 +278,7 @@ impl Node {
             instance: self.relay(),
             counters: counted.collect(),
             upstream_ready: Some(self.up),
+            upstream_gone: !self.up,
             release: self.release(),
             ..ShimReport::default()
         })

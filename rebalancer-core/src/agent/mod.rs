@@ -119,8 +119,9 @@ pub struct Agent {
     shim_fault: Option<String>,
     upstream_ready: Option<bool>,
     up_since: Option<Timestamp>,
-    /// How often the apiserver was seen to begin anew.
+    /// How often the apiserver was seen to end.
     restarts: u64,
+    upstream_gone: bool,
     release: Option<Release>,
     upstream_listener: Option<u64>,
     stress: Stress,
@@ -194,6 +195,7 @@ impl Agent {
             upstream_ready: None,
             up_since: None,
             restarts: 0,
+            upstream_gone: false,
             release: None,
             upstream_listener: None,
             stress: Stress::default(),
@@ -383,7 +385,8 @@ impl Agent {
             let changes = self.table.observe(observation, now);
             if changes.listener_changed {
                 self.up_since = Some(now);
-                self.restarts += u64::from(self.table.is_listening());
+                // A relay's own socket says nothing of the apiserver behind it.
+                self.restarts += u64::from(self.policy.shim != ShimKind::Relay);
             }
             if changes.lost && !effects.contains(&Effect::Resync) {
                 effects.push(Effect::Resync);
@@ -402,8 +405,12 @@ impl Agent {
         if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
             // The port was open a while before the server behind it was ready: clients come from now on.
             self.up_since = Some(now);
-            self.restarts += 1;
         }
+        // One that is slow, or not ready for a while, is still the one it was.
+        let listeners = self.upstream_listener.zip(report.upstream_listener);
+        let is_another = listeners.is_some_and(|(before, now)| before != now);
+        self.restarts += u64::from(is_another || report.upstream_gone && !self.upstream_gone);
+        self.upstream_gone = report.upstream_gone;
         if report.release.is_some() {
             self.release.clone_from(&report.release);
         }

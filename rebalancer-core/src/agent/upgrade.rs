@@ -28,8 +28,7 @@ const LIKELY: u32 = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Sign {
     Evacuating,
-    Down,
-    Began,
+    Ended,
     Release,
 }
 
@@ -37,6 +36,8 @@ enum Sign {
 #[derive(Clone, Debug)]
 struct Known {
     state: ServerState,
+    /// It took clients once: until then it begins for the first time.
+    was_up: bool,
     instance: u64,
     restarts: u64,
     /// Kept while it is down.
@@ -156,7 +157,7 @@ impl Upgrade {
 
     /// Whether it had its turn.
     fn is_over_at(&self, name: &ApiserverName) -> bool {
-        let ends = [Sign::Began, Sign::Release];
+        let ends = [Sign::Ended, Sign::Release];
         self.turns
             .get(name)
             .is_some_and(|signs| ends.iter().any(|sign| signs.contains(sign)))
@@ -165,12 +166,14 @@ impl Upgrade {
 
 impl Known {
     fn of(snapshot: &Snapshot, before: Option<&Self>) -> Self {
+        // One that is not known for a moment is still what it was.
+        let state = match (snapshot.state, before) {
+            (ServerState::Unknown, Some(before)) => before.state,
+            (state, _) => state,
+        };
         Self {
-            // One that is not known for a moment is still what it was.
-            state: match (snapshot.state, before) {
-                (ServerState::Unknown, Some(before)) => before.state,
-                (state, _) => state,
-            },
+            state,
+            was_up: takes_clients(state) || before.is_some_and(|before| before.was_up),
             instance: snapshot.instance,
             restarts: snapshot.restarts,
             release: snapshot.release.clone().or_else(|| before?.release.clone()),
@@ -178,7 +181,7 @@ impl Known {
     }
 
     fn is_up(&self) -> bool {
-        matches!(self.state, ServerState::Ready | ServerState::Starting)
+        takes_clients(self.state)
     }
 
     /// What happened since it was seen before; at first sight nothing did but what still goes on.
@@ -189,17 +192,14 @@ impl Known {
             signs.push(Sign::Evacuating);
         }
         let Some(before) = before else { return signs };
-        if self.state == ServerState::Down && before.state != ServerState::Down {
-            signs.push(Sign::Down);
-        }
         // Another agent's process counts from 0: what it has counted happened since.
         let counted_before = if self.instance == before.instance {
             before.restarts
         } else {
             0
         };
-        if self.restarts > counted_before && self.is_up() {
-            signs.push(Sign::Began);
+        if before.was_up && self.restarts > counted_before {
+            signs.push(Sign::Ended);
         }
         let differs = |release: &Release| self.release.as_ref().is_some_and(|now| now.differs(release));
         if before.release.as_ref().is_some_and(differs) {
@@ -207,6 +207,10 @@ impl Known {
         }
         signs
     }
+}
+
+fn takes_clients(state: ServerState) -> bool {
+    matches!(state, ServerState::Ready | ServerState::Starting)
 }
 
 #[cfg(test)]

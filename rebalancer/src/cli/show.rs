@@ -131,8 +131,14 @@ pub fn status(answer: &Value) -> String {
         let heard = if peer["age_ms"].is_null() { "never heard: " } else { "" };
         let _ = writeln!(out, "{}: {heard}{}", text(&peer["apiserver"]), text(&peer["fault"]));
     }
+    if answer["membership"]["set_from"] == "agents" {
+        let _ = writeln!(out, "the set of apiservers is from {BY_AGENTS}");
+    }
     out
 }
+
+/// Of a set of apiservers that no identity Leases name.
+const BY_AGENTS: &str = "the agents' Leases alone: an apiserver without an agent is not known";
 
 /// Whether it is paused, for how long yet, and what for.
 fn paused(answer: &Value) -> String {
@@ -500,7 +506,7 @@ fn membership(answer: &Value) -> String {
     }
     let from = match membership["set_from"].as_str() {
         Some("identity_leases") => "the apiservers' identity Leases",
-        _ => "the agents' Leases alone: an apiserver without an agent is not known",
+        _ => BY_AGENTS,
     };
     let mut out = format!("the set of apiservers is from {from}\n");
     // Writing to a String cannot fail.

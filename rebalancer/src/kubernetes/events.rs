@@ -46,8 +46,7 @@ pub fn start(access: Access, agent: AgentHandle, node: ApiserverName, holder: St
             access,
             node,
             holder,
-            left: BURST,
-            counted: Instant::now(),
+            rate: Rate::new(Instant::now()),
             said: String::new(),
         };
         let started = format!(
@@ -74,19 +73,41 @@ struct Teller {
     access: Access,
     node: ApiserverName,
     holder: String,
-    /// Events that may be written now.
-    left: f64,
-    counted: Instant,
+    rate: Rate,
     /// The last failure that was said.
     said: String,
 }
 
+/// How many may be written.
+struct Rate {
+    left: f64,
+    counted: Instant,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: BURST,
+            counted: now,
+        }
+    }
+
+    /// Whether one may be written now, which it then is.
+    fn allows(&mut self, now: Instant) -> bool {
+        let passed = now.duration_since(self.counted);
+        self.counted = now;
+        self.left = (self.left + passed.as_secs_f64() / EACH.as_secs_f64()).min(BURST);
+        let may = self.left >= 1.0;
+        if may {
+            self.left -= 1.0;
+        }
+        may
+    }
+}
+
 impl Teller {
     async fn tell(&mut self, change: Change, text: String) {
-        let passed = self.counted.elapsed();
-        self.counted = Instant::now();
-        self.left = (self.left + passed.as_secs_f64() / EACH.as_secs_f64()).min(BURST);
-        if self.left < 1.0 {
+        if !self.rate.allows(Instant::now()) {
             tracing::warn!(
                 reason = change.reason(),
                 text,
@@ -94,7 +115,6 @@ impl Teller {
             );
             return;
         }
-        self.left -= 1.0;
         let event = event(&self.node, &self.holder, change, &text);
         let asked = Asked {
             verb: "create",
@@ -148,5 +168,35 @@ fn event(node: &ApiserverName, holder: &str, change: Change, text: &str) -> Even
         type_: Some(if change.is_warning() { "Warning" } else { "Normal" }.to_owned()),
         note: Some(text[..end].to_owned()),
         ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ten_at_once_and_one_a_minute_after_that() {
+        let began = Instant::now();
+        let mut rate = Rate::new(began);
+        let written = |rate: &mut Rate, second: u64| rate.allows(began + Duration::from_secs(second));
+        assert_eq!((0..100).filter(|_| written(&mut rate, 0)).count(), 10);
+        // Asked for each second of an hour.
+        assert_eq!((1..=3_600).filter(|second| written(&mut rate, *second)).count(), 60);
+        assert_eq!(
+            (0..100).filter(|_| written(&mut rate, 86_400)).count(),
+            10,
+            "a day of silence saves up no more"
+        );
+    }
+
+    #[test]
+    fn an_events_text_is_cut_between_characters() {
+        let node = ApiserverName::new("cp-1");
+        let event = event(&node, &"h".repeat(200), Change::Gone, &"\u{e9}".repeat(600));
+        let note = event.note.expect("a text");
+        assert_eq!((note.len(), note.chars().count()), (1_024, 512));
+        assert_eq!(event.reporting_instance.map(|instance| instance.len()), Some(128));
+        assert_eq!(event.regarding.and_then(|object| object.uid).as_deref(), Some("cp-1"));
     }
 }

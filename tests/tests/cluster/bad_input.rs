@@ -275,8 +275,10 @@ fn halves_and_silence(world: &World) {
         if let Manner::Empty = manner {
             let status = agent.status().expect("a status");
             assert_eq!(status["membership"]["set_from"], "agents", "{status}");
-            let (_, shown, _) = super::operator::ask(&agent.socket, &["peers"]);
-            assert!(shown.contains("an apiserver without an agent is not known"), "{shown}");
+            for command in ["status", "peers"] {
+                let (_, shown, _) = super::operator::ask(&agent.socket, &[command]);
+                assert!(shown.contains("an apiserver without an agent is not known"), "{shown}");
+            }
         }
     }
 }

@@ -64,8 +64,8 @@ impl Cluster {
     /// Down for half a minute, then up as that release.
     fn restart(&mut self, index: usize, release: &str) -> Option<Hold> {
         self.state(index, ServerState::Down);
-        self.after(30);
         self.shown[index].restarts += 1;
+        self.after(30);
         self.shown[index].release = Release::new(release);
         self.state(index, ServerState::Starting);
         self.after(5);
@@ -91,6 +91,26 @@ fn a_single_restart_is_none_however_often() {
 }
 
 #[test]
+fn one_that_is_slow_or_begins_for_the_first_time_is_none() {
+    let mut cluster = Cluster::new(3);
+    for index in 0..3 {
+        cluster.state(index, ServerState::Down);
+        cluster.after(5);
+        cluster.state(index, ServerState::Ready);
+        assert_eq!(cluster.after(5), None, "its agent did not see it end");
+    }
+    let mut cluster = Cluster::new(3);
+    cluster.upgrade = Upgrade::default();
+    for index in 0..2 {
+        cluster.state(index, ServerState::Down);
+    }
+    cluster.after(1);
+    for index in 0..2 {
+        assert_eq!(cluster.restart(index, OLD), None, "the cluster begins");
+    }
+}
+
+#[test]
 fn releases_that_differ_are_one_until_the_last_has_the_new_one() {
     let mut cluster = Cluster::new(3);
     let said = cluster.restart(0, NEW).expect("a hold").to_string();
@@ -99,6 +119,7 @@ fn releases_that_differ_are_one_until_the_last_has_the_new_one() {
     assert!(cluster.restart(1, NEW).is_some());
     assert!(cluster.after(600).is_some(), "each step begins the patience anew");
     cluster.state(2, ServerState::Down);
+    cluster.shown[2].release = None;
     assert!(cluster.after(60).is_some(), "what it was is known while it is down");
     assert_eq!(cluster.restart(2, NEW), None, "over with the last");
     assert_eq!(cluster.restart(2, NEW), None, "and it is forgotten");

@@ -64,7 +64,7 @@ pub struct WireSnapshot {
     pub names: Vec<String>,
     /// Which release it is, where that is known.
     pub release: Option<String>,
-    /// How often it was seen to begin anew since its agent started.
+    /// How often it was seen to end since its agent started.
     pub restarts: u64,
     /// The flags all agents must be given alike, with its values.
     pub policy: BTreeMap<String, String>,
