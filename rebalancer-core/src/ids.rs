@@ -50,6 +50,11 @@ impl Timestamp {
         Self(ms)
     }
 
+    /// So long before; the origin where that is before it.
+    pub fn back(self, by: Duration) -> Self {
+        Self(self.0.saturating_sub(u64::try_from(by.as_millis()).unwrap_or(u64::MAX)))
+    }
+
     /// Milliseconds since the origin.
     pub const fn as_millis(self) -> u64 {
         self.0

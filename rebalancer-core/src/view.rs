@@ -287,6 +287,12 @@ impl Peers {
         }
     }
 
+    /// How it is by the newest that is known of it.
+    pub fn state(&self, name: &ApiserverName) -> Option<ServerState> {
+        let (_, snapshot) = self.known.get(name)?.snapshot.as_ref()?;
+        Some(snapshot.state)
+    }
+
     /// Each peer with what is known of it.
     pub fn iter(&self) -> impl Iterator<Item = (&ApiserverName, &Peer)> {
         self.known.iter()

@@ -47,10 +47,20 @@ impl Agent {
         self.compare_ready(&view, now);
         self.compare_releases(&view, now);
         self.rebalancing.told(moves.told);
+        if moves.told + moves.landed > 0 {
+            self.moved = now;
+        }
         let transit = self.motion.transit(self.policy.weight);
-        let donors = planner::donors(&view, &self.policy, transit);
+        // Who was a donor when they landed, which is at the look before: the snapshot that shows what landed on an apiserver
+        // shows it with that, and behind a target that it has just passed it would count as another.
+        let donors_now = planner::donors(&view, &self.policy, transit);
+        let mut donors = std::mem::replace(&mut self.donors, donors_now.clone());
+        if donors.is_empty() {
+            donors = donors_now;
+        }
         if expected + moves.told > 0 {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
+            self.rebalancing.landed(&moves);
             // Without donors every landing is elsewhere: that says nothing.
             if !donors.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
@@ -94,7 +104,8 @@ impl Agent {
 
     fn seen(&self, view: View, moves: Moves, transit: Transit, now: Timestamp) -> Look {
         let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
-        let signs = Signs::of(&balance, &view, self.motion.landing());
+        let stands_still = now.since(self.moved) >= self.policy.settle + self.policy.interval;
+        let signs = Signs::of(&balance, &view, self.motion.landing(), stands_still);
         Look {
             doubt: self.guard(now),
             view,
@@ -137,5 +148,6 @@ impl Agent {
         }
         self.ready = ready;
         self.rho = crate::rho::Rho::default();
+        self.donors.clear();
     }
 }

@@ -7,10 +7,18 @@
 use std::time::Duration;
 
 use super::{Agent, RememberedEvacuation, Switch, motion::Motion, ramp::Ramp, switch::Kept};
-use crate::{ids::Timestamp, planner::Resting, policy::Policy};
+use crate::{
+    ids::{ConnectionId, Timestamp},
+    planner::Resting,
+    policy::Policy,
+};
 
 /// Decision ids are written down in steps of so many, so that not every decision is a write.
 const STEP: u64 = 1_000;
+
+/// So many connections of a relay that handed over are remembered; of the others a restart takes those for active ones that
+/// still drain.
+const DRAINING: usize = 65_536;
 
 /// What is remembered.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +37,8 @@ pub struct Memory {
     pub next_decision: u64,
     /// Clients in transit.
     pub transit: RememberedTransit,
+    /// Connections that drain with a relay which has handed over: the one that serves now does not know them.
+    pub draining: Vec<ConnectionId>,
 }
 
 /// A pause.
@@ -40,7 +50,7 @@ pub struct RememberedPause {
     pub left: Option<Duration>,
 }
 
-/// Plans after which nobody landed elsewhere.
+/// What plans found out of the load balancer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RememberedTries {
     /// The last wait.
@@ -49,6 +59,14 @@ pub struct RememberedTries {
     pub left: Duration,
     /// Clients told in vain.
     pub in_vain: u64,
+    /// As many as the next plan might have had; 0 where it would have been a probe.
+    pub limit: usize,
+    /// How long ago somebody first landed elsewhere.
+    pub admitted: Option<Duration>,
+    /// Whether all who landed did so elsewhere, once since then.
+    pub takes_all: bool,
+    /// Whether an apiserver seemed to start slowly.
+    pub is_slow: bool,
 }
 
 /// Clients that were told, all apiservers together, until all of them have landed.
@@ -90,10 +108,8 @@ impl Agent {
                 now,
             );
         }
-        let RememberedTries { wait, left, in_vain } = memory.tries;
-        if wait > Duration::ZERO {
-            agent.ramp = Ramp::resumed(still(left).min(wait), wait, in_vain, now);
-        }
+        agent.ramp = Ramp::resumed(&memory.tries, down, now);
+        agent.table.left_before(&memory.draining);
         agent.next_id = memory.next_decision.max(1);
         let RememberedTransit {
             told,
@@ -109,7 +125,6 @@ impl Agent {
 
     /// What the next process is to know.
     pub fn memory(&self, now: Timestamp) -> Memory {
-        let (wait, in_vain) = self.ramp.tried();
         let (told, landed, told_load) = self.motion.figures();
         Memory {
             pause: self.pause.as_ref().map(|pause| RememberedPause {
@@ -119,11 +134,8 @@ impl Agent {
             switch: self.switch.told(now),
             evacuation: self.remembered_evacuation(now),
             cooldowns: self.cooldowns.resting(now).collect(),
-            tries: RememberedTries {
-                wait,
-                left: self.ramp.ends().map_or(Duration::ZERO, |until| until.since(now)),
-                in_vain,
-            },
+            tries: self.ramp.remembered(now),
+            draining: self.table.left().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,
             transit: RememberedTransit {
                 told,

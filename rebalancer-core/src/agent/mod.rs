@@ -134,6 +134,10 @@ pub struct Agent {
     unmovable: Unmovable,
     /// The apiservers that took connections at the last look.
     ready: Vec<ApiserverName>,
+    /// The donors at the last look.
+    donors: Vec<ApiserverName>,
+    /// When somebody was told or landed last, anywhere.
+    moved: Timestamp,
     sampled: Option<Timestamp>,
 
     // What is being done.
@@ -205,6 +209,8 @@ impl Agent {
             ramp: Ramp::new(now),
             unmovable: Unmovable::default(),
             ready: Vec::new(),
+            donors: Vec::new(),
+            moved: now,
             sampled: None,
             rebalancing: Rebalancing::Off(0),
             upgrade: Upgrade::default(),
@@ -254,7 +260,14 @@ impl Agent {
                 {
                     self.hear_word(&name, &snapshot.switch, now);
                 }
+                let before = self.peers.state(&name);
                 self.peers.hear(&name, answer, now);
+                let is_back = before.is_some_and(|state| state != ServerState::Ready)
+                    && self.peers.state(&name) == Some(ServerState::Ready);
+                // One that takes clients from now on is not left waiting for the next interval.
+                if is_back && self.policy.weight.is_counted() {
+                    self.next_decision = self.next_decision.min(now);
+                }
             }
             Input::Word(name, switch) => self.hear_word(&name, &switch, now),
             Input::Roll(roll) => self.call(now, roll, &mut effects),
@@ -420,7 +433,9 @@ impl Agent {
         self.stress.hear(&report.instance, report.refused_total, now);
         // A restarted agent goes on above what the shim has seen, or it would be refused.
         self.generation = self.generation.max(report.generation);
+        let left = self.table.left_total();
         self.table.report(report, now);
+        self.memory_changes += u64::from(left != self.table.left_total());
     }
 
     /// One turn: look, follow the plan, decide when it is time, send what the budget allows.

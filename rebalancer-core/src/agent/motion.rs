@@ -50,15 +50,15 @@ impl Moves {
 
     /// How many of those who were told landed on none of these.
     pub fn elsewhere(&self, donors: &[ApiserverName]) -> u64 {
-        let all = self.all();
-        let elsewhere: u64 = self
-            .landings
-            .iter()
-            .filter(|(name, _)| !donors.contains(name))
-            .map(|(_, count)| count)
-            .sum();
         // Who of them was told is not known: as many as of all, rounded down.
-        (elsewhere * self.landed).checked_div(all).unwrap_or(0)
+        self.part_elsewhere(donors) as u64
+    }
+
+    /// The same without rounding.
+    pub fn part_elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+        let others = self.landings.iter().filter(|(name, _)| !donors.contains(name));
+        let elsewhere: u64 = others.map(|(_, count)| count).sum();
+        (elsewhere * self.landed) as f64 / self.all().max(1) as f64
     }
 }
 

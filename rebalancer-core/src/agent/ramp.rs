@@ -13,6 +13,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use super::memory::RememberedTries;
 use crate::ids::Timestamp;
 
 /// The wait after the first plan in vain.
@@ -40,7 +41,7 @@ const DOUBT: u64 = 3;
 const CERTAIN: u64 = 3;
 
 /// When fewer than this part of those who should land elsewhere do, it is taken for a slow start.
-const SLOW: f64 = 0.6;
+const SLOW: f64 = 0.7;
 
 /// And when so many do again, for its end.
 const FAST: f64 = 0.85;
@@ -49,13 +50,20 @@ const FAST: f64 = 0.85;
 const CAUTION: f64 = 1.4;
 
 /// What landed within this time is looked at for that.
-const WINDOW: Duration = Duration::from_secs(5);
+const WINDOW: Duration = Duration::from_secs(4);
 
 /// So many are all, but for some who come anyway.
 const ALL: f64 = 0.95;
 
 /// Fewer landings say nothing of it.
 const FEW: f64 = 10.0;
+
+/// More than this part of what the better of two chosen by chance sends elsewhere, while an apiserver starts slowly, is sent by
+/// a balancer that seeks the emptiest.
+const EMPTIEST: f64 = 0.9;
+
+/// And a slow start is not over before so many landed: by then it is seen whether the balancer seeks the emptiest.
+const ENOUGH: f64 = 40.0;
 
 /// And so long after each plan the next one is told: those who were told are seen to land by then.
 const PAUSE: Duration = Duration::from_secs(3);
@@ -113,6 +121,9 @@ pub(super) struct Ramp {
     window: VecDeque<(Timestamp, u64, u64)>,
     /// Whether an apiserver seems to start slowly.
     is_slow: bool,
+    /// What landed since it does: how many, and how many of them elsewhere. `None` while those land who were told before that
+    /// was seen: they say nothing of what it takes.
+    meanwhile: Option<(f64, f64)>,
     /// Who told, at the last landing.
     tellers: Tellers,
 }
@@ -130,27 +141,51 @@ impl Ramp {
             takes_all: false,
             window: VecDeque::new(),
             is_slow: false,
+            meanwhile: None,
             tellers: Tellers::default(),
         }
     }
 
-    /// Goes on where another process was: what is left of its wait, the wait, and who was told in vain.
-    pub fn resumed(left: Duration, wait: Duration, in_vain: u64, now: Timestamp) -> Self {
+    /// Goes on where another process was, `down` before now: what is left of its wait, the wait, who was told in vain; how
+    /// many it would have told, and an apiserver that starts slowly, where that is not long ago.
+    pub fn resumed(tries: &RememberedTries, down: Duration, now: Timestamp) -> Self {
+        let left = tries.left.saturating_sub(down).min(tries.wait.max(PAUSE));
+        let admitted = tries
+            .admitted
+            .map(|ago| ago.saturating_add(down))
+            .filter(|ago| *ago < FRESH);
+        let is_recent = down < FRESH;
+        let next = if left > Duration::ZERO {
+            Next::After(now + left)
+        } else if is_recent && tries.limit > 0 && !(tries.is_slow && admitted.is_some()) {
+            Next::UpTo(tries.limit)
+        } else {
+            Next::Probe
+        };
         Self {
-            next: if left > Duration::ZERO {
-                Next::After(now + left)
-            } else {
-                Next::Probe
+            next,
+            wait: tries.wait.min(LONGEST_WAIT),
+            in_vain: tries.in_vain,
+            admitted: admitted.map(|ago| now.back(ago)),
+            takes_all: tries.takes_all && is_recent,
+            is_slow: tries.is_slow && admitted.is_some(),
+            ..Self::new(now)
+        }
+    }
+
+    /// What another process needs to go on.
+    pub fn remembered(&self, now: Timestamp) -> RememberedTries {
+        RememberedTries {
+            wait: self.wait,
+            left: self.ends().map_or(Duration::ZERO, |until| until.since(now)),
+            in_vain: self.in_vain,
+            limit: match self.next {
+                Next::UpTo(limit) => limit,
+                Next::Probe | Next::After(_) => 0,
             },
-            wait: wait.min(LONGEST_WAIT),
-            in_vain,
-            unheard: 0,
-            since: now,
-            admitted: None,
-            takes_all: false,
-            window: VecDeque::new(),
-            is_slow: false,
-            tellers: Tellers::default(),
+            admitted: self.admitted.map(|at| now.since(at)),
+            takes_all: self.takes_all,
+            is_slow: self.is_slow,
         }
     }
 
@@ -229,13 +264,18 @@ impl Ramp {
         while self.window.front().is_some_and(|(at, ..)| now.since(*at) >= WINDOW) {
             self.window.pop_front();
         }
+        if let Some((all, there)) = &mut self.meanwhile {
+            *all += landed as f64;
+            *there += elsewhere as f64;
+        }
         let (landed, elsewhere) = self.lately();
-        let expected = self.expected();
-        if landed >= FEW && elsewhere >= ALL * landed {
+        if landed >= FEW && elsewhere >= ALL * landed || self.seeks_the_emptiest() {
             self.takes_all = true;
         }
+        let expected = self.expected();
         if self.is_slow {
-            let is_over = landed >= FEW && elsewhere >= FAST * expected * landed;
+            let is_enough = landed >= FEW && self.meanwhile.is_some_and(|(all, _)| all >= ENOUGH);
+            let is_over = is_enough && elsewhere >= FAST * expected * landed;
             self.is_slow = !is_over && self.is_fresh(now);
             return false;
         }
@@ -245,9 +285,20 @@ impl Ramp {
         let is_short = elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < SLOW * expected * landed;
         self.is_slow = is_short && is_even && self.is_fresh(now) && matches!(self.next, Next::UpTo(_));
         if self.is_slow {
+            self.meanwhile = None;
             self.next = Next::After(now + PAUSE);
         }
         self.is_slow
+    }
+
+    /// Whether more landed elsewhere while few were told than an even choice or the better of two sends there, though an
+    /// apiserver starts slowly: then it gets as many as it takes, and more told are no more taken.
+    fn seeks_the_emptiest(&self) -> bool {
+        let Some((landed, elsewhere)) = self.meanwhile.filter(|_| self.is_slow) else {
+            return false;
+        };
+        let better_of_two = 1.0 - (1.0 - self.tellers.even).powi(2);
+        landed >= 2.0 * FEW && elsewhere - elsewhere.sqrt() > EMPTIEST * better_of_two * landed
     }
 
     /// Landings in the window, and those of them that were elsewhere.
@@ -282,8 +333,12 @@ impl Ramp {
         let over = matches!(self.next, Next::After(until) if now >= until);
         if over {
             self.next = if self.is_slow {
+                // The first after it was seen shows what kind of balancer it is: as many as one is sure to get that seeks the
+                // emptiest, which is fewer than another one needs.
+                let expected = if self.meanwhile.is_none() { 1.0 } else { self.expected() };
+                self.meanwhile.get_or_insert_default();
                 let (_, elsewhere) = self.lately();
-                Next::UpTo((CAUTION * elsewhere / self.expected() * self.tellers.part).ceil() as usize)
+                Next::UpTo((CAUTION * elsewhere / expected * self.tellers.part).ceil() as usize)
             } else {
                 Next::Probe
             };
@@ -434,11 +489,39 @@ mod tests {
             "{next}: its half of 14 taken in five seconds, and some more"
         );
         // Nearly all land elsewhere again: it has started.
-        ramp.landed(34, 34, TELLERS, at(20));
-        ramp.settled(17, seen(34, 34), PROBE, at(20));
-        assert_eq!(ramp.limit(3, at(20)), Ok(4 * 17));
+        for second in [20, 21] {
+            ramp.landed(34, 34, TELLERS, at(second));
+        }
+        ramp.settled(17, seen(34, 34), PROBE, at(21));
+        assert_eq!(ramp.limit(3, at(21)), Ok(4 * 17));
         // Long after it was admitted, fewer are no slow start.
         assert!(!ramp.landed(96, 20, TELLERS, at(200)));
+    }
+
+    /// A balancer that seeks the emptiest is known by the first few that are told while one starts slowly; and another one not.
+    #[test]
+    fn what_kind_of_balancer_starts_one_slowly_is_seen() {
+        for (kind, elsewhere, seeks) in [
+            ("leastconn", 28, true),
+            ("the better of two", 21, false),
+            ("in turn", 8, false),
+        ] {
+            let mut ramp = Ramp::new(at(0));
+            ramp.landed(5, 2, TELLERS, at(1));
+            ramp.settled(12, seen(5, 2), PROBE, at(1));
+            for second in [6, 8] {
+                ramp.landed(90, 14, TELLERS, at(second));
+            }
+            assert!(ramp.is_slow() && !ramp.takes_all, "{kind}: {ramp:?}");
+            // Who was told before that was seen says nothing.
+            ramp.landed(60, 60, TELLERS, at(10));
+            assert!(ramp.is_slow(), "{kind}");
+            assert!(ramp.look(at(11)));
+            for _ in 0..2 {
+                ramp.landed(20, elsewhere / 2, TELLERS, at(13));
+            }
+            assert_eq!(ramp.takes_all, seeks, "{kind}: {ramp:?}");
+        }
     }
 
     /// In turn, or by chance, a third lands elsewhere: that is what is expected, however lucky the first were.
@@ -471,9 +554,33 @@ mod tests {
         assert_eq!(ramp.limit(3, at(10)), Ok(3));
     }
 
+    /// What was seen of the balancer is not found out again, unless it is long ago.
+    #[test]
+    fn a_restart_goes_on_with_as_many_as_before_and_knows_a_slow_start() {
+        let mut ramp = Ramp::new(at(0));
+        ramp.landed(5, 5, TELLERS, at(1));
+        ramp.settled(12, seen(24, 24), PROBE, at(4));
+        let next = Ramp::resumed(&ramp.remembered(at(5)), Duration::from_secs(2), at(7));
+        assert_eq!(next.limit(3, at(7)), Ok(48));
+        let next = Ramp::resumed(&ramp.remembered(at(5)), FRESH, at(170));
+        assert!(next.is_probe() && !next.is_slow(), "{next:?}");
+        ramp.landed(24, 24, TELLERS, at(5));
+        ramp.landed(48, 10, TELLERS, at(6));
+        assert!(ramp.landed(48, 10, TELLERS, at(8)) && ramp.is_slow(), "{ramp:?}");
+        let next = Ramp::resumed(&ramp.remembered(at(8)), Duration::from_secs(1), at(9));
+        assert!(next.is_slow() && next.takes_all, "{next:?}");
+        assert_eq!(next.limit(3, at(9)), Err(Duration::from_secs(2)));
+    }
+
     #[test]
     fn a_restart_goes_on_with_what_is_left_of_a_wait() {
-        let mut ramp = Ramp::resumed(Duration::from_secs(7), Duration::from_secs(3_600), 40, at(100));
+        let tries = RememberedTries {
+            wait: Duration::from_secs(3_600),
+            left: Duration::from_secs(9),
+            in_vain: 40,
+            ..RememberedTries::default()
+        };
+        let mut ramp = Ramp::resumed(&tries, Duration::from_secs(2), at(100));
         assert_eq!(ramp.limit(3, at(100)), Err(Duration::from_secs(7)));
         assert!(ramp.look(at(107)) && ramp.is_futile());
         ramp.settled(3, VAIN, PROBE, at(108));

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use super::motion::Moves;
 use crate::{
     ids::{ApiserverName, Timestamp},
     planner::{self, Balance, Server},
@@ -17,8 +18,15 @@ use crate::{
 /// the last moves correct the first ones, and without a bound they would chase chance for ever.
 const ALLOWANCE: f64 = 1.25;
 
+/// What an even choice is worth in landings, while few have landed.
+const PRIOR: f64 = 2.0;
+
 /// Less than half a GOAWAY is none.
 const NOTHING: f64 = 0.5;
+
+/// When nothing moves for a while, nobody waits for less of another apiserver: what it has to tell it reckons by what it has
+/// seen itself, which is not quite what was seen here.
+const LITTLE: f64 = 1.5;
 
 /// A rebalancing that cost what it may is left alone for so long.
 const REST: Duration = Duration::from_secs(60);
@@ -32,6 +40,10 @@ pub(super) struct Course {
     per_connection: f64,
     /// GOAWAYs of all apiservers since it began, without those of plans in vain.
     told: u64,
+    /// Of those who were told, so many landed since, and so many of them on no donor. What was learned lately is of a few
+    /// looks, and misjudges what the whole of it needs.
+    landed: f64,
+    elsewhere: f64,
     /// Names it for an operator's approval: when it began.
     pub began: Timestamp,
 }
@@ -64,11 +76,19 @@ pub(super) struct Signs {
 
 impl Signs {
     /// Of a balance, which rests on this view.
-    pub fn of(balance: &Balance, view: &View, landing: u64) -> Self {
+    /// `stands_still` says that nobody has been told or has landed for a while.
+    pub fn of(balance: &Balance, view: &View, landing: u64, stands_still: bool) -> Self {
         let is_moving = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
+        let own_quota = if balance.per_connection > 0.0 {
+            balance.quota / balance.per_connection
+        } else {
+            0.0
+        };
         Self {
             starts: balance.largest_skew > balance.trigger,
-            is_unfinished: is_moving || balance.largest_quota >= NOTHING,
+            is_unfinished: is_moving
+                || own_quota >= NOTHING
+                || balance.largest_quota >= if stands_still { LITTLE } else { NOTHING },
             is_moving,
             others: view.entries.values().any(|entry| entry.snapshot.rebalancing),
             is_landing: landing > 0,
@@ -84,10 +104,19 @@ impl Rebalancing {
         }
     }
 
+    /// Follows where those who were told landed.
+    pub fn landed(&mut self, moves: &Moves) {
+        if let Self::On(course) = self {
+            course.landed += moves.landed as f64;
+            course.elsewhere += moves.part_elsewhere(&course.donors);
+        }
+    }
+
     /// Those GOAWAYs were in vain: they found something out, and count for nothing.
     pub fn in_vain(&mut self, goaways: u64) {
         if let Self::On(course) = self {
             course.told = course.told.saturating_sub(goaways);
+            course.landed = (course.landed - goaways as f64).max(course.elsewhere);
         }
     }
 
@@ -136,6 +165,8 @@ impl Course {
             donors: balance.donors.clone(),
             per_connection: balance.per_connection,
             told: 0,
+            landed: 0.0,
+            elsewhere: 0.0,
             began: now,
         }
     }
@@ -158,11 +189,17 @@ impl Course {
         names(&self.start) == names(&balance.servers)
     }
 
-    /// GOAWAYs that it needed at its start, by what is known now of where clients land; those who become donors on the way
+    /// Rho of the whole of it: of all who landed since it began, from an even choice.
+    fn rho(&self) -> f64 {
+        let even = 1.0 - self.donors.len() as f64 / self.start.len().max(1) as f64;
+        (self.elsewhere + PRIOR * even.max(0.0)) / (self.landed + PRIOR)
+    }
+
+    /// GOAWAYs that it needed at its start, by where those who were told landed since; those who become donors on the way
     /// included.
     pub fn needed(&self, rho: &Rho) -> f64 {
         let names: Vec<&ApiserverName> = self.start.iter().map(|server| &server.name).collect();
-        let mean = rho.mean(&self.donors, names.len());
+        let mean = self.rho();
         let need = planner::need(&self.start, &rho.shares(&names, &self.donors, mean)).all;
         if self.per_connection > 0.0 {
             need / self.per_connection

@@ -188,6 +188,11 @@ impl Connection {
         self.can_hear() && self.stays
     }
 
+    /// Whether it could become load: it can hear a GOAWAY and is not counted apart, however young.
+    pub(super) fn is_a_client(&self) -> bool {
+        self.can_hear() && !self.apart
+    }
+
     /// Whether it counts as load: a client that stays, and is not counted apart because it is on this node.
     pub fn is_active(&self) -> bool {
         self.is_settled() && !self.apart

@@ -7,7 +7,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -28,6 +28,7 @@ mod slab;
 #[cfg(test)]
 mod tests;
 mod totals;
+mod young;
 
 use connection::Sampled;
 pub use connection::{ClientKey, Connection, Identity, Rates};
@@ -36,6 +37,7 @@ use reconcile::Doubts;
 pub use reconcile::Repairs;
 use slab::Slab;
 use totals::{Identities, Totals};
+use young::Young;
 
 /// How fast smoothed rates follow.
 const SMOOTHING_SECONDS: f64 = SMOOTHING.as_secs() as f64;
@@ -55,15 +57,17 @@ pub struct ConnectionTable {
     sampled_since: Option<Timestamp>,
     accepted_total: u64,
     left_total: u64,
+    /// Connections of a shim that took its leave: the next one does not list them. Those that an earlier agent knew of are
+    /// here before they are in the table.
+    left: BTreeSet<ConnectionId>,
     requests_total: u64,
     /// What was said of connections that the source has not shown yet.
     early: Early,
     /// The node's own addresses.
     own: BTreeSet<IpAddr>,
     node_local: NodeLocal,
-    stays_after: Duration,
-    /// Connections that are not old enough to count, the oldest first; some are gone.
-    young: VecDeque<(Timestamp, ConnectionId)>,
+    /// Connections that are not old enough to count.
+    young: Young,
     listener: Option<ConnectionId>,
     listener_known: bool,
     trusted: bool,
@@ -85,24 +89,28 @@ pub struct Changes {
 
 impl ConnectionTable {
     /// An empty table, for which clients on this node are what `node_local` says, and a connection counts, as load
-    /// and as a landing, once it is open for `stays_after` (see [`crate::policy::Policy::stays_after`]).
+    /// and as a landing, once it is open for `stays_after` (see [`crate::policy::Policy::stays_after`]), or for a third of
+    /// that while none is seen to end between the two.
     pub fn new(node_local: NodeLocal, stays_after: Duration) -> Self {
         Self {
             node_local,
-            stays_after,
+            young: Young::new(stays_after),
             ..Self::default()
         }
     }
 
     /// When the next connection is old enough to count, if one is waiting for that.
     pub fn next_stays(&self) -> Option<Timestamp> {
-        self.young.front().map(|(opened, _)| *opened + self.stays_after)
+        self.young.next()
     }
 
     /// Counts those that are old enough now.
     pub fn age(&mut self, now: Timestamp) {
-        while let Some((_, id)) = self.young.pop_front_if(|(opened, _)| *opened + self.stays_after <= now) {
+        while let Some(id) = self.young.pop(now) {
             self.change(id, |connection| connection.stays = true);
+            if self.connections.get(id).is_some_and(Connection::is_active) {
+                self.young.lasted();
+            }
         }
     }
 
@@ -118,7 +126,12 @@ impl ConnectionTable {
             Observation::Closed { id, .. } => {
                 self.doubts.closed(id);
                 self.early.closed(id);
-                self.remove(id);
+                if let Some(gone) = self.remove(id)
+                    && gone.is_a_client()
+                    && !gone.seeded
+                {
+                    self.young.ended(now.since(gone.opened_at));
+                }
             }
             Observation::Listed { sockets, listener } => {
                 changes.listener_changed = self.reconcile(sockets, listener, now);
@@ -172,8 +185,19 @@ impl ConnectionTable {
             .collect();
         for id in left {
             self.left_total += u64::from(self.connections.get(id).is_some_and(Connection::is_active));
+            self.left.insert(id);
             self.mark_draining(id);
         }
+    }
+
+    /// These drain with a shim that took its leave before this agent came. Before the first observation.
+    pub fn left_before(&mut self, left: &[ConnectionId]) {
+        self.left = left.iter().copied().collect();
+    }
+
+    /// What drains with a shim that took its leave.
+    pub fn left(&self) -> impl Iterator<Item = ConnectionId> {
+        self.left.iter().copied()
     }
 
     /// Marks a connection that heard its GOAWAY.
@@ -390,12 +414,14 @@ impl ConnectionTable {
             };
             let mut connection = Connection::new(socket, local, now, seeded);
             place(&mut connection, &self.own, self.node_local);
-            connection.stays |= self.stays_after.is_zero();
+            if self.left.contains(&socket.id) {
+                connection.state = ConnectionState::Draining;
+            }
+            connection.stays |= !self.young.is_patient();
             if !connection.stays {
-                self.young.push_back((now, socket.id));
-                if self.young.len() > 2 * self.connections.len() + 1_024 {
-                    self.young.retain(|(_, id)| self.connections.contains(*id));
-                }
+                let connections = &self.connections;
+                self.young
+                    .enter(now, socket.id, connections.len(), |id| connections.contains(id));
             }
             self.insert(connection);
         }
@@ -430,6 +456,7 @@ impl ConnectionTable {
 
     fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
         let connection = self.connections.remove(id)?;
+        self.left.remove(&id);
         self.totals.uncount(&connection);
         self.identities
             .leave(connection.identity.as_ref(), connection.is_active());

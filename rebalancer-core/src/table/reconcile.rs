@@ -144,6 +144,9 @@ impl ConnectionTable {
         for socket in sockets {
             self.open(&socket, now, seeded);
         }
+        // What an earlier agent knew to drain and is not there has closed since.
+        let connections = &self.connections;
+        self.left.retain(|id| connections.contains(*id));
         if is_repair {
             self.repairs.opened += (self.connections.len() - before) as u64;
         }

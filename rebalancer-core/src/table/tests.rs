@@ -107,36 +107,39 @@ fn who_only_calls_is_neither_load_nor_a_landing() {
         at(0),
     );
     let mut now = 0;
+    let mut counted = 0;
     for id in 1..=40 {
         table.observe(Observation::Opened(socket(id)), at(now));
         table.observe(classified(id, Protocol::H2Offered), at(now));
         // Some live through a sample, the others end before.
-        if id % 10 == 0 {
+        if id % 4 == 0 {
             now += 1_900;
             table.age(at(now));
             table.sample(at(now), Weight::Connections);
         }
-        assert_eq!((table.active(), table.accepted_total()), (0, 0), "{id}");
+        let active = table.active() as u64;
+        counted += active;
         let closed = Observation::Closed {
             id: ConnectionId(id),
             bytes_in: 0,
             bytes_out: 0,
         };
         table.observe(closed, at(now));
+        assert_eq!(table.accepted_total(), counted, "{id}: load and landing at once");
     }
+    assert_eq!(
+        counted, 4,
+        "the first short calls count, until it is seen that there are such"
+    );
     settle(&mut table, &mut now);
-    assert_eq!((table.active(), table.accepted_total()), (0, 0));
+    assert_eq!((table.active(), table.accepted_total()), (0, counted));
     table.observe(Observation::Opened(socket(50)), at(now));
     table.observe(classified(50, Protocol::H2Offered), at(now));
     assert_eq!(table.next_stays(), Some(at(now + 2_000)));
     table.age(at(now + 1_999));
-    assert_eq!((table.active(), table.accepted_total()), (0, 0));
+    assert_eq!((table.active(), table.accepted_total()), (0, counted));
     table.age(at(now + 2_000));
-    assert_eq!(
-        (table.active(), table.accepted_total()),
-        (1, 1),
-        "load and landing at once"
-    );
+    assert_eq!((table.active(), table.accepted_total()), (1, counted + 1));
     assert_eq!(table.next_stays(), None);
 }
 
@@ -464,4 +467,62 @@ proptest! {
         prop_assert_eq!(table.totals, recounted(&table));
         prop_assert!(table.iter().map(|(id, _)| id.0).eq(truth.iter().copied()));
     }
+}
+
+fn closed(id: u64) -> Observation {
+    Observation::Closed {
+        id: ConnectionId(id),
+        bytes_in: 0,
+        bytes_out: 0,
+    }
+}
+
+/// All that a relay has.
+fn whole(ids: &[u64]) -> ShimReport {
+    let shown = |id: &u64| ShimConnection {
+        id: ConnectionId(*id),
+        client: socket(*id).remote,
+        local: socket(*id).local,
+        protocol: Protocol::H2Selected,
+        can_be_told: true,
+        age: None,
+        state: ConnectionState::Active,
+        user: None,
+        user_agent: None,
+        counters: Counters::default(),
+    };
+    ShimReport {
+        full: true,
+        connections: ids.iter().map(shown).collect(),
+        ..ShimReport::default()
+    }
+}
+
+/// A relay that handed over keeps what drains, the new one does not list it, and an agent that starts anew hears of it from
+/// nobody but the one before.
+#[test]
+fn what_drained_before_the_agent_drains() {
+    let mut before = seeded(&[1, 2, 3]);
+    before.report(&whole(&[1, 2, 3]), at(1));
+    before.report(&whole(&[]), at(2));
+    assert_eq!((before.active(), before.draining(), before.left_total()), (0, 3, 3));
+    before.observe(closed(3), at(3));
+    let left: Vec<ConnectionId> = before.left().collect();
+    assert_eq!(left, [ConnectionId(1), ConnectionId(2)]);
+
+    let mut table = ConnectionTable::default();
+    table.left_before(&left);
+    table.observe(
+        Observation::Resync {
+            sockets: vec![socket(2), socket(4)],
+            listener: Some(ConnectionId(999)),
+        },
+        at(0),
+    );
+    table.report(&whole(&[4]), at(0));
+    assert_eq!((table.active(), table.draining()), (1, 1));
+    assert_eq!(table.left_total(), 0, "who left before is not on the way a second time");
+    assert_eq!(table.left().count(), 1, "the other one has closed since");
+    table.observe(closed(2), at(1));
+    assert_eq!((table.left().count(), table.draining()), (0, 0));
 }

@@ -18,6 +18,7 @@ use std::{
 use anyhow::Context as _;
 use rebalancer_core::{
     agent::{Memory, RememberedEvacuation, RememberedPause, RememberedTransit, RememberedTries},
+    ids::ConnectionId,
     planner::Resting,
     table::ClientKey,
 };
@@ -62,6 +63,9 @@ struct Written {
     tries: Tries,
     next_decision: u64,
     transit: Transit,
+    /// Cookies of connections that drain with a relay which handed over; files of before lack them.
+    #[serde(default)]
+    draining: Vec<u64>,
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -97,6 +101,15 @@ struct Tries {
     wait_ms: u64,
     left_ms: u64,
     in_vain: u64,
+    /// From here on files of before lack it.
+    #[serde(default)]
+    limit: usize,
+    #[serde(default)]
+    admitted_ms: Option<u64>,
+    #[serde(default)]
+    takes_all: bool,
+    #[serde(default)]
+    is_slow: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -147,6 +160,10 @@ impl Written {
                 wait_ms: millis(memory.tries.wait),
                 left_ms: millis(memory.tries.left),
                 in_vain: memory.tries.in_vain,
+                limit: memory.tries.limit,
+                admitted_ms: memory.tries.admitted.map(millis),
+                takes_all: memory.tries.takes_all,
+                is_slow: memory.tries.is_slow,
             },
             next_decision: memory.next_decision,
             transit: Transit {
@@ -154,6 +171,7 @@ impl Written {
                 landed: memory.transit.landed,
                 told_load: memory.transit.told_load,
             },
+            draining: memory.draining.iter().map(|id| id.0).collect(),
         }
     }
 
@@ -170,6 +188,7 @@ impl Written {
                 allowed: cooldown.allowed,
             }
         };
+        let is_rebooted = self.up_ms > millis(sys::since_boot());
         Memory {
             pause: self.pause.map(|pause| RememberedPause {
                 reason: pause.reason,
@@ -183,19 +202,29 @@ impl Written {
                 upstream: evacuation.upstream,
                 was_gone: evacuation.was_gone,
                 // With the machine the apiserver was started again, which ends it.
-                is_over: self.up_ms > millis(sys::since_boot()),
+                is_over: is_rebooted,
             }),
             cooldowns: self.cooldowns.into_iter().map(cooldown).collect(),
             tries: RememberedTries {
                 wait: Duration::from_millis(self.tries.wait_ms),
                 left: Duration::from_millis(self.tries.left_ms),
                 in_vain: self.tries.in_vain,
+                limit: self.tries.limit,
+                admitted: self.tries.admitted_ms.map(Duration::from_millis),
+                takes_all: self.tries.takes_all,
+                is_slow: self.tries.is_slow,
             },
             next_decision: self.next_decision,
             transit: RememberedTransit {
                 told: self.transit.told,
                 landed: self.transit.landed,
                 told_load: self.transit.told_load,
+            },
+            // Cookies begin anew with the machine, which has closed them all.
+            draining: if is_rebooted {
+                Vec::new()
+            } else {
+                self.draining.into_iter().map(ConnectionId).collect()
             },
         }
     }
@@ -443,7 +472,12 @@ mod tests {
                 wait: Duration::from_secs(60),
                 left: Duration::from_secs(30),
                 in_vain: 20,
+                limit: 48,
+                admitted: Some(Duration::from_secs(12)),
+                takes_all: true,
+                is_slow: true,
             },
+            draining: vec![ConnectionId(7), ConnectionId(1 << 40)],
             next_decision: 1_001,
             transit: RememberedTransit {
                 told: 50,
@@ -510,6 +544,7 @@ mod tests {
         let remembered = read(&path, "a").expect("a memory").0;
         let is_over = remembered.evacuation.expect("it was on").is_over;
         assert_eq!((is_over, remembered.switch.stamp), (true, 3));
+        assert_eq!(remembered.draining, [], "cookies begin anew with the machine");
         // The clock was set back since.
         let later = serde_json::to_string(&Written::of("a", u64::MAX, &memory())).expect("JSON");
         fs::write(&path, later).expect("a file");

@@ -1,5 +1,6 @@
 //! The main job, end to end: the demo itself, with its numbers held to their bounds.
 
+mod approval;
 mod bad_input;
 mod dead_node;
 mod evacuation;

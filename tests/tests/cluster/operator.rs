@@ -228,12 +228,13 @@ pub fn told(cluster: &Cluster) -> Vec<u64> {
 
 #[test]
 fn agents_that_are_killed_in_the_middle_of_a_rebalancing_end_it_at_the_same_cost() {
-    const CLIENTS: usize = 90;
+    // A tenth of what is needed is some clients.
+    const CLIENTS: usize = 180;
     // Slow enough to be killed on the way.
     let mut cluster = cluster(
         CLIENTS,
         Policy::Leastconn,
-        &["--settle=2s", "--interval=1s", "--goaway-rate=1"],
+        &["--settle=2s", "--interval=1s", "--goaway-rate=2"],
     );
     let (mut swarm, report) = crashed(&mut cluster, CLIENTS, Policy::Leastconn);
     let before = told(&cluster);
@@ -256,9 +257,10 @@ fn agents_that_are_killed_in_the_middle_of_a_rebalancing_end_it_at_the_same_cost
         .map(|(now, before)| now - before)
         .sum();
     let needed = report.lower_bound as f64;
+    eprintln!("{sent} GOAWAYs, {needed} are needed; both agents were killed on the way");
     assert!(
-        (sent as f64) <= 1.25 * needed + 4.0,
-        "{sent} GOAWAYs where {needed} are needed: two restarts cost more than they may"
+        (sent as f64 - needed).abs() <= 0.1 * needed,
+        "{sent} GOAWAYs where {needed} are needed: two restarts change it by more than a tenth"
     );
     let line = swarm.line().expect("the clients run");
     assert_eq!((line.errors, line.relists, line.watch_breaks), (0, 0, 0), "{line:?}");
@@ -267,7 +269,7 @@ fn agents_that_are_killed_in_the_middle_of_a_rebalancing_end_it_at_the_same_cost
 
 #[test]
 fn a_canary_does_its_own_part_and_those_that_are_dry_change_nothing() {
-    const CLIENTS: usize = 90;
+    const CLIENTS: usize = 180;
     let mut cluster = cluster(CLIENTS, Policy::Leastconn, &["--settle=2s", "--interval=1s"]);
     for index in [0, 2] {
         until("an agent", || cluster.nodes[index].status().ok());
@@ -282,8 +284,8 @@ fn a_canary_does_its_own_part_and_those_that_are_dry_change_nothing() {
     until("the canary's part", || {
         let loads = cluster.loads().expect("the relays answer");
         let hold = cluster.nodes[1].status().ok()?["hold"]["reason"].clone();
-        let rests = hold != "plan_in_flight" && !hold.is_null();
-        (loads[1] as f64 <= mean * 1.2 && rests).then_some(())
+        let rests = hold == "below_threshold" || hold == "noise";
+        (loads[1] as f64 <= mean * 1.1 && rests).then_some(())
     });
     let sent: Vec<u64> = told(&cluster)
         .iter()
@@ -291,14 +293,16 @@ fn a_canary_does_its_own_part_and_those_that_are_dry_change_nothing() {
         .map(|(now, before)| now - before)
         .collect();
     assert_eq!((sent[0], sent[2]), (0, 0), "a dry run tells nobody: {sent:?}");
+    // Both donors have the same, so half of what all need is this one's.
+    let part = report.lower_bound as f64 / 2.0;
+    eprintln!("{sent:?} GOAWAYs, {part} are the canary's part");
     assert!(
-        sent[1] as f64 <= 1.25 * report.lower_bound as f64,
-        "{sent:?}, {} for both",
-        report.lower_bound
+        (sent[1] as f64 - part).abs() <= 0.1 * part,
+        "{sent:?}: the canary's part of what all need is {part}"
     );
     let loads = cluster.loads().expect("the relays answer");
     assert!(
-        loads[1] as f64 >= mean * 0.9,
+        loads[1] as f64 >= mean,
         "the canary does not take the others' part: {loads:?}"
     );
     let line = swarm.line().expect("the clients run");
