@@ -94,6 +94,16 @@ pub struct Pause {
 }
 
 impl Agent {
+    /// Ends a pause whose time is over.
+    pub(super) fn end_pause(&mut self, now: Timestamp) {
+        let is_over = |pause: &Pause| pause.until.is_some_and(|until| now >= until);
+        if self.pause.as_ref().is_some_and(is_over) {
+            self.pause = None;
+            self.memory_changes += 1;
+        }
+        self.memory_changes += u64::from(self.switch.expire(now));
+    }
+
     /// Takes a command, answers it, and says what is to be done.
     pub fn command(&mut self, now: Timestamp, command: Command) -> (Answer, Vec<Effect>) {
         let mut effects = Vec::new();

@@ -553,16 +553,6 @@ impl Agent {
         self.settle(now, look, effects)
     }
 
-    /// Ends a pause whose time is over.
-    fn end_pause(&mut self, now: Timestamp) {
-        let is_over = |pause: &Pause| pause.until.is_some_and(|until| now >= until);
-        if self.pause.as_ref().is_some_and(is_over) {
-            self.pause = None;
-            self.memory_changes += 1;
-        }
-        self.memory_changes += u64::from(self.switch.expire(now));
-    }
-
     fn next_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id - 1
