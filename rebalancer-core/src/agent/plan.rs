@@ -263,8 +263,14 @@ impl Agent {
                 plan.told.push((*id, key, now));
             } else {
                 plan.outcomes.lost += 1;
-                plan.fates.insert(*id, Fate::Gone);
-                self.cooldowns.forget(&key);
+                if matches!(result, GoawayResult::Unknown | GoawayResult::AlreadyDraining) {
+                    plan.fates.insert(*id, Fate::Gone);
+                    self.cooldowns.forget(&key);
+                } else {
+                    // It is there and did not hear: to ask it again at once, before others, would be in vain as well.
+                    plan.fates.insert(*id, Fate::NotTold);
+                    self.cooldowns.told(&key, now + self.policy.client_cooldown);
+                }
             }
             debug_assert!(
                 plan.asked.len() <= plan.outcomes.pending as usize,

@@ -382,7 +382,11 @@ fn an_order_that_is_spread_over_a_time_is_told_evenly() {
 fn a_pending_victim_is_followed_until_it_is_told_or_given_up() {
     let at = Timestamp::from_millis(60_000);
     let later = at + Duration::from_secs(20);
-    for (result, goaways, lost) in [(GoawayResult::Sent, 1, 0), (GoawayResult::Expired, 0, 1)] {
+    for (result, goaways, lost, rests) in [
+        (GoawayResult::Sent, 1, 0, true),
+        (GoawayResult::Expired, 0, 1, true),
+        (GoawayResult::Unknown, 0, 1, false),
+    ] {
         let mut agent = with_a_pending_victim(at);
         let outcomes = |agent: &Agent| agent.history().next_back().expect("a decision").outcomes;
         assert_eq!((agent.goaways_total(), outcomes(&agent).pending), (0, 1));
@@ -400,6 +404,12 @@ fn a_pending_victim_is_followed_until_it_is_told_or_given_up() {
         agent.handle(later + Duration::from_secs(60), Input::Tick);
         assert!(agent.is_idle(), "{result:?}");
         assert_eq!(agent.outcomes_total().lost, lost, "{result:?}");
+        let resting = agent.cooldowns.resting(later).count();
+        assert_eq!(
+            resting > 0,
+            rests,
+            "{result:?}: who was asked in vain is not asked again at once"
+        );
     }
 }
 
