@@ -44,6 +44,9 @@ struct Known {
     release: Option<Release>,
 }
 
+/// An apiserver and its release.
+type Released<'a> = (&'a ApiserverName, &'a Release);
+
 /// What is known of an upgrade.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Upgrade {
@@ -109,7 +112,7 @@ impl Upgrade {
     }
 
     fn why(&self) -> Option<String> {
-        if let Some(((one, its), (other, others))) = self.differing() {
+        if let Some([(one, its), (other, others)]) = self.differing() {
             return Some(format!("{one} is {its}, {other} is {others}"));
         }
         let evacuating = |(name, known): (&ApiserverName, &Known)| {
@@ -132,15 +135,15 @@ impl Upgrade {
     }
 
     /// Two apiservers that are known to be of different releases.
-    fn differing(&self) -> Option<((&ApiserverName, &Release), (&ApiserverName, &Release))> {
+    fn differing(&self) -> Option<[Released<'_>; 2]> {
         let mut all = self
             .known
             .iter()
             .filter_map(|(name, known)| Some((name, known.release.as_ref()?)));
-        let mut first: Vec<(&ApiserverName, &Release)> = Vec::new();
+        let mut first: Vec<Released<'_>> = Vec::new();
         all.find_map(|(name, release)| {
             let other = first.iter().find(|(_, other)| other.differs(release));
-            let found = other.map(|other| (*other, (name, release)));
+            let found = other.map(|other| [*other, (name, release)]);
             first.push((name, release));
             found
         })
