@@ -281,6 +281,24 @@ impl Node {
         Ok(self.connections()?.iter().map(of).collect())
     }
 
+    /// Whether nine of ten of its connections are old enough for its agent to tell them to go.
+    ///
+    /// # Errors
+    ///
+    /// The relay, or the agent, does not answer.
+    pub fn has_old_connections(&self) -> anyhow::Result<bool> {
+        let needed = self.status()?["min_connection_age_s"]
+            .as_f64()
+            .context("no least age")?;
+        let age = |entry: &Value| match entry["age_ms"].as_f64() {
+            Some(ms) => ms / 1000.0,
+            None => entry["age_s"].as_f64().unwrap_or_default(),
+        };
+        let ages: Vec<f64> = self.connections()?.iter().map(age).collect();
+        let old = ages.iter().filter(|age| **age >= needed).count();
+        Ok(old * 10 >= ages.len() * 9)
+    }
+
     /// GOAWAYs that its relay has sent on an agent's order, since it started.
     ///
     /// # Errors

@@ -155,6 +155,16 @@ impl<'a> Scene<'a> {
     pub fn crash(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
         let mut swarm = self.begin(report)?;
         let all = report.clients as u64;
+        // A cluster's clients have been there for hours: what the agents' least age protects is who has just come.
+        self.step("waiting until the clients are no newcomers any more");
+        self.wait(START, "the clients' connections do not last", |cluster| {
+            for node in &cluster.nodes[1..] {
+                if !node.has_old_connections()? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
         self.step(&format!("killing {} (SIGKILL)", self.cluster.nodes[0].name));
         self.cluster.kill_apiserver(0);
         self.wait(
