@@ -37,7 +37,7 @@ fn a_rebalancing_begins_when_an_operator_has_approved_it() {
 
     // What it would do is said, as is what there is to approve.
     let (_, explained, _) = ask(&donors[0].api(), &["plan", "--explain"]);
-    for word in ["approv", "mean", "target"] {
+    for word in ["approve", "would be told here", "needed"] {
         assert!(explained.contains(word), "`{word}` in {explained}");
     }
     refused(donors[0], &["approve", "999999"], "999999");
