@@ -4,6 +4,7 @@ pub mod apiserver;
 pub mod balancer;
 pub mod bench;
 pub mod cgroup;
+pub mod chaos;
 pub mod demo;
 pub mod fixture;
 pub mod h2client;

@@ -68,8 +68,26 @@ impl Namespace {
     ///
     /// What `ip` says.
     pub fn ip(&self, arguments: &str) -> anyhow::Result<()> {
+        self.run("ip", arguments)
+    }
+
+    /// Runs `PROGRAM ARGUMENTS` in it.
+    ///
+    /// # Errors
+    ///
+    /// What the program says.
+    pub fn run(&self, program: &str, arguments: &str) -> anyhow::Result<()> {
+        self.output(program, arguments).map(drop)
+    }
+
+    /// Runs `PROGRAM ARGUMENTS` in it: what it prints.
+    ///
+    /// # Errors
+    ///
+    /// What the program says.
+    pub fn output(&self, program: &str, arguments: &str) -> anyhow::Result<String> {
         let held = self.held.as_raw_fd();
-        let mut command = Command::new("ip");
+        let mut command = Command::new(program);
         command.args(arguments.split_whitespace());
         // SAFETY: the closure makes one system call with two integers; the descriptor is open in the forked child.
         unsafe {
@@ -81,11 +99,16 @@ impl Namespace {
                 }
             });
         }
-        let output = command.output().context("cannot run `ip`: install iproute2")?;
+        let output = command
+            .output()
+            .with_context(|| format!("cannot run `{program}`: install iproute2 and iptables"))?;
         if !output.status.success() {
-            bail!("`ip {arguments}`: {}", String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "`{program} {arguments}`: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     fn path(&self) -> String {

@@ -42,10 +42,13 @@ pub struct Node {
     /// The apiserver, while it runs.
     pub apiserver: Option<Process>,
     relay: Option<Process>,
-    relay_flags: Vec<OsString>,
+    /// Relays that were taken over: each ends by itself with its last connection.
+    drained: Vec<Process>,
     agent: Process,
     /// How the agent is started.
     agent_flags: Vec<OsString>,
+    /// How the relay is started, where there is one.
+    relay_flags: Vec<OsString>,
     rebalancer: PathBuf,
     namespace: Arc<OwnedFd>,
     directory: PathBuf,
@@ -58,6 +61,8 @@ pub enum Shim {
     Relay,
     /// A probe on each apiserver
     Steer,
+    /// Nothing: agents count and compare, and nobody is told
+    None,
 }
 
 impl Shim {
@@ -66,6 +71,7 @@ impl Shim {
         match self {
             Self::Relay => "relay",
             Self::Steer => "steer",
+            Self::None => "none",
         }
     }
 
@@ -73,7 +79,7 @@ impl Shim {
     pub fn apiserver(self, address: IpAddr) -> SocketAddr {
         match self {
             Self::Relay => APISERVER,
-            Self::Steer => SocketAddr::new(address, PORT),
+            Self::Steer | Self::None => SocketAddr::new(address, PORT),
         }
     }
 }
@@ -101,6 +107,8 @@ pub struct Shared<'a> {
     pub nodes: &'a [(String, IpAddr)],
     /// Logs and sockets.
     pub directory: &'a Path,
+    /// State file and decision log are in `disk` in the node's directory, which may be a file system of its own.
+    pub own_disk: bool,
     /// More flags for the agents.
     pub agent_flags: &'a [String],
     /// More flags for the relays.
@@ -117,31 +125,35 @@ impl Node {
         let (name, address) = &shared.nodes[index];
         let directory = shared.directory.join(name);
         std::fs::create_dir_all(&directory)?;
-        let (relay, shim, flags_of_relay) = match shared.shim {
+        let control = directory.join("relay.sock");
+        let relay_flags = relay_flags(shared, *address, &control);
+        let (relay, shim) = match shared.shim {
             Shim::Relay => {
-                let control = directory.join("relay.sock");
-                let flags = relay_flags(shared, *address, &control);
-                let mut relay = Command::new(shared.rebalancer);
-                relay.args(&flags);
-                let relay = Process::start("relay", relay, Some(namespace.fd()), &directory)?;
-                (Some(relay), format!("relay:unix:{}", control.display()), flags)
+                let relay = start_relay(shared.rebalancer, &relay_flags, namespace.fd(), &directory)?;
+                (Some(relay), format!("relay:unix:{}", control.display()))
             }
-            Shim::Steer => (None, "steer:auto".to_owned(), Vec::new()),
+            Shim::Steer => (None, "steer:auto".to_owned()),
+            Shim::None => (None, "none".to_owned()),
         };
 
         let mut agent = Command::new(shared.rebalancer);
+        let disk = if shared.own_disk {
+            directory.join("disk")
+        } else {
+            directory.clone()
+        };
         agent
             .arg("agent")
             .arg(format!("--node-name={name}"))
             .arg(format!("--apiserver-port={PORT}"))
             .arg(format!("--shim={shim}"))
             .arg(format!("--api=unix:{}", directory.join("agent.sock").display()))
-            .arg(format!(
-                "--decision-log={}",
-                directory.join("decisions.jsonl").display()
-            ))
+            .arg(format!("--decision-log={}", disk.join("decisions.jsonl").display()))
             .arg(format!("--peer-listen={address}:{PEER_PORT}"))
             .args(shared.agent_flags);
+        if shared.own_disk {
+            agent.arg("--state").arg(disk.join("agent.state"));
+        }
         match shared.peers {
             Finding::Static => {
                 let identity = shared.pki.peer(&format!("agent-{name}"), *address)?;
@@ -171,9 +183,10 @@ impl Node {
             address: *address,
             apiserver: Some(apiserver),
             relay,
-            relay_flags: flags_of_relay,
+            drained: Vec::new(),
             agent,
             agent_flags,
+            relay_flags,
             rebalancer: shared.rebalancer.to_owned(),
             namespace: Arc::clone(namespace.fd()),
             directory,
@@ -198,26 +211,47 @@ impl Node {
         Ok(())
     }
 
-    /// Kills the relay the hard way.
+    /// Sends the agent a signal.
+    pub fn signal_agent(&self, signal: i32) {
+        self.agent.signal(signal);
+    }
+
+    /// Ends the agent as a service manager does.
+    pub fn end_agent(&mut self, patience: Duration) {
+        self.agent.terminate(patience);
+    }
+
+    /// The agent's process.
+    pub fn agent_id(&self) -> u32 {
+        self.agent.id()
+    }
+
+    /// The relay's process, where there is one.
+    pub fn relay_id(&self) -> Option<u32> {
+        self.relay.as_ref().map(Process::id)
+    }
+
+    /// Kills the relay the hard way, where there is one.
     pub fn kill_relay(&mut self) {
         self.relay = None;
     }
 
-    /// Starts the relay again, as it was started.
+    /// Starts a relay as the first one was started; one that runs is left to drain.
     ///
     /// # Errors
     ///
     /// It cannot be started.
     pub fn start_relay(&mut self) -> anyhow::Result<()> {
-        let mut relay = Command::new(&self.rebalancer);
-        relay.args(&self.relay_flags);
-        self.relay = Some(Process::start("relay", relay, Some(&self.namespace), &self.directory)?);
+        let next = start_relay(&self.rebalancer, &self.relay_flags, &self.namespace, &self.directory)?;
+        self.drained.extend(self.relay.replace(next));
         Ok(())
     }
 
-    /// Sends the agent a signal.
-    pub fn signal_agent(&self, signal: i32) {
-        self.agent.signal(signal);
+    /// Sends the relay a signal, where there is one.
+    pub fn signal_relay(&self, signal: i32) {
+        if let Some(relay) = &self.relay {
+            relay.signal(signal);
+        }
     }
 
     /// Where its logs and sockets are: `relay.sock`, `agent.sock`, `decisions.jsonl`.
@@ -362,7 +396,7 @@ impl Node {
         let patience = Duration::from_secs(3);
         self.agent.terminate(patience);
         // Its connections are the demo's own: nobody waits for them to drain.
-        if let Some(relay) = &mut self.relay {
+        for relay in self.relay.iter_mut().chain(&mut self.drained) {
             relay.kill();
         }
         if let Some(mut apiserver) = self.apiserver.take() {
@@ -380,7 +414,7 @@ pub struct Work {
     pub requests: u64,
 }
 
-/// Starts the relay of the node with that address.
+/// What the relay of the node with that address is started with.
 fn relay_flags(shared: &Shared<'_>, address: IpAddr, control: &Path) -> Vec<OsString> {
     let mut relay = Command::new(shared.rebalancer);
     relay
@@ -391,6 +425,17 @@ fn relay_flags(shared: &Shared<'_>, address: IpAddr, control: &Path) -> Vec<OsSt
         .arg(format!("--control=unix:{}", control.display()))
         .args(shared.relay_flags);
     relay.get_args().map(OsString::from).collect()
+}
+
+fn start_relay(
+    rebalancer: &Path,
+    flags: &[OsString],
+    namespace: &Arc<OwnedFd>,
+    directory: &Path,
+) -> anyhow::Result<Process> {
+    let mut relay = Command::new(rebalancer);
+    relay.args(flags);
+    Process::start("relay", relay, Some(namespace), directory)
 }
 
 /// `GET PATH` on a local socket.

@@ -27,6 +27,7 @@ struct Authority {
 /// The certificates of one cluster.
 pub struct Pki {
     directory: tempfile::TempDir,
+    addresses: Vec<IpAddr>,
     cluster: Authority,
     front_proxy: Authority,
 }
@@ -78,25 +79,50 @@ impl Pki {
         let front_proxy = authority(directory.path(), "front-proxy-ca", "front-proxy-ca")?;
         let pki = Self {
             directory,
+            addresses: addresses.to_vec(),
             cluster,
             front_proxy,
         };
-        let mut serving = CertificateParams::new(vec![SERVER_NAME.into(), "kubernetes".into(), "localhost".into()])?;
-        serving
-            .subject_alt_names
-            .extend(addresses.iter().map(|address| SanType::IpAddress(*address)));
-        name(&mut serving, "kube-apiserver", &[]);
-        serving.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        sign(&pki.cluster, serving, pki.path(), "apiserver")?;
-        let mut proxy = CertificateParams::default();
-        name(&mut proxy, "front-proxy-client", &[]);
-        proxy.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        sign(&pki.front_proxy, proxy, pki.path(), "front-proxy-client")?;
+        pki.renew()?;
         pki.client("admin", "admin", &["system:masters"])?;
         let tokens = KeyPair::generate()?;
         fs::write(pki.file("sa.key"), tokens.serialize_pem())?;
         fs::write(pki.file("sa.pub"), tokens.public_key_pem())?;
         Ok(pki)
+    }
+
+    /// Signs the serving certificate and the front-proxy client's, with new keys, in the files of the last ones: as
+    /// `kubeadm certs renew` does, certificate and key do not change at one moment.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn renew(&self) -> anyhow::Result<()> {
+        let mut serving = CertificateParams::new(vec![SERVER_NAME.into(), "kubernetes".into(), "localhost".into()])?;
+        serving
+            .subject_alt_names
+            .extend(self.addresses.iter().map(|address| SanType::IpAddress(*address)));
+        name(&mut serving, "kube-apiserver", &[]);
+        serving.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&self.cluster, serving, self.path(), "apiserver")?;
+        let mut proxy = CertificateParams::default();
+        name(&mut proxy, "front-proxy-client", &[]);
+        proxy.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        sign(&self.front_proxy, proxy, self.path(), "front-proxy-client")
+    }
+
+    /// Adds an authority to the bundle that clients and relays are judged by, as before an authority is replaced.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn add_authority(&self) -> anyhow::Result<()> {
+        authority(self.path(), "next-ca", "kubernetes-next")?;
+        let both = [fs::read(self.file("ca.crt"))?, fs::read(self.file("next-ca.crt"))?].concat();
+        // Renamed into its place: half a bundle would be another fault.
+        let next = self.file("ca.crt.next");
+        fs::write(&next, both)?;
+        fs::rename(next, self.file("ca.crt")).context("the bundle cannot be replaced")
     }
 
     /// Where they are.

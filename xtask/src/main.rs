@@ -2,6 +2,7 @@
 
 mod arch;
 mod bench;
+mod chaos;
 mod ci;
 mod container;
 mod debian;
@@ -34,6 +35,8 @@ enum Command {
     Test(test::Arguments),
     /// Measure: processor time, latency and memory, beside what else there is
     Bench(bench::Arguments),
+    /// Break things on live clusters, and see what clients notice
+    Chaos(chaos::Arguments),
     /// Compile the kernel programs, and install what that needs into the target directory
     BuildEbpf {
         /// For this processor [default: this machine's]
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Test(arguments) => test::run_tests(&arguments),
         Command::Bench(arguments) => bench::run_bench(&arguments),
+        Command::Chaos(arguments) => chaos::run_chaos(&arguments),
         Command::BuildEbpf { arch } => ebpf::build(arch.unwrap_or_else(arch::Arch::host)).map(|_| ExitCode::SUCCESS),
         Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
         Command::Image(arguments) => release::image(&arguments),

@@ -4,6 +4,7 @@
 //! Must never be kinder than the flags: checks, admission and counts are haproxy's own.
 
 use std::{
+    ffi::OsString,
     fs,
     io::{Read as _, Write as _},
     net::SocketAddr,
@@ -26,7 +27,9 @@ const START: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Haproxy {
     socket: PathBuf,
+    file: PathBuf,
     backends: usize,
+    namespace: Arc<OwnedFd>,
     process: Process,
 }
 
@@ -55,11 +58,10 @@ impl Haproxy {
             !options.contains(['\n', '\r']),
             "--lb-options is one line of server options"
         );
-        let program = std::env::var_os("HAPROXY").unwrap_or_else(|| "haproxy".into());
         let file = directory.join("haproxy.cfg");
         let socket = directory.join("haproxy.sock");
         fs::write(&file, configuration(listen, backends, policy, options, &socket))?;
-        let checked = Command::new(&program)
+        let checked = Command::new(program())
             .args(["-c", "-q", "-f"])
             .arg(&file)
             .output()
@@ -69,21 +71,38 @@ impl Haproxy {
             "haproxy refuses its configuration: {}",
             String::from_utf8_lossy(&checked.stderr).trim()
         );
-        let mut command = Command::new(program);
-        command.arg("-db").arg("-f").arg(&file);
         let mut haproxy = Self {
-            process: Process::start("haproxy", command, Some(namespace), directory)?,
+            process: launch(&file, namespace, directory)?,
             socket,
+            file,
             backends: backends.len(),
+            namespace: Arc::clone(namespace),
         };
+        haproxy.wait()?;
+        Ok(haproxy)
+    }
+
+    /// Kills it and starts it again, as it was started.
+    ///
+    /// # Errors
+    ///
+    /// It does not start.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.process.kill();
+        let directory = self.file.parent().context("its file is in a directory")?;
+        self.process = launch(&self.file, &self.namespace, directory)?;
+        self.wait()
+    }
+
+    /// Until it answers.
+    fn wait(&mut self) -> anyhow::Result<()> {
         let ready = wait_for(START, || {
-            if let Err(ended) = haproxy.process.is_running() {
+            if let Err(ended) = self.process.is_running() {
                 return Some(Err(ended));
             }
-            (haproxy.rows().len() == haproxy.backends).then_some(Ok(()))
+            (self.rows().len() == self.backends).then_some(Ok(()))
         });
-        ready.context("haproxy does not answer on its socket")??;
-        Ok(haproxy)
+        ready.context("haproxy does not answer on its socket")?
     }
 
     /// Which backends it sends to.
@@ -111,6 +130,16 @@ impl Haproxy {
         };
         ask().map(|answer| rows_of(&answer)).unwrap_or_default()
     }
+}
+
+fn program() -> OsString {
+    std::env::var_os("HAPROXY").unwrap_or_else(|| "haproxy".into())
+}
+
+fn launch(file: &Path, namespace: &Arc<OwnedFd>, directory: &Path) -> anyhow::Result<Process> {
+    let mut command = Command::new(program());
+    command.arg("-db").arg("-f").arg(file);
+    Process::start("haproxy", command, Some(namespace), directory)
 }
 
 /// Rows of `show stat`, whose columns are named in its first line (management guide, section 9.1).

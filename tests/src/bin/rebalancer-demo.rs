@@ -1,16 +1,17 @@
 //! The demo, and the two programs it starts itself: the stand-in apiserver and its clients.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rebalancer_tests::{
     balancer::{Admission, Front, Policy},
-    binary,
+    binary, chaos,
     demo::{
         cluster::{Cluster, Kind, Options},
+        interrupts,
         report::Report,
-        scene::{Event, INTERRUPTED, Rolling, Scene},
+        scene::{Event, Rolling, Scene},
         screen::Screen,
     },
     fixture::Fixture,
@@ -44,6 +45,9 @@ enum Part {
     /// Builds kube-apiserver, etcd and the client-go clients where they are not at hand, and ends
     #[command(hide = true)]
     Prepare,
+    /// Faults on live clusters, and what clients notice of each
+    #[command(hide = true)]
+    Chaos(chaos::command::Arguments),
 }
 
 #[derive(Args)]
@@ -198,6 +202,7 @@ fn main() -> ExitCode {
         Some(Part::Standin(options)) => run_standin(options).map(|()| ExitCode::SUCCESS),
         Some(Part::Swarm(options)) => run_swarm(options).map(|()| ExitCode::SUCCESS),
         Some(Part::Prepare) => Fixture::get(|step| eprintln!("{step}")).map(|_| ExitCode::SUCCESS),
+        Some(Part::Chaos(options)) => chaos::command::run(&options),
         None => run_demo(&arguments.demo),
     };
     match outcome {
@@ -273,7 +278,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     // The load balancer, the clients and the relays hold two descriptors a connection, draining ones included.
     open_files().context("cannot ask how many files may be open")?;
     let directory = log_directory("rebalancer-demo-")?;
-    let interrupts = signal_watch()?;
+    let interrupts = interrupts()?;
     let mut screen = Screen::new(usize::from(demo.nodes), usize::from(demo.clients)).context("the terminal")?;
     let mut agent_flags = demo.agent_flag.clone();
     if demo.lb_agent {
@@ -306,6 +311,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         agent_flags,
         relay_flags: handover.iter().map(|over| format!("--watch-handover={over}")).collect(),
         directory: directory.clone(),
+        own_disk: false,
     };
     // A balancer that is told sends nobody to those who have too many: as one does that counts.
     let foreseen = if demo.lb_agent { Policy::Leastconn } else { policy };
@@ -403,24 +409,4 @@ fn takes_the_probe() -> anyhow::Result<()> {
         kernel["why"].as_str().unwrap_or("it does not say why")
     );
     Ok(())
-}
-
-/// Ctrl-C and SIGTERM end the scene at its next look, so that everything is taken down in order.
-fn signal_watch() -> anyhow::Result<tokio::runtime::Runtime> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()?;
-    let _inside = runtime.enter();
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    runtime.spawn(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        INTERRUPTED.store(true, Relaxed);
-    });
-    drop(_inside);
-    Ok(runtime)
 }

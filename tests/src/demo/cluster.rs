@@ -63,6 +63,8 @@ pub struct Options {
     pub relay_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
+    /// Agents write their state file and decision log into `NODE/disk` there, which may be a file system of its own.
+    pub own_disk: bool,
 }
 
 /// The load balancer that runs.
@@ -81,7 +83,7 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     balancer: Running,
     _runtime: Runtime,
-    _etcd: Option<Process>,
+    etcd: Option<Process>,
 }
 
 const ETCD: SocketAddr = SocketAddr::new(Network::HUB, 2379);
@@ -148,7 +150,7 @@ impl Cluster {
 
         say(&match options.shim {
             Shim::Relay => format!("starting {count} apiservers, relays and agents"),
-            Shim::Steer => format!("starting {count} apiservers and agents"),
+            Shim::Steer | Shim::None => format!("starting {count} apiservers and agents"),
         });
         let mut cluster = Self {
             options,
@@ -158,7 +160,7 @@ impl Cluster {
             nodes: Vec::new(),
             balancer,
             _runtime: runtime,
-            _etcd: etcd,
+            etcd,
         };
         let mut apiservers = Vec::new();
         for index in 0..count {
@@ -180,6 +182,7 @@ impl Cluster {
                 pki: &cluster.pki,
                 nodes: &names,
                 directory: &cluster.options.directory,
+                own_disk: cluster.options.own_disk,
                 agent_flags: &cluster.options.agent_flags,
                 relay_flags: &cluster.options.relay_flags,
             };
@@ -195,8 +198,7 @@ impl Cluster {
             self.options.fixture.is_some(),
             "--peers kubernetes needs Leases, which the stand-in does not have: give --apiserver real"
         );
-        let address = self.options.shim.apiserver(Network::node_address(0));
-        let admin = Admin::new(&self.pki, self.namespace(0), address)?;
+        let admin = self.admin(0)?;
         let ready = wait_for(START, || {
             if let Err(ended) = apiserver.is_running() {
                 return Some(Err(ended));
@@ -237,7 +239,7 @@ impl Cluster {
                     directory: &self.options.directory,
                     name: &name,
                     goaway_chance: match self.options.shim {
-                        Shim::Relay => 0.0,
+                        Shim::Relay | Shim::None => 0.0,
                         // Enough to be asked, and a lottery nobody wins.
                         Shim::Steer => 0.000_001,
                     },
@@ -422,6 +424,62 @@ impl Cluster {
     /// Logs and sockets.
     pub fn directory(&self) -> &Path {
         &self.options.directory
+    }
+
+    /// Starts etcd again, where it has ended.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn restart_etcd(&mut self) -> anyhow::Result<()> {
+        let Some(fixture) = &self.options.fixture else {
+            return Ok(());
+        };
+        let (directory, hub) = (&self.options.directory, self.network.hub.fd());
+        self.etcd = Some(start_etcd(fixture, ETCD, ETCD_PEER, directory, Some(hub))?);
+        Ok(())
+    }
+
+    /// etcd, where there is one.
+    pub fn etcd(&mut self) -> Option<&mut Process> {
+        self.etcd.as_mut()
+    }
+
+    /// Kills haproxy and starts it again; the demo's own load balancer is part of this process.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn restart_balancer(&mut self) -> anyhow::Result<()> {
+        match &mut self.balancer {
+            Running::Own(_) => anyhow::bail!("the demo's own load balancer cannot be killed"),
+            Running::Haproxy(haproxy) => haproxy.restart(),
+        }
+    }
+
+    /// An administrator of that node's apiserver, past load balancer and relay.
+    ///
+    /// # Errors
+    ///
+    /// The certificates cannot be read.
+    pub fn admin(&self, index: usize) -> anyhow::Result<Admin> {
+        let address = self.options.shim.apiserver(Network::node_address(index));
+        Admin::new(&self.pki, self.namespace(index), address)
+    }
+
+    /// The certificates.
+    pub fn pki(&self) -> &Pki {
+        &self.pki
+    }
+
+    /// Where load balancer, clients and etcd are.
+    pub fn hub(&self) -> &Namespace {
+        &self.network.hub
+    }
+
+    /// What it is made of.
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     /// Ends everything, agents first.

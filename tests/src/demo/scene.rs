@@ -52,7 +52,10 @@ pub enum Event<'a> {
 /// Set by Ctrl-C: the scene ends at its next look.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-fn check_interrupt() -> anyhow::Result<()> {
+/// # Errors
+///
+/// Somebody wants it to end.
+pub fn check_interrupt() -> anyhow::Result<()> {
     if INTERRUPTED.load(Relaxed) {
         bail!("interrupted");
     }
@@ -120,7 +123,11 @@ impl<'a> Scene<'a> {
     }
 
     /// The clients come, to a cluster that is ready.
-    fn begin(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::play`].
+    pub fn begin(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
         let count = self.cluster.nodes.len();
         self.step("waiting for the apiservers");
         self.wait(START, "the apiservers are not ready", |cluster| {
@@ -376,7 +383,7 @@ impl Workload {
 }
 
 /// E/rho: what all donors are above the target, over the chance that a moved client lands on another apiserver.
-fn lower_bound(loads: &[u64], target: f64, policy: Policy) -> u64 {
+pub fn lower_bound(loads: &[u64], target: f64, policy: Policy) -> u64 {
     let mean = loads.iter().sum::<u64>() as f64 / loads.len() as f64;
     let ceiling = mean * (1.0 + target);
     let surplus: f64 = loads.iter().map(|load| (*load as f64 - ceiling).max(0.0)).sum();

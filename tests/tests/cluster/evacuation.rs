@@ -41,6 +41,7 @@ fn evacuable() -> Cluster {
         ]),
         relay_flags: flags(&["--watch-handover=1s"]),
         directory: log_directory("rebalancer-evacuation-").expect("a directory"),
+        own_disk: false,
     };
     Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster")
 }

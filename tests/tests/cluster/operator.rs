@@ -34,6 +34,7 @@ pub fn cluster(clients: usize, policy: Policy, agent_flags: &[&str]) -> Cluster 
         agent_flags: agent_flags.iter().map(|flag| (*flag).to_owned()).collect(),
         relay_flags: Vec::new(),
         directory: log_directory("rebalancer-operator-").expect("a directory"),
+        own_disk: false,
     };
     Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster")
 }

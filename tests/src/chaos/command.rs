@@ -1,0 +1,197 @@
+//! `chaos`: which faults, in which order, and where the page goes.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+
+use super::{
+    Make, Pair, Side,
+    fault::{ALL, Fault},
+    limits,
+    report::Report,
+};
+use crate::{
+    fixture::Fixture,
+    process::{log_directory, open_files},
+};
+
+/// The faults of a quick run: one of each kind that costs little.
+const QUICK: [Fault; 6] = [
+    Fault::AgentKilled,
+    Fault::RelayReplaced,
+    Fault::ApiserverKilled,
+    Fault::AgentsApart,
+    Fault::DiskFull,
+    Fault::CertificatesRenewed,
+];
+
+/// What it takes.
+#[derive(Args)]
+pub struct Arguments {
+    /// Six faults and no pairs; nothing is compared
+    #[arg(long)]
+    quick: bool,
+    /// These faults only, by name and comma, instead of all
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    only: Vec<String>,
+    /// So many pairs of faults at once, after the single ones
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(0..=200))]
+    pairs: u16,
+    /// What the pairs are drawn by
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Clients of each cluster
+    #[arg(long, default_value_t = 150, value_parser = clap::value_parser!(u16).range(30..=2000))]
+    clients: u16,
+    /// Options of haproxy's servers
+    #[arg(long, default_value = "inter 1s fall 2 rise 2")]
+    lb_options: String,
+    /// No second cluster without us: what a fault breaks by itself is then not looked at
+    #[arg(long)]
+    alone: bool,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+    /// Where the page goes
+    #[arg(long)]
+    page: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn rounds(&self) -> anyhow::Result<Vec<Vec<Fault>>> {
+        let known = |name: &String| {
+            let found = ALL.into_iter().find(|fault| fault.name() == name);
+            found.with_context(|| {
+                let names: Vec<_> = ALL.iter().map(|fault| fault.name()).collect();
+                format!("--only {name}: allowed are {}", names.join(", "))
+            })
+        };
+        let mut single = self.only.iter().map(known).collect::<anyhow::Result<Vec<_>>>()?;
+        if single.is_empty() {
+            single = if self.quick { QUICK.to_vec() } else { ALL.to_vec() };
+        }
+        let mut rounds: Vec<Vec<Fault>> = single.into_iter().map(|fault| vec![fault]).collect();
+        if !self.quick && self.only.is_empty() {
+            rounds.extend(
+                pairs(self.seed, usize::from(self.pairs))
+                    .into_iter()
+                    .map(|pair| pair.to_vec()),
+            );
+        }
+        Ok(rounds)
+    }
+}
+
+/// Two different faults each, drawn by the seed.
+fn pairs(seed: u64, count: usize) -> Vec<[Fault; 2]> {
+    // splitmix64 (Steele, Lea, Flood 2014): the same pairs from the same seed on every machine.
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    };
+    let mut drawn = Vec::with_capacity(count);
+    while drawn.len() < count {
+        let mut draw = || ALL[(next() % ALL.len() as u64) as usize];
+        let pair = [draw(), draw()];
+        if pair[0] != pair[1] && !both_whole(pair) {
+            drawn.push(pair);
+        }
+    }
+    drawn
+}
+
+/// Both hit the one etcd: one could not be told from the other.
+fn both_whole(pair: [Fault; 2]) -> bool {
+    pair.iter()
+        .all(|fault| matches!(fault, Fault::EtcdKilled | Fault::EtcdStopped))
+}
+
+/// Plays them.
+///
+/// # Errors
+///
+/// The clusters do not start, or one does not come back after a fault.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let rounds = arguments.rounds()?;
+    limits::own_mounts()?;
+    let interrupts = crate::demo::interrupts()?;
+    open_files().context("cannot ask how many files may be open")?;
+    let say = |line: &str| eprintln!("{line}");
+    let fixture = Fixture::get(say)?;
+    let directory = log_directory("rebalancer-chaos-")?;
+    let clients = usize::from(arguments.clients);
+    let compared = !arguments.alone && !arguments.quick;
+    let make = |with_us: bool, name: &str| {
+        Side::start(
+            Make {
+                fixture: &fixture,
+                clients,
+                with_us,
+                lb_options: &arguments.lb_options,
+                directory: directory.join(name),
+            },
+            &say,
+        )
+    };
+    let mut pair = Pair {
+        with_us: make(true, "with").with_context(|| format!("logs: {}", directory.display()))?,
+        without: compared.then(|| make(false, "without")).transpose()?,
+    };
+    let mut rows = Vec::new();
+    let mut broken = None;
+    for faults in &rounds {
+        match pair.play(faults, &say) {
+            Ok(row) => rows.push(row),
+            Err(error) => {
+                let names: Vec<_> = faults.iter().map(|fault| fault.name()).collect();
+                broken = Some(error.context(format!("{}; logs: {}", names.join(" + "), directory.display())));
+                break;
+            }
+        }
+    }
+    let version = pair.with_us.cluster.version();
+    pair.end();
+    drop(interrupts);
+    let report = Report::of(rows, arguments.seed, clients, compared, version);
+    if let Some(page) = &arguments.page {
+        std::fs::write(page, report.page()).with_context(|| format!("cannot write {}", page.display()))?;
+    }
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+    }
+    if let Some(error) = broken {
+        return Err(error);
+    }
+    ensure!(
+        report.faults == rounds.len(),
+        "{} of {} rounds were played",
+        report.faults,
+        rounds.len()
+    );
+    let clean = report.rows.iter().filter(|row| row.is_clean()).count();
+    eprintln!("{clean} of {} rounds are clean", report.faults);
+    if report.is_clean() {
+        // Logs are worth keeping only when something went wrong.
+        let _ = std::fs::remove_dir_all(&directory);
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("logs: {}", directory.display());
+    Ok(ExitCode::FAILURE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_draws_the_same_pairs_each_time_and_never_twice_the_same_fault() {
+        assert_eq!(pairs(7, 20), pairs(7, 20));
+        assert_ne!(pairs(7, 20), pairs(8, 20));
+        assert!(pairs(7, 200).iter().all(|pair| pair[0] != pair[1]));
+    }
+}

@@ -1,0 +1,262 @@
+//! What was found: a row a fault, the sums, and the page.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::fault;
+use crate::swarm::Line;
+
+/// What clients noticed in a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Noticed {
+    pub requests: u64,
+    pub errors: u64,
+    pub relists: u64,
+    pub watch_breaks: u64,
+    pub missed: u64,
+    pub doubled: u64,
+}
+
+impl Noticed {
+    /// Of a swarm's line.
+    pub fn of(line: &Line) -> Self {
+        Self {
+            requests: line.requests,
+            errors: line.errors,
+            relists: line.relists,
+            watch_breaks: line.watch_breaks,
+            missed: line.missed,
+            doubled: line.doubled,
+        }
+    }
+
+    /// What of it the same fault without us did not make.
+    fn beyond(self, control: Self) -> Self {
+        Self {
+            requests: self.requests,
+            errors: beyond(self.errors, control.errors),
+            relists: beyond(self.relists, control.relists),
+            watch_breaks: beyond(self.watch_breaks, control.watch_breaks),
+            missed: beyond(self.missed, control.missed),
+            doubled: beyond(self.doubled, control.doubled),
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            requests: self.requests + other.requests,
+            errors: self.errors + other.errors,
+            relists: self.relists + other.relists,
+            watch_breaks: self.watch_breaks + other.watch_breaks,
+            missed: self.missed + other.missed,
+            doubled: self.doubled + other.doubled,
+        }
+    }
+
+    fn any(self) -> u64 {
+        self.errors + self.relists + self.watch_breaks + self.missed + self.doubled
+    }
+}
+
+/// Counts of rare events scatter by their square root: within three of those of both, two counts are the same. Where
+/// nothing happens without us, nothing may happen with us.
+fn beyond(ours: u64, control: u64) -> u64 {
+    if control == 0 {
+        return ours;
+    }
+    let scatter = 3.0 * ((ours + control) as f64).sqrt();
+    if ours as f64 > control as f64 + scatter {
+        ours - control
+    } else {
+        0
+    }
+}
+
+/// One fault, or several at once.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub faults: Vec<String>,
+    /// Nothing of it is there without us.
+    pub is_ours: bool,
+    /// Until it was over and everybody was back.
+    pub during: Noticed,
+    /// The same without us.
+    pub control: Option<Noticed>,
+    /// From then on.
+    pub after: Noticed,
+    pub error_texts: Vec<String>,
+    pub loads_after_fault: Vec<u64>,
+    /// E/rho then.
+    pub lower_bound: u64,
+    pub goaways_during: u64,
+    /// All, until level.
+    pub goaways: u64,
+    pub goaways_after: u64,
+    pub seconds_to_level: Option<f64>,
+    pub wrong_connections: Vec<String>,
+    pub leaks: Vec<String>,
+}
+
+impl Row {
+    /// What clients noticed that they would not have noticed without us: all of it when nothing of the fault is there
+    /// without us; nothing of the fault's own time when it was not compared.
+    pub fn ours(&self) -> Noticed {
+        let during = match self.control {
+            _ if self.is_ours => self.during,
+            Some(control) => self.during.beyond(control),
+            None => Noticed::default(),
+        };
+        during.plus(self.after)
+    }
+
+    /// Whether it is as it must be.
+    pub fn is_clean(&self) -> bool {
+        self.ours().any() == 0
+            && self.wrong_connections.is_empty()
+            && self.leaks.is_empty()
+            && self.seconds_to_level.is_some()
+            && self.goaways_after == 0
+    }
+
+    /// In a line.
+    pub fn sentence(&self) -> String {
+        let ours = self.ours();
+        let mut text = format!(
+            "{}: {} errors, {} relists, {} broken watches, {} missed and {} doubled events of ours; ",
+            if self.is_clean() { "clean" } else { "NOT CLEAN" },
+            ours.errors,
+            ours.relists,
+            ours.watch_breaks,
+            ours.missed,
+            ours.doubled
+        );
+        let level = match self.seconds_to_level {
+            Some(seconds) => format!("level after {seconds:.0} s"),
+            None => "NOT level".to_owned(),
+        };
+        let _ = write!(
+            text,
+            "{level} with {} GOAWAYs ({} while it lasted; {} are the least), {} after",
+            self.goaways, self.goaways_during, self.lower_bound, self.goaways_after
+        );
+        for what in self.wrong_connections.iter().chain(&self.leaks).take(4) {
+            let _ = write!(text, "; {what}");
+        }
+        text
+    }
+}
+
+/// All of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub faults: usize,
+    pub client_errors: u64,
+    pub missed_events: u64,
+    pub doubled_events: u64,
+    pub relists: u64,
+    pub watch_breaks: u64,
+    pub wrong_connections: usize,
+    pub leaks: usize,
+    pub not_level: usize,
+    pub goaways_after: u64,
+    pub seed: u64,
+    pub clients: usize,
+    pub compared: bool,
+    pub apiserver_version: String,
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// The sums of these rows.
+    pub fn of(rows: Vec<Row>, seed: u64, clients: usize, compared: bool, apiserver_version: String) -> Self {
+        let ours = rows.iter().fold(Noticed::default(), |sum, row| sum.plus(row.ours()));
+        Self {
+            faults: rows.len(),
+            client_errors: ours.errors,
+            missed_events: ours.missed,
+            doubled_events: ours.doubled,
+            relists: ours.relists,
+            watch_breaks: ours.watch_breaks,
+            wrong_connections: rows.iter().map(|row| row.wrong_connections.len()).sum(),
+            leaks: rows.iter().map(|row| row.leaks.len()).sum(),
+            not_level: rows.iter().filter(|row| row.seconds_to_level.is_none()).count(),
+            goaways_after: rows.iter().map(|row| row.goaways_after).sum(),
+            seed,
+            clients,
+            compared,
+            apiserver_version,
+            rows,
+        }
+    }
+
+    /// Whether all of it is as it must be.
+    pub fn is_clean(&self) -> bool {
+        self.rows.iter().all(Row::is_clean)
+    }
+
+    /// The page.
+    pub fn page(&self) -> String {
+        let mut page = format!(
+            "# Faults, and what clients notice\n\n\
+             Written by `cargo xtask chaos --seed {}`: three kube-apiservers ({}) with relays and agents behind haproxy, {} \
+             client-go clients that list, watch, read and write, agents that find each other by Leases; beside it, at the same \
+             moment, the same without us. A fault that is there without us as well hits both, and what it breaks there is not \
+             ours (counts within three standard deviations of each other are the same). Each stays for 6 to 15 s; then it is \
+             looked at until the load is level, no agent would do more, and another 8 s have gone by.\n\n\
+             | fault | requests failed: with us, without | watches broken | relists | events missed, doubled | level after | GOAWAYs (least) | wrong connections, leaks |\n\
+             |---|---|---|---|---|---|---|---|\n",
+            self.seed, self.apiserver_version, self.clients
+        );
+        for row in &self.rows {
+            let pair = |ours: u64, control: Option<u64>| match control {
+                _ if row.is_ours => ours.to_string(),
+                Some(control) => format!("{ours}, {control}"),
+                None => format!("{ours}, -"),
+            };
+            let all = row.during.plus(row.after);
+            let level = row
+                .seconds_to_level
+                .map_or_else(|| "**never**".to_owned(), |seconds| format!("{seconds:.0} s"));
+            let _ = writeln!(
+                page,
+                "| {} | {} | {} | {} | {}, {} | {level} | {} ({}) | {}, {} |",
+                named(&row.faults),
+                pair(all.errors, row.control.map(|control| control.errors)),
+                pair(all.watch_breaks, row.control.map(|control| control.watch_breaks)),
+                pair(all.relists, row.control.map(|control| control.relists)),
+                all.missed,
+                all.doubled,
+                row.goaways,
+                row.lower_bound,
+                row.wrong_connections.len(),
+                row.leaks.len()
+            );
+        }
+        page
+    }
+}
+
+/// A single fault in words, several by name.
+fn named(names: &[String]) -> String {
+    match names {
+        [name] => fault::ALL
+            .iter()
+            .find(|fault| fault.name() == name)
+            .map_or_else(|| name.clone(), |fault| fault.what().to_owned()),
+        _ => names.join(" + "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_fault_breaks_without_us_is_not_ours() {
+        assert_eq!(beyond(0, 0), 0);
+        assert_eq!(beyond(1, 0), 1, "nothing may happen where nothing happens without us");
+        assert_eq!(beyond(105, 100), 0);
+        assert_eq!(beyond(300, 100), 200);
+    }
+}
