@@ -242,6 +242,22 @@ impl Peer {
         })
     }
 
+    /// Octets without TLS.
+    ///
+    /// # Errors
+    ///
+    /// The socket takes no options.
+    pub fn plain(socket: TcpStream) -> anyhow::Result<Self> {
+        let socket = patient(socket)?;
+        Ok(Self {
+            stream: Box::new(socket.try_clone()?),
+            socket,
+            protocol: Vec::new(),
+            certified: false,
+            resumed: false,
+        })
+    }
+
     /// Accepts as a server.
     ///
     /// # Errors
@@ -280,6 +296,20 @@ impl Peer {
     pub fn try_send(&mut self, octets: &[u8]) -> io::Result<()> {
         self.stream.write_all(octets)?;
         self.stream.flush()
+    }
+
+    /// Sends as many of these octets as there is room for, and says how many.
+    ///
+    /// # Errors
+    ///
+    /// The connection has ended, or there was no room for a single one in time.
+    pub fn try_write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        self.stream.write(octets)
+    }
+
+    /// What it is spoken over.
+    pub fn socket(&self) -> &TcpStream {
+        &self.socket
     }
 
     /// From now on a write or a read that finds nothing for so long is given up.

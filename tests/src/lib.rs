@@ -1,5 +1,6 @@
 //! What the tests and the demo stand on: certificates, namespaces, a load balancer, apiservers, clients.
 
+pub mod abuse;
 pub mod apiserver;
 pub mod balancer;
 pub mod bench;

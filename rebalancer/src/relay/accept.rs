@@ -244,11 +244,7 @@ impl Door {
     async fn accepted(self: &Arc<Self>, accepted: io::Result<(TcpStream, SocketAddr)>) {
         match accepted {
             Ok((stream, client)) => self.admit(stream, client),
-            Err(error) if upstream::is_ours(&error) => {
-                let why = upstream::what_ran_out(&error);
-                self.complaints.complain(Cause::Resources, self.listen, &why);
-                sleep(RETRY).await;
-            }
+            Err(error) if self.runs_out(self.listen, &error) => sleep(RETRY).await,
             // That one connection's: the next may be well (accept(2)).
             Err(error) => tracing::debug!(%error, "a connection ended before it was accepted"),
         }
@@ -295,6 +291,7 @@ impl Door {
         };
         let (cookie, local) = match prepared() {
             Ok(prepared) => prepared,
+            Err(error) if self.runs_out(client, &error) => return,
             // Gone already.
             Err(error) => {
                 return tracing::debug!(%client, %error, "a connection failed before its first byte");
@@ -319,13 +316,16 @@ impl Door {
         let stream = match stream.into_std() {
             Ok(stream) => stream,
             Err(error) => {
+                self.runs_out(client, &error);
                 return entry.ends(error.to_string());
             }
         };
         let door = Arc::clone(self);
         self.workers.shake_hands(async move {
             let joining = async {
-                let stream = TcpStream::from_std(stream)?;
+                let stream = TcpStream::from_std(stream).inspect_err(|error| {
+                    door.runs_out(client, error);
+                })?;
                 tokio::select! {
                     joined = door.join(stream, &entry.connection, &mut place) => joined.map(Some),
                     () = entry.connection.closing() => Ok(None),
@@ -340,7 +340,10 @@ impl Door {
                         let _place = place;
                         match door.serve(joined, &entry.connection).await {
                             Ok(end) => entry.ends(end.to_string()),
-                            Err(error) => entry.ends(error.to_string()),
+                            Err(error) => {
+                                door.runs_out(client, &error);
+                                entry.ends(error.to_string());
+                            }
                         }
                     });
                 }
@@ -386,7 +389,9 @@ impl Door {
         .await
         .inspect_err(|error| {
             self.metrics.handshake("failed");
-            self.complaints.complain(Cause::Tls, connection.client(), error);
+            if !self.runs_out(connection.client(), error) {
+                self.complaints.complain(Cause::Tls, connection.client(), error);
+            }
         })
         .context("the client's TLS handshake failed")
     }
@@ -449,13 +454,20 @@ impl Door {
     }
 
     fn unreachable(&self, connection: &Connection, error: &io::Error) {
-        if upstream::is_ours(error) {
-            let why = upstream::what_ran_out(error);
-            self.complaints.complain(Cause::Resources, connection.client(), &why);
-        } else {
+        if !self.runs_out(connection.client(), error) {
             self.complaints.complain(Cause::Upstream, connection.client(), error);
             self.doubt.notify_one();
         }
+    }
+
+    /// Says so when it is this process or node that lacks something, and nobody's fault.
+    fn runs_out(&self, client: SocketAddr, error: &io::Error) -> bool {
+        let ours = upstream::is_ours(error);
+        if ours {
+            let why = upstream::what_ran_out(error);
+            self.complaints.complain(Cause::Resources, client, &why);
+        }
+        ours
     }
 
     /// What follows the handshakes, on a thread that serves.
@@ -487,8 +499,11 @@ impl Door {
             };
             Box::pin(http1::run(client, first, server, settings)).await
         };
-        if matches!(end, End::Server | End::ServerIo(_)) {
-            self.doubt.notify_one();
+        match &end {
+            // What is lacking here says nothing of the apiserver.
+            End::ClientIo(error) | End::ServerIo(error) if self.runs_out(connection.client(), error) => {}
+            End::Server | End::ServerIo(_) => self.doubt.notify_one(),
+            _ => {}
         }
         Ok(end)
     }

@@ -24,6 +24,7 @@ mod stream;
 pub mod takeover;
 mod tls;
 pub mod trust;
+mod turns;
 mod upstream;
 mod workers;
 

@@ -22,10 +22,16 @@ use tokio::{
     time::timeout,
 };
 
-use super::registry::{Connection, Order};
+use super::{
+    registry::{Connection, Order},
+    turns::{self, Place, TURN},
+};
 
 /// How much is read at once.
 const READ: usize = 32 * 1024;
+
+/// How much of a client whose octets cost more than they are.
+const LEAST_READ: usize = 512;
 
 /// A waiting queue larger than this is given back as soon as it is empty.
 const KEPT: usize = 1024;
@@ -115,9 +121,6 @@ enum Read {
     End,
 }
 
-/// How many octets are read of each side before others on this thread have their turn.
-const TURN: usize = 128 * 1024;
-
 /// Why nothing more is read of a side in this turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
@@ -125,24 +128,19 @@ enum Reading {
     Armed,
     /// It was not asked, since there is no room for what it would bring: nothing wakes the task for its sake.
     Held,
-    /// It may have more, and has had its turn: the task wakes itself, and others come first.
+    /// It may have more, and has had its turn: the task stands in line, and others come first.
     Enough,
-}
-
-/// Lets others on this thread go first: the task is woken when they, and whoever has become ready by then, have been.
-fn poll_others_first(context: &mut Context<'_>) {
-    // It notes the waker, and has nothing else to do.
-    let _ = pin!(tokio::task::yield_now()).poll(context);
 }
 
 /// Reads once and hands the bytes over.
 fn poll_read<S: AsyncRead + Unpin>(
     stream: &mut S,
+    most: usize,
     context: &mut Context<'_>,
     mut take: impl FnMut(&[u8]) -> Result<(), ConnectionError>,
 ) -> Poll<io::Result<Result<Read, ConnectionError>>> {
     SCRATCH.with_borrow_mut(|scratch| {
-        let mut buffer = ReadBuf::new(scratch);
+        let mut buffer = ReadBuf::new(&mut scratch[..most]);
         ready!(Pin::new(stream).poll_read(context, &mut buffer))?;
         let bytes = buffer.filled();
         if bytes.is_empty() {
@@ -173,9 +171,11 @@ where
         to_client,
         to_server,
         unread,
+        line,
+        at_once: _,
     } = pump;
     // What a client sent and nobody reads any more does not stay while it is waited for: it may take its time.
-    drop((relay, unread));
+    drop((relay, unread, line));
     let due = Due {
         client: &out.to_client[to_client.sent..],
         server: &out.to_server[to_server.sent..],
@@ -233,6 +233,10 @@ struct Pump {
     to_server: Queue,
     /// What was read of the client, and stands for more than there was room for.
     unread: Vec<u8>,
+    /// How much is read of the client at once.
+    at_once: usize,
+    /// Its place in line, when it has had its turn and may have more.
+    line: Option<Place>,
 }
 
 impl Pump {
@@ -243,6 +247,8 @@ impl Pump {
             to_client: Queue::default(),
             to_server: Queue::default(),
             unread: Vec::new(),
+            at_once: READ / 8,
+            line: None,
         }
     }
 
@@ -281,6 +287,11 @@ impl Pump {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let mut turns = [TURN; 2];
+        if let Some(line) = &mut self.line
+            && line.as_mut().poll(context).is_ready()
+        {
+            self.line = None;
+        }
         loop {
             if !connection.is_believed() {
                 self.relay.withdraw();
@@ -315,7 +326,10 @@ impl Pump {
                 return Poll::Ready(End::Drained);
             }
             if [client_is, server_is].contains(&Reading::Enough) {
-                poll_others_first(context);
+                if self.line.is_none() {
+                    // Whoever stands at its end is not first at once.
+                    let _ = self.line.insert(turns::place()).as_mut().poll(context);
+                }
                 return Poll::Pending;
             }
             // What was written made room: a side that was held has no waker, and is asked before the task sleeps. One that
@@ -344,18 +358,20 @@ impl Pump {
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_client() {
-            if *turn == 0 {
+            if *turn == 0 || self.line.is_some() {
                 return Ok(Reading::Enough);
             }
+            let before = self.out.waiting();
             if !self.unread.is_empty() {
                 let taken = self.relay.client_bytes(&self.unread, &mut self.out)?;
                 self.unread.drain(..taken);
                 if self.unread.is_empty() {
                     self.unread = Vec::new();
                 }
+                *turn = turn.saturating_sub(self.spent(before));
                 continue;
             }
-            let read = poll_read(client, context, |bytes| {
+            let read = poll_read(client, self.at_once, context, |bytes| {
                 let taken = self.relay.client_bytes(bytes, &mut self.out)?;
                 self.unread.extend_from_slice(&bytes[taken..]);
                 Ok(())
@@ -364,7 +380,14 @@ impl Pump {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ClientIo)?? {
                     Read::Bytes(count) => {
-                        *turn = turn.saturating_sub(count);
+                        let spent = self.spent(before).max(count);
+                        *turn = turn.saturating_sub(spent);
+                        // No read may cost much more than a turn.
+                        self.at_once = if spent > TURN {
+                            (self.at_once / 2).max(LEAST_READ)
+                        } else {
+                            (self.at_once * 2).min(READ)
+                        };
                         connection.add_bytes(count, 0);
                     }
                     Read::End => return Err(End::Client),
@@ -372,6 +395,11 @@ impl Pump {
             }
         }
         Ok(Reading::Held)
+    }
+
+    /// What the client's octets have cost since so many waited: a few may stand for many.
+    fn spent(&mut self, before: usize) -> usize {
+        self.relay.take_work().max(self.out.waiting() - before)
     }
 
     fn read_server<S: AsyncRead + Unpin>(
@@ -382,10 +410,12 @@ impl Pump {
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_server() {
-            if *turn == 0 {
+            if *turn == 0 || self.line.is_some() {
                 return Ok(Reading::Enough);
             }
-            match poll_read(server, context, |bytes| self.relay.server_bytes(bytes, &mut self.out)) {
+            match poll_read(server, READ, context, |bytes| {
+                self.relay.server_bytes(bytes, &mut self.out)
+            }) {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ServerIo)?? {
                     Read::Bytes(count) => {

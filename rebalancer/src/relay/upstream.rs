@@ -88,6 +88,7 @@ pub fn is_ours(error: &io::Error) -> bool {
                 | libc::ENOMEM
                 | libc::ENOBUFS
                 | libc::EADDRINUSE
+                | libc::ENOSPC
         )
     )
 }
@@ -100,6 +101,8 @@ pub fn what_ran_out(error: &io::Error) -> &'static str {
         }
         Some(libc::EMFILE) => "this process may open no more files (RLIMIT_NOFILE)",
         Some(libc::ENFILE) => "this node may open no more files (fs.file-max)",
+        // epoll_ctl(2)
+        Some(libc::ENOSPC) => "this user may have no more sockets watched (fs.epoll.max_user_watches)",
         _ => "the kernel has no memory for another socket",
     }
 }

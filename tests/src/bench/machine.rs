@@ -7,7 +7,12 @@ use std::{
     fs, io, mem,
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -41,6 +46,16 @@ impl Cores {
             (Some(measured), Some(others)) => Ok(Self { measured, others }),
             _ => bail!("the benchmark needs two processors: one for the proxy, one for backend and client"),
         }
+    }
+}
+
+/// Has the calling thread run on one processor only, if it may run there.
+pub fn pin_thread(core: usize) {
+    // SAFETY: an all-zero cpu_set_t is the empty set, the index is below its size, and it lives through the call.
+    unsafe {
+        let mut set = mem::zeroed::<libc::cpu_set_t>();
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(0, mem::size_of_val(&set), &raw const set);
     }
 }
 
@@ -101,6 +116,46 @@ pub fn pss_kib(process: u32) -> anyhow::Result<u64> {
     text.lines()
         .find_map(|line| first_number(line.strip_prefix("Pss:")?))
         .with_context(|| format!("{path} has no Pss"))
+}
+
+/// KiB of memory that a process has in RAM (proc_pid_status(5), `VmRSS`); `None` when it is gone.
+pub fn rss_kib(process: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    text.lines().find_map(|line| first_number(line.strip_prefix("VmRSS:")?))
+}
+
+/// A process's memory at its highest while it is watched.
+#[derive(Debug)]
+pub struct Highest {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<u64>,
+}
+
+impl Highest {
+    /// Looks every 20 ms from now on.
+    pub fn of(process: u32) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut highest = 0;
+            while !over.load(Relaxed) {
+                highest = rss_kib(process).unwrap_or(0).max(highest);
+                thread::sleep(Duration::from_millis(20));
+            }
+            highest
+        });
+        Self { stop, thread }
+    }
+
+    /// The most there was, in KiB.
+    ///
+    /// # Panics
+    ///
+    /// When its thread has.
+    pub fn kib(self) -> u64 {
+        self.stop.store(true, Relaxed);
+        self.thread.join().expect("it only reads")
+    }
 }
 
 fn first_number(text: &str) -> Option<u64> {

@@ -2,6 +2,7 @@
 //!
 //! Output: figures. Must never compare figures of different runs.
 
+pub mod abuse;
 pub mod bpf;
 pub mod counts;
 pub mod crowd;

@@ -61,6 +61,11 @@ impl Peer {
             Self::Passthrough => 20_006,
         }
     }
+
+    /// Where it listens.
+    pub fn address(self) -> SocketAddr {
+        local(self.port())
+    }
 }
 
 /// The backend's TLS port.

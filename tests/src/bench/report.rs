@@ -312,7 +312,7 @@ impl Figures {
 }
 
 /// Three figures behind the point: enough to compare with a bound.
-fn rounded(value: f64) -> f64 {
+pub fn rounded(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 

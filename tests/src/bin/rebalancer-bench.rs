@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use rebalancer::steer::Part;
 use rebalancer_tests::{
     bench::{
-        crowd, floor, kernel,
+        abuse, crowd, floor, kernel,
         peers::Programs,
         planner, reconcile,
         relay::{self, Effort},
@@ -29,6 +29,8 @@ struct Arguments {
 enum Command {
     /// The relay beside haproxy, Envoy and the floor
     Relay(Relay),
+    /// What others wait, and what memory it costs, while somebody does harm to the relay
+    Abuse(Abuse),
     /// What the kernel programs cost
     Kernel(Kernel),
     /// What a plan takes, and what the table holds
@@ -50,6 +52,21 @@ struct Relay {
     #[arg(long)]
     quick: bool,
     /// Where the tables go
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct Abuse {
+    #[command(flatten)]
+    programs: Programs,
+    /// Fewer and shorter turns
+    #[arg(long)]
+    quick: bool,
+    /// Those alone whose name holds this
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Where the table goes
     #[arg(long)]
     page: PathBuf,
 }
@@ -132,6 +149,15 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
             let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Abuse(arguments) => {
+            let effort = if arguments.quick {
+                abuse::Effort::QUICK
+            } else {
+                abuse::Effort::FULL
+            };
+            let figures = abuse::run(&arguments.programs, effort, &arguments.only, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::Planner(arguments) => {

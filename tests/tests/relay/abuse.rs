@@ -9,14 +9,12 @@ use std::{
 };
 
 use rebalancer_tests::{
-    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, Peer, block, code, frame, get, integer, kind, request},
+    abuse::{bomb, made_you_reset},
+    h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, Peer, code, frame, get, integer, kind, request},
     process::wait_for,
 };
 
-use crate::{
-    faults::bomb,
-    world::{OK, RELAY, World},
-};
+use crate::world::{OK, RELAY, World};
 
 /// What one misbehaving connection may cost: twice 64 KiB that wait, TLS's buffers, and a build without optimisation.
 const BOUND_KIB: u64 = 4 * 1024;
@@ -131,28 +129,6 @@ fn a_rapid_reset_reaches_the_apiserver_no_faster_than_it_reads_and_leaves_nothin
     let grown = world.resident_kib().saturating_sub(before);
     assert!(grown < BOUND_KIB, "{grown} KiB more");
     bystander.is_served();
-}
-
-/// Frames by which a client has a server reset a stream of its own making, so that no limit on resets by clients holds
-/// (CVE-2025-8671, "MadeYouReset"), on a stream whose request is whole.
-pub fn made_you_reset(stream: u32) -> [(&'static str, Vec<u8>); 6] {
-    let window = |increment: u32| frame(kind::WINDOW_UPDATE, 0, stream, &increment.to_be_bytes());
-    let priority = |payload: &[u8]| frame(kind::PRIORITY, 0, stream, payload);
-    let itself = [&stream.to_be_bytes()[..], &[16]].concat();
-    [
-        ("a window update of zero", window(0)),
-        (
-            "a window beyond 2^31-1",
-            [window(0x7fff_ffff), window(0x7fff_ffff)].concat(),
-        ),
-        (
-            "HEADERS behind the end",
-            frame(kind::HEADERS, END_STREAM | END_HEADERS, stream, &block(&[("a", "b")])),
-        ),
-        ("DATA behind the end", frame(kind::DATA, END_STREAM, stream, b"late")),
-        ("a priority below itself", priority(&itself)),
-        ("a priority that is too short", priority(&[0; 4])),
-    ]
 }
 
 #[test]

@@ -1,19 +1,8 @@
 //! Clients that break HTTP/2: each ends its own connection, with the code RFC 9113 names, and nobody else's.
 
-use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, PADDED, Peer, code, frame, get, integer, kind, request};
+use rebalancer_tests::h2wire::{END_HEADERS, END_STREAM, PADDED, Peer, code, frame, get, kind, request};
 
 use crate::world::{RELAY, World};
-
-/// A block whose list is far larger than the block: 4 KiB in the dynamic table, then named many times.
-pub fn bomb(times: usize) -> Vec<u8> {
-    let mut octets = vec![0x40, 1, b'b'];
-    let value = vec![b'x'; 4000];
-    integer(value.len(), 7, &mut octets);
-    octets.extend(&value);
-    // Index 62 is the newest entry of the dynamic table (RFC 7541, section 2.3.3).
-    octets.extend(std::iter::repeat_n(0x80 | 62, times));
-    octets
-}
 
 #[test]
 fn a_malformed_frame_ends_its_own_connection_alone() {

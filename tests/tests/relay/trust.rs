@@ -1,10 +1,14 @@
 //! Certificate chains of every shape, judged by Go's crypto/x509 and by the relay: there is no difference.
 
-use std::{net::IpAddr, path::Path, process::Command};
+use std::{net::IpAddr, path::Path, process::Command, time::Duration};
 
-use rebalancer::relay::trust::AwsLc;
-use rebalancer_core::wire::x509::{Certificate, Pool, Purpose, Refused, Verified, verify};
+use rebalancer::relay::trust::{AwsLc, ServerCertificates};
+use rebalancer_core::wire::x509::{Certificate, Pool, PublicKey, Purpose, Refused, Verified, verify};
 use rebalancer_tests::skip;
+use rustls::{
+    client::danger::ServerCertVerifier as _,
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
 use serde::Deserialize;
 
 /// One chain and what Go says of it (tests/go/chains).
@@ -59,6 +63,29 @@ fn judge_server(case: &Judged) -> (i64, Vec<String>) {
         verified.until,
         HOSTS.into_iter().filter(is_for).map(str::to_owned).collect(),
     )
+}
+
+/// For which hosts the chain is taken by the verifier that the relay's own connections have, and whether its keys are of
+/// kinds that a handshake ends at, which Go's client does too (crypto/tls/handshake_client.go, `verifyServerCertificate`).
+/// One that is good for nobody is asked for one host only: each time costs signatures.
+fn verified(case: &Judged) -> Option<(Vec<String>, bool)> {
+    let roots = parse(case.roots.as_deref().unwrap_or_default())?;
+    let verifier = ServerCertificates::new(Pool::new(roots));
+    let chain: Vec<CertificateDer<'_>> = case.chain.iter().map(|text| unhex(text).into()).collect();
+    let (leaf, others) = chain.split_first()?;
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(case.now).expect("after 1970")));
+    let hosts = if case.server_until > 0 { &HOSTS[..] } else { &HOSTS[..1] };
+    let takes = |host: &&&str| {
+        let name = ServerName::try_from(**host).expect("a name or an address");
+        verifier.verify_server_cert(leaf, others, &name, &[], now).is_ok()
+    };
+    let hosts = hosts.iter().filter(takes).map(|host| (*host).to_owned()).collect();
+    let parsed = parse(&case.chain).unwrap_or_default();
+    let is_ended = parsed
+        .first()
+        .is_some_and(|leaf| matches!(leaf.key(), PublicKey::Dsa | PublicKey::Unknown))
+        || parsed.iter().any(|one| one.key().rsa_bits() > Some(8192));
+    Some((hosts, is_ended))
 }
 
 /// The relay's path from that leaf to the roots, at the case's time.
@@ -125,7 +152,7 @@ fn every_chain_is_judged_as_go_judges_it() {
     assert!(go.status.success(), "{}", String::from_utf8_lossy(&go.stderr));
     let mut differences = Vec::new();
     let mut counts = std::collections::BTreeMap::<String, usize>::new();
-    let mut counts_of_hosts = 0;
+    let (mut counts_of_hosts, mut verified_hosts) = (0, 0);
     for line in go.stdout.split(|octet| *octet == b'\n').filter(|line| !line.is_empty()) {
         let case: Judged = serde_json::from_slice(line).expect("a chain and a verdict");
         let go = (
@@ -150,6 +177,16 @@ fn every_chain_is_judged_as_go_judges_it() {
                 case.name
             ));
         }
+        if let Some((hosts, is_ended)) = verified(&case) {
+            verified_hosts += hosts.len();
+            let expected = if is_ended { Vec::new() } else { go.1.clone() };
+            if hosts != expected {
+                differences.push(format!(
+                    "{} at the relay's own handshake: Go takes it for {expected:?}, the relay for {hosts:?}",
+                    case.name
+                ));
+            }
+        }
         if go.0 > 0 {
             *counts.entry("good as a server's".to_owned()).or_default() += 1;
             counts_of_hosts += go.1.len();
@@ -168,6 +205,7 @@ fn every_chain_is_judged_as_go_judges_it() {
     assert!(differences.is_empty(), "{}", differences.join("\n"));
     // Each verdict is there in numbers: the corpus is not one-sided.
     assert!(counts_of_hosts > 200, "{counts_of_hosts} hosts that a server may be");
+    assert!(verified_hosts > 200, "{verified_hosts} of them by the verifier");
     for verdict in ["good", "refused", "chain", "roots", "good as a server's"] {
         assert!(
             counts.get(verdict).is_some_and(|count| *count > 300),

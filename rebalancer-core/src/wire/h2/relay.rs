@@ -29,6 +29,9 @@ pub const HIGH_WATER: usize = 64 * 1024;
 /// resets reach the server although it reads nothing itself, and what the relay answers of its own accord stays bounded.
 const OWN_FRAMES: usize = 64 * 1024;
 
+/// What a header block costs beside its list, in octets that are only passed on: a microsecond or two of a processor.
+const BLOCK: usize = 1024;
+
 /// What a relay is told at its start.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -55,6 +58,11 @@ pub struct Output {
 }
 
 impl Output {
+    /// Octets that wait for either side.
+    pub fn waiting(&self) -> usize {
+        self.to_client.len() + self.to_server.len()
+    }
+
     /// Whether there is room for what the client may bring: its requests for the server, and the relay's own answers.
     pub fn has_room_for_client(&self) -> bool {
         self.to_server.len() < HIGH_WATER && self.to_client.len() < HIGH_WATER + OWN_FRAMES
@@ -96,6 +104,8 @@ pub struct Relay {
     /// Frames of the relay's own for the server, waiting for a place between two of the client's.
     own_to_server: Vec<u8>,
     user_agent: UserAgent,
+    /// What the client's header blocks have cost since it was asked last, in octets.
+    work: usize,
 }
 
 impl Relay {
@@ -112,6 +122,7 @@ impl Relay {
             trust: Trust::Given,
             own_to_server: Vec::new(),
             user_agent: UserAgent::Unknown,
+            work: 0,
         }
     }
 
@@ -251,6 +262,12 @@ impl Relay {
         self.server.take_refused()
     }
 
+    /// What the client's header blocks have cost since this was asked last, as so many octets that are only passed on: a few
+    /// may stand for many.
+    pub fn take_work(&mut self) -> usize {
+        std::mem::take(&mut self.work)
+    }
+
     /// The user agent of the first request that brought one, once: [`policy::MAX_USER_AGENT`] octets of it at most.
     pub fn take_user_agent(&mut self) -> Option<String> {
         match &mut self.user_agent {
@@ -300,6 +317,7 @@ impl Relay {
 
     fn client_block(&mut self, block: &Block, out: &mut Output) -> Result<(), ConnectionError> {
         let list = self.client.decode(block)?;
+        self.work += BLOCK + list.size();
         if self.departure.refuses(block.stream) {
             frame::write_reset(block.stream, ErrorCode::RefusedStream, self.server.own());
             return self.server.bound_own();

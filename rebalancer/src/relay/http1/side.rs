@@ -7,6 +7,8 @@ use std::{cell::RefCell, io, pin::Pin, task::ready};
 use rebalancer_core::wire::h1::body::Body;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
+use crate::relay::turns::{self, TURN};
+
 /// How much is read at once.
 const READ: usize = 32 * 1024;
 
@@ -14,9 +16,6 @@ thread_local! {
     /// One buffer a thread: an idle connection holds none.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into_boxed_slice());
 }
-
-/// How many octets are read before others on this thread have their turn.
-const TURN: usize = 128 * 1024;
 
 /// What comes from one side.
 pub(super) struct Side<R> {
@@ -36,8 +35,8 @@ impl<R: AsyncRead + Unpin> Side<R> {
     /// Reads once; zero at the end. Dropped before it is ready, it has read nothing.
     pub(super) async fn read(&mut self) -> io::Result<usize> {
         if self.turn >= TURN {
+            turns::place().await;
             self.turn = 0;
-            tokio::task::yield_now().await;
         }
         let count = std::future::poll_fn(|context| {
             SCRATCH.with_borrow_mut(|scratch| {

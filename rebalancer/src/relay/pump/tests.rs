@@ -176,16 +176,20 @@ impl Play<'_> {
     }
 }
 
-fn play(order: &[usize]) {
-    let registry = Registry::new("test".to_owned());
-    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
-    let connection = registry.open(1, nowhere, nowhere);
-    let mut pump = Pump::new(Relay::new(Settings {
+fn pump() -> Pump {
+    Pump::new(Relay::new(Settings {
         policy: Policy::new(Arc::default(), IpAddr::from([192, 0, 2, 7])),
         max_header_bytes: 4096,
         ping: [7; 8],
         watch_handover: false,
-    }));
+    }))
+}
+
+fn play(order: &[usize]) {
+    let registry = Registry::new("test".to_owned());
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let connection = registry.open(1, nowhere, nowhere);
+    let mut pump = pump();
     let (client, server) = (Socket::default(), Socket::default());
     let settings = frame(kind::SETTINGS, 0, 0, &[]);
     let request = frame(kind::HEADERS, flag::END_HEADERS, 1, &[0x83, 0x87, 0x84]);
@@ -261,4 +265,46 @@ fn ten_thousand_pauses_of_random_length_leave_nothing_behind() {
 fn a_client_that_reads_nothing_is_still_heard() {
     // Its own frames must reach the server although its queue is full: event 1 fills it, event 0 is the client's.
     play(&[3, 1, 1, 1, 1, 0, 3, 0, 3]);
+}
+
+/// Requests of twelve octets each cost far more than octets that pass: others come first after some hundred of them.
+#[test]
+fn a_turn_of_small_requests_is_no_longer_than_one_of_octets_that_pass() {
+    const REQUESTS: u32 = 3000;
+    let registry = Registry::new("test".to_owned());
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let connection = registry.open(1, nowhere, nowhere);
+    let mut pump = pump();
+    let (client, server) = (Socket::default(), Socket::default());
+    let settings = frame(kind::SETTINGS, 0, 0, &[]);
+    let ends = flag::END_HEADERS | flag::END_STREAM;
+    let requests = (0..REQUESTS).flat_map(|index| frame(kind::HEADERS, ends, 2 * index + 1, &[0x82, 0x87, 0x84]));
+    let octets: Vec<u8> = [&PREFACE[..], &settings].concat().into_iter().chain(requests).collect();
+    client.0.borrow_mut().arrive(&octets);
+    server.0.borrow_mut().arrive(&settings);
+    server.0.borrow_mut().room = usize::MAX;
+    let woken = Arc::new(Woken(AtomicBool::new(true)));
+    let waker = Waker::from(Arc::clone(&woken));
+    let passed = || {
+        let wire = server.0.borrow();
+        let mut octets = &wire.written[wire.written.len().min(PREFACE.len())..];
+        let mut count = 0;
+        while let Some((head, rest)) = octets.split_first_chunk::<HEADER_LEN>() {
+            let header = FrameHeader::parse(head);
+            octets = &rest[header.length as usize..];
+            count += u32::from(header.kind == kind::HEADERS);
+        }
+        count
+    };
+    let mut ends = (client.clone(), server.clone());
+    let mut relaying = Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection).await });
+    let (mut before, mut turns) = (0, 0);
+    while woken.0.swap(false, SeqCst) {
+        assert!(relaying.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        let now = passed();
+        assert!(now - before <= 400, "{} in one turn", now - before);
+        turns += u32::from(now > before);
+        before = now;
+    }
+    assert_eq!(before, REQUESTS, "in {turns} turns");
 }

@@ -16,8 +16,9 @@ use super::{Connection, Registry, mailbox::Order};
 /// A head of up to so many octets is not counted: all that are open may have one.
 pub(super) const SMALL_HEAD: usize = 4096;
 
-/// How many octets the others may have in all.
-const BOUND: usize = 16 * 1024 * 1024;
+/// How many octets the others may have in all: with what grows by doubling and what each connection has beside, a quarter
+/// of what strangers may cost.
+const BOUND: usize = 8 * 1024 * 1024;
 
 /// How long one may last, over HTTP/2 as over HTTP/1.1: kube-apiserver's own `ReadHeaderTimeout`
 /// (k8s.io/apiserver/pkg/server/secure_serving.go).
