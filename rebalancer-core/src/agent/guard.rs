@@ -1,0 +1,87 @@
+//! The guard: the first doubt there is before anything is decided.
+//!
+//! Input: the agent as it stands. Output: a [`Hold`], or nothing to hold it back.
+//! Must never let a rebalancing begin on something unknown, and never change anything.
+
+use std::time::Duration;
+
+use super::Agent;
+use crate::{hold::Hold, ids::Timestamp, view::ServerState};
+
+impl Agent {
+    /// The first doubt, if there is one.
+    pub(super) fn guard(&self, now: Timestamp) -> Option<Hold> {
+        if self.evacuation.is_some() {
+            return Some(Hold::Evacuating {
+                apiserver: self.policy.node.clone(),
+            });
+        }
+        if let Some(pause) = &self.pause {
+            return Some(Hold::Paused {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+                by: None,
+            });
+        }
+        if let Some(pause) = self.switch.pause() {
+            return Some(Hold::Paused {
+                reason: pause.reason.clone(),
+                left: pause.until.map(|until| until.since(now)),
+                by: self.switch.by().cloned(),
+            });
+        }
+        if !self.table.is_trusted() {
+            return Some(Hold::LostEvents {
+                total: self.table.lost_events_total(),
+            });
+        }
+        if let Some(measured) = self.unmeasured(now) {
+            return Some(Hold::PeerUnknown {
+                peer: self.policy.node.clone(),
+                why: format!(
+                    "what its own clients weigh is measured for {} s only, {} s are needed",
+                    measured.as_secs(),
+                    self.policy.weight.measured_after().as_secs()
+                ),
+            });
+        }
+        if let Some(why) = self.peers.doubt() {
+            return Some(Hold::MembershipUnknown { why: why.to_owned() });
+        }
+        match self.state(now) {
+            // One that is evacuated has its hold above.
+            ServerState::Ready | ServerState::Evacuating => {}
+            ServerState::Down => {
+                return Some(Hold::ApiserverStarting {
+                    apiserver: self.policy.node.clone(),
+                    up: None,
+                });
+            }
+            ServerState::Starting | ServerState::Unknown => {
+                let up = self.up_since.map(|since| now.since(since));
+                return Some(Hold::ApiserverStarting {
+                    apiserver: self.policy.node.clone(),
+                    up,
+                });
+            }
+        }
+        if let Some(hold) = self.peers.hold(self.policy.stale_after(), self.policy.settle, now) {
+            return Some(hold);
+        }
+        if let Some(hold) = self.upgrade.hold(self.policy.upgrade_patience, now) {
+            return Some(hold);
+        }
+        let why = self.shim_fault.clone()?;
+        Some(Hold::ShimUnavailable { why })
+    }
+
+    /// For how long loads are measured, while that is not long enough to say anything.
+    pub(super) fn unmeasured(&self, now: Timestamp) -> Option<Duration> {
+        let needed = self.policy.weight.measured_after();
+        let measured = self
+            .table
+            .sampled_since()
+            .map_or(Duration::ZERO, |since| now.since(since));
+        (measured < needed).then_some(measured)
+    }
+}
