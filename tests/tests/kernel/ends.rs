@@ -1,9 +1,8 @@
-//! Every way a connection can end, and events that are lost: the table is the kernel's list.
+//! Every way a connection can end, one by one: the table is the kernel's list, and each end is an event.
 
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::FromRawFd as _,
     process::Command,
     thread,
     time::Duration,
@@ -12,11 +11,11 @@ use std::{
 use rebalancer_tests::skip;
 use socket2::SockRef;
 
-use crate::world::{Host, InNamespace as _, PORT, client_hello, ebpf_or_skip, established, option, protocols};
+use crate::world::{Host, InNamespace as _, PORT, dial, ebpf_or_skip, established, mptcp_socket, option};
 
 /// How a connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+pub enum End {
     ByClient,
     ByServer,
     ResetByClient,
@@ -24,16 +23,16 @@ enum End {
     WithUnreadData,
 }
 
-const ENDS: [End; 5] = [
-    End::ByClient,
-    End::ByServer,
-    End::ResetByClient,
-    End::ResetByServer,
-    End::WithUnreadData,
-];
-
 impl End {
-    fn carry_out(self, mut client: TcpStream, accepted: TcpStream) {
+    pub const ALL: [Self; 5] = [
+        Self::ByClient,
+        Self::ByServer,
+        Self::ResetByClient,
+        Self::ResetByServer,
+        Self::WithUnreadData,
+    ];
+
+    pub fn carry_out(self, mut client: TcpStream, accepted: TcpStream) {
         let reset = |stream: &TcpStream| {
             SockRef::from(stream)
                 .set_linger(Some(Duration::ZERO))
@@ -62,7 +61,7 @@ impl End {
 }
 
 /// Connects so many times at once.
-fn crowd(host: &Host, to: SocketAddr, listener: &TcpListener, count: usize) -> Vec<(TcpStream, TcpStream)> {
+pub fn crowd(host: &Host, to: SocketAddr, listener: &TcpListener, count: usize) -> Vec<(TcpStream, TcpStream)> {
     let listener = listener.try_clone().expect("a clone");
     let server = thread::spawn(move || {
         (0..count)
@@ -70,8 +69,7 @@ fn crowd(host: &Host, to: SocketAddr, listener: &TcpListener, count: usize) -> V
             .collect::<Vec<_>>()
     });
     let clients = Host::inside(&host.network.hub, move || {
-        let connect = |_| TcpStream::connect(to).expect("the node answers");
-        (0..count).map(connect).collect::<Vec<_>>()
+        (0..count).map(|_| dial(to)).collect::<Vec<_>>()
     });
     // Who is who: in what order they are accepted is the kernel's.
     let mut accepted = server.join().expect("the server");
@@ -83,7 +81,7 @@ fn crowd(host: &Host, to: SocketAddr, listener: &TcpListener, count: usize) -> V
 }
 
 /// A node that listens on both families, and its addresses.
-fn dual(host: &Host) -> (TcpListener, [SocketAddr; 2]) {
+pub fn dual(host: &Host) -> (TcpListener, [SocketAddr; 2]) {
     host.node()
         .ip("addr add fd00::11/64 dev eth0 nodad")
         .expect("an address");
@@ -109,7 +107,7 @@ fn however_connections_end_the_table_is_the_kernels_list() {
         for (round, to) in [0, 1, 2, 3].into_iter().zip(addresses.into_iter().cycle()) {
             let opened = crowd(&host, to, &listener, 60);
             for (index, (client, accepted)) in opened.into_iter().enumerate() {
-                match ENDS.get((index + round) % (ENDS.len() + 1)) {
+                match End::ALL.get((index + round) % (End::ALL.len() + 1)) {
                     Some(end) => end.carry_out(client, accepted),
                     None => kept.push((client, accepted)),
                 }
@@ -164,7 +162,11 @@ fn a_peer_that_is_dead_and_sockets_that_are_destroyed_are_seen() {
         // By an administrator, or Cilium.
         let opened = [v4, v6].map(|to| host.connect(to, &listener));
         assert_eq!(host.expect_the_truth("all are open").len(), 2);
-        if let Err(why) = destroy_all(&host) {
+        let ports: Vec<u16> = opened
+            .iter()
+            .map(|(client, _)| client.local_addr().expect("an address").port())
+            .collect();
+        if let Err(why) = destroy(&host, &ports) {
             skip(&format!("sockets cannot be destroyed here: {why}"));
             continue;
         }
@@ -173,10 +175,20 @@ fn a_peer_that_is_dead_and_sockets_that_are_destroyed_are_seen() {
     }
 }
 
-/// `ss -K`, in the node's namespace.
-fn destroy_all(host: &Host) -> Result<(), String> {
+/// `ss -K` in the node's namespace: ends the connections of clients at those ports.
+pub fn destroy(host: &Host, ports: &[u16]) -> Result<(), String> {
+    let mut filter = vec!["(".to_owned()];
+    for port in ports {
+        if filter.len() > 1 {
+            filter.push("or".to_owned());
+        }
+        filter.extend(["dport", "="].map(str::to_owned));
+        filter.push(port.to_string());
+    }
+    filter.push(")".to_owned());
     let output = Command::new("ss")
-        .args(["-K", "-t", "state", "established", "sport", "=", &PORT.to_string()])
+        .args(["-K", "-t", "state", "established", "sport", "=", &PORT.to_string(), "and"])
+        .args(filter)
         .in_namespace(host)
         .output()
         .map_err(|error| format!("ss (iproute2): {error}"))?;
@@ -189,61 +201,7 @@ fn destroy_all(host: &Host) -> Result<(), String> {
 }
 
 #[test]
-fn lost_events_are_made_good_by_the_list_and_whole_hellos_are_known() {
-    for source in ["ebpf", "sockdiag"] {
-        if source == "ebpf" && !ebpf_or_skip() {
-            continue;
-        }
-        let mut host = Host::new(source);
-        host.start_agent();
-        let (listener, addresses) = dual(&host);
-        let mut open: Vec<_> = crowd(&host, addresses[0], &listener, 50);
-        host.expect_the_truth("before");
-
-        // More events than the ring holds, while nobody takes them: some opened before end, some that open stay.
-        host.agent.as_ref().expect("it runs").signal(libc::SIGSTOP);
-        for (index, (client, accepted)) in open.drain(..25).enumerate() {
-            ENDS[index % ENDS.len()].carry_out(client, accepted);
-        }
-        for round in 0..44 {
-            for (index, (client, accepted)) in crowd(&host, addresses[round % 2], &listener, 250)
-                .into_iter()
-                .enumerate()
-            {
-                ENDS[(index + round) % ENDS.len()].carry_out(client, accepted);
-            }
-        }
-        let hello = client_hello(&["h2"]);
-        let mut said = crowd(&host, addresses[1], &listener, 200);
-        for (client, accepted) in &mut said {
-            client.write_all(&hello).expect("a hello");
-            accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
-        }
-        host.agent.as_ref().expect("it runs").signal(libc::SIGCONT);
-
-        let list = host.expect_the_truth("after the storm");
-        assert_eq!(list.len(), 225);
-        if source == "ebpf" {
-            assert!(host.figure("/lost_events_total") > 0, "the storm was too small");
-            assert!(host.figure("/table_repairs/opened") >= 200, "those that stay were lost");
-            let list = host.expect("every hello that was whole", |list| {
-                protocols(list)
-                    .iter()
-                    .filter(|protocol| **protocol == "offered")
-                    .count()
-                    == 200
-            });
-            assert_eq!(list.len(), 225);
-            assert_eq!(host.metric("rebalancer_bpf_hellos_lost_total{kind=\"ring\"}"), 0);
-        }
-        drop((open, said));
-        host.expect_the_truth("in the end");
-    }
-}
-
-#[test]
 fn a_client_with_several_subflows_is_one_connection() {
-    const IPPROTO_MPTCP: i32 = 262;
     /// include/linux/socket.h
     const SOL_MPTCP: i32 = 284;
     /// include/uapi/linux/mptcp.h
@@ -268,24 +226,16 @@ fn a_client_with_several_subflows_is_one_connection() {
             skip(&format!("no MPTCP here: {why:#}"));
             return;
         }
-        let socket = || {
-            // SAFETY: socket takes three integers; what it answers is a new descriptor or an error.
-            let descriptor =
-                unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, IPPROTO_MPTCP) };
-            assert!(descriptor >= 0, "{}", std::io::Error::last_os_error());
-            // SAFETY: the call has just made it, and nobody else knows it.
-            unsafe { socket2::Socket::from_raw_fd(descriptor) }
-        };
         let address = host.address();
         let listener: TcpListener = Host::inside(host.node(), move || {
-            let listener = socket();
+            let listener = mptcp_socket(address);
             listener.bind(&address.into()).expect("the port is free");
             listener.listen(16).expect("it listens");
             listener.into()
         });
         let open = || {
             let client: TcpStream = Host::inside(&host.network.hub, move || {
-                let client = socket();
+                let client = mptcp_socket(address);
                 client.connect(&address.into()).expect("the node answers");
                 client.into()
             });

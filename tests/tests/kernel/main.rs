@@ -2,6 +2,7 @@
 
 mod ends;
 mod hellos;
+mod storm;
 mod too_old;
 mod where_it_runs;
 mod who_counts;

@@ -1,10 +1,8 @@
 //! A kernel that is too old for the programs, and one that is not: each is told from the other by trying.
 
-use std::process::Command;
-
 use rebalancer::kernel::OLDEST;
-use rebalancer_tests::binary;
-use serde_json::Value;
+
+use crate::world::features;
 
 /// The running kernel's major and minor number.
 fn release() -> (u32, u32) {
@@ -17,11 +15,7 @@ fn release() -> (u32, u32) {
 
 #[test]
 fn a_kernel_that_is_too_old_is_refused_by_name_and_its_socket_list_works() {
-    let output = Command::new(binary())
-        .args(["system-info", "--output=json"])
-        .output()
-        .expect("the binary runs");
-    let features: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let features = features();
     let sockdiag = &features["source-sockdiag"];
     assert_eq!(sockdiag["ok"], true, "{sockdiag}");
     let ebpf = &features["source-ebpf"];

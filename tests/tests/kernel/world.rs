@@ -7,7 +7,10 @@ use std::{
     os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::PathBuf,
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
@@ -166,18 +169,46 @@ impl Host {
     pub fn listen(&self, address: &str) -> TcpListener {
         let address: SocketAddr = format!("{address}:{PORT}").parse().expect("an address");
         Self::inside(self.node(), move || {
-            TcpListener::bind(address).expect("the port is free")
+            if !is_mptcp() {
+                return TcpListener::bind(address).expect("the port is free");
+            }
+            let socket = mptcp_socket(address);
+            socket.set_reuse_address(true).expect("an option");
+            socket.bind(&address.into()).expect("the port is free");
+            socket.listen(128).expect("it listens");
+            socket.into()
         })
     }
 
     /// Connects from the hub.
     pub fn connect(&self, to: SocketAddr, listener: &TcpListener) -> (TcpStream, TcpStream) {
-        let client = Self::inside(&self.network.hub, move || {
-            TcpStream::connect(to).expect("the node answers")
-        });
+        let client = Self::inside(&self.network.hub, move || dial(to));
         let (accepted, _) = listener.accept().expect("a connection");
         (client, accepted)
     }
+}
+
+/// Whether this machine is one where listeners are for MPTCP, as Go's are since Go 1.24.
+pub fn is_mptcp() -> bool {
+    env::var_os("REBALANCER_VM_MODE").is_some_and(|mode| mode == "mptcp")
+}
+
+/// A socket for MPTCP, of the address's family.
+pub fn mptcp_socket(address: SocketAddr) -> socket2::Socket {
+    const IPPROTO_MPTCP: i32 = 262;
+    let domain = socket2::Domain::for_address(address);
+    socket2::Socket::new(domain, socket2::Type::STREAM, Some(IPPROTO_MPTCP.into())).expect("a kernel with MPTCP")
+}
+
+/// Connects; where listeners are for MPTCP every other client speaks it too, and the others do not.
+pub fn dial(to: SocketAddr) -> TcpStream {
+    static DIALLED: AtomicUsize = AtomicUsize::new(0);
+    if !is_mptcp() || DIALLED.fetch_add(1, Relaxed).is_multiple_of(2) {
+        return TcpStream::connect(to).expect("the node answers");
+    }
+    let socket = mptcp_socket(to);
+    socket.connect(&to.into()).expect("the node answers");
+    socket.into()
 }
 
 /// A ClientHello as rustls sends it, with a post-quantum key share: more than one segment long.
@@ -204,20 +235,22 @@ pub fn protocols(list: &[Value]) -> Vec<&str> {
     found
 }
 
-/// What the binary finds by trying.
-pub fn features() -> Value {
-    let output = Command::new(binary())
-        .args(["system-info", "--output=json"])
-        .output()
-        .expect("the binary runs");
-    serde_json::from_slice(&output.stdout).expect("JSON")
+/// What the binary finds by trying, once: an emulated machine takes half a minute for it.
+pub fn features() -> &'static Value {
+    static FEATURES: OnceLock<Value> = OnceLock::new();
+    FEATURES.get_or_init(|| {
+        let output = Command::new(binary())
+            .args(["system-info", "--output=json"])
+            .output()
+            .expect("the binary runs");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    })
 }
 
 /// Whether the kernel takes the programs; when not, the reason is a counted skip, but a failure in a VM, which was booted
 /// for this.
 pub fn ebpf_or_skip() -> bool {
-    let features = features();
-    let ebpf = &features["source-ebpf"];
+    let ebpf = &features()["source-ebpf"];
     if ebpf["ok"] != true {
         assert!(env::var_os("REBALANCER_VM").is_none(), "{}", ebpf["why"]);
         skip(&format!("the kernel programs do not load here: {}", ebpf["why"]));

@@ -7,7 +7,10 @@ use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
     process::Command,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -58,7 +61,9 @@ pub fn feature(name: &str, arguments: &[&str]) -> Value {
 /// Whether this kernel takes the program; when not, the reason is a counted skip, but a failure in a VM, which was booted
 /// for this.
 pub fn kernel_takes_it() -> bool {
-    let kernel = feature("steer-kernel", &[]);
+    // Once: an emulated machine takes half a minute for it.
+    static KERNEL: OnceLock<Value> = OnceLock::new();
+    let kernel = KERNEL.get_or_init(|| feature("steer-kernel", &[]));
     if kernel["ok"] != true {
         assert!(env::var_os("REBALANCER_VM").is_none(), "{}", kernel["why"]);
         skip(&format!("no probe can be tried here: {}", kernel["why"]));
