@@ -187,7 +187,16 @@ pub fn destroy(host: &Host, ports: &[u16]) -> Result<(), String> {
     }
     filter.push(")".to_owned());
     let output = Command::new("ss")
-        .args(["-K", "-t", "state", "established", "sport", "=", &PORT.to_string(), "and"])
+        .args([
+            "-K",
+            "-t",
+            "state",
+            "established",
+            "sport",
+            "=",
+            &PORT.to_string(),
+            "and",
+        ])
         .args(filter)
         .in_namespace(host)
         .output()

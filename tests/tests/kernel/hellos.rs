@@ -111,6 +111,20 @@ fn packets_that_come_twice_end_no_hello_early() {
     if !ebpf_or_skip() {
         return;
     }
+    // What is not whole after ten seconds is given up, and counted: a machine that is too slow tries once more.
+    for _ in 0..5 {
+        match seen_though_sent_twice() {
+            Ok(0) => return,
+            Ok(given_up) => eprintln!("{given_up} of 8 took longer than a hello may take"),
+            Err(why) => return skip(why),
+        }
+    }
+    panic!("no hello is whole within ten seconds, in five attempts");
+}
+
+/// Sends eight hellos of which packets come twice: how many of them were given up for their age, of which none may be
+/// unless the machine is slow; why not, where packets cannot be made to come twice.
+fn seen_though_sent_twice() -> Result<u64, &'static str> {
     let mut host = Host::new("ebpf");
     host.start_agent();
     let listener = host.listen("0.0.0.0");
@@ -132,8 +146,7 @@ fn packets_that_come_twice_end_no_hello_early() {
         .in_namespace(&host)
         .output();
     let Some(true) = drop_answers.ok().map(|output| output.status.success()) else {
-        skip("packets cannot be dropped here: tc (iproute2) or the kernel's token bucket filter is missing");
-        return;
+        return Err("packets cannot be dropped here: tc (iproute2) or the kernel's token bucket filter is missing");
     };
     let half = second.len() / 2;
     for (client, _) in &mut open {
@@ -154,8 +167,23 @@ fn packets_that_come_twice_end_no_hello_early() {
     for (client, _) in &mut open {
         client.write_all(&second[half..]).expect("a piece");
     }
-    host.expect("every offer", |list| protocols(list) == ["offered"; 8]);
+    let mut given_up = 0;
+    let seen = wait_for(PATIENCE, || {
+        let answer = host.ask("/v1/connections")?;
+        let list = answer["connections"].as_array()?;
+        let offered = protocols(list)
+            .iter()
+            .filter(|protocol| **protocol == "offered")
+            .count();
+        given_up = host.find_metric(UNFINISHED).unwrap_or_default();
+        (offered as u64 + given_up >= 8).then_some(())
+    });
+    seen.expect("every offer, or that it was given up");
+    Ok(given_up)
 }
+
+/// Hellos that were given up because they did not end.
+const UNFINISHED: &str = "rebalancer_bpf_hellos_lost_total{kind=\"unfinished\"}";
 
 /// `tcpi_total_retrans` (include/uapi/linux/tcp.h).
 fn retransmitted(client: &TcpStream) -> u32 {
@@ -196,8 +224,5 @@ fn strangers_who_send_octet_by_octet_take_nothing_from_others() {
     .expect("the strangers are counted");
     assert_eq!(host.figure("/unknown"), 16);
     // What never ends is given up, and counted.
-    wait_for(PATIENCE, || {
-        (host.metric("rebalancer_bpf_hellos_lost_total{kind=\"unfinished\"}") == 16).then_some(())
-    })
-    .expect("the unfinished are counted");
+    wait_for(PATIENCE, || (host.metric(UNFINISHED) == 16).then_some(())).expect("the unfinished are counted");
 }

@@ -9,7 +9,7 @@ use std::{
 
 use rebalancer_tests::{binary, cgroup::Cgroup, process::wait_for, skip};
 
-use crate::world::{Host, PATIENCE, client_hello, ebpf_or_skip, protocols};
+use crate::world::{Host, PATIENCE, client_hello, ebpf_or_skip, has_cgroup2, protocols};
 
 /// A cgroup of this test's own; `None`, and a counted skip, where there is no cgroup2.
 fn cgroup(name: &str) -> Option<Cgroup> {
@@ -129,6 +129,32 @@ fn where_the_hosts_hierarchy_cannot_be_found_it_is_said_at_once() {
     assert!(log.contains("which connections speak HTTP/2 is not seen"), "{log}");
     drop(host);
     drop(cgroup);
+}
+
+#[test]
+fn without_cgroup2_connections_are_counted_and_it_is_said_that_offers_are_not_seen() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    // As where cgroup v1 is all there is: in a machine made so, or where another place is named.
+    if has_cgroup2() {
+        host.flags = vec!["--cgroup-root=/proc".to_owned()];
+    }
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let (mut client, _accepted) = host.connect(host.address(), &listener);
+    client.write_all(&client_hello(&["h2"])).expect("a hello");
+    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
+    let warning = wait_for(PATIENCE, || {
+        let status = host.ask("/v1/status")?;
+        status["warnings"][0].as_str().map(str::to_owned)
+    });
+    let warning = warning.expect("a warning");
+    assert!(warning.contains("cgroup2"), "{warning}");
+    assert_eq!(host.figure("/view/0/connections"), 1, "what is unknown counts");
+    drop(client);
+    host.expect("none", <[_]>::is_empty);
 }
 
 #[test]

@@ -193,6 +193,12 @@ pub fn is_mptcp() -> bool {
     env::var_os("REBALANCER_VM_MODE").is_some_and(|mode| mode == "mptcp")
 }
 
+/// Whether ClientHellos can be read: that takes a cgroup2 filesystem somewhere.
+pub fn has_cgroup2() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("a list of mounts");
+    mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup2"))
+}
+
 /// A socket for MPTCP, of the address's family.
 pub fn mptcp_socket(address: SocketAddr) -> socket2::Socket {
     const IPPROTO_MPTCP: i32 = 262;
