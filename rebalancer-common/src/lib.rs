@@ -6,17 +6,18 @@
 pub mod intercept;
 pub mod steer;
 
-/// [`SocketRecord::kind`]: a connection was accepted.
+/// [`Event::kind`]: a connection was accepted.
 pub const KIND_OPENED: u32 = 1;
-/// [`SocketRecord::kind`]: a connection is no longer established.
+/// [`Event::kind`]: a connection is no longer established.
 pub const KIND_CLOSED: u32 = 2;
-/// [`SocketRecord::kind`]: a socket began or ceased to listen.
-pub const KIND_LISTENER: u32 = 3;
 
 /// How many octets of a packet one [`HelloRecord`] holds at most: it is as long as what came.
 pub const HELLO_OCTETS: usize = 4096;
 
-/// Index into the map `LOST`: socket events that found the ring buffer full.
+/// How many events are kept until they are read, a power of two: room for 8,000 connections that open and close.
+pub const EVENTS: u32 = 1 << 14;
+
+/// Index into the map `LOST`: listeners' events that found the ring buffer full.
 pub const LOST_EVENTS: u32 = 0;
 /// Index into the map `LOST`: ClientHello pieces that found the ring buffer full.
 pub const LOST_HELLOS: u32 = 1;
@@ -27,12 +28,38 @@ pub const LOST_PIECES: u32 = 3;
 /// How many counters the map `LOST` has.
 pub const LOST_COUNTERS: u32 = 4;
 
-/// One socket: an opening or a listener's event, or a line of the iterator's list. Opens have no bytes.
+/// An opening or a close, in the place of the map `EVENTS` that its turn has: one line of a processor's cache.
+///
+/// A place is used again [`EVENTS`] turns later, whether it was read or not: the map `TURNS` tells how many there were.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    /// How many events there were with this one, written last: until then the place holds an older one, or a part.
+    pub turn: u64,
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// [`KIND_OPENED`] or [`KIND_CLOSED`].
+    pub kind: u32,
+    /// The peer's port, host order; of an opening.
+    pub remote_port: u32,
+    /// As [`SocketRecord::token`]; of an opening.
+    pub token: u32,
+    /// As [`SocketRecord::joined`]; of an opening.
+    pub joined: u32,
+    /// Of an opening own address and the peer's, as in [`SocketRecord`]; of a close `bytes_received` and `bytes_acked`.
+    pub told: [u64; 4],
+}
+
+/// One socket: a line of the iterator's list.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketRecord {
-    /// What a close is told by, too.
-    pub head: SocketHead,
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// `tcp_sock.bytes_received`.
+    pub bytes_in: u64,
+    /// `tcp_sock.bytes_acked`.
+    pub bytes_out: u64,
     /// Own address, its octets in the order of memory; IPv4 is v4-mapped.
     pub local: [u64; 2],
     /// The peer's address, likewise.
@@ -41,31 +68,20 @@ pub struct SocketRecord {
     pub local_port: u32,
     /// The peer's port, host order.
     pub remote_port: u32,
-    /// The token of the MPTCP connection it is a subflow of, in opens and in the list; 0 for plain TCP.
+    /// The token of the MPTCP connection it is a subflow of; 0 for plain TCP.
     pub token: u32,
     /// Not 0: it joined other subflows.
     pub joined: u32,
-}
-
-/// The beginning of a [`SocketRecord`], and all that is told of a close: who it was with was told when it opened.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SocketHead {
-    /// The socket's cookie.
-    pub cookie: u64,
-    /// `tcp_sock.bytes_received`.
-    pub bytes_in: u64,
-    /// `tcp_sock.bytes_acked`.
-    pub bytes_out: u64,
-    /// One of the `KIND_` constants in events, 0 in the list.
-    pub kind: u32,
-    /// The TCP state (include/net/tcp_states.h), in the list.
+    /// The TCP state (include/net/tcp_states.h).
     pub state: u32,
+    /// Nothing.
+    pub unused: u32,
 }
 
 const _: () = {
-    assert!(size_of::<SocketHead>() == 32);
+    assert!(size_of::<Event>() == 64);
     assert!(size_of::<SocketRecord>() == 80);
+    assert!(EVENTS.is_power_of_two());
 };
 
 /// The payload of one early packet of a connection, or a part of it.

@@ -5,7 +5,7 @@ use aya_ebpf::{
     cty::c_void,
     helpers::generated::{bpf_get_socket_cookie, bpf_seq_write},
 };
-use rebalancer_common::{SocketHead, SocketRecord};
+use rebalancer_common::SocketRecord;
 
 use crate::{offset, read};
 
@@ -52,14 +52,20 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
         if tcp.is_null() {
             return 0;
         }
-        let head = SocketHead {
+        let ends = read::ends(common, tcp);
+        let mut record = SocketRecord {
             cookie: bpf_get_socket_cookie(tcp.cast_mut().cast()),
             bytes_in: read::direct(tcp, offset!(bytes_received)),
             bytes_out: read::direct(tcp, offset!(bytes_acked)),
-            kind: 0,
+            local: ends.local,
+            remote: ends.remote,
+            local_port: offset!(port),
+            remote_port: ends.remote_port,
+            token: ends.token,
+            joined: ends.joined,
             state: u32::from(state),
+            unused: 0,
         };
-        let mut record = read::socket(common, tcp, head);
         bpf_seq_write(
             seq,
             (&raw mut record).cast(),

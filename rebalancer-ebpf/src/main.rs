@@ -1,8 +1,9 @@
 //! The kernel programs: which connections on the watched port open, what their ClientHello offers, when they close.
 //!
-//! Output: two ring buffers and a list. Must never drop, change or delay a packet, and never count a loss as nothing.
+//! Output: events, each in the place of its turn, a ring buffer of hellos, and a list. Must never drop, change or delay a packet, and never count a loss as nothing.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod hello;
 mod list;
@@ -11,12 +12,12 @@ mod state;
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    bindings::{BPF_F_MMAPABLE, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{PerCpuArray, RingBuf},
+    maps::{Array, PerCpuArray, RingBuf},
 };
-use rebalancer_common::{Early, HelloRecord, LOST_COUNTERS, Offsets};
+use rebalancer_common::{EVENTS as ROOM, Early, Event, HelloRecord, LOST_COUNTERS, Offsets};
 
 /// Set by the loader, and frozen: the verifier sees constants.
 #[unsafe(no_mangle)]
@@ -42,10 +43,17 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     netns: 0,
 });
 
-/// Opened, closed, listener: [`rebalancer_common::SocketRecord`]. Each as long as what it tells: room for 8,000
-/// connections that open and close.
+/// Opens and closes, which the agent reads out of this very memory.
 #[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+static EVENTS: Array<Event> = Array::with_max_entries(ROOM, BPF_F_MMAPABLE);
+
+/// How many events there were, likewise.
+#[map]
+static TURNS: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// A word for each socket that begins or ceases to listen.
+#[map]
+static LISTENERS: RingBuf = RingBuf::with_byte_size(1 << 12, 0);
 
 /// Early payloads: [`rebalancer_common::HelloRecord`], each as long as what came. Room for 2,000 hellos of two packets.
 #[map]

@@ -6,7 +6,6 @@ use aya_ebpf::{
     cty::c_void,
     helpers::{bpf_probe_read_kernel, generated::bpf_skc_to_tcp_sock},
 };
-use rebalancer_common::{SocketHead, SocketRecord};
 
 /// include/linux/socket.h
 const AF_INET: u16 = 2;
@@ -133,14 +132,24 @@ unsafe fn group(tcp: *const u8) -> (u32, u32) {
     }
 }
 
-/// The record of a socket. Every member is a word that was just read, so that it goes straight to where it is kept: a
-/// record that is cleared first, or copied, costs a fourth of an event.
+/// Whose connection a socket is.
+#[derive(Clone, Copy)]
+pub struct Ends {
+    pub local: [u64; 2],
+    pub remote: [u64; 2],
+    pub remote_port: u32,
+    pub token: u32,
+    pub joined: u32,
+}
+
+/// The ends of a socket's connection. Every member is a word that was just read, so that it goes straight to where it is
+/// kept: a record that is cleared first, or copied, costs a fourth of an event.
 ///
 /// # Safety
 ///
 /// `common` is a socket and `tcp` the same as one of TCP's, as the verifier knows.
 #[inline(always)]
-pub unsafe fn socket(common: *const u8, tcp: *const u8, head: SocketHead) -> SocketRecord {
+pub unsafe fn ends(common: *const u8, tcp: *const u8) -> Ends {
     // SAFETY: see `direct`.
     unsafe {
         let (local, remote) = if direct::<u16>(common, offset!(family)) == AF_INET {
@@ -152,11 +161,9 @@ pub unsafe fn socket(common: *const u8, tcp: *const u8, head: SocketHead) -> Soc
             (v6(common, offset!(v6_rcv_saddr)), v6(common, offset!(v6_daddr)))
         };
         let (token, joined) = group(tcp);
-        SocketRecord {
-            head,
+        Ends {
             local,
             remote,
-            local_port: offset!(port),
             remote_port: u32::from(u16::from_be(direct(common, offset!(dport)))),
             token,
             joined,

@@ -3,16 +3,16 @@
 //! A connection may end in one step, without a FIN: by RST from either side, by a close with unread data, by keep-alive or
 //! TCP_USER_TIMEOUT, by `ss -K`. Whatever comes after ESTABLISHED is its end.
 
-use core::mem::MaybeUninit;
+use core::{arch::asm, ptr::write_volatile};
 
 use aya_ebpf::{
     bindings::BPF_RB_FORCE_WAKEUP, cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_EVENTS, SocketHead, SocketRecord};
+use rebalancer_common::{EVENTS as ROOM, Event, KIND_CLOSED, KIND_OPENED, LOST_EVENTS};
 
-use crate::{EVENTS, lost, offset, read, wake_beyond};
+use crate::{EVENTS, LISTENERS, TURNS, lost, offset, read};
 
 /// include/net/tcp_states.h
 const ESTABLISHED: i32 = 1;
@@ -24,16 +24,12 @@ const LISTEN: i32 = 10;
 pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     let socket: *mut c_void = ctx.arg(0);
     let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-    let kind = if new == ESTABLISHED && old == SYN_RECV {
-        KIND_OPENED
-    } else if old == ESTABLISHED {
-        KIND_CLOSED
-    } else if (old == LISTEN && new != SYN_RECV) || new == LISTEN {
-        // LISTEN to SYN_RECV is a new connection's socket, which began as a copy of the listening one.
-        KIND_LISTENER
-    } else {
+    let is_open = new == ESTABLISHED && old == SYN_RECV;
+    // LISTEN to SYN_RECV is a new connection's socket, which began as a copy of the listening one.
+    let is_listener = (old == LISTEN && new != SYN_RECV) || new == LISTEN;
+    if !is_open && old != ESTABLISHED && !is_listener {
         return 0;
-    };
+    }
     let common = socket.cast::<u8>().cast_const();
     // SAFETY: the tracepoint's socket lives through the call, and the verifier checks each member that is read.
     let tcp = unsafe { read::watched(socket) };
@@ -41,50 +37,103 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
     if tcp.is_null() || !unsafe { read::in_namespace(common) } {
         return 0;
     }
-    let mut head = SocketHead {
-        // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
-        cookie: unsafe { bpf_get_socket_cookie(socket) },
-        bytes_in: 0,
-        bytes_out: 0,
-        kind,
-        state: 0,
-    };
-    let told = if kind == KIND_CLOSED {
-        // SAFETY: as above.
-        unsafe {
-            head.bytes_in = read::direct(tcp, offset!(bytes_received));
-            head.bytes_out = read::direct(tcp, offset!(bytes_acked));
+    if is_listener {
+        // Another listening socket is another apiserver: where its first clients' hellos are read depends on it, so the
+        // agent is woken.
+        if LISTENERS.output::<u64>(0_u64, u64::from(BPF_RB_FORCE_WAKEUP)).is_err() {
+            lost(LOST_EVENTS);
+            warn!(&ctx, "no room for the event of a socket that listens on port {}", offset!(port));
         }
-        tell(kind, |entry: &mut MaybeUninit<SocketHead>| {
-            entry.write(head);
-        })
-    } else {
-        tell(kind, |entry: &mut MaybeUninit<SocketRecord>| {
-            // SAFETY: as above.
-            entry.write(unsafe { read::socket(common, tcp, head) });
-        })
-    };
-    if told {
-        debug!(&ctx, "socket {:x}: state {} to {}", head.cookie, old, new);
-    } else {
-        lost(LOST_EVENTS);
-        warn!(&ctx, "no room for the event of a socket on port {}", offset!(port));
+        return 0;
     }
+    // SAFETY: the helper takes the tracepoint's socket, which lives through the call.
+    let cookie = unsafe { bpf_get_socket_cookie(socket) };
+    tell(|event| {
+        // SAFETY: the place is this event's own; see above for the rest.
+        unsafe {
+            write_volatile(&raw mut (*event).cookie, cookie);
+            if is_open {
+                let ends = read::ends(common, tcp);
+                write_volatile(&raw mut (*event).kind, KIND_OPENED);
+                write_volatile(&raw mut (*event).remote_port, ends.remote_port);
+                write_volatile(&raw mut (*event).token, ends.token);
+                write_volatile(&raw mut (*event).joined, ends.joined);
+                write_volatile(&raw mut (*event).told[0], ends.local[0]);
+                write_volatile(&raw mut (*event).told[1], ends.local[1]);
+                write_volatile(&raw mut (*event).told[2], ends.remote[0]);
+                write_volatile(&raw mut (*event).told[3], ends.remote[1]);
+            } else {
+                write_volatile(&raw mut (*event).kind, KIND_CLOSED);
+                write_volatile(&raw mut (*event).told[0], read::direct(tcp, offset!(bytes_received)));
+                write_volatile(&raw mut (*event).told[1], read::direct(tcp, offset!(bytes_acked)));
+            }
+        }
+    });
+    debug!(&ctx, "socket {:x}: state {} to {}", cookie, old, new);
     0
 }
 
-/// Hands an event over; false when there is no room.
+/// Takes the next turn, has its place filled, and says that it is.
+///
+/// No lock and no helper, which a ring buffer takes two of for each record, and waits in them for the memory to come: the
+/// stores here are under way while the machine goes on. Nobody is woken: the agent looks in time.
 #[inline(always)]
-fn tell<T: 'static>(kind: u32, fill: impl FnOnce(&mut MaybeUninit<T>)) -> bool {
-    let Some(mut entry) = EVENTS.reserve::<T>(0) else {
-        return false;
+fn tell(fill: impl FnOnce(*mut Event)) {
+    let Some(turns) = TURNS.get_ptr_mut(0) else { return };
+    // SAFETY: the pointer is to a map's value, which nobody writes but so.
+    let before = unsafe { fetch_add(turns, 1) };
+    let Some(event) = EVENTS.get_ptr_mut(before as u32 & (ROOM - 1)) else {
+        return;
     };
-    fill(&mut entry);
-    // Another listening socket is another apiserver: where its first clients' hellos are read depends on it.
-    entry.submit(if kind == KIND_LISTENER {
-        u64::from(BPF_RB_FORCE_WAKEUP)
-    } else {
-        wake_beyond(&EVENTS, 1 << 17, 1 << 10)
-    });
-    true
+    fill(event);
+    // SAFETY: as above.
+    unsafe { publish(&raw mut (*event).turn, before + 1) }
+}
+
+/// Writes the turn, after all that was written before.
+///
+/// # Safety
+///
+/// The pointer is to a map's value.
+#[inline(always)]
+unsafe fn publish(turn: *mut u64, value: u64) {
+    // SAFETY: the caller's. x86 keeps stores in order; elsewhere an exchange does, which is a full barrier too.
+    unsafe {
+        if cfg!(bpf_target_arch = "x86_64") {
+            write_volatile(turn, value);
+        } else {
+            exchange(turn, value);
+        }
+    }
+}
+
+/// Adds, and answers with what was there before: one atomic step, and a full barrier (since Linux 5.12;
+/// Documentation/bpf/standardization/instruction-set.rst, "Atomic operations": BPF_ATOMIC | BPF_DW | BPF_STX of r0 at
+/// r1, BPF_ADD | BPF_FETCH). In octets, because the compiler writes it for processors `v3` only, which would change all
+/// other code as well.
+///
+/// # Safety
+///
+/// The pointer is to a map's value.
+#[inline(always)]
+unsafe fn fetch_add(counter: *mut u64, amount: u64) -> u64 {
+    let before: u64;
+    // SAFETY: the instruction reads and writes the caller's word and r0, as is said here.
+    unsafe {
+        asm!(".8byte 0x1000001db", in("r1") counter, inout("r0") amount => before);
+    }
+    before
+}
+
+/// The same with BPF_XCHG: writes a value in the place of what was there before.
+///
+/// # Safety
+///
+/// The pointer is to a map's value.
+#[inline(always)]
+unsafe fn exchange(word: *mut u64, value: u64) {
+    // SAFETY: as above.
+    unsafe {
+        asm!(".8byte 0xe1000001db", in("r1") word, inout("r0") value => _);
+    }
 }

@@ -1,6 +1,6 @@
-//! The kernel programs' other half: loads them, reads their rings, and asks them for the complete list.
+//! The kernel programs' other half: loads them, reads what they write, and asks them for the complete list.
 //!
-//! Output: observations. Must never take a ring that overflowed for a quiet one: each loss asks for a new list.
+//! Output: observations. Must never take events that were overwritten for a quiet time: each loss asks for a new list.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -15,13 +15,12 @@ use std::{
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{MapData, PerCpuArray, RingBuf},
+    maps::{Map, MapData, PerCpuArray, RingBuf},
     programs::{BtfTracePoint, CgroupSkb, Iter, ProgramError},
 };
 use aya_log::EbpfLogger;
 use rebalancer_common::{
-    KIND_CLOSED, KIND_LISTENER, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES, LOST_STORAGE,
-    Offsets, SocketRecord,
+    KIND_CLOSED, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES, LOST_STORAGE, Offsets, SocketRecord,
 };
 use rebalancer_core::{
     ids::{ConnectionId, Timestamp},
@@ -40,16 +39,17 @@ use tokio::{
 use super::{
     KernelLog, Options, addresses,
     ebpf_error::{BTF, EbpfError, refused},
+    events::Events,
     hook::Hook,
     offsets::offsets,
-    records::{hello, record, subflow},
+    records::{hello, opened, record, subflow},
     sockdiag,
 };
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-ebpf.o"));
 
-/// How often the rings are looked at: the programs wake nobody for a few events.
+/// How often it is looked what the programs wrote: they wake nobody for it. There is room for 160,000 events a second.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How often the loss counters are looked at.
@@ -66,7 +66,9 @@ const ESTABLISHED: u32 = 1;
 /// The loaded programs.
 pub struct Programs {
     ebpf: Ebpf,
-    events: AsyncFd<RingBuf<MapData>>,
+    events: Events,
+    /// A word for each socket that began or ceased to listen.
+    listeners: AsyncFd<RingBuf<MapData>>,
     hellos: AsyncFd<RingBuf<MapData>>,
     /// What the programs say of themselves; `None` when that is off.
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
@@ -152,7 +154,8 @@ impl Programs {
             ticks
         };
         Ok(Self {
-            events: ring(&mut ebpf, "EVENTS")?,
+            events: events(&mut ebpf)?,
+            listeners: ring(&mut ebpf, "LISTENERS")?,
             hellos: ring(&mut ebpf, "HELLOS")?,
             log: match log {
                 KernelLog::Off => None,
@@ -208,7 +211,7 @@ impl Programs {
                 return self.complete();
             }
             tokio::select! {
-                ready = self.events.readable() => ready.map_err(ring_failed)?.clear_ready(),
+                ready = self.listeners.readable() => ready.map_err(ring_failed)?.clear_ready(),
                 ready = self.hellos.readable() => ready.map_err(ring_failed)?.clear_ready(),
                 ready = readable(&mut self.log) => {
                     let mut ready = ready.map_err(ring_failed)?;
@@ -258,11 +261,9 @@ impl Programs {
 
     /// The connections, as the list has them; with `complete` it is the truth of which subflows there are.
     fn sockets(&mut self, complete: bool) -> Result<(Vec<Socket>, Option<ConnectionId>), EbpfError> {
-        let (established, listening): (Vec<_>, Vec<_>) = self
-            .list()?
-            .into_iter()
-            .partition(|record| record.head.state == ESTABLISHED);
-        let listener = listening.iter().map(|record| ConnectionId(record.head.cookie)).max();
+        let (established, listening): (Vec<_>, Vec<_>) =
+            self.list()?.into_iter().partition(|record| record.state == ESTABLISHED);
+        let listener = listening.iter().map(|record| ConnectionId(record.cookie)).max();
         let connections = self
             .subflows
             .listed(established.iter().map(subflow).collect(), complete);
@@ -354,10 +355,11 @@ impl Programs {
         self.say_lost();
         let misses = self.misses();
         let missed = misses.saturating_sub(mem::replace(&mut self.counted_misses, misses));
-        let events = newly[LOST_EVENTS as usize] + missed;
+        let overwritten = self.events.lost() + newly[LOST_EVENTS as usize];
+        let events = overwritten + missed;
         if events > 0 {
             tracing::warn!(
-                no_room = newly[LOST_EVENTS as usize],
+                overwritten,
                 not_run = missed,
                 "socket events were lost: asking for the complete list"
             );
@@ -404,17 +406,14 @@ impl Programs {
             .unwrap_or(0)
     }
 
-    /// Takes all that is in the rings.
+    /// Takes all that there is.
     fn drain(&mut self) -> Vec<Observation> {
         let now = self.now();
         // The events are taken first and told last: what a connection said before it opened, or before it closed, is in
-        // the other ring by then.
+        // the ring by then.
         let mut events = Vec::new();
-        while let Some(item) = self.events.get_mut().next() {
-            match record(&item) {
-                Some(event) => events.push(event),
-                None => self.malformed += 1,
-            }
+        while let Some(event) = self.events.next() {
+            events.push(event);
         }
         let mut observations = Vec::new();
         while let Some(item) = self.hellos.get_mut().next() {
@@ -431,10 +430,10 @@ impl Programs {
             }
         }
         for event in events {
-            match event.head.kind {
+            match event.kind {
                 KIND_OPENED => {
                     // One more subflow of a client that is there is none of its own.
-                    let Some(socket) = self.subflows.opened(subflow(&event)) else {
+                    let Some(socket) = self.subflows.opened(opened(&event, self.port)) else {
                         continue;
                     };
                     let offered = self.hellos_begun.opened(&socket, now);
@@ -443,22 +442,23 @@ impl Programs {
                     observations.extend(offered.map(|protocol| Observation::Classified { id, protocol }));
                 }
                 KIND_CLOSED => {
-                    let id = ConnectionId(event.head.cookie);
+                    let id = ConnectionId(event.cookie);
                     self.hellos_begun.closed(id);
+                    let [bytes_in, bytes_out, ..] = event.told;
                     let ended = self.subflows.closed(id).map(|id| Observation::Closed {
                         id,
-                        bytes_in: event.head.bytes_in,
-                        bytes_out: event.head.bytes_out,
+                        bytes_in,
+                        bytes_out,
                     });
                     observations.extend(ended);
                 }
-                // The state changes a moment before the socket can be listed: the list is taken now and once more.
-                KIND_LISTENER => {
-                    self.resync = true;
-                    self.listener_moved = true;
-                }
                 _ => self.malformed += 1,
             }
+        }
+        while self.listeners.get_mut().next().is_some() {
+            // The state changes a moment before the socket can be listed: the list is taken now and once more.
+            self.resync = true;
+            self.listener_moved = true;
         }
         observations
     }
@@ -485,10 +485,25 @@ async fn readable<T: AsRawFd>(log: &mut Option<AsyncFd<T>>) -> io::Result<AsyncF
     }
 }
 
-fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, EbpfError> {
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, EbpfError> {
     ebpf.take_map(name).ok_or_else(|| EbpfError::Refused {
         what: "a map",
         why: format!("the object has no map {name}"),
+    })
+}
+
+fn events(ebpf: &mut Ebpf) -> Result<Events, EbpfError> {
+    let mut array = |name| match take(ebpf, name)? {
+        Map::Array(data) => Ok(data),
+        _ => Err(EbpfError::Refused {
+            what: "a map",
+            why: format!("the object's map {name} is no array"),
+        }),
+    };
+    let (turns, places) = (array("TURNS")?, array("EVENTS")?);
+    Events::of(turns.fd().as_fd(), places.fd().as_fd()).map_err(|source| EbpfError::Io {
+        what: "the memory of events",
+        source,
     })
 }
 

@@ -6,6 +6,7 @@
 mod addresses;
 mod ebpf;
 mod ebpf_error;
+mod events;
 mod hook;
 mod offsets;
 mod records;

@@ -1,4 +1,4 @@
-//! What the kernel programs write, read: records of the rings and of the list.
+//! What the kernel programs write, read: events, hellos, and records of the list.
 //!
 //! Must never take a record that is not whole for one that is.
 
@@ -7,35 +7,26 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use rebalancer_common::{HelloRecord, KIND_CLOSED, SocketHead, SocketRecord};
+use rebalancer_common::{Event, HelloRecord, SocketRecord};
 use rebalancer_core::{ids::ConnectionId, observation::Socket, subflows::Subflow};
 
-/// Reads a record; `None` when it is not whole. A close is its head alone.
+/// Reads a record of the list; `None` when it is not whole.
 pub fn record(bytes: &[u8]) -> Option<SocketRecord> {
     let word = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u64::from_ne_bytes(*chunk));
     let half = |at: usize| bytes.get(at..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk));
     let address = |at: usize| Some([word(at)?, word(at + 8)?]);
-    let head = SocketHead {
-        cookie: word(mem::offset_of!(SocketHead, cookie))?,
-        bytes_in: word(mem::offset_of!(SocketHead, bytes_in))?,
-        bytes_out: word(mem::offset_of!(SocketHead, bytes_out))?,
-        kind: half(mem::offset_of!(SocketHead, kind))?,
-        state: half(mem::offset_of!(SocketHead, state))?,
-    };
-    if head.kind == KIND_CLOSED {
-        return Some(SocketRecord {
-            head,
-            ..SocketRecord::default()
-        });
-    }
     Some(SocketRecord {
-        head,
+        cookie: word(mem::offset_of!(SocketRecord, cookie))?,
+        bytes_in: word(mem::offset_of!(SocketRecord, bytes_in))?,
+        bytes_out: word(mem::offset_of!(SocketRecord, bytes_out))?,
         local: address(mem::offset_of!(SocketRecord, local))?,
         remote: address(mem::offset_of!(SocketRecord, remote))?,
         local_port: half(mem::offset_of!(SocketRecord, local_port))?,
         remote_port: half(mem::offset_of!(SocketRecord, remote_port))?,
         token: half(mem::offset_of!(SocketRecord, token))?,
         joined: half(mem::offset_of!(SocketRecord, joined))?,
+        state: half(mem::offset_of!(SocketRecord, state))?,
+        unused: half(mem::offset_of!(SocketRecord, unused))?,
     })
 }
 
@@ -82,11 +73,11 @@ fn octets([first, second]: [u64; 2]) -> [u8; 16] {
 pub fn subflow(record: &SocketRecord) -> Subflow {
     let port = |port: u32| u16::try_from(port).unwrap_or(0);
     let socket = Socket {
-        id: ConnectionId(record.head.cookie),
+        id: ConnectionId(record.cookie),
         local: SocketAddr::new(address(octets(record.local)), port(record.local_port)),
         remote: SocketAddr::new(address(octets(record.remote)), port(record.remote_port)),
-        bytes_in: record.head.bytes_in,
-        bytes_out: record.head.bytes_out,
+        bytes_in: record.bytes_in,
+        bytes_out: record.bytes_out,
     };
     Subflow {
         socket,
@@ -95,33 +86,55 @@ pub fn subflow(record: &SocketRecord) -> Subflow {
     }
 }
 
+/// The socket that opened on that port.
+pub fn opened(event: &Event, port: u16) -> Subflow {
+    let [local, also_local, remote, also_remote] = event.told;
+    subflow(&SocketRecord {
+        cookie: event.cookie,
+        local: [local, also_local],
+        remote: [remote, also_remote],
+        local_port: u32::from(port),
+        remote_port: event.remote_port,
+        token: event.token,
+        joined: event.joined,
+        ..SocketRecord::default()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rebalancer_common::KIND_OPENED;
 
-    /// A head as the programs write it: native integers, one after the other.
-    fn head(kind: u32) -> Vec<u8> {
-        let mut bytes: Vec<u8> = [7_u64, 8, 9].iter().flat_map(|word| word.to_ne_bytes()).collect();
-        bytes.extend([kind, 1].iter().flat_map(|half| half.to_ne_bytes()));
-        bytes
+    #[test]
+    fn a_record_is_read_whole_or_not_at_all() {
+        let words: Vec<u64> = (1..=10).collect();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let whole = record(&bytes).expect("a whole record");
+        assert_eq!((whole.cookie, whole.bytes_in, whole.bytes_out), (1, 2, 3));
+        assert_eq!((whole.local, whole.remote), ([4, 5], [6, 7]));
+        for short in 0..bytes.len() {
+            assert_eq!(record(&bytes[..short]), None, "{short} octets");
+        }
     }
 
     #[test]
-    fn a_close_is_its_head_alone_and_an_open_is_more() {
-        let closed = record(&head(KIND_CLOSED)).expect("a whole close");
-        assert_eq!(
-            (closed.head.cookie, closed.head.bytes_in, closed.head.bytes_out),
-            (7, 8, 9)
-        );
-        for short in 0..head(KIND_CLOSED).len() {
-            assert_eq!(record(&head(KIND_CLOSED)[..short]), None);
-        }
-        let mut open = head(KIND_OPENED);
-        open.resize(mem::size_of::<SocketRecord>(), 1);
-        assert_eq!(record(&open).map(|open| open.joined), Some(0x0101_0101));
-        for short in 0..open.len() {
-            assert_eq!(record(&open[..short]), None, "{short} octets of an open");
-        }
+    fn who_opened_is_in_the_event() {
+        let words = |octets: [u8; 16]| {
+            let (halves, _) = octets.as_chunks::<8>();
+            [u64::from_ne_bytes(halves[0]), u64::from_ne_bytes(halves[1])]
+        };
+        let mapped = |last: u8| words([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, last]);
+        let ([a, b], [c, d]) = (mapped(1), mapped(7));
+        let event = Event {
+            cookie: 9,
+            remote_port: 40_000,
+            told: [a, b, c, d],
+            ..Event::default()
+        };
+        let Subflow { socket, token, joined } = opened(&event, 6443);
+        assert_eq!((socket.id, token, joined), (ConnectionId(9), 0, false));
+        assert_eq!(socket.local, "192.0.2.1:6443".parse().expect("an address"));
+        assert_eq!(socket.remote, "192.0.2.7:40000".parse().expect("an address"));
+        assert_eq!((socket.bytes_in, socket.bytes_out), (0, 0));
     }
 }

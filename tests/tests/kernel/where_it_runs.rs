@@ -152,7 +152,8 @@ fn without_cgroup2_connections_are_counted_and_it_is_said_that_offers_are_not_se
     });
     let warning = warning.expect("a warning");
     assert!(warning.contains("cgroup2"), "{warning}");
-    assert_eq!(host.figure("/view/0/connections"), 1, "what is unknown counts");
+    // Once it has lived for a while.
+    wait_for(PATIENCE, || (host.figure("/view/0/connections") == 1).then_some(())).expect("what is unknown counts");
     drop(client);
     host.expect("none", <[_]>::is_empty);
 }
