@@ -237,6 +237,8 @@ impl Programs {
     /// The complete list for the truth, and what happened before and while it was made.
     fn complete(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
+        // What the list puts right is a repair then.
+        observations.extend(self.overwritten());
         let (sockets, listener) = self.sockets(true)?;
         let live: HashSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
         self.hellos_begun.keep(&live);
@@ -252,6 +254,7 @@ impl Programs {
     /// The list beside the events, and what happened before and while it was made.
     fn listed(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
+        observations.extend(self.overwritten());
         let (sockets, listener) = self.sockets(false)?;
         observations.extend(self.own_addresses());
         observations.push(Observation::Listed { sockets, listener });
@@ -355,15 +358,17 @@ impl Programs {
         self.say_lost();
         let misses = self.misses();
         let missed = misses.saturating_sub(mem::replace(&mut self.counted_misses, misses));
-        let overwritten = self.events.lost() + newly[LOST_EVENTS as usize];
-        let events = overwritten + missed;
+        observations.extend(self.overwritten());
+        let events = newly[LOST_EVENTS as usize] + missed;
         if events > 0 {
             tracing::warn!(
-                overwritten,
+                no_room = newly[LOST_EVENTS as usize],
                 not_run = missed,
                 "socket events were lost: asking for the complete list"
             );
             observations.push(Observation::Lost { events });
+        }
+        if observations.iter().any(|told| matches!(told, Observation::Lost { .. })) {
             return Ok(observations);
         }
         if mem::take(&mut self.listener_moved) {
@@ -372,6 +377,16 @@ impl Programs {
             observations.extend(self.listed()?);
         }
         Ok(observations)
+    }
+
+    /// The events that were overwritten before they were read.
+    fn overwritten(&mut self) -> Option<Observation> {
+        let events = self.events.lost();
+        if events == 0 {
+            return None;
+        }
+        tracing::warn!(events, "socket events were overwritten: asking for the complete list");
+        Some(Observation::Lost { events })
     }
 
     /// Says which hellos were lost, at most one line in a while: strangers can cause it.
