@@ -135,7 +135,7 @@ impl Attack {
                 begin: abuse.begin,
                 server,
                 config: config.clone(),
-                reads: index % 2 == 0,
+                reads: index.is_multiple_of(2),
                 stop: Arc::clone(&stop),
                 counts: Arc::clone(&counts),
             };
