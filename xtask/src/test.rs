@@ -36,6 +36,9 @@ pub struct Arguments {
     /// Only tests whose names contain this; may be given several times
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     only: Vec<String>,
+    /// With the group deploy: also look at the page of `top --web` in a headless Chromium, and write its pictures into docs/
+    #[arg(long, conflicts_with = "kernel")]
+    pictures: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -116,7 +119,15 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
     };
     if arguments.kernel.is_empty() {
-        return run_selected(&chosen(&Group::ALL), &[]);
+        let groups = chosen(&Group::ALL);
+        if arguments.pictures {
+            anyhow::ensure!(
+                groups.contains(&Group::Deploy),
+                "--pictures is for the group deploy, which is not among those that were named"
+            );
+            pictures()?;
+        }
+        return run_selected(&groups, &[]);
     }
     let groups = chosen(&Group::NEED_A_KERNEL);
     for group in &groups {
@@ -218,6 +229,21 @@ const PEERS: [(Group, &str, &str); 3] = [
     (Group::Cluster, "curl", "curl"),
     (Group::Deploy, "systemd-analyze", "systemd"),
 ];
+
+/// Looks at the page in a browser, and has its pictures written.
+fn pictures() -> anyhow::Result<()> {
+    debian::install("chromium", "chromium")?;
+    let mut command = cargo([
+        "test",
+        "--package",
+        "rebalancer",
+        "--lib",
+        "--",
+        "--ignored",
+        "browser::",
+    ]);
+    run(command.env("REBALANCER_PICTURES", absolute(&root().join("docs"))?))
+}
 
 /// Runs groups here, and others in VMs; the last line counts all of it.
 fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {

@@ -309,7 +309,7 @@ impl Metrics {
         );
         registry.register_with_unit(
             "last_decision_timestamp",
-            "When the last decision was made, in Unix time",
+            "When the last decision was made, or the agent started, in Unix time",
             Unit::Seconds,
             metrics.last_decision.clone(),
         );
@@ -354,6 +354,8 @@ impl Metrics {
             "The running program",
             Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
         );
+        // An agent that never decides is as old as that, and not as old as Unix time.
+        metrics.last_decision.set(unix_time());
         Self { registry, ..metrics }
     }
 
@@ -367,8 +369,7 @@ impl Metrics {
         }
         self.rho.set(decision.rho);
         self.skew.set(known_skew(decision, agent).unwrap_or(f64::NAN));
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        self.last_decision.set(now.map_or(f64::NAN, |now| now.as_secs_f64()));
+        self.last_decision.set(unix_time());
     }
 
     /// The decision log has written and dropped so many lines.
@@ -583,6 +584,12 @@ impl Default for Metrics {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Seconds since 1970, not known where the clock is before that.
+fn unix_time() -> f64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(f64::NAN, |now| now.as_secs_f64())
 }
 
 #[cfg(test)]

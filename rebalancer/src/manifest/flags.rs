@@ -107,10 +107,12 @@ impl Flags {
             return Err(ManifestError::ConfigFile);
         }
         let written = WRITTEN.contains(&long);
-        if let Some((_, socket)) = value.split_once("unix:") {
-            return self.mount(long, socket, true);
-        }
         match kind {
+            // `relay:unix:PATH`, or a shim without a socket.
+            "unix:PATH" | "SHIM" => match value.split_once("unix:") {
+                Some((_, socket)) => self.mount(long, socket, true),
+                None => Ok(()),
+            },
             "FILE" => self.mount(long, value, written),
             "CERT,KEY[:NAME,...]" => {
                 let files = value.split(':').next().unwrap_or_default();

@@ -167,6 +167,7 @@ fn the_chart_makes_what_the_program_prints_for_the_same_flags() {
                 "agent.settings.skew-threshold=0.2",
                 "agent.settings.state=/var/lib/rebalancer/agent.state",
                 "agent.settings.exclude-user={system:admin,system:node:a}",
+                "agent.settings.exclude-user-agent={/no/file,unix:/no/socket}",
                 "agent.metrics=[::]:9999",
                 "relay.settings.tls-cert=/etc/other/server.crt",
                 "relay.settings.tls-sni-cert-key=/sni/b.crt\\,/keys/b.key:x.example",
@@ -180,6 +181,8 @@ fn the_chart_makes_what_the_program_prints_for_the_same_flags() {
                 "--agent-flag=--state=/var/lib/rebalancer/agent.state",
                 "--agent-flag=--exclude-user=system:admin",
                 "--agent-flag=--exclude-user=system:node:a",
+                "--agent-flag=--exclude-user-agent=/no/file",
+                "--agent-flag=--exclude-user-agent=unix:/no/socket",
                 "--agent-flag=--metrics=[::]:9999",
                 "--relay-flag=--tls-cert=/etc/other/server.crt",
                 "--relay-flag=--tls-sni-cert-key=/sni/b.crt,/keys/b.key:x.example",
@@ -226,6 +229,42 @@ fn the_chart_makes_what_the_program_prints_for_the_same_flags() {
 }
 
 #[test]
+fn the_chart_takes_for_files_what_agent_and_relay_do() {
+    let text = fs::read_to_string(chart().join("templates/_helpers.tpl")).expect("a template");
+    let listed = |name: &str| -> Vec<String> {
+        let (_, list) = text.split_once(&format!("${name} := list ")).expect("a list");
+        let (list, _) = list.split_once(" -}}").expect("its end");
+        list.split(' ').map(|word| word.trim_matches('"').to_owned()).collect()
+    };
+    let mut listed = [listed("read"), listed("made")].concat();
+    listed.sort();
+    let mut said = Vec::new();
+    for part in ["agent", "relay"] {
+        let output = Command::new(binary())
+            .args([part, "--help"])
+            .output()
+            .expect("it starts");
+        let help = String::from_utf8(output.stdout).expect("text");
+        let lines = help.lines().filter_map(|line| line.trim().strip_prefix("--"));
+        let flags = lines.filter_map(|line| line.split_once(' '));
+        let of_files = flags.filter(|(_, value)| {
+            ["<FILE>", "<unix:PATH>", "<CERT,"]
+                .iter()
+                .any(|kind| value.starts_with(kind))
+        });
+        // The chart refuses it: what that file names would not be there.
+        said.extend(
+            of_files
+                .map(|(name, _)| name.to_owned())
+                .filter(|name| name != "config"),
+        );
+    }
+    said.sort();
+    assert!(said.len() > 12, "{said:?}");
+    assert_eq!(listed, said);
+}
+
+#[test]
 fn values_that_contradict_each_other_are_refused_in_a_sentence() {
     let Some(helm) = tool("chart") else { return };
     for (namespace, values, expected) in [
@@ -269,6 +308,7 @@ fn values_that_contradict_each_other_are_refused_in_a_sentence() {
         ),
         ("r", &["relay.settings.metrics=127.0.0.1:1"], "set relay.metrics"),
         ("r", &["relay.settings.tls-cert=/a.crt"], "a directory of its own"),
+        ("r", &["relay.settings.tls-cert=a.crt"], "an absolute path"),
         ("r", &["mode=sometimes"], "mode"),
         ("r", &["relay.intercepts=true"], "intercepts"),
         ("r", &["agent.metrics=9470"], "agent"),

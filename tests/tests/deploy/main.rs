@@ -3,6 +3,7 @@
 mod chart;
 mod docs;
 mod mixin;
+mod picture;
 
 use std::{
     fs,

@@ -158,7 +158,7 @@ fn expressions(dashboard: &Value) -> Vec<&str> {
     found
 }
 
-fn dashboard() -> Value {
+pub fn dashboard() -> Value {
     serde_json::from_slice(&fs::read(mixin("dashboard.json")).expect("a file")).expect("JSON")
 }
 

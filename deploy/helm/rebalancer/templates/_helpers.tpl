@@ -64,25 +64,25 @@
 {{- end }}
 {{- end -}}
 
-{{/* Directories of the files that settings name, as JSON: path -> whether it is written. */}}
+{{/* Directories of the files that settings name, as JSON: path -> whether it is written. A test holds the two lists to what
+agent and relay say of their flags. */}}
 {{- define "rebalancer.mounts" -}}
+{{- $read := list "kubeconfig" "peer-cert" "peer-key" "peer-ca" "upstream-ca" "tls-cert" "tls-key" "tls-sni-cert-key" "client-ca" "requestheader-client-ca-file" "proxy-client-cert" "proxy-client-key" -}}
+{{- $made := list "state" "decision-log" "api" "control" -}}
 {{- $mounts := dict "/run/rebalancer" true -}}
 {{- range $name, $value := . -}}
 {{- $values := kindIs "slice" $value | ternary $value (list $value) -}}
 {{- range $values -}}
-{{- if kindIs "string" . -}}
+{{- if and (kindIs "string" .) (or (has $name $read) (has $name $made)) -}}
 {{- $files := list . -}}
 {{- if eq $name "tls-sni-cert-key" -}}{{- $files = splitList "," (first (splitList ":" .)) -}}{{- end -}}
 {{- range $files -}}
-{{- $written := or (hasPrefix "unix:" .) (has $name (list "state" "decision-log")) -}}
 {{- $file := trimPrefix "unix:" . -}}
-{{- if and (hasPrefix "/" $file) (ne $name "cgroup-root") -}}
 {{- $directory := dir $file -}}
-{{- if or (eq $directory "/") (contains "/../" $file) -}}
+{{- if or (not (hasPrefix "/" $file)) (eq $directory "/") (contains "/../" $file) -}}
 {{- fail (printf "settings.%s: %s: a pod needs an absolute path, of a file in a directory of its own" $name $file) -}}
 {{- end -}}
-{{- $_ := set $mounts $directory (or $written (get $mounts $directory | default false)) -}}
-{{- end -}}
+{{- $_ := set $mounts $directory (or (has $name $made) (get $mounts $directory | default false)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

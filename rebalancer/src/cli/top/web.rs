@@ -25,12 +25,18 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::channel::Channel;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use serde_json::{Map, Value, json};
+use socket2::SockRef;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
-    time::{MissedTickBehavior, interval},
+    sync::{Semaphore, watch},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use super::{ask, model::Answers};
@@ -44,6 +50,18 @@ const POINTS: usize = 1_800;
 
 /// Readers at a time; each costs a task and a buffer.
 const READERS: usize = 64;
+
+/// Connections at a time, those of readers included: one more is closed as it comes.
+const PLACES: usize = 128;
+
+/// How long the head of a request may take, and the pause before the next one.
+const HEAD: Duration = Duration::from_secs(10);
+
+/// How long a browser may take nothing of what is sent to it.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// The pause after a connection that cannot be accepted: mostly there is no descriptor left.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Decisions that are shown.
 const DECISIONS: usize = 40;
@@ -97,7 +115,7 @@ pub async fn run(socket: &Path, address: SocketAddr, names: bool) -> anyhow::Res
     eprintln!("http://{local}/ shows what `rebalancer top` does");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let served = axum::serve(listener, router(shown)).into_future();
+    let served = serve(listener, router(shown, SILENCE), SILENCE);
     tokio::pin!(served);
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -105,7 +123,7 @@ pub async fn run(socket: &Path, address: SocketAddr, names: bool) -> anyhow::Res
         tokio::select! {
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
-            ended = &mut served => return ended.context("the page cannot be served any more"),
+            never = &mut served => match never {},
             _ = ticks.tick() => {
                 let answer = ask(socket, "age").await;
                 if let Ok(answers) = &answer {
@@ -122,7 +140,34 @@ pub async fn run(socket: &Path, address: SocketAddr, names: bool) -> anyhow::Res
     }
 }
 
-fn router(shown: Shown) -> Router {
+/// Answers whoever connects, within [`PLACES`]; who takes nothing for `silence` is gone.
+async fn serve(listener: TcpListener, router: Router, silence: Duration) -> Infallible {
+    let places = Arc::new(Semaphore::new(PLACES));
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            sleep(RETRY).await;
+            continue;
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            continue;
+        };
+        // Of a peer that is there and has its window shut, too (tcp(7)).
+        if SockRef::from(&stream).set_tcp_user_timeout(Some(silence)).is_err() {
+            continue;
+        }
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            let mut server = http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(HEAD);
+            // How a browser leaves is its own affair.
+            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+/// What is served; a reader that takes no figures for `silence` is one no more.
+fn router(shown: Shown, silence: Duration) -> Router {
     let text =
         |kind: &'static str, text: &'static str| get(move || async move { ([(header::CONTENT_TYPE, kind)], text) });
     Router::new()
@@ -136,7 +181,7 @@ fn router(shown: Shown) -> Router {
             text("text/javascript; charset=utf-8", include_str!("page/page.js")),
         )
         .route("/figures.json", get(now))
-        .route("/events", get(events))
+        .route("/events", get(move |shown| events(shown, silence)))
         .with_state(shown)
         .layer(from_fn(guarded))
 }
@@ -201,7 +246,7 @@ impl Drop for Reader {
 }
 
 /// Figures as they come (server-sent events).
-async fn events(State(shown): State<Shown>) -> Response {
+async fn events(State(shown): State<Shown>, silence: Duration) -> Response {
     let reader = Reader(Arc::clone(&shown.readers));
     if shown.readers.fetch_add(1, Relaxed) >= READERS {
         let why = format!("{READERS} readers are there already\n");
@@ -213,7 +258,7 @@ async fn events(State(shown): State<Shown>) -> Response {
         let _reader = reader;
         while newest.changed().await.is_ok() {
             let event = format!("data: {}\n\n", *newest.borrow_and_update());
-            if sender.send_data(event.into()).await.is_err() {
+            if !matches!(timeout(silence, sender.send_data(event.into())).await, Ok(Ok(()))) {
                 return;
             }
         }

@@ -1,9 +1,10 @@
 // Draws what the server says. Every text goes in as text: nothing of it is read as a page.
+// What is there already is changed where it is: who reads it or has put the focus on it stays there.
 "use strict";
 
 const HOUR = 3600;
-// Told apart without colour, too: by their dashes.
-const STROKES = [["#0969da", ""], ["#bc4c00", "8 4"], ["#8250df", "2 4"], ["#1a7f37", "12 4 2 4"], ["#bf3989", "6 2"]];
+// Lines of the hour that are told apart (page.css).
+const LINES = 5;
 let history = [];
 
 const element = (id) => document.getElementById(id);
@@ -18,15 +19,28 @@ function made(name, text, attributes = {}) {
   return node;
 }
 
+const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+
+// A cell of text, or of a drawing.
+function put(cell, content, isHead) {
+  if (content instanceof Node) {
+    if (cell.firstElementChild?.outerHTML !== content.outerHTML) cell.replaceChildren(content);
+    return;
+  }
+  say(cell, content);
+  cell.classList.toggle("number", !isHead && /^[+-]?[\d.]+( %)?$/.test(content));
+}
+
 function rows(table, list) {
-  table.querySelector("tbody").replaceChildren(...list.map((cells) => {
-    const row = made("tr");
-    row.append(...cells.map((cell, at) => {
-      if (cell instanceof Node) { const td = made("td"); td.append(cell); return td; }
-      return at === 0 ? made("th", cell, { scope: "row" }) : made("td", cell, typeof cell === "number" || /^[+-]?[\d.]+( %)?$/.test(cell) ? { class: "number" } : {});
-    }));
-    return row;
-  }));
+  const body = table.querySelector("tbody");
+  while (body.rows.length > list.length) body.deleteRow(-1);
+  list.forEach((cells, at) => {
+    const row = body.rows[at] ?? body.insertRow();
+    cells.forEach((content, column) => {
+      if (!row.cells[column]) row.append(column === 0 ? made("th", undefined, { scope: "row" }) : made("td"));
+      put(row.cells[column], content, column === 0);
+    });
+  });
 }
 
 function span(seconds) {
@@ -51,12 +65,19 @@ function bar(load, status, largest) {
 function shown(figures) {
   const status = figures.status;
   element("fault").hidden = !figures.fault;
-  element("fault").textContent = figures.fault ? `These are old figures: ${figures.fault}` : "";
+  say(element("fault"), figures.fault ? `These are old figures: ${figures.fault}` : "");
   if (!status) return;
-  element("node").textContent = status.node;
+  say(element("node"), status.node);
   document.title = `rebalancer ${status.node}`;
-  element("line").textContent = `${status.mode}${status.paused ? ", PAUSED" : ""} · source ${status.source} · shim ${status.shim} · release ${status.version}`;
-  element("now").textContent = status.hold ? `Hold${status.hold_since_s ? ` for ${span(status.hold_since_s)}` : ""}: ${status.hold.message}` : "A plan would start now.";
+  say(element("line"), `${status.mode}${status.paused ? ", PAUSED" : ""} · source ${status.source} · shim ${status.shim} · release ${status.version}`);
+  const message = status.hold ? status.hold.message : "a plan would start now";
+  say(element("now"), `${status.hold ? `Hold${status.hold_since_s ? ` for ${span(status.hold_since_s)}` : ""}: ` : "No hold: "}${message}`);
+  // Said aloud when the reason is another one, and not with each new number.
+  const reason = status.hold ? status.hold.reason : "none";
+  if (element("said").dataset.reason !== reason) {
+    element("said").dataset.reason = reason;
+    say(element("said"), status.hold ? `Hold: ${message}` : message);
+  }
   element("warnings").replaceChildren(...status.warnings.map((warning) => made("li", warning)));
   const largest = Math.max(1, status.mean * 1.2, ...status.view.map((one) => one.load));
   rows(element("load"), status.view.map((one) => [
@@ -64,26 +85,40 @@ function shown(figures) {
   ]));
   rows(element("peers"), status.peers.map((peer) => [peer.apiserver, peer.fault || "it answers"]));
   const came = status.outcomes || {};
-  element("totals").textContent = `Since the agent's start ${status.goaways_total} were told to go: ${came.moved ?? 0} moved, ${came.returned ?? 0} returned, ${came.lost ?? 0} out of sight.`;
+  say(element("totals"), `Since the agent's start ${status.goaways_total} were told to go: ${came.moved ?? 0} moved, ${came.returned ?? 0} returned, ${came.lost ?? 0} out of sight.`);
   decisions(figures.decisions);
   clients(figures.connections);
 }
 
 function decisions(list) {
-  const open = new Set([...document.querySelectorAll("#decisions details[open]")].map((one) => one.dataset.id));
-  element("decisions").replaceChildren(...list.slice().reverse().map((decision) => {
-    const details = made("details", undefined, { "data-id": decision.id });
-    details.open = open.has(String(decision.id));
-    const what = decision.hold ? decision.hold.message : `${decision.victims} told to go`;
-    const summary = made("summary");
-    summary.append(made("time", new Date(decision.at).toLocaleTimeString(), { datetime: decision.at }), ` #${decision.id} · skew ${percent(decision.skew)} · ${what}`);
-    const derivation = made("dl");
-    for (const [name, value] of Object.entries(decision.numbers)) derivation.append(made("dt", name), made("dd", value));
-    details.append(summary, derivation);
-    const item = made("li");
-    item.append(details);
-    return item;
-  }));
+  const there = new Map([...element("decisions").children].map((item) => [item.dataset.id, item]));
+  list.slice().reverse().forEach((decision, at) => {
+    const id = String(decision.id);
+    const item = there.get(id) ?? blank(decision);
+    there.delete(id);
+    // What is in its place already is not taken out: it would lose the focus.
+    const other = element("decisions").children[at];
+    if (other !== item) element("decisions").insertBefore(item, other ?? null);
+    const what = decision.hold ? decision.hold.message : `skew ${percent(decision.skew)}, ${decision.victims} told to go`;
+    say(item.querySelector("summary span"), ` #${id} · ${what}`);
+    const numbers = item.querySelector("dl");
+    const known = new Map([...numbers.querySelectorAll("dt")].map((dt) => [dt.textContent, dt.nextElementSibling]));
+    for (const [name, value] of Object.entries(decision.numbers)) {
+      if (known.has(name)) say(known.get(name), value);
+      else numbers.append(made("dt", name), made("dd", value));
+    }
+  });
+  for (const old of there.values()) old.remove();
+}
+
+function blank(decision) {
+  const item = made("li", undefined, { "data-id": decision.id });
+  const details = made("details");
+  const summary = made("summary");
+  summary.append(made("time", new Date(decision.at).toLocaleTimeString(), { datetime: decision.at }), made("span"));
+  details.append(summary, made("dl"));
+  item.append(details);
+  return item;
 }
 
 function clients(list) {
@@ -94,18 +129,25 @@ function clients(list) {
 
 function draw() {
   const svg = element("hour");
-  if (history.length < 2) { element("hour-text").textContent = "It is drawn from when this page's server was started."; return; }
+  if (history.length < 2) { say(element("hour-text"), "It is drawn from when this page's server was started."); return; }
   const end = history[history.length - 1].t;
   const names = [...new Set(history.flatMap((point) => Object.keys(point.loads)))].sort();
   const largest = Math.max(1, ...history.flatMap((point) => Object.values(point.loads)));
-  svg.replaceChildren(...names.map((name, at) => {
+  const quarters = [250, 500, 750].map((x) => made("line", undefined, { x1: x, x2: x, y1: 0, y2: 220 }));
+  svg.replaceChildren(...quarters, ...names.map((name, at) => {
     const points = history.filter((point) => name in point.loads)
       .map((point) => `${(1000 * (1 - (end - point.t) / HOUR)).toFixed(1)},${(210 - (200 * point.loads[name]) / largest).toFixed(1)}`);
-    const [color, dashes] = STROKES[at % STROKES.length];
-    return made("polyline", undefined, { points: points.join(" "), stroke: color, "stroke-dasharray": dashes });
+    return made("polyline", undefined, { points: points.join(" "), class: `s${at % LINES}` });
+  }));
+  element("legend").replaceChildren(...names.map((name, at) => {
+    const sample = made("svg", undefined, { viewBox: "0 0 40 10" });
+    sample.append(made("line", undefined, { x1: 0, x2: 40, y1: 5, y2: 5, class: `s${at % LINES}` }));
+    const item = made("li");
+    item.append(sample, name);
+    return item;
   }));
   const last = history[history.length - 1].loads;
-  element("hour-text").textContent = `Load from 0 to ${round(largest)}; now ${names.map((name) => `${name} ${round(last[name])}`).join(", ")}.`;
+  say(element("hour-text"), `Load from 0 to ${round(largest)}; now ${names.map((name) => `${name} ${round(last[name])}`).join(", ")}.`);
 }
 
 function take(figures) {
@@ -118,5 +160,5 @@ function take(figures) {
 fetch("figures.json").then((answer) => answer.json()).then(take).finally(() => {
   const source = new EventSource("events");
   source.onmessage = (event) => take(JSON.parse(event.data));
-  source.onerror = () => { element("fault").hidden = false; element("fault").textContent = "These are old figures: the page's server does not answer."; };
+  source.onerror = () => { element("fault").hidden = false; say(element("fault"), "These are old figures: the page's server does not answer."); };
 });

@@ -1,3 +1,7 @@
+//! What the page's server answers, to whom, and for how long.
+
+mod browser;
+
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -19,7 +23,7 @@ fn all(names: bool) -> Value {
 async fn exchange(shown: &Shown, request: &str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
-    let server = tokio::spawn(axum::serve(listener, router(shown.clone())).into_future());
+    let server = tokio::spawn(serve(listener, router(shown.clone(), SILENCE), SILENCE));
     let mut stream = TcpStream::connect(address).await.expect("it listens");
     let request = request.replace("HOST", &address.to_string());
     stream
@@ -130,7 +134,7 @@ async fn readers_hear_each_look_and_are_bounded() {
     let (sender, shown) = shown(all(false));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
-    let _server = tokio::spawn(axum::serve(listener, router(shown.clone())).into_future());
+    let _server = tokio::spawn(serve(listener, router(shown.clone(), SILENCE), SILENCE));
     let open = async || {
         let mut stream = TcpStream::connect(address).await.expect("it listens");
         let request = format!("GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n");
@@ -157,6 +161,61 @@ async fn readers_hear_each_look_and_are_bounded() {
     let (_, refused) = open().await;
     assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
     assert_eq!(shown.readers.load(Relaxed), READERS, "who was refused has no place");
+}
+
+#[tokio::test]
+async fn who_reads_nothing_and_who_asks_nothing_keeps_no_place() {
+    let (sender, shown) = shown(all(false));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let silence = Duration::from_millis(300);
+    let _server = tokio::spawn(serve(listener, router(shown.clone(), silence), silence));
+    let mut stream = TcpStream::connect(address).await.expect("it listens");
+    let request = format!("GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("it reads");
+    let mut head = [0; 12];
+    stream.read_exact(&mut head).await.expect("a head");
+    assert_eq!(shown.readers.load(Relaxed), 1);
+    // More than sockets hold for somebody who does not read.
+    let much = "x".repeat(1 << 20);
+    let gone = async {
+        while shown.readers.load(Relaxed) > 0 {
+            sender.send_modify(|figures| figures["fault"] = json!(much));
+            tokio::task::yield_now().await;
+            sleep(Duration::from_millis(20)).await;
+        }
+        // What was on its way comes, and then nothing does: an end, or a reset.
+        let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+    };
+    timeout(Duration::from_secs(60), gone)
+        .await
+        .expect("its place is free and its connection closed");
+
+    // Who says nothing has a place for a while, and one too many has none.
+    let mut silent = Vec::new();
+    for _ in 0..PLACES {
+        silent.push(TcpStream::connect(address).await.expect("it listens"));
+    }
+    let mut refused = TcpStream::connect(address).await.expect("the kernel takes it");
+    let end = timeout(Duration::from_secs(60), refused.read(&mut [0; 1]))
+        .await
+        .expect("an end");
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    drop(silent);
+    let answered = async {
+        loop {
+            let mut stream = TcpStream::connect(address).await.expect("it listens");
+            let request = format!("GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+            let _ = stream.write_all(request.as_bytes()).await;
+            let mut answer = String::new();
+            if stream.read_to_string(&mut answer).await.is_ok() && answer.starts_with("HTTP/1.1 200") {
+                return;
+            }
+        }
+    };
+    timeout(Duration::from_secs(60), answered)
+        .await
+        .expect("places are free again");
 }
 
 #[test]
