@@ -20,6 +20,10 @@ use rebalancer_common::{EVENTS, Event};
 /// Words of an event.
 const WORDS: usize = size_of::<Event>() / 8;
 
+/// A place that was taken and is still not written after so many looks is given up: whoever took it was overtaken by a whole
+/// round of the others, and its place may hold an older event for good.
+const LOOKS: u32 = 20;
+
 /// A map's memory, which the kernel's programs write meanwhile.
 #[derive(Debug)]
 struct Memory {
@@ -71,6 +75,8 @@ pub struct Events {
     places: Memory,
     read: u64,
     lost: u64,
+    /// How often the next place was found not written yet.
+    looks: u32,
 }
 
 impl Events {
@@ -85,6 +91,7 @@ impl Events {
             places: Memory::of(places, EVENTS as usize * WORDS)?,
             read: 0,
             lost: 0,
+            looks: 0,
         })
     }
 
@@ -116,12 +123,22 @@ impl Events {
             if self.is_overwritten(turns) {
                 continue;
             }
-            if turn != self.read + 1 {
+            if turn == self.read + 1 {
+                self.step();
+                return Some(event(words));
+            }
+            self.looks += 1;
+            if self.looks < LOOKS {
                 return None;
             }
-            self.read += 1;
-            return Some(event(words));
+            self.lost += 1;
+            self.step();
         }
+    }
+
+    fn step(&mut self) {
+        self.read += 1;
+        self.looks = 0;
     }
 
     /// Whether the next place may be another event's by now; then all that are gone are counted, and left out.
@@ -130,6 +147,9 @@ impl Events {
         let gone = oldest.saturating_sub(self.read);
         self.lost += gone;
         self.read += gone;
+        if gone > 0 {
+            self.looks = 0;
+        }
         gone > 0
     }
 }
@@ -219,6 +239,23 @@ mod tests {
         assert_eq!(events.next(), None);
         write(&turns, &places, 4);
         assert_eq!(events.next().map(|event| event.turn), Some(4));
+    }
+
+    #[test]
+    fn a_place_that_nobody_ever_writes_holds_up_those_after_it_for_a_while_only() {
+        let (turns, places, mut events) = maps();
+        // The first turn's writer is gone, or wrote over a later round's event; the second one is there.
+        write(&turns, &places, 2);
+        let mut looks = 0;
+        let second = loop {
+            looks += 1;
+            match events.next() {
+                Some(event) => break event,
+                None => assert!(looks < LOOKS, "it waits for ever"),
+            }
+        };
+        assert_eq!((second.turn, looks), (2, LOOKS));
+        assert_eq!((events.next(), events.lost()), (None, 1));
     }
 
     #[test]
