@@ -204,6 +204,17 @@ impl World {
         }
     }
 
+    /// Waits until no agent has another peer than the two others.
+    pub fn is_alone(&self) {
+        for agent in &self.agents {
+            let alone = wait_for(PATIENCE, || {
+                let answer = ask(&agent.socket, "/v1/peers").ok()?;
+                (answer["peers"].as_array()?.len() == 2).then_some(())
+            });
+            alone.expect("the two others alone");
+        }
+    }
+
     /// Waits until so long has passed by each agent's own clock.
     pub fn lets_pass(&self, time: Duration) {
         for agent in &self.agents {
