@@ -3,7 +3,12 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
-use rebalancer_tests::{balancer::Policy, node::Node};
+use rebalancer_tests::{
+    balancer::Policy,
+    demo::{cluster::Cluster, report::Report},
+    node::Node,
+    swarm::Driver,
+};
 use serde_json::Value;
 
 use crate::operator::{ask, cluster, crashed, done, end, is_level, refused, told, until};
@@ -19,21 +24,62 @@ fn lines(path: &std::path::Path) -> Vec<Value> {
         .collect()
 }
 
+/// A cluster whose first apiserver is back and empty.
+struct Unlevel {
+    cluster: Cluster,
+    swarm: Driver,
+    report: Report,
+    /// GOAWAYs of each relay until then.
+    told: Vec<u64>,
+}
+
+/// One whose agents have one more flag.
+fn unlevel(flag: &str) -> Unlevel {
+    const CLIENTS: usize = 60;
+    let flags = ["--settle=2s", "--interval=1s", flag];
+    let mut cluster = cluster(CLIENTS, Policy::Leastconn, &flags);
+    let (swarm, report) = crashed(&mut cluster, CLIENTS, Policy::Leastconn);
+    let told = told(&cluster);
+    Unlevel {
+        cluster,
+        swarm,
+        report,
+        told,
+    }
+}
+
+/// It becomes level at the cost of one rebalancing, and no client notices.
+fn levels(unlevel: Unlevel) {
+    let Unlevel {
+        cluster,
+        mut swarm,
+        report,
+        told: before,
+    } = unlevel;
+    until("a level load", || is_level(&cluster).then_some(()));
+    let sent: u64 = told(&cluster).iter().zip(&before).map(|(now, then)| now - then).sum();
+    assert!(
+        sent as f64 <= 1.25 * report.lower_bound as f64 + 4.0,
+        "{sent} GOAWAYs where {} are needed",
+        report.lower_bound
+    );
+    let line = swarm.line().expect("the clients run");
+    assert_eq!((line.errors, line.relists, line.watch_breaks), (0, 0, 0), "{line:?}");
+    end(cluster);
+}
+
 #[test]
 fn a_rebalancing_begins_when_an_operator_has_approved_it() {
-    const CLIENTS: usize = 60;
-    let mut cluster = cluster(
-        CLIENTS,
-        Policy::Leastconn,
-        &["--settle=2s", "--interval=1s", "--mode=propose"],
-    );
-    let (mut swarm, report) = crashed(&mut cluster, CLIENTS, Policy::Leastconn);
-    let before = told(&cluster);
-    let donors = [1, 2].map(|index| &cluster.nodes[index]);
+    let unlevel = unlevel("--mode=propose");
+    let donors = [1, 2].map(|index| &unlevel.cluster.nodes[index]);
     for node in donors {
         until("a proposal", || (hold(node)? == "awaits_approval").then_some(()));
     }
-    assert_eq!(told(&cluster), before, "nobody is told before it is approved");
+    assert_eq!(
+        told(&unlevel.cluster),
+        unlevel.told,
+        "nobody is told before it is approved"
+    );
 
     // What it would do is said, as is what there is to approve.
     let (_, explained, _) = ask(&donors[0].api(), &["plan", "--explain"]);
@@ -64,34 +110,18 @@ fn a_rebalancing_begins_when_an_operator_has_approved_it() {
         let proposal = node.status().expect("a status")["proposal"].as_u64().expect("a number");
         done(node, &["approve", &proposal.to_string()]);
     }
-    until("a level load", || is_level(&cluster).then_some(()));
-    let sent: u64 = told(&cluster).iter().zip(&before).map(|(now, then)| now - then).sum();
-    assert!(
-        sent as f64 <= 1.25 * report.lower_bound as f64 + 4.0,
-        "{sent} GOAWAYs where {} are needed",
-        report.lower_bound
-    );
-    let line = swarm.line().expect("the clients run");
-    assert_eq!((line.errors, line.relists, line.watch_breaks), (0, 0, 0), "{line:?}");
-    end(cluster);
+    levels(unlevel);
 }
 
 #[test]
 fn a_shim_that_falls_silent_in_the_middle_ends_the_plan_and_not_the_rebalancing() {
-    const CLIENTS: usize = 60;
     // Slow enough to be in the middle of it.
-    let mut cluster = cluster(
-        CLIENTS,
-        Policy::Leastconn,
-        &["--settle=2s", "--interval=1s", "--goaway-rate=1"],
-    );
-    let (mut swarm, report) = crashed(&mut cluster, CLIENTS, Policy::Leastconn);
-    let before = told(&cluster);
-    let node = &cluster.nodes[1];
+    let unlevel = unlevel("--goaway-rate=1");
+    let node = &unlevel.cluster.nodes[1];
     until("a plan that is under way", || {
         let pending = |decision: &Value| decision["outcomes"]["pending"].as_u64() > Some(0);
         let planned = node.decisions(0).ok()?.iter().any(pending);
-        (planned && node.told().ok()? > before[1]).then_some(())
+        (planned && node.told().ok()? > unlevel.told[1]).then_some(())
     });
     let (socket, away) = (node.directory().join("relay.sock"), node.directory().join("relay.away"));
     fs::rename(&socket, &away).expect("the control socket is moved");
@@ -114,14 +144,5 @@ fn a_shim_that_falls_silent_in_the_middle_ends_the_plan_and_not_the_rebalancing(
         "{meanwhile:?}"
     );
     fs::rename(&away, &socket).expect("it is moved back");
-    until("a level load", || is_level(&cluster).then_some(()));
-    let sent: u64 = told(&cluster).iter().zip(&before).map(|(now, then)| now - then).sum();
-    assert!(
-        sent as f64 <= 1.25 * report.lower_bound as f64 + 4.0,
-        "{sent} GOAWAYs where {} are needed",
-        report.lower_bound
-    );
-    let line = swarm.line().expect("the clients run");
-    assert_eq!((line.errors, line.relists, line.watch_breaks), (0, 0, 0), "{line:?}");
-    end(cluster);
+    levels(unlevel);
 }

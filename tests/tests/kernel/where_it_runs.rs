@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     process::Command,
 };
 
@@ -102,6 +102,19 @@ fn in_a_cgroup_namespace_of_its_own_the_hosts_hierarchy_is_found() {
     drop(cgroup);
 }
 
+/// A client that says a whole hello is counted all the same, and a warning says why nothing was seen of it.
+fn is_blind(host: &mut Host) -> (String, TcpStream, (TcpListener, TcpStream)) {
+    let listener = host.listen("0.0.0.0");
+    let (mut client, accepted) = host.connect(host.address(), &listener);
+    client.write_all(&client_hello(&["h2"])).expect("a hello");
+    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
+    let warning = wait_for(PATIENCE, || {
+        let status = host.ask("/v1/status")?;
+        status["warnings"][0].as_str().map(str::to_owned)
+    });
+    (warning.expect("a warning"), client, (listener, accepted))
+}
+
 #[test]
 fn where_the_hosts_hierarchy_cannot_be_found_it_is_said_at_once() {
     if !ebpf_or_skip() || !can_contain() {
@@ -112,15 +125,7 @@ fn where_the_hosts_hierarchy_cannot_be_found_it_is_said_at_once() {
     // Neither a handle nor the host's first process leads out.
     let alone = "unshare --pid --fork --kill-child --mount-proc setpriv --bounding-set=-dac_read_search";
     host.start_agent_by(contained(&cgroup, alone));
-    let listener = host.listen("0.0.0.0");
-    let (mut client, _accepted) = host.connect(host.address(), &listener);
-    client.write_all(&client_hello(&["h2"])).expect("a hello");
-    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
-    let warning = wait_for(PATIENCE, || {
-        let status = host.ask("/v1/status")?;
-        status["warnings"][0].as_str().map(str::to_owned)
-    });
-    let warning = warning.expect("a warning");
+    let (warning, _client, _server) = is_blind(&mut host);
     assert!(
         warning.contains("--cgroup-root") && warning.contains("cgroup namespace"),
         "{warning}"
@@ -142,15 +147,7 @@ fn without_cgroup2_connections_are_counted_and_it_is_said_that_offers_are_not_se
         host.flags = vec!["--cgroup-root=/proc".to_owned()];
     }
     host.start_agent();
-    let listener = host.listen("0.0.0.0");
-    let (mut client, _accepted) = host.connect(host.address(), &listener);
-    client.write_all(&client_hello(&["h2"])).expect("a hello");
-    host.expect("it is counted", |list| protocols(list) == ["unknown"]);
-    let warning = wait_for(PATIENCE, || {
-        let status = host.ask("/v1/status")?;
-        status["warnings"][0].as_str().map(str::to_owned)
-    });
-    let warning = warning.expect("a warning");
+    let (warning, client, _server) = is_blind(&mut host);
     assert!(warning.contains("cgroup2"), "{warning}");
     // Once it has lived for a while.
     wait_for(PATIENCE, || (host.figure("/view/0/connections") == 1).then_some(())).expect("what is unknown counts");
