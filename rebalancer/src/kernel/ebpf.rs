@@ -237,9 +237,9 @@ impl Programs {
     /// The complete list for the truth, and what happened before and while it was made.
     fn complete(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
-        // What the list puts right is a repair then.
-        observations.extend(self.overwritten());
         let (sockets, listener) = self.sockets(true)?;
+        // What the list puts right is a repair then, also of what was lost while it was made; that is asked for once more.
+        observations.extend(self.overwritten());
         let live: HashSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
         self.hellos_begun.keep(&live);
         observations.extend(self.place_hook());
@@ -254,8 +254,8 @@ impl Programs {
     /// The list beside the events, and what happened before and while it was made.
     fn listed(&mut self) -> Result<Vec<Observation>, EbpfError> {
         let mut observations = self.drain();
-        observations.extend(self.overwritten());
         let (sockets, listener) = self.sockets(false)?;
+        observations.extend(self.overwritten());
         observations.extend(self.own_addresses());
         observations.push(Observation::Listed { sockets, listener });
         observations.extend(self.drain());
