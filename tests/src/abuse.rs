@@ -13,7 +13,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::ClientConfig;
@@ -90,6 +90,35 @@ pub struct Done {
     pub ended: u64,
 }
 
+impl Done {
+    /// Everything that was done: connections, and pieces sent over them.
+    pub fn deeds(self) -> u64 {
+        self.connections + self.acts
+    }
+}
+
+/// So many deeds a second of all connections together, and no more.
+#[derive(Debug)]
+struct Pace {
+    began: Instant,
+    each: Duration,
+    next: AtomicU64,
+}
+
+impl Pace {
+    /// Waits until the next is due, or there is an end to it all.
+    fn wait(&self, is_over: impl Fn() -> bool) {
+        let turn = self.next.fetch_add(1, Relaxed);
+        let due = self.began + self.each.mul_f64(turn as f64);
+        while !is_over() {
+            match due.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => thread::sleep(left.min(LOOK)),
+                _ => return,
+            }
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Counts {
     acts: AtomicU64,
@@ -113,7 +142,8 @@ const WAIT: Duration = Duration::from_millis(200);
 
 impl Attack {
     /// Lets so many connections do that, on threads that leave the processor to others; on one processor, and only while
-    /// nobody else wants it, if it is named. Every second one reads what it is answered, and throws it away.
+    /// nobody else wants it, if it is named; so many deeds a second, or as many as they can. Every second one reads what it is
+    /// answered, and throws it away.
     ///
     /// # Errors
     ///
@@ -124,11 +154,20 @@ impl Attack {
         server: SocketAddr,
         connections: usize,
         core: Option<usize>,
+        rate: Option<f64>,
     ) -> anyhow::Result<Self> {
         let protocol: &[u8] = if abuse.speech == Speech::H2 { b"h2" } else { b"http/1.1" };
         let config = client_config(pki, None, protocol)?;
         let stop = Arc::new(AtomicBool::new(false));
         let counts = Arc::new(Counts::default());
+        let pace = rate.map(|rate| {
+            Arc::new(Pace {
+                began: Instant::now(),
+                // One that does nothing has its connections all the same.
+                each: Duration::from_secs_f64(1.0 / rate.max(1.0)),
+                next: AtomicU64::new(0),
+            })
+        });
         let one = |index: usize| {
             let attacker = Attacker {
                 speech: abuse.speech,
@@ -138,6 +177,7 @@ impl Attack {
                 reads: index.is_multiple_of(2),
                 stop: Arc::clone(&stop),
                 counts: Arc::clone(&counts),
+                pace: pace.clone(),
             };
             // They need no room to speak of.
             let thread = thread::Builder::new().stack_size(256 * 1024);
@@ -190,11 +230,17 @@ struct Attacker {
     reads: bool,
     stop: Arc<AtomicBool>,
     counts: Arc<Counts>,
+    pace: Option<Arc<Pace>>,
 }
 
 impl Attacker {
     fn works(&self) {
+        // The first connections are what there is to begin with.
+        let mut is_first = true;
         while !self.is_over() {
+            if !std::mem::take(&mut is_first) {
+                self.waits();
+            }
             let Ok(mut peer) = self.connects() else {
                 thread::sleep(Duration::from_millis(1));
                 continue;
@@ -203,6 +249,12 @@ impl Attacker {
             if self.acts(&mut peer).is_err() {
                 self.counts.ended.fetch_add(1, Relaxed);
             }
+        }
+    }
+
+    fn waits(&self) {
+        if let Some(pace) = &self.pace {
+            pace.wait(|| self.is_over());
         }
     }
 
@@ -231,6 +283,7 @@ impl Attacker {
             match way() {
                 Next::Leave => return Ok(()),
                 Next::Send(octets) => {
+                    self.waits();
                     if !self.sends(peer, &octets)? {
                         return Ok(());
                     }

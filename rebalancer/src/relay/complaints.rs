@@ -16,7 +16,7 @@ use std::{
 /// After a line about a cause the next is this long in coming.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// Why a connection is refused, ended, or taken for nobody's.
+/// Why a connection is refused, ended, slowed, or taken for nobody's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
     Limit,
@@ -28,10 +28,11 @@ pub enum Cause {
     Certificate,
     Upstream,
     Resources,
+    Glitches,
 }
 
 /// All of them, with the value of the metric's label and what the log says.
-pub const CAUSES: [(Cause, &str, &str); 9] = [
+pub const CAUSES: [(Cause, &str, &str); 10] = [
     (Cause::Limit, "limit", "refused: there is no place"),
     (
         Cause::Crowded,
@@ -69,6 +70,11 @@ pub const CAUSES: [(Cause, &str, &str); 9] = [
         "resources",
         "this process or node runs out of something: the client is refused, nothing else is closed",
     ),
+    (
+        Cause::Glitches,
+        "glitches",
+        "slowed: it sends what costs the apiserver work and brings it nothing",
+    ),
 ];
 
 #[derive(Debug, Default)]
@@ -98,7 +104,9 @@ impl Complaints {
         let (_, _, what) = CAUSES[cause as usize];
         match cause {
             Cause::Resources => tracing::error!(%client, %why, "{what}"),
-            Cause::Limit | Cause::Crowded | Cause::Heads | Cause::Upstream => tracing::warn!(%client, %why, "{what}"),
+            Cause::Limit | Cause::Crowded | Cause::Heads | Cause::Glitches | Cause::Upstream => {
+                tracing::warn!(%client, %why, "{what}")
+            }
             // A load balancer's check connects and goes.
             Cause::Tls => tracing::debug!(%client, %why, "{what}"),
             Cause::Slow | Cause::ProxyHeader | Cause::Certificate => tracing::info!(%client, %why, "{what}"),

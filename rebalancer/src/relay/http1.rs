@@ -55,6 +55,9 @@ const AHEAD: usize = 64 * 1024;
 /// `readRequest`).
 const AFTER_POST: usize = 4;
 
+/// What a request costs beside its octets, in octets that are only passed on, as over HTTP/2.
+const REQUEST: usize = 1024;
+
 /// A buffer larger than this is given back between two requests.
 const KEPT: usize = 1024;
 
@@ -305,6 +308,7 @@ where
 
     /// Passes one request and its answer.
     async fn exchange(&mut self, length: usize) -> Result<Exchanged, End> {
+        self.client.spend(REQUEST);
         let head = self.client.take(length);
         let request = match self.request(&head) {
             Ok(request) => request,

@@ -198,7 +198,7 @@ impl Collector for Scraped {
         family(
             &mut encoder,
             "rejections",
-            "Connections refused or ended, and certificates not accepted, by cause",
+            "Connections refused, ended or slowed, and certificates not accepted, by cause",
             self.complaints
                 .counts()
                 .map(|(cause, value)| (vec![("cause", cause)], ConstCounter::new(value))),

@@ -18,6 +18,7 @@ mod pacing;
 mod pump;
 mod registry;
 mod request_headers;
+mod slowing;
 mod sni;
 mod socket;
 mod stream;
@@ -324,6 +325,14 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Comp
                 Cause::Heads,
                 client,
                 &"its head or handshake has been unfinished for longest",
+            );
+        }
+        if let (count, Some(client)) = registry.take_slowed() {
+            complaints.complain_of(
+                count,
+                Cause::Glitches,
+                client,
+                &"it floods: SETTINGS, PING, resets, empty DATA or requests that come to nothing",
             );
         }
         complaints.summarise();

@@ -18,13 +18,14 @@ use rebalancer_core::wire::h2::{
     relay::{Drain, Output, Relay},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::timeout,
 };
 
 use super::{
     registry::{Connection, Order},
-    turns::{self, Place, TURN},
+    slowing::Slowing,
+    turns::{Share, TURN},
 };
 
 /// How much is read at once.
@@ -130,6 +131,8 @@ enum Reading {
     Held,
     /// It may have more, and has had its turn: the task stands in line, and others come first.
     Enough,
+    /// It sends what brings it nothing, and is read again after a while: that wakes the task.
+    Slowed,
 }
 
 /// Reads once and hands the bytes over.
@@ -171,11 +174,12 @@ where
         to_client,
         to_server,
         unread,
-        line,
+        share,
+        slowing,
         at_once: _,
     } = pump;
     // What a client sent and nobody reads any more does not stay while it is waited for: it may take its time.
-    drop((relay, unread, line));
+    drop((relay, unread, share, slowing));
     let due = Due {
         client: &out.to_client[to_client.sent..],
         server: &out.to_server[to_server.sent..],
@@ -183,6 +187,26 @@ where
     // On the heap for as long as it lasts: what goes before, which lasts, is small.
     Box::pin(finish(&mut client, &mut server, due, &end)).await;
     end
+}
+
+/// Throws away what has come, in turns as well; how many octets, 0 at the end.
+fn poll_discard<C: AsyncRead + Unpin>(
+    client: &mut C,
+    share: &mut Share,
+    context: &mut Context<'_>,
+) -> Poll<io::Result<usize>> {
+    let turn = ready!(share.poll_turn(context));
+    let mut count = 0;
+    let read = poll_read(client, READ.min(turn), context, |bytes| {
+        count = bytes.len();
+        Ok(())
+    });
+    share.spend(count);
+    if read.is_pending() {
+        share.rest();
+    }
+    // What a reader that only counts says of the octets is nothing.
+    read.map_ok(|_| count)
 }
 
 /// What is still to be written to each side.
@@ -202,10 +226,10 @@ where
         client.write_all(due.client).await?;
         client.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
-        let mut discarded = [0; 512];
         let mut left = LINGER_OCTETS;
+        let mut share = Share::default();
         while left > 0 {
-            match client.read(&mut discarded).await? {
+            match std::future::poll_fn(|context| poll_discard(client, &mut share, context)).await? {
                 0 => break,
                 count => left = left.saturating_sub(count),
             }
@@ -235,8 +259,9 @@ struct Pump {
     unread: Vec<u8>,
     /// How much is read of the client at once.
     at_once: usize,
-    /// Its place in line, when it has had its turn and may have more.
-    line: Option<Place>,
+    /// What it has had, and its place in line.
+    share: Share,
+    slowing: Slowing,
 }
 
 impl Pump {
@@ -248,7 +273,8 @@ impl Pump {
             to_server: Queue::default(),
             unread: Vec::new(),
             at_once: READ / 8,
-            line: None,
+            share: Share::default(),
+            slowing: Slowing::default(),
         }
     }
 
@@ -286,24 +312,22 @@ impl Pump {
         C: AsyncRead + AsyncWrite + Unpin,
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let mut turns = [TURN; 2];
-        if let Some(line) = &mut self.line
-            && line.as_mut().poll(context).is_ready()
-        {
-            self.line = None;
-        }
         loop {
+            // In line nothing is done at all: what is to be written is work too.
+            let turn = ready!(self.share.poll_turn(context));
+            let mut left = [turn; 2];
             if !connection.is_believed() {
                 self.relay.withdraw();
             }
-            let client_is = match self.read_client(client, connection, &mut turns[0], context) {
+            let client_is = match self.read_client(client, connection, &mut left[0], context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
-            let server_is = match self.read_server(server, connection, &mut turns[1], context) {
+            let server_is = match self.read_server(server, connection, &mut left[1], context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
+            self.share.spend(turn - left[0].min(left[1]));
             self.report(connection);
             let mut written = true;
             match self
@@ -326,11 +350,7 @@ impl Pump {
                 return Poll::Ready(End::Drained);
             }
             if [client_is, server_is].contains(&Reading::Enough) {
-                if self.line.is_none() {
-                    // Whoever stands at its end is not first at once.
-                    let _ = self.line.insert(turns::place()).as_mut().poll(context);
-                }
-                return Poll::Pending;
+                continue;
             }
             // What was written made room: a side that was held has no waker, and is asked before the task sleeps. One that
             // stays held waits for a queue whose write is pending, and that write wakes the task.
@@ -338,13 +358,16 @@ impl Pump {
                 || server_is == Reading::Held && self.out.has_room_for_server();
             if !forgotten {
                 debug_assert!(
-                    client_is == Reading::Armed || !written,
+                    client_is != Reading::Held || !written,
                     "the client is held by a queue that is empty"
                 );
                 debug_assert!(
-                    server_is == Reading::Armed || !self.out.to_client.is_empty(),
+                    server_is != Reading::Held || !self.out.to_client.is_empty(),
                     "the server is held by a queue that is empty"
                 );
+                if written {
+                    self.share.rest();
+                }
                 return Poll::Pending;
             }
         }
@@ -358,8 +381,17 @@ impl Pump {
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_client() {
-            if *turn == 0 || self.line.is_some() {
+            if *turn == 0 {
                 return Ok(Reading::Enough);
+            }
+            if self
+                .slowing
+                .poll(self.relay.take_glitches(), connection, context)
+                .is_pending()
+            {
+                // And then in small pieces, of which each is waited for.
+                self.at_once = LEAST_READ;
+                return Ok(Reading::Slowed);
             }
             let before = self.out.waiting();
             if !self.unread.is_empty() {
@@ -368,10 +400,11 @@ impl Pump {
                 if self.unread.is_empty() {
                     self.unread = Vec::new();
                 }
-                *turn = turn.saturating_sub(self.spent(before));
+                *turn = turn.saturating_sub(self.spent(0, before));
                 continue;
             }
-            let read = poll_read(client, self.at_once, context, |bytes| {
+            let most = self.at_once.min((*turn).max(LEAST_READ));
+            let read = poll_read(client, most, context, |bytes| {
                 let taken = self.relay.client_bytes(bytes, &mut self.out)?;
                 self.unread.extend_from_slice(&bytes[taken..]);
                 Ok(())
@@ -380,7 +413,7 @@ impl Pump {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ClientIo)?? {
                     Read::Bytes(count) => {
-                        let spent = self.spent(before).max(count);
+                        let spent = self.spent(count, before);
                         *turn = turn.saturating_sub(spent);
                         // No read may cost much more than a turn.
                         self.at_once = if spent > TURN {
@@ -397,9 +430,11 @@ impl Pump {
         Ok(Reading::Held)
     }
 
-    /// What the client's octets have cost since so many waited: a few may stand for many.
-    fn spent(&mut self, before: usize) -> usize {
-        self.relay.take_work().max(self.out.waiting() - before)
+    /// What so many octets have cost since so many waited: a few may stand for many.
+    fn spent(&mut self, came: usize, before: usize) -> usize {
+        let octets = came + self.relay.take_work();
+        // Reading takes nothing from what waits; should it ever, those octets have cost nothing.
+        octets.max(self.out.waiting().saturating_sub(before))
     }
 
     fn read_server<S: AsyncRead + Unpin>(
@@ -410,16 +445,18 @@ impl Pump {
         context: &mut Context<'_>,
     ) -> Result<Reading, End> {
         while self.out.has_room_for_server() {
-            if *turn == 0 || self.line.is_some() {
+            if *turn == 0 {
                 return Ok(Reading::Enough);
             }
-            match poll_read(server, READ, context, |bytes| {
+            let before = self.out.waiting();
+            let most = READ.min((*turn).max(LEAST_READ));
+            match poll_read(server, most, context, |bytes| {
                 self.relay.server_bytes(bytes, &mut self.out)
             }) {
                 Poll::Pending => return Ok(Reading::Armed),
                 Poll::Ready(read) => match read.map_err(End::ServerIo)?? {
                     Read::Bytes(count) => {
-                        *turn = turn.saturating_sub(count);
+                        *turn = turn.saturating_sub(self.spent(count, before));
                         connection.add_bytes(0, count);
                     }
                     Read::End => return Err(End::Server),

@@ -1,27 +1,103 @@
 //! Turns: how much is read of one connection before others on its thread come first.
 //!
-//! Job: whoever has had a whole turn, and may have more, stands in line with all others of its thread that do. The first of
-//! the line goes on when the thread has looked what else has become ready, and has done that: whoever wants little waits
-//! for one turn of somebody else's at most, however many want much.
-//! Must never wait for somebody who has gone: a place in line ends with whoever has it.
+//! Job: whoever wants little is served at once, and whoever wants much stands in line with all others of its thread that
+//! do. The first of the line goes on when the thread has looked what else has become ready, and has done that: whoever
+//! wants little waits for one turn of somebody else's at most, however many want much. Nobody says how much he wants, so
+//! it goes by what he has had since he last had nothing to do (foreground and background, Kleinrock 1976).
+//! Must never wait for somebody who has gone: a place in line ends with whoever has it. Must cost nothing to speak of where
+//! nobody wants little: turns are long then.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    cell::Cell,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
 
 use tokio::{sync::Semaphore, task::yield_now};
 
-/// How many octets a turn is, of each side of a connection: those that came, or what they cost where that is more.
+/// How many octets a turn is, of each side of a connection, while everybody on its thread wants much: those that came, or
+/// what they cost where that is more.
 pub const TURN: usize = 128 * 1024;
 
+/// The same while somebody there wants little; who has had less since he was idle is one of those.
+pub const SHORT_TURN: usize = 16 * 1024;
+
+/// So many times after somebody who wanted little was served, turns are long again: a hundredth of a second or so.
+const REMEMBERED: u64 = 256;
+
 /// A place in the line; ready when it is its owner's turn.
-pub type Place = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Place = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 thread_local! {
     /// Who is first of this thread's line: it is fair, and nobody closes it.
     static FIRST: Arc<Semaphore> = Arc::new(Semaphore::new(1));
+    /// How often somebody of this thread has asked whether it is his turn, and until when of these turns are short.
+    static ASKED: Cell<u64> = const { Cell::new(0) };
+    static SHORT_UNTIL: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Stands in line, at the end.
-pub fn place() -> Place {
+/// What one connection has had, and its place.
+#[derive(Default)]
+pub struct Share {
+    /// Octets since it had nothing to do.
+    had: usize,
+    /// The time before that it was busy, it wanted much.
+    wanted_much: bool,
+    place: Option<Place>,
+}
+
+impl Share {
+    /// Waits for its turn, and says how many octets that is.
+    pub fn poll_turn(&mut self, context: &mut Context<'_>) -> Poll<usize> {
+        let asked = ASKED.get() + 1;
+        ASKED.set(asked);
+        let turn = if asked < SHORT_UNTIL.get() { SHORT_TURN } else { TURN };
+        // Whoever wanted much the time before will want much again: he is not new where others want little.
+        let is_back = self.wanted_much && self.had == 0 && turn == SHORT_TURN;
+        if self.place.is_none() && self.had < turn && !is_back {
+            if !self.wanted_much && self.had < SHORT_TURN {
+                SHORT_UNTIL.set(asked + REMEMBERED);
+            }
+            return Poll::Ready(turn - self.had);
+        }
+        ready!(self.place.get_or_insert_with(place).as_mut().poll(context));
+        self.place = None;
+        Poll::Ready(turn)
+    }
+
+    /// For a wait that may be given up: its place goes with it, since the line waits for whoever is first.
+    pub fn waits(&mut self) -> Waits<'_> {
+        Waits { share: self }
+    }
+
+    /// It has had so much.
+    pub fn spend(&mut self, octets: usize) {
+        self.had = self.had.saturating_add(octets);
+    }
+
+    /// It has nothing to do.
+    pub fn rest(&mut self) {
+        debug_assert!(self.place.is_none(), "whoever stands in line wants more");
+        self.wanted_much = self.had >= SHORT_TURN;
+        self.had = 0;
+    }
+}
+
+/// A wait that may be given up.
+pub struct Waits<'s> {
+    /// Whose.
+    pub share: &'s mut Share,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.share.place = None;
+    }
+}
+
+/// Stands in line, at the end. Whoever does is not first at once.
+fn place() -> Place {
     let first = FIRST.with(Arc::clone);
     Box::pin(async move {
         let is_first = first.acquire().await;
@@ -101,6 +177,69 @@ mod tests {
             let _inside = runtime.enter();
             Self::pair().expect("sockets")
         }
+    }
+
+    fn asks(share: &mut Share) -> Poll<usize> {
+        share.poll_turn(&mut Context::from_waker(std::task::Waker::noop()))
+    }
+
+    #[test]
+    fn turns_are_short_where_somebody_wants_little_and_long_where_nobody_does() {
+        let mut much = Share::default();
+        // Nobody knows yet what it wants.
+        assert_eq!(asks(&mut much), Poll::Ready(TURN));
+        much.spend(TURN);
+        assert_eq!(asks(&mut much), Poll::Pending, "others come first");
+        assert_eq!(
+            asks(&mut much),
+            Poll::Ready(SHORT_TURN),
+            "it was new itself a moment ago"
+        );
+        for _ in 0..REMEMBERED {
+            much.spend(SHORT_TURN);
+            let _ = asks(&mut much);
+        }
+        while asks(&mut much).is_pending() {}
+        assert_eq!(asks(&mut much), Poll::Pending);
+        assert_eq!(asks(&mut much), Poll::Ready(TURN), "it is among its like");
+        // One that rests and comes again is not new.
+        much.rest();
+        assert_eq!(asks(&mut much), Poll::Ready(TURN));
+        much.spend(TURN);
+        let mut little = Share::default();
+        assert_eq!(asks(&mut little), Poll::Ready(TURN));
+        little.spend(100);
+        assert_eq!(asks(&mut little), Poll::Ready(SHORT_TURN - 100));
+        little.rest();
+        assert_eq!(asks(&mut little), Poll::Ready(SHORT_TURN));
+        assert_eq!(asks(&mut much), Poll::Pending);
+        assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN));
+        much.rest();
+        assert_eq!(
+            asks(&mut much),
+            Poll::Pending,
+            "it is no newcomer where somebody wants little"
+        );
+        assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN));
+        much.spend(100);
+        much.rest();
+        assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN), "it wanted little itself");
+    }
+
+    #[test]
+    fn a_wait_that_is_given_up_holds_up_nobody() {
+        let mut shares: [Share; 2] = std::array::from_fn(|_| Share::default());
+        for share in &mut shares {
+            assert!(asks(share).is_ready());
+            share.spend(TURN);
+        }
+        let [first, second] = &mut shares;
+        let waiting = first.waits();
+        assert!(asks(waiting.share).is_pending(), "it is first, and never comes back");
+        assert!(asks(second).is_pending());
+        assert!(asks(second).is_pending(), "it waits for the first");
+        drop(waiting);
+        while asks(second).is_pending() {}
     }
 
     #[tokio::test]

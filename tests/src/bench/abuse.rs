@@ -1,7 +1,8 @@
 //! How long other clients wait while somebody does harm, and what memory that costs the relay.
 //!
 //! Each way to do harm has its turns: others' requests without it, and with it, through the same relay, in alternation; and
-//! once more at the server itself, which is what the same harm does where there is no relay. The relay has one processor to
+//! once more at the server itself, which is what the same harm does where there is no relay; and through a relay that copies
+//! octets, at the rate at which this one has taken it, which is what any hop makes of it. A relay has one processor to
 //! itself. Those who do harm share the other with the server and the others, and run only while neither wants to
 //! (`SCHED_IDLE`): what is measured is not their own time.
 //!
@@ -46,6 +47,9 @@ const OTHERS: usize = 4;
 /// Between two requests of one of them.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// From its beginning on: what it costs for as long as it lasts is measured, and not its first moment.
+const SWING: Duration = Duration::from_secs(1);
+
 /// How long an abuse may take to begin, and to be over.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -59,13 +63,13 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// Six minutes.
+    /// Twelve minutes.
     pub const FULL: Self = Self {
         rounds: 3,
         window: Duration::from_millis(800),
     };
 
-    /// One minute and a half.
+    /// Three minutes and a half.
     pub const QUICK: Self = Self {
         rounds: 1,
         window: Duration::from_millis(500),
@@ -86,7 +90,12 @@ struct Figure {
     done: Done,
     relay: Vec<Pair99>,
     direct: Vec<Pair99>,
+    floor: Vec<Pair99>,
     mib: f64,
+}
+
+fn ratio(pairs: &[Pair99]) -> f64 {
+    median(pairs.iter().map(|pair| pair.with / pair.without).collect())
 }
 
 impl Figure {
@@ -99,11 +108,15 @@ impl Figure {
     }
 
     fn ratio(&self) -> f64 {
-        median(self.relay.iter().map(|pair| pair.with / pair.without).collect())
+        ratio(&self.relay)
     }
 
     fn direct(&self) -> f64 {
-        median(self.direct.iter().map(|pair| pair.with / pair.without).collect())
+        ratio(&self.direct)
+    }
+
+    fn floor(&self) -> f64 {
+        ratio(&self.floor)
     }
 }
 
@@ -148,6 +161,8 @@ pub fn run(
     let relay = start.peer(Peer::Relay)?;
     let mut through = Others::begin(&pki, Peer::Relay.address(), cores)?;
     let mut straight = Others::begin(&pki, BACKEND, cores)?;
+    let _floor = start.peer(Peer::Floor)?;
+    let mut copied = Others::begin(&pki, Peer::Floor.address(), cores)?;
     through.window(effort.window)?;
     let mut abused = Abused {
         figures: Vec::new(),
@@ -162,21 +177,26 @@ pub fn run(
             ..Figure::default()
         };
         for _ in 0..effort.rounds {
-            let (pair, done, mib) = turn(abuse, &pki, &mut through, cores, effort, Some(&relay))?;
+            let highest = Highest::of(relay.id());
+            let turned = turn(abuse, &pki, &mut through, cores, effort, None)?;
+            figure.mib = figure.mib.max(highest.kib() as f64 / 1024.0 - abused.idle_mib);
             quiet(&load, base)?;
-            figure.relay.push(pair);
-            figure.mib = figure.mib.max(mib - abused.idle_mib);
-            figure.done = done;
-            let (pair, ..) = turn(abuse, &pki, &mut straight, cores, effort, None)?;
+            figure.relay.push(turned.times);
+            figure.done = turned.done;
+            let copied = turn(abuse, &pki, &mut copied, cores, effort, Some(turned.rate))?;
             quiet(&load, base)?;
-            figure.direct.push(pair);
+            figure.floor.push(copied.times);
+            let direct = turn(abuse, &pki, &mut straight, cores, effort, None)?;
+            quiet(&load, base)?;
+            figure.direct.push(direct.times);
         }
         say(&format!(
-            "{}: {:.0} µs without, {:.0} µs with, {:.2} x (directly {:.2} x); {:+.1} MiB; {:?}",
+            "{}: {:.0} µs without, {:.0} µs with, {:.2} x (octets copied {:.2} x, directly {:.2} x); {:+.1} MiB; {:?}",
             figure.name,
             figure.without(),
             figure.with(),
             figure.ratio(),
+            figure.floor(),
             figure.direct(),
             figure.mib,
             figure.done
@@ -186,20 +206,29 @@ pub fn run(
     abused.requests = through.asked;
     through.end()?;
     straight.end()?;
+    copied.end()?;
     Ok(abused)
 }
 
-/// Others' times without and with the abuse, what was done, and the relay's memory at its highest.
+/// What one turn came to.
+struct Turned {
+    times: Pair99,
+    done: Done,
+    /// Deeds a second while others were measured.
+    rate: f64,
+}
+
+/// Others' times without and with the abuse, which does so many deeds a second or as many as it can.
 fn turn(
     abuse: &Abuse,
     pki: &Pki,
     others: &mut Others,
     cores: Cores,
     effort: Effort,
-    relay: Option<&Process>,
-) -> anyhow::Result<(Pair99, Done, f64)> {
+    rate: Option<f64>,
+) -> anyhow::Result<Turned> {
     let without = p99_us(others.window(effort.window)?);
-    let attack = Attack::start(abuse, pki, others.server, ATTACKERS, Some(cores.others))?;
+    let attack = Attack::start(abuse, pki, others.server, ATTACKERS, Some(cores.others), rate)?;
     let began = || {
         let done = attack.done();
         // Whoever is ended at once makes many.
@@ -208,11 +237,15 @@ fn turn(
             .then_some(())
     };
     wait_for(PATIENCE, began).with_context(|| format!("{}: it does not come about", abuse.name))?;
-    let highest = relay.map(|relay| Highest::of(relay.id()));
+    thread::sleep(SWING);
+    let (before, from) = (attack.done(), Instant::now());
     let with = p99_us(others.window(effort.window)?);
-    let done = attack.stop();
-    let mib = highest.map_or(0.0, |highest| highest.kib() as f64 / 1024.0);
-    Ok((Pair99 { without, with }, done, mib))
+    let rate = (attack.done().deeds() - before.deeds()) as f64 / from.elapsed().as_secs_f64();
+    Ok(Turned {
+        times: Pair99 { without, with },
+        done: attack.stop(),
+        rate,
+    })
 }
 
 /// Waits until the server has only the others' connections.
@@ -355,6 +388,7 @@ impl Abused {
         };
         json!({
             "p99_ratio": by_name(&Figure::ratio),
+            "p99_ratio_floor": by_name(&Figure::floor),
             "p99_ratio_direct": by_name(&Figure::direct),
             "p99_us_without": by_name(&Figure::without),
             "p99_us_with": by_name(&Figure::with),
@@ -384,13 +418,13 @@ impl Abused {
         )?;
         writeln!(
             page,
-            "| abuse | connections | pieces | MB sent | others' p99 without, µs | with | ratio | bound | without a relay | MiB above idle | bound |"
+            "| abuse | connections | pieces | MB sent | others' p99 without, µs | with | ratio | bound | octets copied | without a relay | MiB above idle | bound |"
         )?;
-        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
+        writeln!(page, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
         for one in &self.figures {
             writeln!(
                 page,
-                "| {} | {} | {} | {:.1} | {:.0} | {:.0} | {:.2} | {BOUND} | {:.2} | {:.1} | {BOUND_MIB} |",
+                "| {} | {} | {} | {:.1} | {:.0} | {:.0} | {:.2} | {BOUND} | {:.2} | {:.2} | {:.1} | {BOUND_MIB} |",
                 one.name,
                 one.done.connections,
                 one.done.acts,
@@ -398,6 +432,7 @@ impl Abused {
                 one.without(),
                 one.with(),
                 one.ratio(),
+                one.floor(),
                 one.direct(),
                 one.mib
             )?;

@@ -1,8 +1,9 @@
 //! The floor: a relay that ends TLS on both sides and copies bytes without reading them; or leaves TLS alone too.
 //!
-//! Job: what any proxy that holds the certificates must spend, and what any hop must. Must never look at what it copies.
+//! Job: what any proxy that holds the certificates must spend, and what any hop must. Must never look at what it copies,
+//! nor end for what somebody else does.
 
-use std::{fs, net::SocketAddr, path::Path, sync::Arc};
+use std::{fs, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use rustls::{
@@ -29,11 +30,15 @@ pub fn run(listen: SocketAddr, upstream: SocketAddr, certificates: Option<&Path>
         .block_on(accept(listen, upstream, ends))
 }
 
+/// What both ends speak, best first.
+const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
 /// Both ends of TLS.
 #[derive(Clone)]
 struct Ends {
     acceptor: TlsAcceptor,
-    connector: TlsConnector,
+    /// One for each of [`PROTOCOLS`].
+    connectors: [TlsConnector; 2],
 }
 
 impl Ends {
@@ -45,17 +50,21 @@ impl Ends {
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
-        server.alpn_protocols = vec![b"h2".to_vec()];
+        server.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).to_vec();
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(&fs::read(directory.join("ca.crt"))?)?)?;
-        let mut client = ClientConfig::builder_with_provider(provider)
+        let client = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        client.alpn_protocols = vec![b"h2".to_vec()];
+        let connectors = PROTOCOLS.map(|protocol| {
+            let mut client = client.clone();
+            client.alpn_protocols = vec![protocol.to_vec()];
+            TlsConnector::from(Arc::new(client))
+        });
         Ok(Self {
             acceptor: TlsAcceptor::from(Arc::new(server)),
-            connector: TlsConnector::from(Arc::new(client)),
+            connectors,
         })
     }
 }
@@ -65,7 +74,11 @@ async fn accept(listen: SocketAddr, upstream: SocketAddr, ends: Option<Ends>) ->
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
     loop {
-        let (stream, _) = listener.accept().await?;
+        let Ok((stream, _)) = listener.accept().await else {
+            // It had gone, or there is no descriptor for it.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            continue;
+        };
         let ends = ends.clone();
         tokio::spawn(async move {
             if let Err(error) = copy(stream, upstream, ends).await {
@@ -77,13 +90,15 @@ async fn accept(listen: SocketAddr, upstream: SocketAddr, ends: Option<Ends>) ->
 
 async fn copy(mut stream: TcpStream, upstream: SocketAddr, ends: Option<Ends>) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
-    let Some(Ends { acceptor, connector }) = ends else {
+    let Some(Ends { acceptor, connectors }) = ends else {
         let mut server = TcpStream::connect(upstream).await?;
         server.set_nodelay(true)?;
         tokio::io::copy_bidirectional(&mut stream, &mut server).await?;
         return Ok(());
     };
     let mut client = acceptor.accept(stream).await?;
+    let is_h2 = client.get_ref().1.alpn_protocol() == Some(PROTOCOLS[0]);
+    let connector = &connectors[usize::from(!is_h2)];
     let stream = TcpStream::connect(upstream).await?;
     stream.set_nodelay(true)?;
     let mut server = connector.connect(ServerName::try_from(SERVER_NAME)?, stream).await?;

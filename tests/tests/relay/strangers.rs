@@ -93,8 +93,8 @@ impl Scene {
     /// Whether all of it has come about.
     fn is_there(&self, abuse: &Abuse, connections: u64, done: Done, rejected: u64) -> bool {
         let sent = match abuse.holds {
-            // Handshakes alone send nothing.
-            0 => done.connections >= connections,
+            // Who comes again and again sends nothing.
+            0 => done.connections >= connections && (done.acts > 0 || done.connections > 2 * connections),
             _ => done.acts >= connections,
         };
         let fate = match abuse.fate {
@@ -160,7 +160,7 @@ fn no_abuse_costs_more_memory_than_the_bound_and_others_are_served() {
         };
         let highest = Highest::of(scene.relay.id());
         let began = Instant::now();
-        let attack = Attack::start(abuse, &scene.pki, RELAY, connections as usize, None).expect("threads");
+        let attack = Attack::start(abuse, &scene.pki, RELAY, connections as usize, None, None).expect("threads");
         let mut served = 0;
         while served == 0 || began.elapsed() < length || !scene.is_there(abuse, connections, attack.done(), rejected) {
             client.asks();

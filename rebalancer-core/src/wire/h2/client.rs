@@ -24,6 +24,13 @@ pub struct Block {
     spent: usize,
 }
 
+impl Block {
+    /// Octets of its fragments.
+    pub fn length(&self) -> usize {
+        self.fragment.len()
+    }
+}
+
 /// Where the client is in what it sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {

@@ -12,6 +12,7 @@ mod client;
 mod drain;
 pub mod error;
 pub mod frame;
+mod glitches;
 pub mod hpack;
 pub mod policy;
 pub mod relay;

@@ -11,6 +11,7 @@ use super::{
     drain::Departure,
     error::{ConnectionError, ErrorCode},
     frame::{self, FrameHeader, flag, kind},
+    glitches::Glitches,
     hpack::FieldList,
     policy::{self, Policy},
     request,
@@ -31,6 +32,12 @@ const OWN_FRAMES: usize = 64 * 1024;
 
 /// What a header block costs beside its list, in octets that are only passed on: a microsecond or two of a processor.
 const BLOCK: usize = 1024;
+
+/// What a frame costs beside its octets, likewise.
+const FRAME: usize = 32;
+
+/// How much of such work is done at once: others want to be served too.
+const AT_ONCE: usize = 16 * 1024;
 
 /// What a relay is told at its start.
 #[derive(Clone, Debug)]
@@ -104,8 +111,9 @@ pub struct Relay {
     /// Frames of the relay's own for the server, waiting for a place between two of the client's.
     own_to_server: Vec<u8>,
     user_agent: UserAgent,
-    /// What the client's header blocks have cost since it was asked last, in octets.
+    /// What frames and the client's header blocks have cost since it was asked last, in octets.
     work: usize,
+    glitches: Glitches,
 }
 
 impl Relay {
@@ -123,29 +131,34 @@ impl Relay {
             own_to_server: Vec::new(),
             user_agent: UserAgent::Unknown,
             work: 0,
+            glitches: Glitches::default(),
         }
     }
 
-    /// Takes what the client sent, as much of it as `out` has room for; says how much. The rest is given again when what
-    /// waits has gone: a few octets may stand for many.
+    /// Takes what the client sent, as much of it as `out` has room for and costs not too much at once; says how much. The rest
+    /// is given again when what waits has gone, and others have had their turn: a few octets may stand for many.
     ///
     /// # Errors
     ///
     /// The client broke the protocol so that its requests cannot be told apart any more; see [`Self::fail`].
     pub fn client_bytes(&mut self, input: &[u8], out: &mut Output) -> Result<usize, ConnectionError> {
         let mut rest = input;
-        let taken = self.take_client(&mut rest, out);
+        let enough = self.work + AT_ONCE;
+        let taken = self.take_client(&mut rest, enough, out);
         // What was said before a fault is said.
         self.flush(out);
         taken?;
-        debug_assert!(rest.is_empty() || !out.has_room_for_client(), "what has room is taken");
+        debug_assert!(
+            rest.is_empty() || !out.has_room_for_client() || self.work >= enough,
+            "what has room is taken"
+        );
         Ok(input.len() - rest.len())
     }
 
-    fn take_client(&mut self, rest: &mut &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+    fn take_client(&mut self, rest: &mut &[u8], enough: usize, out: &mut Output) -> Result<(), ConnectionError> {
         self.client.preface(rest, &mut out.to_server)?;
         // Without input a step still ends a frame without a payload.
-        while rest.is_empty() || out.has_room_for_client() {
+        while rest.is_empty() || out.has_room_for_client() && self.work < enough {
             match self.client.step(rest) {
                 Step::Starved => break,
                 Step::Header(header) => self.client_header(header, out)?,
@@ -262,10 +275,15 @@ impl Relay {
         self.server.take_refused()
     }
 
-    /// What the client's header blocks have cost since this was asked last, as so many octets that are only passed on: a few
-    /// may stand for many.
+    /// What frames and the client's header blocks have cost since this was asked last beside their octets, as so many octets
+    /// that are only passed on: a few may stand for many.
     pub fn take_work(&mut self) -> usize {
         std::mem::take(&mut self.work)
+    }
+
+    /// How much that brings the client nothing it has had the server or the relay do since this was asked last.
+    pub fn take_glitches(&mut self) -> u32 {
+        self.glitches.take()
     }
 
     /// The user agent of the first request that brought one, once: [`policy::MAX_USER_AGENT`] octets of it at most.
@@ -287,6 +305,8 @@ impl Relay {
 
     fn client_header(&mut self, header: FrameHeader, out: &mut Output) -> Result<(), ConnectionError> {
         self.client.check_order(header)?;
+        self.work += FRAME;
+        self.glitches.client(header);
         match header.kind {
             kind::HEADERS => self.client.begin_headers(header)?,
             kind::CONTINUATION => self.client.begin_continuation(header)?,
@@ -318,7 +338,9 @@ impl Relay {
     fn client_block(&mut self, block: &Block, out: &mut Output) -> Result<(), ConnectionError> {
         let list = self.client.decode(block)?;
         self.work += BLOCK + list.size();
+        self.glitches.list(block.length(), list.size());
         if self.departure.refuses(block.stream) {
+            self.glitches.refused();
             frame::write_reset(block.stream, ErrorCode::RefusedStream, self.server.own());
             return self.server.bound_own();
         }
@@ -334,12 +356,16 @@ impl Relay {
                 Err(ConnectionError::protocol("a request on a stream that was used before"))
             }
             // Trailers that crossed a reset.
-            Standing::Closed => Ok(()),
+            Standing::Closed => {
+                self.glitches.refused();
+                Ok(())
+            }
         }
     }
 
     fn request(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
         if request::check_request(list).is_err() {
+            self.glitches.refused();
             self.streams.refuse(block.stream);
             frame::write_reset(block.stream, ErrorCode::ProtocolError, self.server.own());
             return self.server.bound_own();
@@ -354,6 +380,7 @@ impl Relay {
         let rewrite = match rewrite {
             Ok(rewrite) => rewrite,
             Err(status) => {
+                self.glitches.refused();
                 self.streams.refuse(block.stream);
                 write_status(block, *status, self.server.own());
                 return self.server.bound_own();
@@ -400,6 +427,7 @@ impl Relay {
     fn reset(&mut self, stream: u32, code: ErrorCode, out: &mut Output) {
         frame::write_reset(stream, code, self.server.own());
         frame::write_reset(stream, code, &mut out.to_server);
+        self.glitches.reset();
         self.close(stream);
     }
 
@@ -427,6 +455,10 @@ impl Relay {
     }
 
     fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
+        self.work += FRAME;
+        if header.kind == kind::DATA {
+            self.glitches.data();
+        }
         let withheld = header.length <= MAX_CONTROL_PAYLOAD && self.server.is_withheld(header);
         if !withheld {
             self.server.release(&mut out.to_client);
@@ -451,6 +483,8 @@ impl Relay {
             kind::RST_STREAM => {
                 if self.streams.is_answered(header.stream) {
                     out.cut.get_or_insert(out.to_client.len());
+                } else {
+                    self.glitches.reset();
                 }
                 self.streams.reset(header.stream);
             }

@@ -2,12 +2,17 @@
 //!
 //! Must never hold a buffer while nothing is on its way.
 
-use std::{cell::RefCell, io, pin::Pin, task::ready};
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    task::{Poll, ready},
+};
 
 use rebalancer_core::wire::h1::body::Body;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
-use crate::relay::turns::{self, TURN};
+use crate::relay::turns::Share;
 
 /// How much is read at once.
 const READ: usize = 32 * 1024;
@@ -22,33 +27,45 @@ pub(super) struct Side<R> {
     reader: R,
     /// Read, and not taken yet.
     pub(super) ahead: Vec<u8>,
-    /// Octets since others had their turn.
-    turn: usize,
+    share: Share,
 }
 
 impl<R: AsyncRead + Unpin> Side<R> {
     /// One of which something has been read.
     pub(super) fn new(reader: R, ahead: Vec<u8>) -> Self {
-        Self { reader, ahead, turn: 0 }
+        Self {
+            reader,
+            ahead,
+            share: Share::default(),
+        }
     }
 
     /// Reads once; zero at the end. Dropped before it is ready, it has read nothing.
     pub(super) async fn read(&mut self) -> io::Result<usize> {
-        if self.turn >= TURN {
-            turns::place().await;
-            self.turn = 0;
-        }
-        let count = std::future::poll_fn(|context| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                let mut buffer = ReadBuf::new(scratch);
+        // Whoever does not wait for it any more does not stand in line for it.
+        let waiting = self.share.waits();
+        std::future::poll_fn(|context| {
+            let turn = ready!(waiting.share.poll_turn(context));
+            let read = SCRATCH.with_borrow_mut(|scratch| {
+                let most = scratch.len().min(turn);
+                let mut buffer = ReadBuf::new(&mut scratch[..most]);
                 ready!(Pin::new(&mut self.reader).poll_read(context, &mut buffer))?;
                 self.ahead.extend_from_slice(buffer.filled());
-                std::task::Poll::Ready(io::Result::Ok(buffer.filled().len()))
-            })
+                Poll::Ready(io::Result::Ok(buffer.filled().len()))
+            });
+            match read {
+                Poll::Ready(Ok(count)) => waiting.share.spend(count),
+                Poll::Ready(Err(_)) => {}
+                Poll::Pending => waiting.share.rest(),
+            }
+            read
         })
-        .await?;
-        self.turn += count;
-        Ok(count)
+        .await
+    }
+
+    /// Something else was done for it, worth so many octets that are only passed on.
+    pub(super) fn spend(&mut self, octets: usize) {
+        self.share.spend(octets);
     }
 
     /// Takes octets off its front.

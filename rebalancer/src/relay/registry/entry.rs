@@ -262,6 +262,11 @@ impl Connection {
         }
     }
 
+    /// It floods, and is read more slowly from now on. To be said once.
+    pub fn slowed(&self) {
+        self.registry.slowed(self.client());
+    }
+
     /// Octets went through.
     pub fn add_bytes(&self, from_client: usize, to_client: usize) {
         self.bytes_in.fetch_add(from_client as u64, Relaxed);

@@ -48,6 +48,8 @@ pub struct Registry {
     /// Refusals for overload, each connection's once in a while.
     refused: AtomicU64,
     heads: Mutex<Heads>,
+    /// How many connections were slowed and not told of yet, and the last one's client.
+    slowed: Mutex<(u64, Option<SocketAddr>)>,
     inner: Mutex<Inner>,
 }
 
@@ -78,6 +80,7 @@ impl Registry {
             coarse_ms: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             heads: Mutex::default(),
+            slowed: Mutex::default(),
             inner: Mutex::new(Inner {
                 open: HashMap::new(),
                 closed: VecDeque::new(),
@@ -145,6 +148,17 @@ impl Registry {
     /// Refusals for overload since the relay began.
     pub fn refused(&self) -> u64 {
         self.refused.load(Relaxed)
+    }
+
+    fn slowed(&self, client: SocketAddr) {
+        let mut slowed = self.slowed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *slowed = (slowed.0 + 1, Some(client));
+    }
+
+    /// How many connections were slowed since this was asked last, and the client of one.
+    pub fn take_slowed(&self) -> (u64, Option<SocketAddr>) {
+        let mut slowed = self.slowed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        std::mem::take(&mut *slowed)
     }
 
     /// Milliseconds since the relay began, as the last sweep saw them.
