@@ -40,7 +40,7 @@ pub struct Arguments {
     /// One JSON object a half on stdout, all else on stderr
     #[arg(long)]
     json: bool,
-    /// One short turn of everything, in under four minutes; docs/bench.md stays as it is
+    /// One short turn of everything, in six minutes; docs/bench.md stays as it is
     #[arg(long)]
     quick: bool,
     /// One half of it alone
