@@ -28,8 +28,13 @@ struct Toolchain {
 }
 
 /// The objects, by the names of the binaries they are: the programs that count, the one that answers in an apiserver's
-/// place, which fewer kernels take, and the one that steers new connections.
-const OBJECTS: [&str; 3] = ["rebalancer-ebpf", "rebalancer-steer", "rebalancer-intercept"];
+/// place, which fewer kernels take, the one that steers new connections, and what benchmarks put beside the answering one.
+const OBJECTS: [&str; 4] = [
+    "rebalancer-ebpf",
+    "rebalancer-steer",
+    "rebalancer-intercept",
+    "rebalancer-cost",
+];
 
 /// The directory a processor's objects are in; this machine's is where the binary's build looks for them.
 pub fn directory(arch: Arch) -> PathBuf {

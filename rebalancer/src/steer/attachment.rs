@@ -41,7 +41,7 @@ impl Attachment {
         process.check_shadow_stack()?;
         let lock = lock::take(&process)?;
         let address = untouched(&process, &point)?;
-        let mut program = Program::load(Part::Steer, place(&point, address))?;
+        let mut program = Program::load(Part::STEER, place(&point, address))?;
         program.attach(process.pid, &process.binary_path(), point.file_offset)?;
         // The number may have become another process's, or the process another program, between the looks.
         if !process.is_the_same() {
@@ -69,20 +69,8 @@ impl Attachment {
     }
 }
 
-/// Puts one of the programs where the probe would go, for measuring, without a look at who else is there; it goes when
-/// the returned value goes.
-///
-/// # Errors
-///
-/// As for [`Attachment::new`].
-pub fn cost_program(part: Part, port: u16) -> Result<Program, SteerError> {
-    let (process, point) = located(port, None)?;
-    let mut program = Program::load(part, place(&point, address(&process, &point)?))?;
-    program.attach(process.pid, &process.binary_path(), point.file_offset)?;
-    Ok(program)
-}
-
-fn place(point: &AttachPoint, address: u64) -> Place {
+/// What the program is to know of the place.
+pub(super) fn place(point: &AttachPoint, address: u64) -> Place {
     Place {
         address,
         proto: point.layout.proto,
@@ -92,7 +80,7 @@ fn place(point: &AttachPoint, address: u64) -> Place {
 }
 
 /// Where the function is in the process: a position-independent binary is moved as a whole.
-fn address(process: &Process, point: &AttachPoint) -> Result<u64, SteerError> {
+pub(super) fn address(process: &Process, point: &AttachPoint) -> Result<u64, SteerError> {
     let entry = process
         .entry()
         .map_err(SteerError::io(format!("/proc/{}/auxv", process.pid)))?;
@@ -129,7 +117,7 @@ fn is_breakpoint(architecture: Architecture, code: &[u8; BEGIN]) -> bool {
     }
 }
 
-fn located(port: u16, path: Option<&Path>) -> Result<(Process, AttachPoint), SteerError> {
+pub(super) fn located(port: u16, path: Option<&Path>) -> Result<(Process, AttachPoint), SteerError> {
     let process = process::find(port, path)?;
     let point = point_in(&process)?;
     Ok((process, point))

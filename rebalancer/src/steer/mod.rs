@@ -11,6 +11,7 @@ mod batch;
 mod binary;
 mod comparison;
 mod consumers;
+mod cost;
 mod flags;
 mod lock;
 mod process;
@@ -22,8 +23,9 @@ use std::{io, path::PathBuf};
 use rebalancer_core::binary::golang;
 
 pub use answers::Answers;
-pub use attachment::{Attachment, cost_program, point_in};
+pub use attachment::{Attachment, point_in};
 pub use binary::inspect;
+pub use cost::cost_program;
 pub use process::find as find_process;
 pub use program::{Part, Program, trial_load};
 pub use shim::Steer;
@@ -157,7 +159,7 @@ pub enum SteerError {
     /// The processor compares returns with a second stack.
     #[error(
         "process {pid} has user shadow stacks (shstk): answering in a function's place would be taken for an attack; \
-         start it without GLIBC_TUNABLES=glibc.cpu.x86_shstk"
+         start it without glibc.cpu.x86_shstk or glibc.cpu.aarch64_gcs in GLIBC_TUNABLES"
     )]
     ShadowStack {
         /// The process.

@@ -102,16 +102,22 @@ impl Process {
         entry(&vector).ok_or_else(|| io::Error::other("its auxiliary vector has no AT_ENTRY"))
     }
 
-    /// Refuses a process whose returns the processor compares with a second stack (Documentation/arch/x86/shstk.rst):
-    /// answering in a function's place leaves that one's address there.
+    /// Refuses a process whose returns the processor compares with a second stack (Documentation/arch/x86/shstk.rst,
+    /// Documentation/arch/arm64/gcs.rst): answering in a function's place leaves that one's address there.
     ///
     /// # Errors
     ///
-    /// [`SteerError::ShadowStack`]; its status cannot be read.
+    /// [`SteerError::ShadowStack`]; its status or memory map cannot be read.
     pub fn check_shadow_stack(&self) -> Result<(), SteerError> {
         let path = format!("/proc/{}/status", self.pid);
         let status = fs::read_to_string(&path).map_err(SteerError::io(path))?;
-        if has_shadow_stack(&status) {
+        let mut has = has_shadow_stack(&status);
+        if cfg!(target_arch = "aarch64") {
+            // Its status does not say it there.
+            let path = format!("/proc/{}/smaps", self.pid);
+            has |= maps_shadow_stack(&fs::read_to_string(&path).map_err(SteerError::io(path))?);
+        }
+        if has {
             return Err(SteerError::ShadowStack { pid: self.pid });
         }
         Ok(())
@@ -214,6 +220,12 @@ fn has_shadow_stack(status: &str) -> bool {
         .lines()
         .find_map(|line| line.strip_prefix("x86_Thread_features:"));
     line.is_some_and(|features| features.split_whitespace().any(|feature| feature == "shstk"))
+}
+
+/// Whether any of the memory is such a stack (proc_pid_smaps(5), the flag `ss`).
+fn maps_shadow_stack(smaps: &str) -> bool {
+    let mut flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    flags.any(|flags| flags.split_whitespace().any(|flag| flag == "ss"))
 }
 
 /// The one process that listens on the port in this network namespace; with `path`, the one that runs that binary.
@@ -356,6 +368,12 @@ mod tests {
             "Name:\tshstk\nx86_Thread_features:\t\nx86_Thread_features_locked:\tshstk wrss\n"
         ));
         assert!(!has_shadow_stack("Name:\tx\n"));
+        assert!(maps_shadow_stack(
+            "ffff0000-ffff8000 rw-p 00000000 00:00 0\nRss: 4 kB\nVmFlags: rd wr mr mw me ac ss\n"
+        ));
+        assert!(!maps_shadow_stack("ss\nVmFlags: rd wr mr mw me ac sd\n"));
+        let own = fs::read_to_string("/proc/self/smaps").expect("the kernel says it of this process");
+        assert!(own.contains("\nVmFlags:") && !maps_shadow_stack(&own));
     }
 
     #[test]

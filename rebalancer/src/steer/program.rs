@@ -24,25 +24,19 @@ use super::{SteerError, batch, consumers};
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-steer.o"));
 
-/// Which of the object's programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// The one that answers.
-    Steer,
-    /// The same without the answer: for measuring.
-    Silent,
-    /// One that does nothing: for measuring what the trap alone costs.
-    Empty,
+/// What is put at an apiserver's decision.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    pub(super) object: &'static [u8],
+    pub(super) name: &'static str,
 }
 
 impl Part {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Steer => "steer",
-            Self::Silent => "silent",
-            Self::Empty => "empty",
-        }
-    }
+    /// The program that answers.
+    pub const STEER: Self = Self {
+        object: OBJECT,
+        name: "steer",
+    };
 }
 
 /// The loaded program.
@@ -62,7 +56,7 @@ pub struct Program {
 ///
 /// Why not.
 pub fn trial_load() -> Result<(), SteerError> {
-    Program::load(Part::Steer, Place::default()).map(|_| ())
+    Program::load(Part::STEER, Place::default()).map(|_| ())
 }
 
 impl Program {
@@ -90,12 +84,12 @@ impl Program {
     }
 
     fn load_as(part: Part, place: Place) -> Result<Self, SteerError> {
-        if OBJECT.is_empty() {
+        if part.object.is_empty() {
             return Err(SteerError::NotBuilt);
         }
         let mut ebpf = EbpfLoader::new()
             .override_global("PLACE", &place, true)
-            .load(OBJECT)
+            .load(part.object)
             .map_err(|error| refused(&error))?;
         let victims = map(&mut ebpf, "VICTIMS")?;
         let requests = map(&mut ebpf, "REQUESTS")?;
@@ -149,7 +143,7 @@ impl Program {
     }
 
     fn uprobe(&mut self) -> Result<&mut UProbe, SteerError> {
-        let name = self.part.name();
+        let name = self.part.name;
         let missing = || SteerError::Kernel {
             why: format!("the object has no program {name}"),
         };

@@ -71,8 +71,8 @@ const LOOKS: usize = 20;
 /// What the probe costs.
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {
-    /// The program that was measured: the one that answers, or the same without the answer.
-    pub part: Part,
+    /// Whether it is the program without its answer.
+    pub silent: bool,
     /// Instructions of that program, in the kernel's form; there is no loop in it.
     pub instructions: u32,
     /// Nanoseconds of one run of that program, as the kernel counts them.
@@ -103,7 +103,7 @@ impl Figures {
             "ns_of_program": self.program_ns.round(),
             "instructions": self.instructions,
             "requests_of": self.asked,
-            "answers": self.part == Part::Steer,
+            "answers": !self.silent,
             "emulated": self.emulated,
         })
     }
@@ -112,9 +112,10 @@ impl Figures {
     pub fn page(&self) -> String {
         let [plain, empty, probe] = self.ns;
         let [with_empty, with_probe] = self.requests_ratios.map(rounded_down);
-        let what = match self.part {
-            Part::Silent => "the probe without its answer, and the instruction stepped over",
-            Part::Steer | Part::Empty => "the probe that answers",
+        let what = if self.silent {
+            "the probe without its answer, and the instruction stepped over"
+        } else {
+            "the probe that answers"
         };
         format!(
             "{}{}, Linux {}.\nEach figure is the median of {ROUNDS} rounds, in alternation: {CALLS} calls of \
@@ -159,8 +160,8 @@ pub struct Measured<'a> {
     pub server: &'a Path,
     /// kube-apiserver and etcd, where they are at hand.
     pub real: Option<(&'a Path, &'a Path)>,
-    /// The program that answers, or the same without the answer.
-    pub part: Part,
+    /// Whether it is the program without its answer that is measured.
+    pub silent: bool,
 }
 
 /// Measures; `say` hears what is being done.
@@ -181,7 +182,7 @@ pub fn run(measured: Measured<'_>, directory: &Path, say: impl Fn(&str) + Send) 
         pki,
         namespace,
         target,
-        part: measured.part,
+        silent: measured.silent,
     };
     thread::scope(|scope| scope.spawn(|| bench.measure(say)).join())
         .map_err(|_| anyhow::anyhow!("the measuring thread panicked"))?
@@ -248,7 +249,7 @@ struct Bench {
     pki: Pki,
     namespace: Namespace,
     target: Target,
-    part: Part,
+    silent: bool,
 }
 
 impl Bench {
@@ -267,6 +268,7 @@ impl Bench {
                 .parse()
                 .with_context(|| format!("`{answer}` is no number"))
         };
+        let measured = if self.silent { Part::SILENT } else { Part::STEER };
         let mut ns: [Vec<f64>; 3] = Default::default();
         let mut program_ns = Vec::new();
         let mut instructions = 0;
@@ -278,10 +280,10 @@ impl Bench {
             say(&format!("round {round} of {ROUNDS}"));
             ns[0].push(call()?);
             let mut bare = self.requests_per_second(each);
-            for (index, part) in [Part::Empty, self.part].into_iter().enumerate() {
+            for (index, part) in [Part::EMPTY, measured].into_iter().enumerate() {
                 let mut probe = cost_program(part, SMALL.port)?;
                 ns[index + 1].push(call()?);
-                if part == self.part {
+                if index == 1 {
                     let (id, size) = probe.size()?;
                     instructions = size;
                     let _statistics = bpf::statistics()?;
@@ -300,7 +302,7 @@ impl Bench {
             }
         }
         Ok(Figures {
-            part: self.part,
+            silent: self.silent,
             instructions,
             program_ns: median(program_ns),
             asked: self.target.name,

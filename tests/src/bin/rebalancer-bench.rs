@@ -6,7 +6,6 @@ use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use rebalancer::steer::Part;
 use rebalancer_tests::{
     bench::{
         abuse, crowd, floor, kernel,
@@ -177,11 +176,10 @@ fn run(command: Command) -> anyhow::Result<()> {
             (json, page, arguments.page)
         }
         Command::Steer(arguments) => {
-            let part = if arguments.silent { Part::Silent } else { Part::Steer };
             let measured = Measured {
                 server: &arguments.server,
                 real: arguments.apiserver.as_deref().zip(arguments.etcd.as_deref()),
-                part,
+                silent: arguments.silent,
             };
             let figures = steer::run(measured, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)

@@ -1,12 +1,12 @@
 //! What needs no VM: finding the place in binaries of every Go release, and how this machine's kernel is refused.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use rebalancer_core::binary::golang::{self, Architecture, FUNCTION};
+use rebalancer_core::binary::golang::{self, Architecture, FUNCTION, RequestLayout};
 use rebalancer_tests::{
     fixture::{Fixture, goaway_server},
     skip,
@@ -19,6 +19,9 @@ use crate::{
 
 /// The release on this machine, those whose function tables differ, and the first and last that are known.
 const RELEASES: [&str; 6] = ["local", "go1.18.10", "go1.20.14", "go1.21.13", "go1.25.5", "go1.27.1"];
+
+/// Those between them, by `REBALANCER_LONG`.
+const OTHER_RELEASES: [&str; 5] = ["go1.19.13", "go1.22.12", "go1.23.12", "go1.24.11", "go1.26.0"];
 
 /// Go as that release, without C.
 fn go(release: &str) -> Command {
@@ -212,45 +215,49 @@ fn damage_to_a_real_binary_leads_nowhere_else() {
 }
 
 #[test]
-fn the_request_is_laid_out_as_each_releases_source_says() {
-    for release in RELEASES {
-        let Some(root) = output(release, go(release).args(["env", "GOROOT"])) else {
+fn each_releases_compiler_lays_the_request_out_as_the_probe_reads_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    fs::write(directory.path().join("go.mod"), "module layout\n\ngo 1.18\n").expect("a file");
+    let source = directory.path().join("layout.go");
+    let compile = |release: &str, architecture: &str, proto: u32, remote_address: u32| {
+        // The length of an array is a part of its type: nothing is compiled where a member lies elsewhere, or is no text.
+        let text = format!(
+            "package layout\n\nimport (\n\t\"net/http\"\n\t\"unsafe\"\n)\n\nvar request http.Request\n\n\
+             var _ [unsafe.Offsetof(request.Proto)]struct{{}} = [{proto}]struct{{}}{{}}\n\
+             var _ [unsafe.Offsetof(request.RemoteAddr)]struct{{}} = [{remote_address}]struct{{}}{{}}\n\
+             var _, _ *string = &request.Proto, &request.RemoteAddr\n"
+        );
+        fs::write(&source, text).expect("a file");
+        go(release)
+            .current_dir(directory.path())
+            .env("GOARCH", architecture)
+            .args(["build", "-trimpath", "."])
+            .output()
+            .expect("go runs")
+    };
+    let RequestLayout { proto, remote_address } = golang::LAYOUT;
+    let further: &[&str] = match env::var_os("REBALANCER_LONG") {
+        Some(_) => &OTHER_RELEASES,
+        None => &[],
+    };
+    for release in RELEASES.iter().chain(further) {
+        let Some(version) = output(release, go(release).args(["env", "GOVERSION"])) else {
             continue;
         };
-        let source = fs::read_to_string(Path::new(root.trim()).join("src/net/http/request.go")).expect("a source");
-        let (_, structure) = source.split_once("type Request struct {\n").expect("the structure");
-        let (structure, _) = structure.split_once("\n}\n").expect("its end");
-        let mut offset = 0_u32;
-        let mut offsets = Vec::new();
-        for line in structure.lines().map(str::trim) {
-            let mut words = line.split_whitespace();
-            let (Some(name), Some(kind)) = (words.next(), words.next()) else {
-                continue;
-            };
-            if name.starts_with("//") {
-                continue;
+        for architecture in ["amd64", "arm64"] {
+            let compiled = compile(release, architecture, proto, remote_address);
+            let said = String::from_utf8_lossy(&compiled.stderr);
+            assert!(compiled.status.success(), "{} {architecture}: {said}", version.trim());
+            for (proto, remote_address) in [(proto + 8, remote_address), (proto, remote_address - 16)] {
+                let refused = compile(release, architecture, proto, remote_address);
+                let said = String::from_utf8_lossy(&refused.stderr);
+                assert!(said.contains("cannot use"), "it would have seen another layout: {said}");
             }
-            offsets.push((name.to_owned(), offset));
-            if name == "RemoteAddr" {
-                break;
-            }
-            // A bool is padded to a word by what follows it here.
-            offset += match kind {
-                "string" | "io.ReadCloser" => 16,
-                "[]string" => 24,
-                "int" | "int64" | "bool" | "Header" | "url.Values" => 8,
-                pointer if pointer.starts_with('*') || pointer.starts_with("func") => 8,
-                other => panic!("{release}: a member of type {other}"),
-            };
         }
-        let of = |name: &str| {
-            offsets
-                .iter()
-                .find(|(known, _)| known == name)
-                .map(|(_, offset)| *offset)
-        };
-        assert_eq!((of("Proto"), of("RemoteAddr")), (Some(0x18), Some(0xb0)), "{release}");
-        eprintln!("{release}: r.Proto at 0x18, r.RemoteAddr at 0xb0");
+        eprintln!(
+            "{}: r.Proto at {proto:#x}, r.RemoteAddr at {remote_address:#x}",
+            version.trim()
+        );
     }
 }
 

@@ -78,7 +78,7 @@ fn careless(world: &World) -> Program {
     let node = world.node().clone();
     let program = thread::spawn(move || {
         node.enter().expect("its own namespace");
-        cost_program(Part::Steer, PORT).expect("the kernel takes it")
+        cost_program(Part::STEER, PORT).expect("the kernel takes it")
     });
     program.join().expect("the thread ends well")
 }

@@ -49,7 +49,7 @@ pub struct RequestLayout {
 }
 
 /// The same from Go 1.18 to Go 1.27: what was added to the structure since was added behind these (net/http/request.go).
-const LAYOUT: RequestLayout = RequestLayout {
+pub const LAYOUT: RequestLayout = RequestLayout {
     proto: 0x18,
     remote_address: 0xb0,
 };
