@@ -8,15 +8,27 @@ use crate::sys;
 /// Major and minor number.
 pub type Release = (u32, u32);
 
-/// What the programs use, in the order it came; type information with the kernel itself is older (5.4).
-const NEEDS: [(Release, &str); 3] = [
-    ((5, 8), "ring buffers"),
-    ((5, 9), "the list of TCP sockets for programs (iter/tcp)"),
-    ((5, 12), "socket cookies in tracing programs (bpf_get_socket_cookie)"),
-];
+/// How many things the programs use that came with some release.
+const MANY: usize = 4;
 
-/// The oldest kernel that has it all by itself.
-pub const OLDEST: Release = NEEDS[NEEDS.len() - 1].0;
+/// What the programs use, in the order it came; type information with the kernel itself is older (5.4).
+const fn needs(is_arm64: bool) -> [(Release, &'static str); MANY] {
+    [
+        ((5, 8), "ring buffers"),
+        ((5, 9), "the list of TCP sockets for programs (iter/tcp)"),
+        ((5, 12), "socket cookies in tracing programs (bpf_get_socket_cookie)"),
+        // arch/arm64/net/bpf_jit_comp.c: until then the kernel takes such a program and cannot translate it (ENOTSUPP).
+        (
+            if is_arm64 { (5, 18) } else { (5, 12) },
+            "atomic additions that answer (BPF_FETCH)",
+        ),
+    ]
+}
+
+const NEEDS: [(Release, &str); MANY] = needs(cfg!(target_arch = "aarch64"));
+
+/// The oldest kernel that has it all by itself, on this processor.
+pub const OLDEST: Release = NEEDS[MANY - 1].0;
 
 /// The running kernel's release; `None` when it does not say one.
 pub fn running() -> Option<Release> {
@@ -30,11 +42,11 @@ fn parsed(text: &str) -> Option<Release> {
 
 /// Why programs may be refused on this kernel, to be added to the kernel's own words; nothing where it is new enough.
 pub fn hint() -> String {
-    running().map_or_else(String::new, explained)
+    running().map_or_else(String::new, |release| explained(release, NEEDS))
 }
 
-fn explained(release: Release) -> String {
-    let lacking: Vec<&str> = NEEDS
+fn explained(release: Release, needs: [(Release, &str); MANY]) -> String {
+    let lacking: Vec<&str> = needs
         .iter()
         .filter(|(since, _)| *since > release)
         .map(|(_, what)| *what)
@@ -42,7 +54,7 @@ fn explained(release: Release) -> String {
     if lacking.is_empty() {
         return String::new();
     }
-    let ((major, minor), (oldest_major, oldest_minor)) = (release, OLDEST);
+    let ((major, minor), (oldest_major, oldest_minor)) = (release, needs[MANY - 1].0);
     format!(
         "; Linux {major}.{minor} by itself lacks {}: Linux {oldest_major}.{oldest_minor} or later has it, and --source \
          sockdiag counts without",
@@ -70,11 +82,14 @@ mod tests {
 
     #[test]
     fn what_an_older_kernel_lacks_is_named() {
+        let explained = |release| super::explained(release, needs(false));
         assert_eq!(explained((5, 12)), "");
         assert_eq!(explained((7, 3)), "");
         let said = explained((5, 10));
         assert!(
-            said.contains("Linux 5.10 by itself lacks socket cookies") && said.contains("Linux 5.12"),
+            said.contains("Linux 5.10 by itself lacks socket cookies")
+                && said.contains("additions that answer")
+                && said.contains("Linux 5.12"),
             "{said}"
         );
         assert!(!said.contains("ring buffers"), "{said}");
@@ -82,5 +97,24 @@ mod tests {
             explained((4, 18)).contains("ring buffers, the list of TCP sockets"),
             "all of it"
         );
+    }
+
+    #[test]
+    fn on_arm64_what_came_later_there_is_named() {
+        let explained = |release| super::explained(release, needs(true));
+        assert_eq!(explained((5, 18)), "");
+        let said = explained((5, 15));
+        assert!(
+            said.contains("Linux 5.15 by itself lacks atomic additions") && said.contains("Linux 5.18"),
+            "{said}"
+        );
+        assert!(!said.contains("cookies"), "{said}");
+    }
+
+    #[test]
+    fn the_last_to_come_is_the_last_in_the_list() {
+        for needs in [needs(false), needs(true)] {
+            assert!(needs.is_sorted_by_key(|(since, _)| *since), "{needs:?}");
+        }
     }
 }
