@@ -23,10 +23,8 @@ pub const LOST_EVENTS: u32 = 0;
 pub const LOST_HELLOS: u32 = 1;
 /// Index into the map `LOST`: connections whose socket storage could not be made.
 pub const LOST_STORAGE: u32 = 2;
-/// Index into the map `LOST`: connections whose beginning came in more pieces or octets than one may take of the ring.
-pub const LOST_PIECES: u32 = 3;
 /// How many counters the map `LOST` has.
-pub const LOST_COUNTERS: u32 = 4;
+pub const LOST_COUNTERS: u32 = 3;
 
 /// An opening or a close, in the place of the map `EVENTS` that its turn has: one line of a processor's cache.
 ///
@@ -85,6 +83,9 @@ const _: () = {
 };
 
 /// The payload of one early packet of a connection, or a part of it.
+///
+/// One without octets says that no more of its connection are handed over, because it has taken as much of the ring as one
+/// may. Whether its hello is whole by then the agent knows.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HelloRecord {
@@ -169,6 +170,8 @@ pub struct Offsets {
     pub mp_join_bit: u32,
     /// `mptcp_subflow_context.token`
     pub token: u32,
+    /// `tcp_request_sock.rcv_isn`
+    pub rcv_isn: u32,
     /// The watched port.
     pub port: u32,
     /// The watched network namespace (inode number of /proc/self/ns/net).

@@ -2,20 +2,22 @@
 //!
 //! Every packet of the cgroup passes here: one for another port costs a comparison, one of a connection that is
 //! classified a lookup.
-//! Must never let one connection take more of the ring than [`PIECES`] packets and [`OCTETS`] octets.
+//! Must never let one connection take more of the ring than [`PIECES`] packets and [`OCTETS`] octets, nor anybody without
+//! one take of it: anyone can send a packet.
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_tcp_sock},
     cty::c_void,
     helpers::generated::{
-        bpf_get_socket_cookie, bpf_ringbuf_output, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes,
-        bpf_skc_to_tcp_sock, bpf_tcp_sock as tcp_of,
+        bpf_get_socket_cookie, bpf_ringbuf_output, bpf_sk_fullsock, bpf_sk_release, bpf_sk_storage_get,
+        bpf_skb_load_bytes, bpf_skc_lookup_tcp, bpf_skc_to_tcp_request_sock, bpf_skc_to_tcp_sock,
+        bpf_tcp_sock as tcp_of,
     },
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{Early, HELLO_HEADER, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_PIECES, LOST_STORAGE};
+use rebalancer_common::{Early, HELLO_HEADER, HELLO_OCTETS, HelloRecord, LOST_HELLOS, LOST_STORAGE};
 
 use crate::{EARLY, HELLOS, SCRATCH, lost, offset, read, wake_beyond};
 
@@ -23,7 +25,15 @@ const PASS: i32 = 1;
 /// include/net/tcp_states.h
 const ESTABLISHED: u32 = 1;
 const LISTEN: u32 = 10;
+const NEW_SYN_RECV: u32 = 12;
+/// include/uapi/linux/bpf.h, BPF_F_CURRENT_NETNS: the network namespace the packet came in.
+const CURRENT_NAMESPACE: u64 = u64::MAX;
 const IPPROTO_TCP: u8 = 6;
+/// Headers between those of IPv6 and TCP (RFC 8200, section 4.1), and how many of them there may be.
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION: u8 = 60;
+const EXTENSIONS: u32 = 4;
 /// The flags SYN, RST and ACK in the fourteenth octet of a TCP header (RFC 9293, section 3.1).
 const SYN_OR_RST: u8 = 0x02 | 0x04;
 const ACK: u8 = 0x10;
@@ -113,10 +123,11 @@ unsafe fn beginning(ctx: &SkBuffContext, socket: *mut bpf_sock, tcp: *mut bpf_tc
             return NOTHING;
         }
         let state = (*full).state;
-        // The packet that ends the TCP handshake may have brought data: then no segment came without. Any other stream
-        // that has begun did so before the programs were there.
+        // The packet that ends the TCP handshake may have brought data: then no segment came without but the one that the
+        // kernel counts from the start (net/ipv4/tcp_minisocks.c, tcp_create_openreq_child). Any other stream that has begun
+        // did so before the programs were there.
         let begun = (*tcp).bytes_received != 0;
-        let with_handshake = begun && (*tcp).segs_in == (*tcp).data_segs_in;
+        let with_handshake = begun && (*tcp).segs_in == (*tcp).data_segs_in.wrapping_add(1);
         if state != LISTEN && (state != ESTABLISHED || (begun && !with_handshake)) {
             return NOTHING;
         }
@@ -175,14 +186,14 @@ unsafe fn of_connection(ctx: &SkBuffContext, tcp: *mut bpf_tcp_sock, early: *mut
     if early.pieces == 0 && received > 0 {
         early.pieces = PIECES - PIECES_AFTER;
     }
+    // SAFETY: the helper takes the context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
     if early.pieces >= PIECES || early.octets >= OCTETS {
         early.done = 1;
-        lost(LOST_PIECES);
+        no_more(ctx, cookie);
         return;
     }
     early.pieces += 1;
-    // SAFETY: the helper takes the context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
     let taken = hand_over(ctx, &segment, cookie, offset, early);
     early.octets += taken;
     if offset <= early.seen && offset + taken > early.seen {
@@ -197,35 +208,101 @@ unsafe fn of_connection(ctx: &SkBuffContext, tcp: *mut bpf_tcp_sock, early: *mut
 /// A packet that ends a TCP handshake and has a payload.
 #[inline(always)]
 fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
+    // The packet's ends in the order it has them, as the lookup wants them: its sender, the listener, their ports.
+    let mut ends = [0_u32; 9];
+    let skb: *mut __sk_buff = ctx.skb.skb;
+    let ports_at = if segment.is_v6 { 8 } else { 2 };
+    // SAFETY: the helper copies into an array that has room for so many words, or fails; the lookup takes the same.
+    let offset = unsafe {
+        let into = ends.as_mut_ptr();
+        if segment.is_v6 {
+            let failed = bpf_skb_load_bytes(skb.cast(), 8, into.cast(), 32)
+                | bpf_skb_load_bytes(skb.cast(), segment.tcp_at, into.add(8).cast(), 4);
+            if failed == 0 {
+                place_in_stream(ctx, &mut ends, 36, segment.sequence)
+            } else {
+                None
+            }
+        } else {
+            let failed = bpf_skb_load_bytes(skb.cast(), 12, into.cast(), 8)
+                | bpf_skb_load_bytes(skb.cast(), segment.tcp_at, into.add(2).cast(), 4);
+            if failed == 0 {
+                place_in_stream(ctx, &mut ends, 12, segment.sequence)
+            } else {
+                None
+            }
+        }
+    };
+    let (Some(offset), Some(scratch)) = (offset, SCRATCH.get_ptr_mut(0)) else {
+        return;
+    };
+    // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile.
+    let record = unsafe { &mut (*scratch).record };
+    let ports = ends[ports_at].to_ne_bytes();
+    record.remote_port = u32::from(u16::from_be_bytes([ports[0], ports[1]]));
+    if segment.is_v6 {
+        record.remote = octets([ends[0], ends[1], ends[2], ends[3]]);
+        record.local = octets([ends[4], ends[5], ends[6], ends[7]]);
+    } else {
+        record.remote = read::mapped(ends[0].to_ne_bytes());
+        record.local = read::mapped(ends[1].to_ne_bytes());
+    }
+    let mut nobodys = Early {
+        wanted: 1,
+        ..Early::default()
+    };
+    hand_over(ctx, segment, 0, offset, &mut nobodys);
+}
+
+/// Where in its client's stream a packet begins that ends a TCP handshake; `None` for one that ends none, which anyone can
+/// send under any address, and while the kernel keeps no handshakes (SYN cookies).
+///
+/// # Safety
+///
+/// The first `size` octets of `ends` are a `bpf_sock_tuple` of that size.
+#[inline(always)]
+unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, sequence: u32) -> Option<u32> {
+    // SAFETY: the helpers take the context and what the caller says; the socket is checked for null, and given back once,
+    // after all that is read of it.
+    unsafe {
+        let skb: *mut c_void = ctx.skb.skb.cast();
+        let socket = bpf_skc_lookup_tcp(skb, ends.as_mut_ptr().cast(), size, CURRENT_NAMESPACE, 0);
+        if socket.is_null() {
+            return None;
+        }
+        let is_handshake = core::ptr::read_volatile(&raw const (*socket).state) == NEW_SYN_RECV;
+        let request = bpf_skc_to_tcp_request_sock(socket.cast()) as *const u8;
+        // The kernel does not say it where listeners are for MPTCP: there it is taken for the first one, which it is
+        // unless that was lost.
+        let begin = if request.is_null() {
+            sequence
+        } else {
+            read::direct::<u32>(request, offset!(rcv_isn)).wrapping_add(1)
+        };
+        bpf_sk_release(socket.cast());
+        let offset = sequence.wrapping_sub(begin);
+        (is_handshake && offset <= LONGEST).then_some(offset)
+    }
+}
+
+/// The octets of four words.
+#[inline(always)]
+fn octets(words: [u32; 4]) -> [u8; 16] {
+    // SAFETY: integers of the same size altogether, of which any are a value.
+    unsafe { core::mem::transmute(words) }
+}
+
+/// Says that no more of a connection is handed over.
+#[inline(always)]
+fn no_more(ctx: &SkBuffContext, cookie: u64) {
     let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
         return;
     };
-    let skb: *mut __sk_buff = ctx.skb.skb;
-    // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile; the helper copies into arrays of the given
-    // length, or fails.
-    let loaded = unsafe {
-        let record = &mut (*scratch).record;
-        let mut ports = [0_u8; 4];
-        let mut loaded = bpf_skb_load_bytes(skb.cast(), segment.tcp_at, ports.as_mut_ptr().cast(), 4);
-        record.remote_port = u32::from(u16::from_be_bytes([ports[0], ports[1]]));
-        if segment.is_v6 {
-            loaded |= bpf_skb_load_bytes(skb.cast(), 8, (&raw mut record.remote).cast(), 16);
-            loaded |= bpf_skb_load_bytes(skb.cast(), 24, (&raw mut record.local).cast(), 16);
-        } else {
-            let mut ip = [0_u8; 8];
-            loaded |= bpf_skb_load_bytes(skb.cast(), 12, ip.as_mut_ptr().cast(), 8);
-            record.remote = read::mapped([ip[0], ip[1], ip[2], ip[3]]);
-            record.local = read::mapped([ip[4], ip[5], ip[6], ip[7]]);
-        }
-        loaded
-    };
-    if loaded == 0 {
-        let mut nobodys = Early {
-            wanted: 1,
-            ..Early::default()
-        };
-        hand_over(ctx, segment, 0, 0, &mut nobodys);
-    }
+    // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile.
+    let record: &mut HelloRecord = unsafe { &mut (*scratch).record };
+    record.cookie = cookie;
+    record.length = 0;
+    put(ctx, record, 0);
 }
 
 /// Where the payload is; `None` without one.
@@ -239,11 +316,24 @@ fn segment(ctx: &SkBuffContext) -> Option<Segment> {
     }
     // SAFETY: a field of the context.
     let is_v6 = unsafe { (*skb).protocol } == ETH_P_IPV6;
-    let (tcp_at, protocol) = if is_v6 {
+    let (mut tcp_at, mut protocol) = if is_v6 {
         (40, ip[6])
     } else {
         (u32::from(ip[0] & 15) * 4, ip[9])
     };
+    for _ in 0..EXTENSIONS {
+        // IPv6's headers of extensions (RFC 8200, sections 4.3 to 4.6); an IPv4 packet with such a protocol is no TCP.
+        if !matches!(protocol, HOP_BY_HOP | ROUTING | DESTINATION) {
+            break;
+        }
+        let mut head = [0_u8; 2];
+        // SAFETY: as above.
+        if unsafe { bpf_skb_load_bytes(skb.cast(), tcp_at, head.as_mut_ptr().cast(), 2) } != 0 {
+            return None;
+        }
+        protocol = head[0];
+        tcp_at += 8 + 8 * u32::from(head[1]);
+    }
     let mut tcp = [0_u8; 20];
     // SAFETY: as above.
     if protocol != IPPROTO_TCP || unsafe { bpf_skb_load_bytes(skb.cast(), tcp_at, tcp.as_mut_ptr().cast(), 20) } != 0 {
@@ -298,22 +388,28 @@ fn hand_over(ctx: &SkBuffContext, segment: &Segment, cookie: u64, offset: u32, e
         if early.wanted == 0 {
             look(record, early);
         }
-        // SAFETY: the record has its header and `taken` octets of data.
-        let full = unsafe {
-            bpf_ringbuf_output(
-                (&raw const HELLOS).cast_mut().cast(),
-                (&raw mut *record).cast(),
-                u64::from(HELLO_HEADER as u32 + taken),
-                wake_beyond(&HELLOS, 1 << 19, 1 << 14),
-            )
-        };
-        if full != 0 {
-            lost(LOST_HELLOS);
-            warn!(ctx, "no room for the first octets of a connection");
-        }
+        put(ctx, record, taken);
         handed += taken;
     }
     handed
+}
+
+/// Puts a record with so many octets into the ring, of which there are no more than it has room for.
+#[inline(always)]
+fn put(ctx: &SkBuffContext, record: &mut HelloRecord, octets: u32) {
+    // SAFETY: the record has its header and as many octets of data.
+    let full = unsafe {
+        bpf_ringbuf_output(
+            (&raw const HELLOS).cast_mut().cast(),
+            (&raw mut *record).cast(),
+            u64::from(HELLO_HEADER as u32 + octets),
+            wake_beyond(&HELLOS, 1 << 19, 1 << 14),
+        )
+    };
+    if full != 0 {
+        lost(LOST_HELLOS);
+        warn!(ctx, "no room for the first octets of a connection");
+    }
 }
 
 /// Learns from the first octets how many are wanted: the whole hello, behind a PROXY protocol header if there is one.

@@ -39,6 +39,7 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     ulp_data: 0,
     mp_join_bit: 0,
     token: 0,
+    rcv_isn: 0,
     port: 0,
     netns: 0,
 });

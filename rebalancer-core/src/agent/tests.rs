@@ -31,6 +31,8 @@ struct World {
     ms: u64,
     goaways: usize,
     per_second: BTreeMap<(usize, u64), usize>,
+    /// Whether the shims say who comes.
+    speaks: bool,
 }
 
 /// How long a told client takes to its next request, and so to its new connection.
@@ -58,6 +60,7 @@ impl World {
             ms: 0,
             goaways: 0,
             per_second: BTreeMap::new(),
+            speaks: true,
         };
         for (index, load) in loads.iter().enumerate() {
             let listener = Some(ConnectionId(u64::MAX - index as u64));
@@ -98,8 +101,15 @@ impl World {
         self.next_id += 1;
         self.sockets[index].insert(id, false);
         let socket = self.socket(index, id);
-        let (local, remote) = (socket.local, socket.remote);
         self.input(index, Input::Observations(vec![Observation::Opened(socket)]));
+        if self.speaks {
+            self.introduce(index, id);
+        }
+    }
+
+    /// The shim says who that is.
+    fn introduce(&mut self, index: usize, id: u64) {
+        let Socket { local, remote, .. } = self.socket(index, id);
         let known = ShimConnection {
             id: ConnectionId(id),
             client: remote,
@@ -279,6 +289,26 @@ fn affinity_is_seen_to_be_futile() {
         "{} GOAWAYs in six hours, for nothing",
         world.goaways
     );
+}
+
+#[test]
+fn nothing_is_done_about_a_skew_of_connections_that_nobody_knows() {
+    let mut world = World::new(&[100, 100, 20], Balancer::RoundRobin, |_| {});
+    // More than the band of those that count on the first one, and fewer of those on the second.
+    world.speaks = false;
+    let first = world.next_id;
+    (0..60).for_each(|_| world.land(0));
+    (0..4).for_each(|_| world.land(1));
+    world.speaks = true;
+    world.run(60);
+    assert_eq!(world.holds()[0], "unknown_protocols");
+    let told = |world: &World, index| world.per_second.keys().filter(|(at, _)| *at == index).count();
+    assert_eq!(told(&world, 0), 0);
+    assert!(told(&world, 1) > 0, "few that nobody knows stop nobody");
+    // Whoever they are turns out.
+    (first..first + 60).for_each(|id| world.introduce(0, id));
+    world.run(60);
+    assert!(told(&world, 0) > 0);
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub const OCTETS: usize = 8 << 20;
 const EACH: usize = 160;
 
 /// A hello that is not whole after that time is given up: whole ones take a round trip.
-const OLDEST: Duration = Duration::from_secs(10);
+pub(super) const OLDEST: Duration = Duration::from_secs(10);
 
 /// Unfinished hellos, by what names their connections.
 #[derive(Clone, Debug)]
@@ -55,6 +55,8 @@ impl<K: Copy + Eq + Hash> Assemblies<K> {
         let before = assembly.held();
         let answer = assembly.add(offset, piece);
         self.octets = self.octets - before + assembly.held();
+        // Pieces without a beginning are what came after a hello that was whole.
+        self.given_up += u64::from(assembly.is_given_up() && !assembly.begun().is_empty());
         if answer.is_some() {
             self.forget(key);
         }
@@ -91,7 +93,7 @@ impl<K: Copy + Eq + Hash> Assemblies<K> {
         }
     }
 
-    /// How many were given up, for their age or for want of room.
+    /// How many were given up, for their age, for want of room, or because one alone would have taken too much.
     pub fn given_up(&self) -> u64 {
         self.given_up
     }
@@ -161,6 +163,24 @@ mod tests {
         assert_eq!(assemblies.len(), 1);
         assemblies.forget(16_383);
         assert_eq!((assemblies.octets, assemblies.order.len() < 2_000), (0, true));
+    }
+
+    #[test]
+    fn one_that_takes_too_much_is_counted() {
+        let mut assemblies = Assemblies::default();
+        let hello = [22, 3, 1, 0x3f, 0xff, 1, 0, 0x3f, 0xfb];
+        // More pieces ahead than are kept, and a piece beyond what a hello may be.
+        assert_eq!(assemblies.add(1, 0, &hello, at(0)), None);
+        for ahead in 0..16 {
+            assert_eq!(assemblies.add(1, 100 + 2 * ahead, &[7], at(0)), None);
+        }
+        assert_eq!(assemblies.add(1, 200, &[7], at(0)), Some(Protocol::Unknown));
+        assert_eq!(assemblies.add(2, 0, &hello, at(0)), None);
+        assert_eq!(assemblies.add(2, 16_380, &[7; 100], at(0)), Some(Protocol::Unknown));
+        assert_eq!((assemblies.given_up(), assemblies.len()), (2, 0));
+        // What follows a hello that was whole is none.
+        assert_eq!(assemblies.add(3, 16_380, &[7; 100], at(0)), Some(Protocol::Unknown));
+        assert_eq!(assemblies.given_up(), 2);
     }
 
     proptest! {

@@ -22,17 +22,21 @@ pub struct Assembly {
     octets: Vec<u8>,
     /// Pieces that came before what lies in front of them.
     ahead: Vec<(usize, Vec<u8>)>,
+    /// Whether more came than is kept, so that what the whole would have said is not known.
+    is_given_up: bool,
 }
 
 impl Assembly {
     /// Takes a piece; `Some` once the answer is known.
     pub fn add(&mut self, offset: usize, piece: &[u8]) -> Option<Protocol> {
         if offset.saturating_add(piece.len()) > LONGEST {
+            self.is_given_up = true;
             return Some(Protocol::Unknown);
         }
         if offset > self.octets.len() {
             // A client has few packets on their way before its hello is whole.
             if self.ahead.len() == 16 {
+                self.is_given_up = true;
                 return Some(Protocol::Unknown);
             }
             self.ahead.push((offset, piece.to_vec()));
@@ -46,9 +50,21 @@ impl Assembly {
         classify(&self.octets)
     }
 
+    /// All that has come, each piece with its place.
+    pub fn pieces(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let begun = (!self.octets.is_empty()).then_some((0, &self.octets[..]));
+        let ahead = self.ahead.iter().map(|(offset, piece)| (*offset, &piece[..]));
+        begun.into_iter().chain(ahead)
+    }
+
     /// The stream as far as it has come without a gap.
     pub fn begun(&self) -> &[u8] {
         &self.octets
+    }
+
+    /// Whether its answer is that it would take too much.
+    pub fn is_given_up(&self) -> bool {
+        self.is_given_up
     }
 
     /// Octets of memory it takes.
@@ -62,6 +78,16 @@ impl Assembly {
         if let Some(new) = piece.get(self.octets.len() - offset..) {
             self.octets.extend_from_slice(new);
         }
+    }
+}
+
+/// Whether a stream may begin so: a TLS record, a load balancer's header, or the method of an HTTP request. What comes with
+/// the end of a TCP handshake may be a later part, where the first one was lost.
+pub fn may_begin(piece: &[u8]) -> bool {
+    let is_method = |head: &[u8]| head.iter().all(u8::is_ascii_uppercase);
+    match piece {
+        [HANDSHAKE, 3, ..] | [HANDSHAKE] | [b'\r', b'\n', ..] | [b'\r'] => true,
+        _ => is_method(&piece[..piece.len().min(3)]),
     }
 }
 
@@ -201,6 +227,26 @@ mod tests {
         assert_eq!(classify(&hello(&["h2"], 3000, 700)), Some(Protocol::H2Offered));
         assert_eq!(classify(b"GET / HTTP/1.1"), Some(Protocol::Http1));
         assert_eq!(classify(&[HANDSHAKE, 3, 1, 0, 0]), Some(Protocol::Unknown));
+    }
+
+    #[test]
+    fn beginnings_are_told_from_later_parts() {
+        let whole = hello(&["h2"], 10, 16_000);
+        for begin in [
+            &whole[..],
+            &whole[..1],
+            b"PROXY TCP4",
+            b"\r\n\r\n\0",
+            b"\r",
+            b"GET / ",
+            b"G",
+            b"POST",
+        ] {
+            assert!(may_begin(begin), "{begin:?}");
+        }
+        for later in [&whole[3..], &whole[40..], &[HANDSHAKE, 7], b"h2\x08http/1.1", &[0; 20]] {
+            assert!(!may_begin(later), "{later:?}");
+        }
     }
 
     #[test]

@@ -11,7 +11,10 @@ use std::{
 use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
     observation::Socket,
-    wire::assemblies::Assemblies,
+    wire::{
+        assemblies::{Assemblies, OLDEST},
+        hello::may_begin,
+    },
 };
 
 /// Own address and the client's: names a connection that has no socket yet.
@@ -26,9 +29,10 @@ pub struct Hellos {
     unfinished: Assemblies<ConnectionId>,
     /// Beginnings that came with the end of the TCP handshake.
     before: Assemblies<Ends>,
-    /// Of these, what whole ones offer.
-    whole: HashMap<Ends, Protocol>,
-    order: VecDeque<Ends>,
+    /// Of these, what whole ones offer, and since when.
+    whole: HashMap<Ends, (Timestamp, Protocol)>,
+    /// In the order in which they came; some are gone.
+    order: VecDeque<(Timestamp, Ends)>,
     dropped: u64,
 }
 
@@ -39,7 +43,7 @@ impl Hellos {
         answer.filter(|protocol| *protocol != Protocol::Unknown)
     }
 
-    /// The first octets of a stream whose connection is not there yet.
+    /// A part of a stream whose connection is not there yet.
     pub fn before_connection(
         &mut self,
         local: SocketAddr,
@@ -48,17 +52,17 @@ impl Hellos {
         piece: &[u8],
         now: Timestamp,
     ) {
+        if offset == 0 && !may_begin(piece) {
+            return;
+        }
         let ends = (local, remote);
         match self.before.add(ends, offset, piece, now) {
             None | Some(Protocol::Unknown) => {}
             Some(protocol) => {
-                if self.whole.insert(ends, protocol).is_none() {
-                    self.order.push_back(ends);
-                }
+                self.whole.insert(ends, (now, protocol));
+                self.order.push_back((now, ends));
                 while self.order.len() > WAITING {
-                    let oldest = self.order.pop_front();
-                    let found = oldest.and_then(|oldest| self.whole.remove(&oldest));
-                    self.dropped += u64::from(found.is_some());
+                    self.dropped += u64::from(self.forget_oldest());
                 }
             }
         }
@@ -67,12 +71,33 @@ impl Hellos {
     /// A connection opened: what came for it before.
     pub fn opened(&mut self, socket: &Socket, now: Timestamp) -> Option<Protocol> {
         let ends = (socket.local, socket.remote);
-        if let Some(protocol) = self.whole.remove(&ends) {
+        if let Some((_, protocol)) = self.whole.remove(&ends) {
             self.unfinished.forget(socket.id);
             return Some(protocol);
         }
         let begun = self.before.forget(ends)?;
-        self.piece(socket.id, 0, begun.begun(), now)
+        begun
+            .pieces()
+            .find_map(|(offset, piece)| self.piece(socket.id, offset, piece, now))
+    }
+
+    /// These connections are there: what came before for those of them whose opening nobody told.
+    pub fn listed(&mut self, sockets: &[Socket], now: Timestamp) -> Vec<(ConnectionId, Protocol)> {
+        if self.whole.is_empty() && self.before.is_empty() {
+            return Vec::new();
+        }
+        let mut found = Vec::new();
+        for socket in sockets {
+            found.extend(self.opened(socket, now).map(|protocol| (socket.id, protocol)));
+        }
+        found
+    }
+
+    /// No more comes of a connection's beginning: whether its hello is lost by that.
+    pub fn cut_off(&mut self, id: ConnectionId) -> bool {
+        // Pieces without a beginning are what came after a hello that was whole.
+        let begun = self.unfinished.forget(id);
+        begun.is_some_and(|begun| !begun.begun().is_empty())
     }
 
     /// A connection is gone.
@@ -89,6 +114,24 @@ impl Hellos {
     pub fn expire(&mut self, now: Timestamp) {
         self.unfinished.expire(now);
         self.before.expire(now);
+        // A connection that never came, whose address another one may have by and by: nothing is lost.
+        while let Some((came, _)) = self.order.front()
+            && now.since(*came) >= OLDEST
+        {
+            self.forget_oldest();
+        }
+    }
+
+    /// Whether the oldest of those that were whole was still waiting.
+    fn forget_oldest(&mut self) -> bool {
+        let Some((came, ends)) = self.order.pop_front() else {
+            return false;
+        };
+        let waits = self.whole.get(&ends).is_some_and(|(since, _)| *since == came);
+        if waits {
+            self.whole.remove(&ends);
+        }
+        waits
     }
 
     /// How many were given up so far, for their age or for want of room.
@@ -133,6 +176,73 @@ mod tests {
         assert_eq!(hellos.unfinished.len(), 1);
         hellos.opened(&two, at(2));
         assert!(hellos.unfinished.is_empty() && hellos.before.is_empty(), "it was whole");
+    }
+
+    /// A hello that is not of use beyond its length: it offers nothing that is known.
+    fn record() -> Vec<u8> {
+        [
+            &[22, 3, 1, 0, 44, 1, 0, 0, 40, 3, 3][..],
+            &[7; 32],
+            &[0, 0, 2, 0x13, 1, 0],
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn a_later_part_that_comes_first_is_none_of_another_protocol() {
+        let mut hellos = Hellos::default();
+        let one = socket(1);
+        let record = record();
+        let (first, second) = record.split_at(20);
+        // As the kernel places it, and as it cannot where it does not say where the stream begins.
+        hellos.before_connection(one.local, one.remote, 20, second, at(0));
+        hellos.before_connection(one.local, one.remote, 0, second, at(0));
+        assert_eq!(hellos.opened(&one, at(1)), None);
+        let said = hellos.piece(one.id, 0, first, at(1));
+        assert_eq!(said, Some(Protocol::Http1), "both parts together");
+    }
+
+    #[test]
+    fn a_list_shows_whose_the_beginnings_are_when_no_event_does() {
+        let mut hellos = Hellos::default();
+        let (one, two) = (socket(1), socket(2));
+        assert_eq!(hellos.listed(&[one.clone(), two.clone()], at(0)), []);
+        hellos.before_connection(two.local, two.remote, 0, HTTP1, at(0));
+        assert_eq!(
+            hellos.listed(&[one.clone(), two.clone()], at(1)),
+            [(two.id, Protocol::Http1)]
+        );
+        assert_eq!(hellos.listed(&[one, two], at(2)), []);
+    }
+
+    #[test]
+    fn what_nobody_came_for_is_not_the_next_ones_who_has_the_address() {
+        let mut hellos = Hellos::default();
+        let one = socket(1);
+        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(0));
+        hellos.expire(at(0) + OLDEST);
+        assert_eq!(hellos.opened(&one, at(10_001)), None);
+        assert_eq!((hellos.given_up(), hellos.order.len()), (0, 0));
+        // One that comes again is as old as it is then.
+        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(20_000));
+        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(25_000));
+        hellos.expire(at(20_000) + OLDEST);
+        assert_eq!(hellos.opened(&one, at(30_001)), Some(Protocol::Http1));
+    }
+
+    #[test]
+    fn only_a_hello_that_is_not_whole_is_cut_off() {
+        let mut hellos = Hellos::default();
+        let (one, two) = (socket(1), socket(2));
+        assert_eq!(hellos.piece(one.id, 0, &record()[..30], at(0)), None);
+        assert!(hellos.cut_off(one.id));
+        assert!(!hellos.cut_off(one.id), "once");
+        // It was whole with the end of the handshake, and more came after it.
+        hellos.before_connection(two.local, two.remote, 0, HTTP1, at(0));
+        assert_eq!(hellos.opened(&two, at(0)), Some(Protocol::Http1));
+        assert_eq!(hellos.piece(two.id, 400, HTTP1, at(0)), None);
+        assert!(!hellos.cut_off(two.id));
+        assert_eq!(hellos.given_up(), 0);
     }
 
     #[test]

@@ -20,10 +20,10 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rebalancer_common::{
-    KIND_CLOSED, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_PIECES, LOST_STORAGE, Offsets, SocketRecord,
+    KIND_CLOSED, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_STORAGE, Offsets, SocketRecord,
 };
 use rebalancer_core::{
-    ids::{ConnectionId, Timestamp},
+    ids::{ConnectionId, Protocol, Timestamp},
     observation::{HelloLoss, Observation, Socket},
     subflows::Subflows,
     wire::hellos::Hellos,
@@ -79,6 +79,8 @@ pub struct Programs {
     hellos_begun: Hellos,
     subflows: Subflows,
     counted_given_up: u64,
+    /// Hellos that were not whole when their connections had taken all of the ring that one may.
+    cut_off: u64,
     malformed: u64,
     /// Hellos that were lost since the last line about them.
     unsaid: BTreeMap<HelloLoss, u64>,
@@ -168,6 +170,7 @@ impl Programs {
             hellos_begun: Hellos::default(),
             subflows: Subflows::default(),
             counted_given_up: 0,
+            cut_off: 0,
             malformed: 0,
             unsaid: BTreeMap::new(),
             hook: options.classify.then(|| Hook::find(options.cgroup_root.as_deref())),
@@ -244,7 +247,9 @@ impl Programs {
         self.hellos_begun.keep(&live);
         observations.extend(self.place_hook());
         observations.extend(self.own_addresses());
+        let offered = self.hellos_begun.listed(&sockets, self.now());
         observations.push(Observation::Resync { sockets, listener });
+        observations.extend(classified(offered));
         // What happened meanwhile comes after the list, where an open that is known and a close that is done change
         // nothing. What happened before came before it: an open whose close was lost would stay otherwise.
         observations.extend(self.drain());
@@ -257,7 +262,9 @@ impl Programs {
         let (sockets, listener) = self.sockets(false)?;
         observations.extend(self.overwritten());
         observations.extend(self.own_addresses());
+        let offered = self.hellos_begun.listed(&sockets, self.now());
         observations.push(Observation::Listed { sockets, listener });
+        observations.extend(classified(offered));
         observations.extend(self.drain());
         Ok(observations)
     }
@@ -346,7 +353,7 @@ impl Programs {
         let lost = [
             (HelloLoss::Ring, newly[LOST_HELLOS as usize]),
             (HelloLoss::Storage, newly[LOST_STORAGE as usize]),
-            (HelloLoss::Pieces, newly[LOST_PIECES as usize]),
+            (HelloLoss::Pieces, mem::take(&mut self.cut_off)),
             (HelloLoss::Unfinished, given_up),
             (HelloLoss::Malformed, mem::take(&mut self.malformed)),
         ];
@@ -440,6 +447,8 @@ impl Programs {
                 let local = SocketAddr::new(hello.local, self.port);
                 self.hellos_begun
                     .before_connection(local, hello.remote, hello.offset, hello.payload, now);
+            } else if hello.payload.is_empty() {
+                self.cut_off += u64::from(self.hellos_begun.cut_off(hello.id));
             } else if let Some(protocol) = self.hellos_begun.piece(hello.id, hello.offset, hello.payload, now) {
                 observations.push(Observation::Classified { id: hello.id, protocol });
             }
@@ -477,6 +486,11 @@ impl Programs {
         }
         observations
     }
+}
+
+fn classified(offered: Vec<(ConnectionId, Protocol)>) -> impl Iterator<Item = Observation> {
+    let classified = |(id, protocol)| Observation::Classified { id, protocol };
+    offered.into_iter().map(classified)
 }
 
 fn ring_failed(source: io::Error) -> EbpfError {

@@ -44,6 +44,7 @@ pub fn offsets(blob: &[u8], options: &Options) -> Result<Offsets, EbpfError> {
         ulp_data: btf.offset("inet_connection_sock", "icsk_ulp_data")?,
         mp_join_bit: mp_join_bit.unwrap_or(0),
         token: token.unwrap_or(0),
+        rcv_isn: btf.offset("tcp_request_sock", "rcv_isn")?,
         port: u32::from(options.port),
         netns: u32::try_from(netns.ino()).unwrap_or(0),
     })

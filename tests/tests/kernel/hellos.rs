@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use crate::world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, option, protocols};
 
 /// Connects so that the packet that ends the TCP handshake waits for data to carry (tcp(7), TCP_QUICKACK).
-fn lazy(to: SocketAddr) -> TcpStream {
+pub fn lazy(to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
     let off: libc::c_int = 0;
     // SAFETY: the pointer is to an integer that lives through the call, whose size is given.
@@ -62,6 +62,24 @@ fn a_hello_that_comes_with_the_end_of_the_handshake_is_seen() {
     }
     let expected = [["http/1.1"; 8].as_slice(), &["offered"; 4]].concat();
     host.expect("every offer", |list| protocols(list) == expected);
+    // They go on in more packets than one connection may have read, and nothing of it is a hello that was lost.
+    for (client, accepted) in &mut open {
+        client.set_nodelay(true).expect("an option");
+        for _ in 0..20 {
+            client.write_all(b"more").expect("more");
+            accepted.read_exact(&mut [0; 4]).expect("it arrives");
+        }
+    }
+    let read = |host: &Host| {
+        host.find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")
+            .unwrap_or(0)
+    };
+    let lists = read(&host);
+    wait_for(PATIENCE, || (read(&host) > lists + 2).then_some(())).expect("the counters are read");
+    for kind in ["pieces", "unfinished", "ring"] {
+        let name = format!("rebalancer_bpf_hellos_lost_total{{kind=\"{kind}\"}}");
+        assert_eq!(host.find_metric(&name).unwrap_or(0), 0, "{kind}");
+    }
 }
 
 #[test]
@@ -183,7 +201,7 @@ fn seen_though_sent_twice() -> Result<u64, &'static str> {
 }
 
 /// Hellos that were given up because they did not end.
-const UNFINISHED: &str = "rebalancer_bpf_hellos_lost_total{kind=\"unfinished\"}";
+pub const UNFINISHED: &str = "rebalancer_bpf_hellos_lost_total{kind=\"unfinished\"}";
 
 /// `tcpi_total_retrans` (include/uapi/linux/tcp.h).
 fn retransmitted(client: &TcpStream) -> u32 {
@@ -210,19 +228,30 @@ fn strangers_who_send_octet_by_octet_take_nothing_from_others() {
             accepted.read_exact(&mut [0]).expect("it arrives");
         }
     }
+    // These say less than a hello and then nothing.
+    let mut silent: Vec<_> = (0..4).map(|_| host.connect(host.address(), &listener)).collect();
+    for (client, _) in &mut silent {
+        client.write_all(&hello[..200]).expect("a part");
+    }
     let mut others: Vec<_> = (0..16).map(|_| host.connect(host.address(), &listener)).collect();
     for (client, accepted) in &mut others {
         client.write_all(&hello).expect("a hello");
         accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
     }
-    let expected = [["offered"; 16].as_slice(), &["unknown"; 16]].concat();
+    let expected = [["offered"; 16].as_slice(), &["unknown"; 20]].concat();
     host.expect("the others' offers", |list| protocols(list) == expected);
-    // Each is counted, once.
+    // Each is counted, once: who took too many pieces for that, unless ten seconds were over before, and who fell silent
+    // when they are.
+    let counted = |kind| {
+        let name = format!("rebalancer_bpf_hellos_lost_total{{kind=\"{kind}\"}}");
+        host.find_metric(&name).unwrap_or(0)
+    };
     wait_for(PATIENCE, || {
-        (host.metric("rebalancer_bpf_hellos_lost_total{kind=\"pieces\"}") == 16).then_some(())
+        (counted("pieces") + counted("unfinished") >= 20).then_some(())
     })
-    .expect("the strangers are counted");
-    assert_eq!(host.figure("/unknown"), 16);
-    // What never ends is given up, and counted.
-    wait_for(PATIENCE, || (host.metric(UNFINISHED) == 16).then_some(())).expect("the unfinished are counted");
+    .expect("all are counted");
+    let (pieces, unfinished) = (counted("pieces"), counted("unfinished"));
+    assert_eq!((pieces + unfinished, counted("ring")), (20, 0));
+    assert!(unfinished >= 4, "{pieces} by their pieces, {unfinished} by their age");
+    assert_eq!(host.figure("/unknown"), 20);
 }

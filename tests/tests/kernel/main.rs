@@ -2,6 +2,7 @@
 
 mod ends;
 mod hellos;
+mod packets;
 mod storm;
 mod too_old;
 mod where_it_runs;

@@ -16,6 +16,7 @@ use socket2::SockRef;
 
 use crate::{
     ends::{End, crowd, destroy, dual},
+    hellos::lazy,
     world::{Host, PATIENCE, client_hello, ebpf_or_skip, established, has_cgroup2, is_mptcp},
 };
 
@@ -157,6 +158,28 @@ impl Storm {
         }
     }
 
+    /// Some come whose hello ends the TCP handshake, and stay.
+    fn blow_at_once(&mut self, count: usize) {
+        for _ in 0..count {
+            let said = &self.greetings[self.dice.below(4)];
+            let (to, octets, protocol) = (self.addresses[self.dice.below(2)], said.octets.clone(), said.protocol);
+            let length = octets.len();
+            let client = Host::inside(&self.host.network.hub, move || {
+                let mut client = lazy(to);
+                client.write_all(&octets).expect("a greeting");
+                client
+            });
+            let (mut accepted, _) = self.listener.accept().expect("a connection");
+            accepted.read_exact(&mut vec![0; length]).expect("it arrives");
+            self.opened += 1;
+            self.open.push(Open {
+                client,
+                accepted,
+                protocol,
+            });
+        }
+    }
+
     fn end(&mut self, one: Open) {
         let end = End::ALL[self.dice.below(End::ALL.len())];
         end.carry_out(one.client, one.accepted);
@@ -172,6 +195,9 @@ impl Storm {
         let (cut_off, destroyed) = dead.split_at(dead.len() / 2);
         // What MPTCP has for a socket takes no such option.
         if !is_mptcp() {
+            // Nothing is on its way then: a RST that is lost comes no second time.
+            let there = self.open.iter().chain(cut_off).chain(destroyed);
+            self.expect_in_kernel(&there.map(Open::address).collect());
             for Open { accepted, .. } in cut_off {
                 SockRef::from(accepted)
                     .set_tcp_user_timeout(Some(Duration::from_secs(1)))
@@ -204,6 +230,22 @@ impl Storm {
         .unwrap_or_else(|| panic!("never: {what}"));
     }
 
+    /// The kernel has these connections, after the moment that what ends takes.
+    fn expect_in_kernel(&self, clients: &BTreeSet<String>) {
+        let node = self.host.node().clone();
+        let mut there = BTreeSet::new();
+        let settled = wait_for(PATIENCE, || {
+            there = Host::inside(&node, established);
+            (there == *clients).then_some(())
+        });
+        assert!(
+            settled.is_some(),
+            "the kernel does not have what this test has left open: {:?} too many, {:?} too few",
+            there.difference(clients).collect::<Vec<_>>(),
+            clients.difference(&there).collect::<Vec<_>>()
+        );
+    }
+
     /// How often the agent has read the kernel's list and taken it in.
     fn lists(&self) -> u64 {
         ["resync", "listed"]
@@ -216,11 +258,7 @@ impl Storm {
     /// By the time the agent has read a list that began after all this, its table is what the kernel has.
     fn expect_the_truth(&mut self) {
         let books: BTreeMap<String, &'static str> = self.open.iter().map(|one| (one.address(), one.protocol)).collect();
-        let node = self.host.node().clone();
-        // What ends takes a moment to end in the kernel.
-        let clients: BTreeSet<String> = books.keys().cloned().collect();
-        wait_for(PATIENCE, || (Host::inside(&node, established) == clients).then_some(()))
-            .expect("the kernel has what this test has left open");
+        self.expect_in_kernel(&books.keys().cloned().collect());
         self.host.agent.as_ref().expect("it runs").signal(libc::SIGCONT);
         let is_blind = self.host.source == "sockdiag" || !has_cgroup2();
         let expected: BTreeMap<String, String> = books
@@ -262,6 +300,7 @@ fn storm(source: &'static str, dice: Dice) {
             storm.end(one);
         }
         storm.blow(60, 1, 1);
+        storm.blow_at_once(10);
         let flood = if source == "ebpf" {
             flood
         } else {

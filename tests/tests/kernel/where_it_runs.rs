@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
+    os::fd::{FromRawFd as _, OwnedFd},
     process::Command,
 };
 
@@ -175,4 +176,56 @@ fn without_classification_no_packet_is_looked_at() {
         .filter(|text| text.contains("link_type:\tcgroup"))
         .collect();
     assert_eq!(links, Vec::<String>::new());
+}
+
+#[test]
+fn an_agent_that_is_killed_leaves_no_program_behind() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    says_hello(&mut host, &listener);
+    let agent = host.agent.as_mut().expect("it runs");
+    let mut programs: Vec<u32> = fs::read_dir(format!("/proc/{}/fdinfo", agent.id()))
+        .expect("its descriptors")
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
+        .filter_map(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix("prog_id:"))?;
+            line.trim().parse().ok()
+        })
+        .collect();
+    programs.sort_unstable();
+    programs.dedup();
+    assert_eq!(programs.len(), 3, "those that count, list and read ClientHellos");
+    assert!(programs.iter().all(|id| is_loaded(*id)));
+    agent.kill();
+    wait_for(PATIENCE, || (!programs.iter().any(|id| is_loaded(*id))).then_some(())).expect("they go with it");
+}
+
+/// Whether the kernel still has the program of that number.
+fn is_loaded(id: u32) -> bool {
+    /// include/uapi/linux/bpf.h, `enum bpf_cmd`
+    const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
+    let attributes = [id, 0, 0];
+    // SAFETY: the pointer is to the twelve octets that this command takes, which live through the call.
+    let descriptor = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_GET_FD_BY_ID,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    let Ok(descriptor) = i32::try_from(descriptor) else {
+        return false;
+    };
+    if descriptor < 0 {
+        return false;
+    }
+    // SAFETY: the call has just made it, and nobody else knows it.
+    drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
+    true
 }

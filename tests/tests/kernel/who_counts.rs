@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpStream},
 };
 
-use rebalancer_tests::process::wait_for;
+use rebalancer_tests::{netns::Network, process::wait_for};
 
 use crate::world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip};
 
@@ -58,6 +58,48 @@ fn the_nodes_own_connections_are_counted_apart_unless_told_otherwise() {
             let list = host.expect("all of them", |list| list.len() == 5);
             let local = list.iter().filter(|one| one["node_local"] == true).count();
             assert_eq!(local, 3);
+        }
+    }
+}
+
+#[test]
+fn another_network_namespaces_connections_on_the_same_port_are_nobodys() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.start_agent();
+        let (elsewhere, hello) = (host.network.hub.clone(), client_hello(&["h2"]));
+        let others = Host::inside(&elsewhere, || {
+            let listener = std::net::TcpListener::bind(("0.0.0.0", PORT)).expect("the port is free there");
+            let mut client = TcpStream::connect((Network::HUB, PORT)).expect("it answers");
+            client.write_all(&client_hello(&["h2"])).expect("a hello");
+            let (mut accepted, _) = listener.accept().expect("a connection");
+            accepted.read_exact(&mut [0; 200]).expect("it arrives");
+            (listener, client, accepted)
+        });
+        wait_for(PATIENCE, || {
+            let status = host.ask("/v1/status")?;
+            (status["view"][0]["state"] == "down").then_some(())
+        })
+        .expect("nobody listens here");
+        // Whoever comes here after that is the only one.
+        let listener = host.listen("0.0.0.0");
+        let (mut client, mut accepted) = host.connect(host.address(), &listener);
+        client.write_all(&hello).expect("a hello");
+        accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
+        let list = host.expect("its own", |list| list.len() == 1);
+        let address = client.local_addr().expect("an address").to_string();
+        assert_eq!(list[0]["client"], address.as_str());
+        drop(others);
+        drop((client, accepted));
+        host.expect("none", <[_]>::is_empty);
+        if source == "ebpf" {
+            for (kind, count) in [("opened", 1), ("closed", 1)] {
+                let name = format!("rebalancer_bpf_events_total{{kind=\"{kind}\"}}");
+                assert_eq!(host.find_metric(&name).unwrap_or(0), count, "{kind}");
+            }
         }
     }
 }
