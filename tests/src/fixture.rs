@@ -193,6 +193,39 @@ pub fn tool(program: &str) -> anyhow::Result<PathBuf> {
     Ok(to)
 }
 
+/// The programs of a kubeadm node beside kube-apiserver and etcd, built once from tests/go/node: a directory with
+/// kubeadm, kubelet, kubectl, kube-controller-manager, kube-scheduler and pause. `say` hears each step before it begins.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn node_programs(say: impl Fn(&str)) -> anyhow::Result<PathBuf> {
+    let cache = cache()?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let directory = cache.join("node");
+    fs::create_dir_all(&directory)?;
+    for (program, package) in [
+        ("pause", "./pause"),
+        ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
+        ("kubeadm", "k8s.io/kubernetes/cmd/kubeadm"),
+        ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+        ("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+        (
+            "kube-controller-manager",
+            "k8s.io/kubernetes/cmd/kube-controller-manager",
+        ),
+    ] {
+        let to = directory.join(program);
+        if !to.is_file() {
+            say(&format!(
+                "building {program} {VERSION} from its Go modules, once; all of them take about 15 minutes on 2 cores"
+            ));
+            build_package(package, &module().join("node"), &to)?;
+        }
+    }
+    Ok(directory)
+}
+
 /// What kube-apiserver says of its own objects (OpenAPI), from its Go module.
 ///
 /// # Errors
@@ -218,28 +251,45 @@ pub fn openapi() -> anyhow::Result<serde_json::Value> {
 }
 
 fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
-    let Some(go) = on_path("go") else {
+    if on_path("go").is_none() {
         bail!(
             "there is no `go` on PATH to build {program} {VERSION} with: install Go 1.26 or later, \
              or name binaries by KUBE_APISERVER and ETCD"
         );
-    };
+    }
     say(&format!(
         "building {program} {VERSION} from its Go modules, once; kube-apiserver takes 5 to 10 minutes on 2 cores"
     ));
+    build_package(&format!("./cmd/{program}"), &module(), to)
+}
+
+/// Builds a program that says it is of the release: kubeadm compares versions.
+fn build_package(package: &str, directory: &Path, to: &Path) -> anyhow::Result<()> {
+    let Some(go) = on_path("go") else {
+        bail!("there is no `go` on PATH to build {package} {VERSION} with: install Go 1.26 or later");
+    };
     let partial = to.with_extension(format!("partial-{}", std::process::id()));
+    let mut parts = VERSION.trim_start_matches('v').split('.');
+    let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let set = |name: &str, value: &str| format!("-X k8s.io/component-base/version.{name}={value}");
+    let flags = [
+        "-s -w".to_owned(),
+        set("gitVersion", VERSION),
+        set("gitMajor", major),
+        set("gitMinor", minor),
+    ];
     let status = Command::new(go)
-        .current_dir(module())
+        .current_dir(directory)
         .env("CGO_ENABLED", "0")
         .args(["build", "-trimpath", "-ldflags"])
-        .arg(format!("-s -w -X k8s.io/component-base/version.gitVersion={VERSION}"))
+        .arg(flags.join(" "))
         .arg("-o")
         .arg(&partial)
-        .arg(format!("./cmd/{program}"))
+        .arg(package)
         .status()
         .context("cannot start go")?;
     if !status.success() {
-        bail!("`go build` of {program} failed ({status})");
+        bail!("`go build` of {package} failed ({status})");
     }
     fs::rename(&partial, to).with_context(|| format!("cannot move the binary to {}", to.display()))
 }

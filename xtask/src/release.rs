@@ -111,9 +111,27 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
     Ok(directory.join(triple).join("release/rebalancer"))
 }
 
-/// Makes the image: an archive that `ctr images import`, `podman load` and `docker load` take.
+/// The image, and the program in it.
+pub struct Made {
+    /// What `ctr images import`, `podman load` and `docker load` take.
+    pub archive: PathBuf,
+    /// Static.
+    pub program: PathBuf,
+}
+
+/// Makes the image.
 pub fn image(arguments: &ImageArguments) -> anyhow::Result<ExitCode> {
     let arch = arguments.made.arch.unwrap_or_else(Arch::host);
+    make_image(arch, arguments.check)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the image for a processor, and looks at it when it is to be checked.
+///
+/// # Errors
+///
+/// It does not build, or is not what it should be.
+pub fn make_image(arch: Arch, is_checked: bool) -> anyhow::Result<Made> {
     let program = program(arch)?;
     let context = emptied("image")?;
     put(&program, &context.join("rebalancer"), 0o755)?;
@@ -133,10 +151,10 @@ pub fn image(arguments: &ImageArguments) -> anyhow::Result<ExitCode> {
     image.archive(&archive)?;
     bill_of_materials(arch)?;
     said(&archive)?;
-    if arguments.check {
+    if is_checked {
         image.check(&archive)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Made { archive, program })
 }
 
 /// Writes the list of what is in the program, beside it.

@@ -16,6 +16,7 @@ use clap::ValueEnum;
 use crate::arch::Arch;
 use crate::debian;
 use crate::ebpf;
+use crate::release;
 use crate::run::{cargo, is_root, programs, root, run, shown, target};
 use crate::vm::{self, Machine, Mode};
 
@@ -36,6 +37,10 @@ pub struct Arguments {
     /// Only tests whose names contain this; may be given several times
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     only: Vec<String>,
+    /// With the group deploy: also do what docs/walkthrough.md says, on a control plane of three that kubeadm makes; a
+    /// quarter of an hour, and as long again to build the image and Kubernetes' programs for the first time
+    #[arg(long, conflicts_with = "kernel")]
+    kubeadm: bool,
     /// With the group deploy: also look at the page of `top --web` in a headless Chromium, and write its pictures into docs/
     #[arg(long, conflicts_with = "kernel")]
     pictures: bool,
@@ -120,14 +125,17 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     };
     if arguments.kernel.is_empty() {
         let groups = chosen(&Group::ALL);
-        if arguments.pictures {
+        for (flag, is_given) in [("--kubeadm", arguments.kubeadm), ("--pictures", arguments.pictures)] {
             anyhow::ensure!(
-                groups.contains(&Group::Deploy),
-                "--pictures is for the group deploy, which is not among those that were named"
+                !is_given || groups.contains(&Group::Deploy),
+                "{flag} is for the group deploy, which is not among those that were named"
             );
+        }
+        if arguments.pictures {
             pictures()?;
         }
-        return run_selected(&groups, &[]);
+        let walked = arguments.kubeadm.then(walked).transpose()?;
+        return run_selected(&groups, &[], walked.as_ref());
     }
     let groups = chosen(&Group::NEED_A_KERNEL);
     for group in &groups {
@@ -159,7 +167,7 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    run_selected(&[], &runs)
+    run_selected(&[], &runs, None)
 }
 
 /// A group in a VM.
@@ -186,7 +194,7 @@ pub fn run_all() -> anyhow::Result<ExitCode> {
             only: only.iter().map(|name| (*name).to_owned()).collect(),
         })
         .collect();
-    run_selected(&groups, &runs)
+    run_selected(&groups, &runs, None)
 }
 
 /// What CI runs in VMs, one after the other: group, kernel, mode, and parts of the names of the tests, all where there is
@@ -245,8 +253,27 @@ fn pictures() -> anyhow::Result<()> {
     run(command.env("REBALANCER_PICTURES", absolute(&root().join("docs"))?))
 }
 
-/// Runs groups here, and others in VMs; the last line counts all of it.
-fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
+/// What a node of kubeadm's needs beside Kubernetes' own programs, and what images are made with.
+const OF_NODES: [(&str, &str); 7] = [
+    ("buildah", "buildah"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("conntrack", "conntrack"),
+    ("ethtool", "ethtool"),
+    ("socat", "socat"),
+    ("haproxy", "haproxy"),
+];
+
+/// Makes ready what the walk-through takes: packages, and the image that it installs.
+fn walked() -> anyhow::Result<release::Made> {
+    for (program, package) in OF_NODES {
+        debian::install(program, package)?;
+    }
+    release::make_image(Arch::host(), false)
+}
+
+/// Runs groups here, and others in VMs; the last line counts all of it. The group deploy walks through with an image.
+fn run_selected(groups: &[Group], runs: &[Run], walked: Option<&release::Made>) -> anyhow::Result<ExitCode> {
     for group in groups.iter().chain(runs.iter().map(|run| &run.group)) {
         anyhow::ensure!(group.exists(), "there is no test group `{}` yet", group.name());
     }
@@ -270,7 +297,7 @@ fn run_selected(groups: &[Group], runs: &[Run]) -> anyhow::Result<ExitCode> {
     }
 
     let total = if groups.is_empty() || runs.is_empty() {
-        run_groups(groups, &skips, build_apiserver)? + run_in_vms(runs, &skips)?
+        run_groups(groups, &skips, walked, build_apiserver)? + run_in_vms(runs, &skips)?
     } else {
         side_by_side(groups, runs, &skips)?
     };
@@ -305,7 +332,7 @@ fn side_by_side(groups: &[Group], runs: &[Run], skips: &Path) -> anyhow::Result<
         }
         let beside = scope.spawn(move || run_in_vms(runs, skips));
         // It can only fail when the other has ended, whose panic is shown below.
-        let here = run_groups(groups, skips, || is_built.recv().unwrap_or_default());
+        let here = run_groups(groups, skips, None, || is_built.recv().unwrap_or_default());
         let there = beside.join().expect("the thread that runs VMs does not panic");
         Ok(here? + there?)
     })
@@ -319,7 +346,12 @@ fn build_apiserver() {
 }
 
 /// Runs groups here, one after the other; `ready` returns when the real apiserver is there.
-fn run_groups(groups: &[Group], skips: &Path, ready: impl Fn()) -> anyhow::Result<Counts> {
+fn run_groups(
+    groups: &[Group],
+    skips: &Path,
+    walked: Option<&release::Made>,
+    ready: impl Fn(),
+) -> anyhow::Result<Counts> {
     let mut total = Counts::default();
     let mut is_ready = false;
     for group in groups {
@@ -328,7 +360,7 @@ fn run_groups(groups: &[Group], skips: &Path, ready: impl Fn()) -> anyhow::Resul
             is_ready = true;
         }
         let began = Instant::now();
-        total = total + run_group(*group, skips)?;
+        total = total + run_group(*group, skips, walked)?;
         eprintln!("the group `{}` took {} s", group.name(), began.elapsed().as_secs());
     }
     Ok(total)
@@ -356,7 +388,7 @@ fn run_in_vms(runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
     Ok(total)
 }
 
-fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
+fn run_group(group: Group, skips: &Path, walked: Option<&release::Made>) -> anyhow::Result<Counts> {
     let mut command = cargo(["test", "--no-fail-fast"]);
     if group != Group::Core {
         command.args(["--package", "rebalancer-tests", "--test", &group.name()]);
@@ -374,6 +406,10 @@ fn run_group(group: Group, skips: &Path) -> anyhow::Result<Counts> {
     }
     if group == Group::Deploy {
         command.env("REBALANCER_PROMTOOL", absolute(&promtool()?)?);
+        if let Some(made) = walked {
+            command.env("REBALANCER_IMAGE", absolute(&made.archive)?);
+            command.env("REBALANCER_PROGRAM", absolute(&made.program)?);
+        }
     }
     command.env("REBALANCER_SKIPS", absolute(skips)?);
     counted(&mut command, skips, "")

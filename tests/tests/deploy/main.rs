@@ -2,6 +2,7 @@
 
 mod chart;
 mod docs;
+mod kubeadm;
 mod mixin;
 mod picture;
 

@@ -1,0 +1,257 @@
+//! docs/walkthrough.md, done line by line on a control plane of three nodes that kubeadm makes, with client-go clients
+//! behind a haproxy that count every error.
+//!
+//! It takes a quarter of an hour, and images: `cargo xtask test deploy --kubeadm` makes them and runs it.
+
+mod images;
+mod lab;
+mod leftovers;
+mod walk;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use rebalancer_tests::{
+    fixture::{self, Fixture},
+    netns::Network,
+    process::{tail, wait_for},
+    swarm::{Driver, Line},
+};
+
+use self::{
+    images::{Archives, NEXT},
+    lab::{Host, Lab, NODES},
+    walk::{Section, Step},
+};
+
+/// How long a `watch` of the page may take: rebalancings wait for apiservers that just started.
+const PATIENCE: Duration = Duration::from_secs(1_200);
+
+/// Clients.
+const CLIENTS: usize = 150;
+
+/// How far from the mean an apiserver's part may be when it is level: the threshold of a rebalancing, and what else is
+/// connected.
+const LEVEL: f64 = 0.2;
+
+/// A lab, its clients, and what was exported on each host.
+struct Scene {
+    lab: Lab,
+    swarm: Driver,
+    exports: Vec<String>,
+    /// What the kubelets were given before anything was installed.
+    manifests: Vec<String>,
+}
+
+#[test]
+fn the_walk_through_is_as_the_page_says() {
+    let (Some(image), Some(program)) = (env::var_os("REBALANCER_IMAGE"), env::var_os("REBALANCER_PROGRAM")) else {
+        // It is a quarter of an hour: whoever asks for it is not given a skip, and who does not is told nothing.
+        eprintln!("`cargo xtask test deploy --kubeadm` runs it");
+        return;
+    };
+    let directory = rebalancer_tests::process::log_directory("rebalancer-kubeadm-").expect("a directory");
+    eprintln!("logs are in {}", directory.display());
+    let say = |text: &str| eprintln!("{text}");
+    let fixture = Fixture::get(say).expect("kube-apiserver");
+    let programs = fixture::node_programs(say).expect("kubeadm and the kubelet");
+    let (image, program) = (PathBuf::from(image), PathBuf::from(program));
+    let archives = Archives::make(&fixture, &programs, &image, &program, &directory).expect("images");
+    let lab = Lab::start(&programs, &archives, &directory).expect("a control plane");
+    let mut scene = Scene::new(lab, &fixture, &archives);
+    for section in walk::sections("docs/walkthrough.md") {
+        scene.play(&section);
+    }
+    scene.is_back_to_nothing();
+}
+
+impl Scene {
+    fn new(lab: Lab, fixture: &Fixture, archives: &Archives) -> Self {
+        for host in &lab.hosts {
+            for (release, version) in archives.releases.iter().zip([env!("CARGO_PKG_VERSION"), NEXT]) {
+                let name = format!("home/rebalancer-{version}.image.tar");
+                fs::copy(release, host.directory.join(name)).expect("an archive");
+            }
+        }
+        let manifests = lab.hosts.iter().map(manifests).collect();
+        wait_for(PATIENCE, || {
+            lab.balancer.healthy().iter().all(|healthy| *healthy).then_some(())
+        })
+        .expect("haproxy sees three apiservers");
+        let swarm = clients(&lab, fixture);
+        let mut scene = Self {
+            lab,
+            swarm,
+            exports: Vec::new(),
+            manifests,
+        };
+        scene.until("the clients", |scene| scene.line().ready >= CLIENTS as u64);
+        scene
+    }
+
+    /// Does what a section says, and looks at what is true after it.
+    fn play(&mut self, section: &Section) {
+        eprintln!("## {}", section.title);
+        self.swarm.reset().expect("the clients run");
+        for step in &section.steps {
+            self.step(step);
+        }
+        self.until("the clients", |scene| scene.line().ready >= CLIENTS as u64);
+        let line = self.line();
+        eprintln!(
+            "   {} requests, {} errors, {} relists, {} broken watches, {} dials; sessions {:?}",
+            line.requests,
+            line.errors,
+            line.relists,
+            line.watch_breaks,
+            line.dials,
+            self.lab.balancer.sockets()
+        );
+        assert_eq!((line.missed, line.doubled), (0, 0), "{}: {line:?}", section.title);
+        let balances = section.title.contains("balance");
+        if balances || section.title.contains("evacuate") {
+            self.is_level();
+        }
+        if !balances {
+            // Only the apiserver that went without a word may have cost its clients anything.
+            let noticed = (line.errors, line.relists, line.watch_breaks);
+            assert_eq!(noticed, (0, 0, 0), "{}: {line:?}", section.title);
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        if step.line.starts_with("export ") {
+            self.exports.push(step.line.clone());
+            return;
+        }
+        let names: Vec<String> = match step.host.as_str() {
+            "each" => self.lab.hosts.iter().map(|host| host.name.clone()).collect(),
+            name => vec![name.to_owned()],
+        };
+        for name in names {
+            eprintln!("{name}# {}", step.line);
+            let host = self.lab.host(&name).expect("the page names hosts that are there");
+            let exports = self
+                .exports
+                .iter()
+                .map(|line| format!("{line} && "))
+                .collect::<String>();
+            let line = exports + &step.line;
+            let Some(until) = &step.until else {
+                let said = host.done(&line).unwrap_or_else(|error| panic!("{error:#}"));
+                eprintln!("{}", said.trim_end());
+                continue;
+            };
+            let mut last = String::new();
+            let seen = wait_for(PATIENCE, || {
+                let output = host.run(&line).ok()?;
+                last = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+                last.contains(until.as_str()).then_some(())
+            });
+            assert!(seen.is_some(), "{name}# {}: no {until:?}:\n{}", step.line, tail(&last));
+            eprintln!("{}", last.trim_end());
+        }
+    }
+
+    fn line(&mut self) -> Line {
+        self.swarm.line().expect("the clients run")
+    }
+
+    fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
+        let came = wait_for(PATIENCE, || is_so(self).then_some(()));
+        assert!(came.is_some(), "no {what}: {:?}", self.swarm.line());
+    }
+
+    /// As haproxy counts its sessions, who knows nothing of agents.
+    fn is_level(&mut self) {
+        self.until("level sessions", |scene| {
+            let sessions = scene.lab.balancer.sockets();
+            let mean = sessions.iter().sum::<usize>() as f64 / NODES as f64;
+            sessions
+                .iter()
+                .all(|sessions| (*sessions as f64 - mean).abs() <= mean * LEVEL)
+        });
+    }
+
+    /// What was there before is there as it was, and nothing besides.
+    fn is_back_to_nothing(&mut self) {
+        let kubectl = "KUBECONFIG=/etc/kubernetes/admin.conf kubectl get namespaces,daemonsets,pods,serviceaccounts,\
+                       roles,rolebindings,clusterroles,clusterrolebindings,leases --all-namespaces --output name";
+        let named = self.lab.hosts[0].done(kubectl).expect("kubectl");
+        let left: Vec<&str> = named.lines().filter(|line| line.contains("rebalancer")).collect();
+        assert_eq!(left, Vec::<&str>::new());
+        for (host, before) in self.lab.hosts.iter().zip(&self.manifests) {
+            assert_eq!(manifests(host), *before, "{}", host.name);
+            let running = host.done("ps -eo args").expect("ps");
+            assert!(
+                !running.contains("rebalancer agent") && !running.contains("rebalancer relay"),
+                "{running}"
+            );
+            let files = host
+                .done("ls -A /run/rebalancer 2>&1 || true; find /etc/kubernetes /var/lib/kubelet -name '*rebalancer*'");
+            let files = files.expect("ls");
+            assert!(
+                files.contains("No such file") && files.lines().count() == 1,
+                "{}: {files}",
+                host.name
+            );
+            let images = host.done("ctr --namespace k8s.io images ls -q").expect("ctr");
+            assert!(!images.contains("rebalancer"), "{images}");
+            // Every client's socket is the apiserver's own.
+            let sockets = host.done("ss -Htnp state established sport = :6443").expect("ss");
+            let others: Vec<&str> = sockets
+                .lines()
+                .filter(|line| !line.contains("kube-apiserver"))
+                .collect();
+            assert!(!sockets.is_empty() && others.is_empty(), "{}: {others:?}", host.name);
+        }
+    }
+}
+
+/// What the kubelet of a host runs by itself.
+fn manifests(host: &Host) -> String {
+    host.done("sha256sum /etc/kubernetes/manifests/* /etc/kubernetes/*.conf")
+        .expect("manifests")
+}
+
+/// Clients in the hub's network, with a certificate that kubeadm gives them.
+fn clients(lab: &Lab, fixture: &Fixture) -> Driver {
+    let first = &lab.hosts[0];
+    let kubeconfig = "kubeadm kubeconfig user --client-name swarm --org swarm-clients --config <(KUBECONFIG=/etc/kubernetes/admin.conf \
+                      kubectl --namespace kube-system get configmap kubeadm-config --output 'jsonpath={.data.ClusterConfiguration}')";
+    let (cert, key) = identity(&first.done(kubeconfig).expect("a certificate"), "swarm", &lab.directory);
+    let admin = fs::read_to_string(first.own("/etc/kubernetes/super-admin.conf")).expect("the admin's");
+    let (admin_cert, admin_key) = identity(&admin, "admin", &lab.directory);
+    let mut command = Command::new(&fixture.swarm);
+    command
+        .arg(format!("--server=https://{}:6443", Network::HUB))
+        .arg("--ca")
+        .arg(first.own("/etc/kubernetes/pki/ca.crt"))
+        .arg("--admin-cert")
+        .arg(admin_cert)
+        .arg("--admin-key")
+        .arg(admin_key)
+        .arg("--client-cert")
+        .arg(cert)
+        .arg("--client-key")
+        .arg(key)
+        .arg(format!("--clients={CLIENTS}"));
+    Driver::start(command, Some(lab.network.hub.fd()), &lab.directory.join("logs")).expect("the clients start")
+}
+
+/// The certificate and key of a kubeconfig, as files.
+fn identity(kubeconfig: &str, name: &str, directory: &Path) -> (PathBuf, PathBuf) {
+    let write = |field: &str| {
+        let line = kubeconfig.lines().find_map(|line| line.trim().strip_prefix(field));
+        let text = line.unwrap_or_else(|| panic!("no {field} in {kubeconfig}")).trim();
+        let path = directory.join(format!("{name}-{}", field.trim_end_matches("-data:")));
+        let decoded = format!("base64 -d <<< '{text}' > {}", path.display());
+        crate::succeeds(Command::new("bash").args(["-c", &decoded]));
+        path
+    };
+    (write("client-certificate-data:"), write("client-key-data:"))
+}
