@@ -42,6 +42,8 @@ pub struct Abilities {
     pub order_expiry: Duration,
     /// Whether it sees streams end, and so who is idle.
     pub sees_ends: bool,
+    /// Whether it names all whom it can tell: of others nothing need be known.
+    pub names_all: bool,
 }
 
 impl Default for Abilities {
@@ -51,6 +53,7 @@ impl Default for Abilities {
             tells_at_request: false,
             order_expiry: Duration::from_secs(10),
             sees_ends: true,
+            names_all: true,
         }
     }
 }
@@ -62,6 +65,7 @@ impl Abilities {
         tells_at_request: true,
         order_expiry: Duration::from_secs(30),
         sees_ends: false,
+        names_all: false,
     };
 }
 

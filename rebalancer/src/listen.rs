@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::BorrowedFd,
 };
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -31,10 +32,35 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Whether two addresses are one to [`listen`]: `[::]` may have become `0.0.0.0`.
+/// Listens for clients that the kernel steers here (sk_lookup), of both families also where only this host's own can reach
+/// the address: an IPv4 address is taken as IPv6 writes it, `::ffff:127.0.0.1`. A socket on `::1`, as on every other
+/// address of IPv6 but `::`, is one for IPv6 alone whatever it is told (net/ipv6/af_inet6.c, `__inet6_bind`).
+///
+/// # Errors
+///
+/// What the system says.
+pub fn listen_for_steered(address: SocketAddr) -> io::Result<TcpListener> {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_loopback() => match bind(SocketAddr::new(ip.to_ipv6_mapped().into(), address.port())) {
+            Err(error) if is_without_ipv6(&error) => bind(address),
+            bound => bound,
+        },
+        _ => listen(address),
+    }
+}
+
+/// Whether the kernel can give a listening socket no clients of IPv4.
+pub fn is_only_v6(socket: BorrowedFd<'_>) -> bool {
+    // Of a socket of IPv4 nobody can say it.
+    SockRef::from(&socket).only_v6().unwrap_or(false)
+}
+
+/// Whether two addresses are one to [`listen`] and [`listen_for_steered`]: `[::]` may have become `0.0.0.0`.
 pub fn is_same(asked: SocketAddr, has: SocketAddr) -> bool {
     let all = |address: SocketAddr| address.ip().is_unspecified() && address.is_ipv6();
-    asked == has || asked.port() == has.port() && all(asked) && has.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    plain(asked) == plain(has)
+        || asked.port() == has.port() && all(asked) && has.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)
 }
 
 /// What to do about an address that cannot be listened on.
@@ -95,7 +121,21 @@ pub fn counted_as(address: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
+
+    #[tokio::test]
+    async fn who_is_steered_to_loopback_may_be_of_either_family() {
+        let asked: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+        let listener = listen_for_steered(asked).expect("a port");
+        let has = listener.local_addr().expect("its address");
+        assert!(!is_only_v6(listener.as_fd()), "{has}");
+        assert!(is_same(SocketAddr::new(asked.ip(), has.port()), has), "{has}");
+        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, has.port())).expect("IPv4 gets there");
+        let narrow = listen_for_steered("[::1]:0".parse().expect("an address")).expect("a port");
+        assert!(is_only_v6(narrow.as_fd()), "which the agent refuses");
+    }
 
     #[tokio::test]
     async fn an_address_of_all_interfaces_takes_both_families() {

@@ -99,6 +99,7 @@ impl Image {
         fs::remove_file(&again)?;
         ensure!(same, "two builds from the same sources differ");
         println!("two builds are the same, octet for octet");
+        self.has_one_name(archive)?;
         if !self.arch.is_host() {
             println!("it is for another processor: it is not run here");
             return Ok(());
@@ -114,6 +115,24 @@ impl Image {
         let checked = self.run_with_and_without(&store);
         fs::remove_dir_all(&store.0).context("podman's store cannot be removed")?;
         checked
+    }
+
+    /// What is imported by one name is taken away by it.
+    fn has_one_name(&self, archive: &Path) -> anyhow::Result<()> {
+        let said = Command::new("tar")
+            .args(["--extract", "--to-stdout", "--file"])
+            .arg(archive)
+            .arg("manifest.json")
+            .output()
+            .context("tar")?;
+        let manifest: Value = serde_json::from_slice(&said.stdout).context("the archive's manifest.json")?;
+        let names = &manifest[0]["RepoTags"];
+        ensure!(
+            *names == serde_json::json!([self.name]),
+            "the archive's names are {names}"
+        );
+        println!("its one name is {}", self.name);
+        Ok(())
     }
 
     fn run_with_and_without(&self, store: &Store) -> anyhow::Result<()> {

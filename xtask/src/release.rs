@@ -111,14 +111,6 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
     Ok(directory.join(triple).join("release/rebalancer"))
 }
 
-/// The image, and the program in it.
-pub struct Made {
-    /// What `ctr images import`, `podman load` and `docker load` take.
-    pub archive: PathBuf,
-    /// Static.
-    pub program: PathBuf,
-}
-
 /// Makes the image.
 pub fn image(arguments: &ImageArguments) -> anyhow::Result<ExitCode> {
     let arch = arguments.made.arch.unwrap_or_else(Arch::host);
@@ -126,12 +118,13 @@ pub fn image(arguments: &ImageArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes the image for a processor, and looks at it when it is to be checked.
+/// Makes the image for a processor, an archive that `ctr images import`, `podman load` and `docker load` take; looks at
+/// it when it is to be checked.
 ///
 /// # Errors
 ///
 /// It does not build, or is not what it should be.
-pub fn make_image(arch: Arch, is_checked: bool) -> anyhow::Result<Made> {
+pub fn make_image(arch: Arch, is_checked: bool) -> anyhow::Result<PathBuf> {
     let program = program(arch)?;
     let context = emptied("image")?;
     put(&program, &context.join("rebalancer"), 0o755)?;
@@ -142,7 +135,8 @@ pub fn make_image(arch: Arch, is_checked: bool) -> anyhow::Result<Made> {
     )?;
     let archive = target().join(format!("dist/rebalancer-{VERSION}-{}.image.tar", arch.debian()));
     let image = container::Image {
-        name: format!("rebalancer:{VERSION}"),
+        // In full: a name that is not gets a second one in the archive, which nobody would take away.
+        name: format!("docker.io/library/rebalancer:{VERSION}"),
         version: VERSION.to_owned(),
         commit: commit(),
         arch,
@@ -154,7 +148,7 @@ pub fn make_image(arch: Arch, is_checked: bool) -> anyhow::Result<Made> {
     if is_checked {
         image.check(&archive)?;
     }
-    Ok(Made { archive, program })
+    Ok(archive)
 }
 
 /// Writes the list of what is in the program, beside it.

@@ -135,7 +135,7 @@ pub fn run_tests(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             pictures()?;
         }
         let walked = arguments.kubeadm.then(walked).transpose()?;
-        return run_selected(&groups, &[], walked.as_ref());
+        return run_selected(&groups, &[], walked.as_deref());
     }
     let groups = chosen(&Group::NEED_A_KERNEL);
     for group in &groups {
@@ -254,18 +254,22 @@ fn pictures() -> anyhow::Result<()> {
 }
 
 /// What a node of kubeadm's needs beside Kubernetes' own programs, and what images are made with.
-const OF_NODES: [(&str, &str); 7] = [
+const OF_NODES: [(&str, &str); 10] = [
     ("buildah", "buildah"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("conntrack", "conntrack"),
     ("ethtool", "ethtool"),
     ("socat", "socat"),
+    ("iptables", "iptables"),
+    ("ss", "iproute2"),
+    // The network of pods that are not the host's: a runtime without it is not ready.
+    ("/usr/lib/cni/loopback", "containernetworking-plugins"),
     ("haproxy", "haproxy"),
 ];
 
 /// Makes ready what the walk-through takes: packages, and the image that it installs.
-fn walked() -> anyhow::Result<release::Made> {
+fn walked() -> anyhow::Result<PathBuf> {
     for (program, package) in OF_NODES {
         debian::install(program, package)?;
     }
@@ -273,7 +277,7 @@ fn walked() -> anyhow::Result<release::Made> {
 }
 
 /// Runs groups here, and others in VMs; the last line counts all of it. The group deploy walks through with an image.
-fn run_selected(groups: &[Group], runs: &[Run], walked: Option<&release::Made>) -> anyhow::Result<ExitCode> {
+fn run_selected(groups: &[Group], runs: &[Run], walked: Option<&Path>) -> anyhow::Result<ExitCode> {
     for group in groups.iter().chain(runs.iter().map(|run| &run.group)) {
         anyhow::ensure!(group.exists(), "there is no test group `{}` yet", group.name());
     }
@@ -346,12 +350,7 @@ fn build_apiserver() {
 }
 
 /// Runs groups here, one after the other; `ready` returns when the real apiserver is there.
-fn run_groups(
-    groups: &[Group],
-    skips: &Path,
-    walked: Option<&release::Made>,
-    ready: impl Fn(),
-) -> anyhow::Result<Counts> {
+fn run_groups(groups: &[Group], skips: &Path, walked: Option<&Path>, ready: impl Fn()) -> anyhow::Result<Counts> {
     let mut total = Counts::default();
     let mut is_ready = false;
     for group in groups {
@@ -388,7 +387,7 @@ fn run_in_vms(runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
     Ok(total)
 }
 
-fn run_group(group: Group, skips: &Path, walked: Option<&release::Made>) -> anyhow::Result<Counts> {
+fn run_group(group: Group, skips: &Path, walked: Option<&Path>) -> anyhow::Result<Counts> {
     let mut command = cargo(["test", "--no-fail-fast"]);
     if group != Group::Core {
         command.args(["--package", "rebalancer-tests", "--test", &group.name()]);
@@ -406,9 +405,8 @@ fn run_group(group: Group, skips: &Path, walked: Option<&release::Made>) -> anyh
     }
     if group == Group::Deploy {
         command.env("REBALANCER_PROMTOOL", absolute(&promtool()?)?);
-        if let Some(made) = walked {
-            command.env("REBALANCER_IMAGE", absolute(&made.archive)?);
-            command.env("REBALANCER_PROGRAM", absolute(&made.program)?);
+        if let Some(image) = walked {
+            command.env("REBALANCER_IMAGE", absolute(image)?);
         }
     }
     command.env("REBALANCER_SKIPS", absolute(skips)?);

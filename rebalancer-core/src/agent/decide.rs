@@ -9,7 +9,7 @@ use super::{Agent, look::Look, rebalancing::Rebalancing};
 use crate::{
     decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
-    ids::{ApiserverName, Timestamp},
+    ids::{ApiserverName, ShimKind, Timestamp},
     planner::{self, Balance, Request},
     policy::Mode,
     view::{Entry, ServerState, Snapshot, View},
@@ -205,8 +205,12 @@ impl Agent {
         Ok(victims)
     }
 
-    /// Whether what is not known is more than what would be done about.
+    /// Whether what is not known is more than what would be done about. Who does not come through a relay, as those that
+    /// were there before it, cannot be told whatever they speak: the others are told for them.
     fn unknown_protocols(&self) -> Option<Hold> {
+        if self.policy.shim != ShimKind::None && self.abilities.names_all {
+            return None;
+        }
         let (unknown, active) = (self.table.unknown(), self.table.active());
         let limit = self.policy.skew_threshold;
         (unknown as f64 > limit * active as f64).then_some(Hold::UnknownProtocols { unknown, active, limit })

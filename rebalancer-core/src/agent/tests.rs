@@ -33,6 +33,8 @@ struct World {
     per_second: BTreeMap<(usize, u64), usize>,
     /// Whether the shims say who comes.
     speaks: bool,
+    /// What the shims can do.
+    abilities: Abilities,
 }
 
 /// How long a told client takes to its next request, and so to its new connection.
@@ -61,6 +63,7 @@ impl World {
             goaways: 0,
             per_second: BTreeMap::new(),
             speaks: true,
+            abilities: Abilities::default(),
         };
         for (index, load) in loads.iter().enumerate() {
             let listener = Some(ConnectionId(u64::MAX - index as u64));
@@ -125,6 +128,7 @@ impl World {
         let report = ShimReport {
             connections: vec![known],
             upstream_ready: Some(true),
+            abilities: self.abilities,
             ..ShimReport::default()
         };
         self.input(index, Input::Shim(report));
@@ -272,6 +276,21 @@ fn loads_become_level_at_the_least_cost_and_then_nothing_happens() {
 }
 
 #[test]
+fn who_was_there_before_the_relay_keeps_nobody_else_from_going() {
+    let mut world = World::new(&[25, 0, 25], Balancer::LeastSockets, |_| {});
+    world.speaks = false;
+    for index in [0, 2] {
+        (0..50).for_each(|_| world.land(index));
+    }
+    world.speaks = true;
+    world.run(180);
+    let active = world.active();
+    assert_eq!(active.iter().sum::<usize>(), 150, "everybody is back");
+    // All the others are told, and level it is but for what is left to chance and rounding.
+    assert!(active.iter().all(|load| (48..=52).contains(load)), "{active:?}");
+}
+
+#[test]
 fn affinity_is_seen_to_be_futile() {
     let mut world = World::new(&[150, 150, 0], Balancer::Affinity, |policy| {
         policy.client_cooldown = Duration::from_secs(60);
@@ -294,6 +313,9 @@ fn affinity_is_seen_to_be_futile() {
 #[test]
 fn nothing_is_done_about_a_skew_of_connections_that_nobody_knows() {
     let mut world = World::new(&[100, 100, 20], Balancer::RoundRobin, |_| {});
+    // Of a shim that can tell others too than those it names.
+    world.abilities.names_all = false;
+    (0..3).for_each(|index| world.land(index));
     // More than the band of those that count on the first one, and fewer of those on the second.
     world.speaks = false;
     let first = world.next_id;

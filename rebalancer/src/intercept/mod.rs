@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use crate::{relay::takeover, sys};
+use crate::{listen, relay::takeover, sys};
 use probe::Probe;
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
@@ -95,6 +95,8 @@ pub struct Intercept {
     /// Probes that failed in a row, and why the last one did.
     failures: u32,
     fault: String,
+    /// Why nobody is steered, where that has been said.
+    said: Option<String>,
     _program: Ebpf,
 }
 
@@ -138,6 +140,7 @@ impl Intercept {
             probed: Instant::now(),
             failures: 0,
             fault: String::new(),
+            said: None,
             _program: ebpf,
         })
     }
@@ -166,6 +169,11 @@ impl Intercept {
         if self.namespace.is_some() && sys::namespace_cookie(socket.as_fd()).ok() != self.namespace {
             return self.clear("the relay listens in another network namespace than the agent's");
         }
+        // The same for all clients of IPv4.
+        if listen::is_only_v6(socket.as_fd()) {
+            return self
+                .clear("the relay's socket takes clients of IPv6 alone: have it --listen on 127.0.0.1 or on [::]");
+        }
         if let Some(address) = probe::address_of(socket.as_fd()) {
             self.follow_probe(address).await;
         }
@@ -183,6 +191,7 @@ impl Intercept {
         match set {
             Ok(()) => {
                 self.steered_to = Some(cookie);
+                self.said = None;
                 self.intercepting.set(1);
                 tracing::info!("new connections go to the relay");
             }
@@ -221,8 +230,9 @@ impl Intercept {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {}
             Err(error) => tracing::error!(%error, "the relay's socket cannot be taken out of the map"),
         }
-        if known {
+        if known || self.said.as_deref() != Some(why) {
             tracing::warn!(why, "new connections go to the apiserver");
         }
+        self.said = Some(why.to_owned());
     }
 }

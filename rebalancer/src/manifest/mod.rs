@@ -32,7 +32,7 @@ impl Topology {
         match self {
             Self::None => &[],
             Self::Kubeadm => &[
-                "--listen=[::1]:6445",
+                "--listen=127.0.0.1:6445",
                 "--upstream=127.0.0.1:6443",
                 "--upstream-server-name=kubernetes.default.svc",
                 "--upstream-ca=/etc/kubernetes/pki/ca.crt",

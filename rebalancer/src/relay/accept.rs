@@ -98,7 +98,7 @@ pub struct Door {
 ///
 /// Names the address, what the system says and what to do.
 pub fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    listen::listen(address).map_err(|error| {
+    listen::listen_for_steered(address).map_err(|error| {
         let hint = listen::hint(address, &error);
         anyhow::Error::new(error).context(format!("--listen {address}: cannot listen there; {hint}"))
     })

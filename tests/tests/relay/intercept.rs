@@ -5,7 +5,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
     process::Command,
 };
@@ -23,7 +23,8 @@ use crate::world::{relay_between, serve};
 
 const PORT: u16 = 6443;
 const THREADS: usize = 4;
-const RELAY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 6445);
+/// What only the node itself can reach, and the kernel can steer clients of both families to.
+const RELAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6445);
 const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 11));
 
 struct Scene {
@@ -36,6 +37,10 @@ struct Scene {
 
 impl Scene {
     fn start() -> Self {
+        Self::with_relay_on(RELAY)
+    }
+
+    fn with_relay_on(listen: SocketAddr) -> Self {
         let network = Network::new(1).expect("two hosts");
         network.hub.ip("addr add fd77::1/64 dev br0 nodad").expect("an address");
         network.nodes[0]
@@ -50,7 +55,10 @@ impl Scene {
         let accepted = serve(&pki, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT), true);
         // What asks for more than an answer is nobody here.
         drop(accepted);
-        let relay = start_relay(&pki, &network, logs.path(), "relay");
+        let apiserver = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT);
+        let control = logs.path().join("relay.sock");
+        let between = [listen, apiserver];
+        let relay = relay_between(&pki, &network.nodes[0], logs.path(), &control, "relay", between, &[]);
         let agent = start_agent(&network, logs.path(), "agent");
         Self {
             pki,
@@ -91,7 +99,7 @@ impl Scene {
 }
 
 fn start_relay(pki: &Pki, network: &Network, logs: &Path, name: &str) -> Process {
-    let apiserver = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), PORT);
+    let apiserver = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT);
     let control = logs.join("relay.sock");
     relay_between(pki, &network.nodes[0], logs, &control, name, [RELAY, apiserver], &[])
 }
@@ -141,12 +149,29 @@ fn attached() -> usize {
 }
 
 #[test]
+fn a_socket_that_no_client_of_ipv4_can_be_given_is_refused_and_named() {
+    let scene = Scene::with_relay_on(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), RELAY.port()));
+    let said = wait_for(PATIENCE, || {
+        scene.agent.log().contains("clients of IPv6 alone").then_some(())
+    });
+    assert!(said.is_some(), "{}", tail(&scene.agent.log()));
+    let storm = scene.storm();
+    scene.more(&storm, false);
+    assert_eq!(storm.relayed(), 0);
+    assert!(metrics().contains("rebalancer_intercepting 0"), "{}", metrics());
+}
+
+#[test]
 fn connections_of_other_hosts_go_to_the_relay_and_the_nodes_own_do_not() {
     let mut scene = Scene::start();
-    let storm = scene.storm();
-    scene.more(&storm, true);
-    let outcome = storm.end();
-    assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+    for address in [Network::node_address(0), NODE_V6] {
+        let server = [SocketAddr::new(address, PORT)];
+        // Who comes before the agent steers reaches the apiserver itself, and so says nothing.
+        let storm = Storm::start(&scene.pki, &scene.network.hub, &server, THREADS).expect("a storm");
+        scene.more(&storm, true);
+        let outcome = storm.end();
+        assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]), "{address}");
+    }
 
     // From the node itself, to loopback and to its own addresses.
     let own = [

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use rebalancer_tests::fixture::{Fixture, VERSION};
 
-use crate::{docs::root, succeeds};
+use crate::succeeds;
 
 /// Archives that `ctr images import` takes.
 pub struct Archives {
@@ -29,13 +29,7 @@ impl Archives {
     /// # Errors
     ///
     /// A file cannot be copied.
-    pub fn make(
-        fixture: &Fixture,
-        programs: &Path,
-        release: &Path,
-        program: &Path,
-        directory: &Path,
-    ) -> anyhow::Result<Self> {
+    pub fn make(fixture: &Fixture, programs: &Path, release: &Path, directory: &Path) -> anyhow::Result<Self> {
         let store = Store(directory.join("images"));
         fs::create_dir_all(&store.0)?;
         let version = VERSION;
@@ -54,16 +48,9 @@ impl Archives {
             let text = format!(
                 "FROM scratch\nENV PATH=/usr/local/bin\nCOPY {inside} /usr/local/bin/\nENTRYPOINT [\"/usr/local/bin/{inside}\"]\n"
             );
-            control_plane.push(store.archive(&program, inside, &text, &format!("registry.k8s.io/{name}"), &[])?);
+            control_plane.push(store.archive(&program, inside, &text, &format!("registry.k8s.io/{name}"))?);
         }
-        let text = fs::read_to_string(root().join("deploy/Containerfile"))?;
-        let next = store.archive(
-            program,
-            "rebalancer",
-            &text,
-            &format!("docker.io/library/rebalancer:{NEXT}"),
-            &["--build-arg", &format!("VERSION={NEXT}")],
-        )?;
+        let next = store.renamed(release, &format!("docker.io/library/rebalancer:{NEXT}"))?;
         Ok(Self {
             control_plane,
             releases: [release.to_owned(), next],
@@ -79,51 +66,54 @@ impl Archives {
 struct Store(PathBuf);
 
 impl Store {
-    fn archive(
-        &self,
-        program: &Path,
-        inside: &str,
-        containerfile: &str,
-        name: &str,
-        more: &[&str],
-    ) -> anyhow::Result<PathBuf> {
+    fn buildah(&self) -> Command {
+        let mut command = Command::new("buildah");
+        command
+            .arg("--root")
+            .arg(self.0.join("root"))
+            .arg("--runroot")
+            .arg(self.0.join("run"))
+            .args(["--storage-driver", "vfs"]);
+        command
+    }
+
+    /// An archive of one program.
+    fn archive(&self, program: &Path, inside: &str, containerfile: &str, name: &str) -> anyhow::Result<PathBuf> {
         let context = self.0.join(inside);
         fs::create_dir_all(&context)?;
         fs::copy(program, context.join(inside)).with_context(|| format!("cannot copy {}", program.display()))?;
         fs::write(context.join("Containerfile"), containerfile)?;
-        let buildah = || {
-            let mut command = Command::new("buildah");
-            command
-                .arg("--root")
-                .arg(self.0.join("root"))
-                .arg("--runroot")
-                .arg(self.0.join("run"))
-                .args(["--storage-driver", "vfs"]);
-            command
-        };
+        let fixed = ["--isolation", "chroot", "--pull-never", "--timestamp", "0"];
         succeeds(
-            buildah()
-                .args([
-                    "bud",
-                    "--quiet",
-                    "--isolation",
-                    "chroot",
-                    "--pull-never",
-                    "--timestamp",
-                    "0",
-                    "--tag",
-                    name,
-                ])
-                .args(more)
+            self.buildah()
+                .args(["bud", "--quiet"])
+                .args(fixed)
+                .args(["--tag", name])
                 .arg(&context),
         );
-        let archive = self.0.join(format!("{inside}.tar"));
+        fs::remove_dir_all(&context)?;
+        Ok(self.pushed(inside, name))
+    }
+
+    /// What is in an archive, by another name.
+    fn renamed(&self, archive: &Path, name: &str) -> anyhow::Result<PathBuf> {
+        let said = succeeds(
+            self.buildah()
+                .args(["pull", "--quiet"])
+                .arg(format!("docker-archive:{}", archive.display())),
+        );
+        let id = said.lines().last().context("buildah names no image")?;
+        succeeds(self.buildah().args(["tag", id.trim(), name]));
+        Ok(self.pushed("renamed", name))
+    }
+
+    fn pushed(&self, file: &str, name: &str) -> PathBuf {
+        let archive = self.0.join(format!("{file}.tar"));
         succeeds(
-            buildah()
+            self.buildah()
                 .args(["push", "--quiet", name])
                 .arg(format!("docker-archive:{}:{name}", archive.display())),
         );
-        fs::remove_dir_all(&context)?;
-        Ok(archive)
+        archive
     }
 }

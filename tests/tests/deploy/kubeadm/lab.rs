@@ -28,12 +28,11 @@ pub const NODES: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(900);
 
 /// What a node has for itself of the file system, beside its own /etc/hosts.
-pub const OWN: [&str; 9] = [
+pub const OWN: [&str; 8] = [
+    "/run",
     "/etc/kubernetes",
     "/var/lib/kubelet",
     "/var/lib/etcd",
-    "/run/containerd",
-    "/run/rebalancer",
     "/var/log/pods",
     "/var/log/containers",
     "/usr/libexec/kubernetes",
@@ -57,6 +56,9 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       SystemdCgroup = false
 "#;
+
+/// Where pods reach the apiservers: the first address of the Services.
+const SERVICE: &str = "10.96.0.1";
 
 /// All pods are of the host's network: a network must be there for the node to be ready, and nobody uses it.
 const CNI: &str = r#"{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "loopback"}]}"#;
@@ -119,8 +121,9 @@ impl Lab {
         let balancer = Haproxy::start(
             front,
             &addresses,
-            Policy::Leastconn,
-            "inter 1s",
+            Policy::Roundrobin,
+            // As docs/maintenance.md has it.
+            "inter 1s weight 100 agent-check agent-inter 1s agent-port 9480",
             network.hub.fd(),
             &logs,
         )?;
@@ -186,6 +189,7 @@ cgroupDriver: cgroupfs
 oomScoreAdj: 0
 resolvConf: {directory}/resolv.conf
 evictionHard: {{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}}
+imageGCHighThresholdPercent: 100
 ",
             address = host.address,
             name = host.name,
@@ -285,6 +289,14 @@ impl Host {
         leftovers.make_cgroup(&name)?;
         // kubeadm names the node's own address as the one that the default route leaves by.
         namespace.ip(&format!("route add default via {}", Network::HUB))?;
+        // What kube-proxy would do for the Service `kubernetes`.
+        namespace.run(
+            "iptables",
+            &format!(
+                "-t nat -A OUTPUT -d {SERVICE} -p tcp --dport 443 -j DNAT --to-destination {}:6443",
+                Network::HUB
+            ),
+        )?;
 
         let mut mounts = String::from("set -e\nmount --make-rshared /\n");
         for own in OWN {
@@ -292,9 +304,11 @@ impl Host {
             mounts += &format!("mount --bind {} {own}\n", from.display());
         }
         mounts += &format!(
-            "mount --bind {}/hosts /etc/hosts\nhostname {name}\n",
+            "mount --bind {0}/hosts /etc/hosts\nmount --bind {0}/resolv.conf /etc/resolv.conf\nhostname {name}\n",
             directory.display()
         );
+        // What kubeadm asks of a machine; here it is of this network alone.
+        mounts += "echo 1 > /proc/sys/net/ipv4/ip_forward\n";
         mounts += &format!("touch {}/is-up\nexec sleep infinity\n", directory.display());
         let mut command = Command::new("unshare");
         command
@@ -334,6 +348,14 @@ impl Host {
         let kubelet = Process::start(&format!("{}-kubelet", host.name), kubelet, Some(namespace.fd()), &logs)?;
         host._services.push(kubelet);
         Ok(host)
+    }
+
+    /// How somebody gets a shell on it.
+    pub fn way(&self) -> String {
+        format!(
+            "nsenter --target={} --mount --uts --net --pid bash    # {}",
+            self.pid, self.name
+        )
     }
 
     /// Where the test finds what the host has for itself.

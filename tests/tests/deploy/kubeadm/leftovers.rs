@@ -28,6 +28,7 @@ const SETTINGS: [&str; 6] = [
 pub struct Leftovers {
     child: Child,
     pipe: Option<ChildStdin>,
+    /// Where a node's are made: in every hierarchy of version 1, or in version 2 where it is alone.
     cgroups: Vec<PathBuf>,
 }
 
@@ -39,8 +40,9 @@ impl Leftovers {
     /// A directory cannot be made.
     pub fn watch(directory: &Path) -> anyhow::Result<Self> {
         let mut script = String::from("read -r keep\n");
-        let cgroups = hierarchies();
-        for cgroup in &cgroups {
+        let (first, second) = (hierarchies("cgroup"), hierarchies("cgroup2"));
+        // A runtime has a place in version 2 also where it counts by version 1.
+        for cgroup in first.iter().chain(&second) {
             for index in 0..NODES {
                 let path = cgroup.join(name(&format!("cp-{}", index + 1)));
                 // The last process may not be reaped yet.
@@ -70,6 +72,7 @@ impl Leftovers {
             "for i in 1 2 3 4 5; do rm -rf {directory}/cp-* {directory}/images && break; sleep 1; done"
         )?;
         writeln!(script, "[ \"$keep\" = keep ] || rm -rf {directory}\nexit 0")?;
+        let cgroups = if first.is_empty() { second } else { first };
         let mut child = Command::new("bash")
             .args(["-c", &script])
             .stdin(Stdio::piped())
@@ -124,14 +127,10 @@ fn name(host: &str) -> String {
     format!("rebalancer-{}-{host}", std::process::id())
 }
 
-/// Where cgroups are made: every hierarchy of version 1, or the one of version 2 where it is alone.
-fn hierarchies() -> Vec<PathBuf> {
+/// Where cgroups of a version are.
+fn hierarchies(kind: &str) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let of = |wanted: &str| -> Vec<PathBuf> {
-        let lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let of_kind = lines.filter(|words| words.get(2) == Some(&wanted));
-        of_kind.map(|words| PathBuf::from(words[1])).collect()
-    };
-    let first = of("cgroup");
-    if first.is_empty() { of("cgroup2") } else { first }
+    let lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let of_kind = lines.filter(|words| words.get(2) == Some(&kind));
+    of_kind.map(|words| PathBuf::from(words[1])).collect()
 }

@@ -1,7 +1,8 @@
 //! docs/walkthrough.md, done line by line on a control plane of three nodes that kubeadm makes, with client-go clients
 //! behind a haproxy that count every error.
 //!
-//! It takes a quarter of an hour, and images: `cargo xtask test deploy --kubeadm` makes them and runs it.
+//! It takes a quarter of an hour, and images: `cargo xtask test deploy --kubeadm` makes them and runs it. With
+//! `REBALANCER_HOLD` set, what fails is not the end: it says how to get onto each node, and waits to be told to go on.
 
 mod images;
 mod lab;
@@ -15,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::{Context as _, ensure};
 use rebalancer_tests::{
     fixture::{self, Fixture},
     netns::Network,
@@ -30,6 +32,9 @@ use self::{
 
 /// How long a `watch` of the page may take: rebalancings wait for apiservers that just started.
 const PATIENCE: Duration = Duration::from_secs(1_200);
+
+/// How long somebody may look at what failed.
+const HELD: Duration = Duration::from_secs(4 * 3_600);
 
 /// Clients.
 const CLIENTS: usize = 150;
@@ -49,7 +54,7 @@ struct Scene {
 
 #[test]
 fn the_walk_through_is_as_the_page_says() {
-    let (Some(image), Some(program)) = (env::var_os("REBALANCER_IMAGE"), env::var_os("REBALANCER_PROGRAM")) else {
+    let Some(image) = env::var_os("REBALANCER_IMAGE").map(PathBuf::from) else {
         // It is a quarter of an hour: whoever asks for it is not given a skip, and who does not is told nothing.
         eprintln!("`cargo xtask test deploy --kubeadm` runs it");
         return;
@@ -59,14 +64,13 @@ fn the_walk_through_is_as_the_page_says() {
     let say = |text: &str| eprintln!("{text}");
     let fixture = Fixture::get(say).expect("kube-apiserver");
     let programs = fixture::node_programs(say).expect("kubeadm and the kubelet");
-    let (image, program) = (PathBuf::from(image), PathBuf::from(program));
-    let archives = Archives::make(&fixture, &programs, &image, &program, &directory).expect("images");
+    let archives = Archives::make(&fixture, &programs, &image, &directory).expect("images");
     let lab = Lab::start(&programs, &archives, &directory).expect("a control plane");
     let mut scene = Scene::new(lab, &fixture, &archives);
     for section in walk::sections("docs/walkthrough.md") {
         scene.play(&section);
     }
-    scene.is_back_to_nothing();
+    scene.held(Scene::is_back_to_nothing);
 }
 
 impl Scene {
@@ -89,7 +93,7 @@ impl Scene {
             exports: Vec::new(),
             manifests,
         };
-        scene.until("the clients", |scene| scene.line().ready >= CLIENTS as u64);
+        scene.held(|scene| scene.until("the clients", |scene| scene.line().ready >= CLIENTS as u64));
         scene
     }
 
@@ -98,9 +102,41 @@ impl Scene {
         eprintln!("## {}", section.title);
         self.swarm.reset().expect("the clients run");
         for step in &section.steps {
-            self.step(step);
+            self.held(|scene| scene.step(step));
         }
-        self.until("the clients", |scene| scene.line().ready >= CLIENTS as u64);
+        self.held(|scene| scene.look(section));
+    }
+
+    /// Does something that may fail, which is the end unless it is to be held.
+    fn held(&mut self, mut act: impl FnMut(&mut Self) -> anyhow::Result<()>) {
+        while let Err(error) = act(self) {
+            assert!(env::var_os("REBALANCER_HOLD").is_some(), "{error:#}");
+            let file = self.lab.directory.join("go-on");
+            let ways: Vec<String> = self.lab.hosts.iter().map(Host::way).collect();
+            eprintln!(
+                "{error:#}\nheld; onto the nodes:\n{}\ngo on: echo again > {1}, or echo over > {1}",
+                ways.join("\n"),
+                file.display()
+            );
+            let told = wait_for(HELD, || {
+                fs::read_to_string(&file).ok().filter(|told| told.ends_with('\n'))
+            });
+            // It may be looked at for so long only.
+            let told = told.unwrap_or_else(|| panic!("{error:#}"));
+            fs::remove_file(&file).expect("a file that was read");
+            if told.trim() != "again" {
+                return;
+            }
+        }
+    }
+
+    /// What is true after a section.
+    fn look(&mut self, section: &Section) -> anyhow::Result<()> {
+        self.until("the clients", |scene| scene.line().ready >= CLIENTS as u64)?;
+        let balances = section.title.contains("balance");
+        if balances || section.title.contains("evacuate") {
+            self.is_level()?;
+        }
         let line = self.line();
         eprintln!(
             "   {} requests, {} errors, {} relists, {} broken watches, {} dials; sessions {:?}",
@@ -111,22 +147,25 @@ impl Scene {
             line.dials,
             self.lab.balancer.sockets()
         );
-        assert_eq!((line.missed, line.doubled), (0, 0), "{}: {line:?}", section.title);
-        let balances = section.title.contains("balance");
-        if balances || section.title.contains("evacuate") {
-            self.is_level();
-        }
-        if !balances {
-            // Only the apiserver that went without a word may have cost its clients anything.
-            let noticed = (line.errors, line.relists, line.watch_breaks);
-            assert_eq!(noticed, (0, 0, 0), "{}: {line:?}", section.title);
-        }
+        ensure!(
+            (line.missed, line.doubled) == (0, 0),
+            "{}: missed and doubled events: {line:?}",
+            section.title
+        );
+        // Only the apiserver that went without a word may have cost its clients anything.
+        let noticed = (line.errors, line.relists, line.watch_breaks);
+        ensure!(
+            balances || noticed == (0, 0, 0),
+            "{}: errors, relists, broken watches: {line:?}",
+            section.title
+        );
+        Ok(())
     }
 
-    fn step(&mut self, step: &Step) {
+    fn step(&mut self, step: &Step) -> anyhow::Result<()> {
         if step.line.starts_with("export ") {
             self.exports.push(step.line.clone());
-            return;
+            return Ok(());
         }
         let names: Vec<String> = match step.host.as_str() {
             "each" => self.lab.hosts.iter().map(|host| host.name.clone()).collect(),
@@ -134,7 +173,7 @@ impl Scene {
         };
         for name in names {
             eprintln!("{name}# {}", step.line);
-            let host = self.lab.host(&name).expect("the page names hosts that are there");
+            let host = self.lab.host(&name).context("the page names hosts that are there")?;
             let exports = self
                 .exports
                 .iter()
@@ -142,73 +181,80 @@ impl Scene {
                 .collect::<String>();
             let line = exports + &step.line;
             let Some(until) = &step.until else {
-                let said = host.done(&line).unwrap_or_else(|error| panic!("{error:#}"));
-                eprintln!("{}", said.trim_end());
+                eprintln!("{}", host.done(&line)?.trim_end());
                 continue;
             };
             let mut last = String::new();
             let seen = wait_for(PATIENCE, || {
                 let output = host.run(&line).ok()?;
                 last = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-                last.contains(until.as_str()).then_some(())
+                Step::is_seen(until, &last).then_some(())
             });
-            assert!(seen.is_some(), "{name}# {}: no {until:?}:\n{}", step.line, tail(&last));
+            ensure!(seen.is_some(), "{name}# {}: no {until:?}:\n{}", step.line, tail(&last));
             eprintln!("{}", last.trim_end());
         }
+        Ok(())
     }
 
     fn line(&mut self) -> Line {
         self.swarm.line().expect("the clients run")
     }
 
-    fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
+    fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) -> anyhow::Result<()> {
         let came = wait_for(PATIENCE, || is_so(self).then_some(()));
-        assert!(came.is_some(), "no {what}: {:?}", self.swarm.line());
+        ensure!(came.is_some(), "no {what}: {:?}", self.swarm.line());
+        Ok(())
     }
 
     /// As haproxy counts its sessions, who knows nothing of agents.
-    fn is_level(&mut self) {
+    fn is_level(&mut self) -> anyhow::Result<()> {
         self.until("level sessions", |scene| {
             let sessions = scene.lab.balancer.sockets();
             let mean = sessions.iter().sum::<usize>() as f64 / NODES as f64;
             sessions
                 .iter()
                 .all(|sessions| (*sessions as f64 - mean).abs() <= mean * LEVEL)
-        });
+        })
     }
 
     /// What was there before is there as it was, and nothing besides.
-    fn is_back_to_nothing(&mut self) {
+    fn is_back_to_nothing(&mut self) -> anyhow::Result<()> {
         let kubectl = "KUBECONFIG=/etc/kubernetes/admin.conf kubectl get namespaces,daemonsets,pods,serviceaccounts,\
                        roles,rolebindings,clusterroles,clusterrolebindings,leases --all-namespaces --output name";
-        let named = self.lab.hosts[0].done(kubectl).expect("kubectl");
+        let named = self.lab.hosts[0].done(kubectl)?;
         let left: Vec<&str> = named.lines().filter(|line| line.contains("rebalancer")).collect();
-        assert_eq!(left, Vec::<&str>::new());
+        ensure!(left.is_empty(), "left behind: {left:?}");
         for (host, before) in self.lab.hosts.iter().zip(&self.manifests) {
-            assert_eq!(manifests(host), *before, "{}", host.name);
-            let running = host.done("ps -eo args").expect("ps");
-            assert!(
+            let name = &host.name;
+            ensure!(
+                manifests(host) == *before,
+                "{name}: what the kubelet runs is not as it was"
+            );
+            let running = host.done("ps -eo args")?;
+            ensure!(
                 !running.contains("rebalancer agent") && !running.contains("rebalancer relay"),
-                "{running}"
+                "{name}: {running}"
             );
-            let files = host
-                .done("ls -A /run/rebalancer 2>&1 || true; find /etc/kubernetes /var/lib/kubelet -name '*rebalancer*'");
-            let files = files.expect("ls");
-            assert!(
+            let files =
+                "ls -A /run/rebalancer 2>&1 || true; find /etc/kubernetes /var/lib/kubelet -name '*rebalancer*'";
+            let files = host.done(files)?;
+            ensure!(
                 files.contains("No such file") && files.lines().count() == 1,
-                "{}: {files}",
-                host.name
+                "{name}: {files}"
             );
-            let images = host.done("ctr --namespace k8s.io images ls -q").expect("ctr");
-            assert!(!images.contains("rebalancer"), "{images}");
-            // Every client's socket is the apiserver's own.
-            let sockets = host.done("ss -Htnp state established sport = :6443").expect("ss");
-            let others: Vec<&str> = sockets
-                .lines()
-                .filter(|line| !line.contains("kube-apiserver"))
-                .collect();
-            assert!(!sockets.is_empty() && others.is_empty(), "{}: {others:?}", host.name);
+            let images = host.done("ctr --namespace k8s.io images ls -q")?;
+            ensure!(!images.contains("rebalancer"), "{name}: {images}");
+            // Every client's socket is the apiserver's own; who has just come may not be taken up yet.
+            let mut others = Vec::new();
+            let own = wait_for(PATIENCE, || {
+                let sockets = host.done("ss -Htnp state established sport = :6443").ok()?;
+                let taken = |line: &&str| !line.contains("kube-apiserver");
+                others = sockets.lines().filter(taken).map(str::to_owned).collect();
+                (!sockets.is_empty() && others.is_empty()).then_some(())
+            });
+            ensure!(own.is_some(), "{name}: {others:?}");
         }
+        Ok(())
     }
 }
 

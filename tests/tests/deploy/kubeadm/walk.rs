@@ -11,8 +11,18 @@ pub struct Step {
     pub host: String,
     /// What is typed.
     pub line: String,
-    /// What is on the screen when `watch` is ended.
+    /// The words that a line of the screen begins with when `watch` is ended.
     pub until: Option<String>,
+}
+
+impl Step {
+    /// Whether a screen has a line that begins so; how wide its columns are does not matter.
+    pub fn is_seen(until: &str, screen: &str) -> bool {
+        let words = || until.split_whitespace();
+        screen
+            .lines()
+            .any(|line| line.split_whitespace().take(words().count()).eq(words()))
+    }
 }
 
 /// A heading and what is typed below it.
@@ -86,6 +96,20 @@ fn commands_have_a_host_and_a_watch_its_end() {
         steps,
     });
     assert_eq!(parse(text), expected);
+}
+
+#[test]
+fn a_watch_ends_with_a_line_that_begins_so() {
+    let screen = "cp-1       ready  51\ncp-3       down   50\n[+]ping ok\n";
+    for (until, expected) in [
+        ("cp-3 down", true),
+        ("cp-1 down", false),
+        ("ok", false),
+        ("cp-1 ready 51", true),
+        ("cp-1 rea", false),
+    ] {
+        assert_eq!(Step::is_seen(until, screen), expected, "{until}");
+    }
 }
 
 #[test]
