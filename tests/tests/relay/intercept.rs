@@ -234,7 +234,9 @@ fn a_relay_that_is_stopped_loses_none_and_others_go_to_the_apiserver() {
     scene.more(&storm, true);
     scene.relay.signal(libc::SIGSTOP);
     // Those on it wait, and who comes before it is seen to stand still; new clients are served.
-    let seen = wait_for(PATIENCE, || metrics().contains("rebalancer_intercepting 0").then_some(()));
+    let seen = wait_for(PATIENCE, || {
+        metrics().contains("rebalancer_intercepting 0").then_some(())
+    });
     assert!(seen.is_some(), "{}", tail(&scene.agent.log()));
     let newcomers = scene.storm();
     scene.more(&newcomers, false);
