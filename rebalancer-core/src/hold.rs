@@ -286,7 +286,7 @@ impl fmt::Display for Hold {
             ),
             Self::Unconfirmed { skew, looks, needed } => write!(
                 f,
-                "skew {:+.1} % passes in {looks} of {needed} looks in a row that it takes with measured loads",
+                "skew {:+.1} % passes in {looks} of {needed} looks in a row that it takes where loads are measured, or have just grown",
                 skew * 100.0
             ),
             Self::CoolingDown {

@@ -287,6 +287,12 @@ impl Peers {
         }
     }
 
+    /// Whether each has answered since.
+    pub fn were_heard_since(&self, since: Timestamp) -> bool {
+        let was_heard = |peer: &Peer| peer.snapshot.as_ref().is_some_and(|(at, _)| *at >= since);
+        self.known.values().all(was_heard)
+    }
+
     /// How it is by the newest that is known of it.
     pub fn state(&self, name: &ApiserverName) -> Option<ServerState> {
         let (_, snapshot) = self.known.get(name)?.snapshot.as_ref()?;

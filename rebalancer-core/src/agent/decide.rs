@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, look::Look, rebalancing::Rebalancing};
+use super::{Agent, growth::Growth, look::Look, rebalancing::Rebalancing};
 use crate::{
     decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
@@ -17,6 +17,10 @@ use crate::{
 
 /// A plan rests on one view: it is no longer than what the budget allows in that time.
 const PLAN_HORIZON: Duration = Duration::from_secs(60);
+
+/// Nor than so many connections: who follows is chosen when these have been told, by a newer view, and nobody has to look
+/// through a longer list.
+const LONGEST_PLAN: usize = 5_000;
 
 /// So many refused requests within the age of a snapshot are no sign of overload.
 const NORMAL_REFUSALS: u64 = 10;
@@ -39,7 +43,12 @@ impl Agent {
             Some(doubt) => (self.rebalancing.clone(), Err(doubt.clone()), Vec::new()),
             None => {
                 let looks = self.policy.weight.looks();
-                let rebalancing = self.rebalancing.after(balance, look.signs, &self.rho, looks, now);
+                let after = self.rebalancing.after(balance, look.signs, &self.rho, looks, now);
+                let rebalancing = if self.begins_on_news(&after, &look, now) {
+                    Rebalancing::Off(1)
+                } else {
+                    after
+                };
                 let chosen = self.victims(now, &look, &rebalancing);
                 // Who carries the load is worth knowing whether or not anybody moves.
                 let named = |connection| planner::heavy(connection, self.policy.weight, balance.ceiling);
@@ -90,6 +99,31 @@ impl Agent {
             view: look.view,
         };
         (decision, rebalancing)
+    }
+
+    /// This apiserver's load from decision to decision, that on this look included.
+    pub(super) fn growth_at(&self, look: &Look, now: Timestamp) -> Growth {
+        let Balance {
+            mean,
+            expected_skew,
+            trigger,
+            ..
+        } = look.balance;
+        let load = mean * (1.0 + expected_skew);
+        if look.doubt.is_some() {
+            Growth::in_doubt(load)
+        } else {
+            self.growth.after(load, mean * (1.0 + trigger), now)
+        }
+    }
+
+    /// Whether a rebalancing would begin with clients who came here a moment ago. (Where loads are measured it takes several
+    /// looks in any case.)
+    fn begins_on_news(&self, after: &Rebalancing, look: &Look, now: Timestamp) -> bool {
+        let begins = self.rebalancing.course().is_none() && after.course().is_some();
+        let heard = |since| self.peers.were_heard_since(since);
+        let growth = self.growth_at(look, now);
+        begins && self.policy.weight.is_counted() && growth.is_news(self.policy.interval, heard, now)
     }
 
     /// One line of what and why; the figures it follows from are the decision's fields.
@@ -193,7 +227,7 @@ impl Agent {
         let limit = share.min(horizon).min((allowance + 0.5).floor()).max(1.0) as usize;
         let request = Request {
             quota: balance.quota,
-            limit: limit.min(step),
+            limit: limit.min(step).min(LONGEST_PLAN),
             ceiling: if self.policy.weight.is_counted() {
                 f64::INFINITY
             } else {
@@ -223,7 +257,7 @@ impl Agent {
             Rebalancing::Off(looks @ 1..) => Hold::Unconfirmed {
                 skew: balance.largest_skew,
                 looks: *looks,
-                needed: self.policy.weight.looks(),
+                needed: self.policy.weight.looks().max(looks + 1),
             },
             Rebalancing::Spent(_) if skew > self.policy.skew_target => Hold::BudgetSpent {
                 tokens: self.bucket.rate(),

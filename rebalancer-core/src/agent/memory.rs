@@ -133,7 +133,7 @@ impl Agent {
             }),
             switch: self.switch.told(now),
             evacuation: self.remembered_evacuation(now),
-            cooldowns: self.cooldowns.resting(now).collect(),
+            cooldowns: self.cooldowns.resting(now),
             tries: self.ramp.remembered(now),
             draining: self.table.left().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,

@@ -9,6 +9,7 @@ mod advice;
 mod command;
 mod decide;
 mod evacuation;
+mod growth;
 mod guard;
 mod look;
 mod memory;
@@ -28,6 +29,7 @@ use std::{collections::VecDeque, time::Duration};
 pub use advice::Advice;
 pub use command::{Answer, Command, Pause};
 pub use evacuation::{Progress, RememberedEvacuation};
+use growth::Growth;
 use look::Look;
 pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
 use motion::Motion;
@@ -56,6 +58,9 @@ use crate::{
 
 /// Decisions that are kept to be read.
 const HISTORY: usize = 1_000;
+
+/// And no more of them than name so many victims: where a plan names thousands, a thousand of them are a million names.
+const HISTORY_VICTIMS: usize = 100_000;
 
 /// While clients are in transit anywhere, it is looked so often where they land.
 const CLOSE_LOOK: Duration = Duration::from_millis(500);
@@ -139,6 +144,7 @@ pub struct Agent {
     donors: Vec<ApiserverName>,
     /// When somebody was told or landed last, anywhere.
     moved: Timestamp,
+    growth: Growth,
     sampled: Option<Timestamp>,
 
     // What is being done.
@@ -166,6 +172,8 @@ pub struct Agent {
     // What is told of it.
     next_id: u64,
     history: VecDeque<Decision>,
+    /// How many victims they name together.
+    history_victims: usize,
     goaways_total: u64,
     told_load_total: f64,
     outcomes_total: Outcomes,
@@ -212,6 +220,7 @@ impl Agent {
             ready: Vec::new(),
             donors: Vec::new(),
             moved: now,
+            growth: Growth::default(),
             sampled: None,
             rebalancing: Rebalancing::Off(0),
             upgrade: Upgrade::default(),
@@ -229,6 +238,7 @@ impl Agent {
             approved: None,
             next_id: 1,
             history: VecDeque::new(),
+            history_victims: 0,
             goaways_total: 0,
             told_load_total: 0.0,
             outcomes_total: Outcomes::default(),
@@ -488,8 +498,10 @@ impl Agent {
     /// Decides on a look, and begins what was decided.
     fn decided(&mut self, now: Timestamp, look: Look, effects: &mut Vec<Effect>) {
         self.next_decision = now + self.policy.interval;
+        let growth = self.growth_at(&look, now);
         let (mut decision, rebalancing) = self.decide(now, look);
         self.rebalancing = rebalancing;
+        self.growth = growth;
         decision.id = self.next_id();
         match &decision.hold {
             None => self.start(now, &mut decision),
@@ -550,9 +562,12 @@ impl Agent {
     }
 
     fn remember(&mut self, decision: Decision) {
-        if self.history.len() == HISTORY {
-            self.history.pop_front();
-        }
+        self.history_victims += decision.victims.len();
         self.history.push_back(decision);
+        // The newest is kept whatever it names: its outcomes are still to be written into it.
+        while self.history.len() > HISTORY || self.history_victims > HISTORY_VICTIMS && self.history.len() > 1 {
+            let oldest = self.history.pop_front();
+            self.history_victims -= oldest.map_or(0, |oldest| oldest.victims.len());
+        }
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     ids::{ApiserverName, ConnectionId, Timestamp},
     planner,
     shim::{GoawayOrder, GoawayResult},
-    table::{ClientKey, Connection},
+    table::ClientKey,
 };
 
 /// No plan follows another at once for fewer.
@@ -129,20 +129,20 @@ impl Agent {
         self.generation += 1;
         decision.generation = self.generation;
         let mut keys = BTreeMap::new();
+        let mut costs = 0.0;
+        let until = now + self.policy.client_cooldown;
         for victim in &decision.victims {
-            if let Some(connection) = self.table.connection(victim.connection) {
-                let key = connection.client_key();
-                let connections = self.table.active_of(&key);
-                self.cooldowns
-                    .note(key.clone(), connections, now + self.policy.client_cooldown);
-                keys.insert(victim.connection, key);
-            }
+            let Some(connection) = self.table.connection(victim.connection) else {
+                costs += 1.0;
+                continue;
+            };
+            costs += planner::cost_of(connection);
+            let key = connection.client_key();
+            self.cooldowns
+                .note(key.clone(), || self.table.active_of(&key), now, until);
+            keys.insert(victim.connection, key);
         }
-        let costs = decision.victims.iter().map(|victim| {
-            let connection = self.table.connection(victim.connection);
-            connection.map_or(1.0, planner::cost_of)
-        });
-        let paced = Duration::from_secs_f64(costs.sum::<f64>() / self.bucket.rate());
+        let paced = Duration::from_secs_f64(costs / self.bucket.rate());
         let expires = now + paced * 2 + self.abilities.order_expiry;
         if self.rehearses()
             && let Some(course) = self.rebalancing.course()
@@ -183,24 +183,28 @@ impl Agent {
         let Some(plan) = &mut self.plan else {
             return;
         };
-        let expired = now > plan.expires;
-        let table = &self.table;
-        let is_active = |id: ConnectionId| table.connection(id).is_some_and(Connection::can_hear);
-        let (unsent, gone): (Vec<_>, Vec<_>) = plan.unsent.drain(..).partition(|id| !expired && is_active(*id));
-        plan.unsent = unsent.into();
+        if now > plan.expires {
+            self.drop_unsent();
+            return;
+        }
+        // Only who is next is looked up: a plan may be long, and there is a turn for each word of a peer.
+        let (mut victims, mut gone) = (Vec::new(), Vec::new());
+        while let Some(id) = plan.unsent.front().copied() {
+            if let Some(connection) = self.table.connection(id).filter(|connection| connection.can_hear()) {
+                let cost = planner::cost_of(connection);
+                if now < plan.due_at() || !(plan.is_evacuation || self.bucket.pay(cost, now)) {
+                    break;
+                }
+                victims.push(id);
+            } else {
+                gone.push(id);
+            }
+            plan.unsent.pop_front();
+        }
         self.drop_victims(&gone);
         let Some(plan) = &mut self.plan else {
             return;
         };
-        let mut victims: Vec<ConnectionId> = Vec::new();
-        while let Some(id) = plan.unsent.front().copied() {
-            let cost = self.table.connection(id).map_or(1.0, planner::cost_of);
-            if now < plan.due_at() || !(plan.is_evacuation || self.bucket.pay(cost, now)) {
-                break;
-            }
-            plan.unsent.pop_front();
-            victims.push(id);
-        }
         if victims.is_empty() {
             return;
         }
@@ -285,6 +289,10 @@ impl Agent {
             return;
         };
         let (table, weight) = (&self.table, self.policy.weight);
+        if weight.is_counted() && plan.unsent.len() as f64 <= room + 1e-6 {
+            // Nobody weighs more than 1: there is room for all, whoever has left meanwhile.
+            return;
+        }
         let fits = |id: &ConnectionId| {
             let load = table.connection(*id).map_or(0.0, |connection| connection.load(weight));
             room -= load;
@@ -355,7 +363,7 @@ impl Agent {
     fn follow_up(&self, plan: &mut Plan) {
         let began = plan.told.iter().map(|(.., at)| *at).min().unwrap_or_default();
         let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
-        for connection in self.table.scan().filter(|connection| connection.opened_at >= began) {
+        for connection in self.table.opened_since(began) {
             let newest = opened.entry(connection.client_key()).or_default();
             *newest = connection.opened_at.max(*newest);
         }

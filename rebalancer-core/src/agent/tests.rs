@@ -456,7 +456,7 @@ fn a_pending_victim_is_followed_until_it_is_told_or_given_up() {
         agent.handle(later + Duration::from_secs(60), Input::Tick);
         assert!(agent.is_idle(), "{result:?}");
         assert_eq!(agent.outcomes_total().lost, lost, "{result:?}");
-        let resting = agent.cooldowns.resting(later).count();
+        let resting = agent.cooldowns.resting(later).len();
         assert_eq!(
             resting > 0,
             rests,

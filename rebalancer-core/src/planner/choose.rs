@@ -3,7 +3,7 @@
 //! Input: the table, the policy, cool-downs, how much load and how many connections. Output: victims, each with a reason.
 //! Must never choose somebody who cannot or must not be moved; must never depend on the order of the table in memory.
 
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 
 use super::cooldown::Cooldowns;
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
     policy::{NodeLocal, Policy, Weight},
     shim::{Abilities, ConnectionState},
-    table::{ClientKey, Connection, ConnectionTable},
+    table::{ClientKey, Connection, ConnectionTable, Wanted, is_silent},
 };
 
 /// How much is to be told.
@@ -56,86 +56,167 @@ pub fn choose(
     request: Request,
     now: Timestamp,
 ) -> Result<Vec<Victim>, Hold> {
-    let mut room = request.quota;
-    let mut victims: Vec<Victim> = Vec::new();
-    let mut spent: BTreeMap<ClientKey, usize> = BTreeMap::new();
-    // Only the best of a large table are put into order, in rounds: a client may turn out not to fit any more.
-    let round = request.limit.saturating_mul(2).max(64);
-    let mut after: Option<Rank> = None;
-    'rounds: loop {
-        let fits = |load: f64| load > 0.0 && load <= room.min(request.ceiling);
-        let best = best(table, policy, abilities, cooldowns, (fits, after, round), now);
-        let is_last = best.len() < round;
-        for (rank, connection) in best {
-            after = Some(rank);
-            if victims.len() == request.limit {
-                break 'rounds;
-            }
-            let load = connection.load(policy.weight);
-            if load > room {
-                continue;
-            }
-            let key = connection.client_key();
-            let told = spent.entry(key.clone()).or_default();
-            if *told >= cooldowns.left(&key) {
-                continue;
-            }
-            *told += 1;
-            room -= load;
-            victims.push(victim(connection, load, policy.weight, now));
-        }
-        if is_last {
-            break;
-        }
+    let mut choice = Choice {
+        policy,
+        cooldowns,
+        request,
+        now,
+        room: request.quota,
+        victims: Vec::new(),
+        told: HashMap::new(),
+    };
+    if policy.weight.is_counted() {
+        choice.by_order(table, abilities);
+    } else {
+        choice.by_load(table, abilities);
     }
-    if victims.is_empty() {
+    if choice.victims.is_empty() {
         return Err(nobody(table, policy, cooldowns, request, now));
     }
-    Ok(victims)
+    Ok(choice.victims)
 }
 
-/// The first `count` candidates that rank after `after` and whose load fits, in order.
-fn best<'a>(
-    table: &'a ConnectionTable,
-    policy: &Policy,
-    abilities: Abilities,
-    cooldowns: &Cooldowns,
-    (fits, after, count): (impl Fn(f64) -> bool, Option<Rank>, usize),
+/// Victims as they are chosen, one after the other.
+struct Choice<'a> {
+    policy: &'a Policy,
+    cooldowns: &'a Cooldowns,
+    request: Request,
     now: Timestamp,
-) -> Vec<(Rank, &'a Connection)> {
-    let mut worst_first: BinaryHeap<Candidate<'a>> = BinaryHeap::with_capacity(count + 1);
-    for connection in table.scan() {
-        let load = connection.load(policy.weight);
-        if !fits(load) {
-            continue;
-        }
-        let rank = rank(connection, load, policy, abilities);
-        if after.is_some_and(|after| rank <= after)
-            || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
-            || refusal(connection, policy, cooldowns, now).is_some()
-        {
-            continue;
-        }
-        worst_first.push(Candidate { rank, connection });
-        if worst_first.len() > count {
-            worst_first.pop();
+    /// What is left of the quota.
+    room: f64,
+    victims: Vec<Victim>,
+    /// How many connections of each client are among them.
+    told: HashMap<ClientKey, usize>,
+}
+
+impl Choice<'_> {
+    /// Where each connection counts as one. Only the first of a large table are looked at, in rounds: they may turn out not
+    /// to be told.
+    fn by_order(&mut self, table: &ConnectionTable, abilities: Abilities) {
+        let mut wanted = Wanted {
+            count: self.request.limit.max(32).saturating_mul(2),
+            opened_until: self.now.back(self.policy.min_connection_age),
+            at_request: abilities.tells_at_request,
+            beyond: None,
+        };
+        loop {
+            let found = table.first(&wanted);
+            let is_last = found.len() < wanted.count;
+            let mut ranked: Vec<(Rank, &Connection)> = found
+                .into_iter()
+                .map(|connection| (rank(connection, 1.0, self.policy, abilities), connection))
+                .collect();
+            let mut rest = &mut ranked[..];
+            while !rest.is_empty() {
+                // As many as are all alike may have come: those who go first are all that has to be in order.
+                let piece = wanted.count.min(rest.len());
+                rest.select_nth_unstable_by_key(piece - 1, |(rank, _)| *rank);
+                let (first, others) = rest.split_at_mut(piece);
+                first.sort_unstable_by_key(|(rank, _)| *rank);
+                for (_, connection) in &*first {
+                    if self.is_full() {
+                        return;
+                    }
+                    self.take(connection);
+                }
+                let last = first.last().and_then(|(_, last)| table.place(last, wanted.at_request));
+                wanted.beyond = wanted.beyond.max(last);
+                rest = others;
+            }
+            if is_last || self.is_full() {
+                return;
+            }
+            // Where many may not be told, few rounds find that out.
+            wanted.count = wanted.count.saturating_mul(4);
         }
     }
-    let sorted = worst_first.into_sorted_vec();
-    sorted
-        .into_iter()
-        .map(|candidate| (candidate.rank, candidate.connection))
-        .collect()
-}
 
-/// Requests a second below which a connection is silent: it asks less than once in half a minute.
-const SILENT: f64 = 1.0 / 30.0;
+    /// Where they weigh what they do: the heaviest that fit, in rounds of the best.
+    fn by_load(&mut self, table: &ConnectionTable, abilities: Abilities) {
+        let round = self.request.limit.saturating_mul(2).max(64);
+        let mut after: Option<Rank> = None;
+        loop {
+            let best = self.heaviest(table, abilities, after, round);
+            let is_last = best.len() < round;
+            for (rank, connection) in best {
+                after = Some(rank);
+                if self.is_full() {
+                    return;
+                }
+                self.take(connection);
+            }
+            if is_last {
+                return;
+            }
+        }
+    }
+
+    /// The first `count` candidates that rank after `after` and whose load fits, in order.
+    fn heaviest<'t>(
+        &self,
+        table: &'t ConnectionTable,
+        abilities: Abilities,
+        after: Option<Rank>,
+        count: usize,
+    ) -> Vec<(Rank, &'t Connection)> {
+        let mut worst_first: BinaryHeap<Candidate<'t>> = BinaryHeap::with_capacity(count + 1);
+        for connection in table.scan() {
+            let load = connection.load(self.policy.weight);
+            if load <= 0.0 || !self.fits(load) {
+                continue;
+            }
+            let rank = rank(connection, load, self.policy, abilities);
+            if after.is_some_and(|after| rank <= after)
+                || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
+                || refusal(connection, self.policy, self.cooldowns, self.now).is_some()
+            {
+                continue;
+            }
+            worst_first.push(Candidate { rank, connection });
+            if worst_first.len() > count {
+                worst_first.pop();
+            }
+        }
+        let sorted = worst_first.into_sorted_vec();
+        sorted
+            .into_iter()
+            .map(|candidate| (candidate.rank, candidate.connection))
+            .collect()
+    }
+
+    fn fits(&self, load: f64) -> bool {
+        load <= self.room.min(self.request.ceiling)
+    }
+
+    fn is_full(&self) -> bool {
+        let is_spent = self.policy.weight.is_counted() && !self.fits(1.0);
+        self.victims.len() >= self.request.limit || is_spent
+    }
+
+    /// Makes it a victim, if it fits and may be told.
+    fn take(&mut self, connection: &Connection) {
+        let load = connection.load(self.policy.weight);
+        if !self.fits(load) || refusal(connection, self.policy, self.cooldowns, self.now).is_some() {
+            return;
+        }
+        let key = connection.client_key();
+        let left = self.cooldowns.left(&key, self.now);
+        let told = self.told.entry(key).or_default();
+        if *told >= left {
+            return;
+        }
+        *told += 1;
+        self.room -= load;
+        self.victims
+            .push(victim(connection, load, self.policy.weight, self.now));
+    }
+}
 
 fn rank(connection: &Connection, load: f64, policy: &Policy, abilities: Abilities) -> Rank {
     // A probe tells a victim at its next request, a relay tells HTTP/1.1 with the answer to it, and the order does not
     // wait long for one.
     let at_request = abilities.tells_at_request || connection.protocol == Protocol::Http1;
-    let is_deaf = at_request && connection.load(Weight::Requests) < SILENT;
+    let is_deaf = at_request && is_silent(connection);
     match policy.weight {
         Weight::Connections => (
             u64::from(is_deaf) << 32 | u64::from(connection.counters.open_watches),
@@ -165,7 +246,7 @@ fn refusal(connection: &Connection, policy: &Policy, cooldowns: &Cooldowns, now:
     if excluded {
         return Some(Refusal::Excluded);
     }
-    (!cooldowns.is_empty() && cooldowns.left(&connection.client_key()) == 0).then_some(Refusal::Cooling)
+    (!cooldowns.is_empty() && cooldowns.left(&connection.client_key(), now) == 0).then_some(Refusal::Cooling)
 }
 
 /// Why a connection that an operator named is not told.
@@ -305,76 +386,4 @@ impl PartialEq for Candidate<'_> {
 impl Eq for Candidate<'_> {}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        ids::ApiserverName,
-        observation::{Observation, Socket},
-        shim::{Counters, ShimConnection, ShimReport},
-    };
-
-    #[test]
-    fn where_they_are_told_at_their_next_request_those_that_ask_go_first() {
-        for (protocol, abilities, first) in [
-            (Protocol::H2Selected, Abilities::default(), 1),
-            (Protocol::H2Selected, Abilities::AT_REQUEST, 2),
-            (Protocol::Http1, Abilities::default(), 2),
-        ] {
-            assert_eq!(first_of_two(protocol, abilities), first, "{protocol:?}, {abilities:?}");
-        }
-    }
-
-    /// Who is told first: the older one, which asks nothing after its first request, or the other.
-    fn first_of_two(protocol: Protocol, abilities: Abilities) -> u64 {
-        let mut table = ConnectionTable::default();
-        let socket = |id: u64| Socket {
-            id: ConnectionId(id),
-            local: "10.0.0.1:6443".parse().expect("an address"),
-            remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
-            bytes_in: 0,
-            bytes_out: 0,
-        };
-        let sockets: Vec<_> = [1, 2].map(socket).to_vec();
-        let at = |seconds: u64| Timestamp::from_millis(seconds * 1000);
-        table.observe(
-            Observation::Resync {
-                sockets: sockets.clone(),
-                listener: Some(ConnectionId(9)),
-            },
-            at(0),
-        );
-        for second in [0, 10, 20, 600] {
-            let connections = sockets.iter().map(|socket| ShimConnection {
-                id: socket.id,
-                client: socket.remote,
-                local: socket.local,
-                protocol,
-                can_be_told: true,
-                state: ConnectionState::Active,
-                age: None,
-                user: None,
-                user_agent: None,
-                counters: Counters {
-                    requests: if socket.id == ConnectionId(1) { 1 } else { second },
-                    ..Counters::default()
-                },
-            });
-            let report = ShimReport {
-                connections: connections.collect(),
-                ..ShimReport::default()
-            };
-            table.report(&report, at(second));
-            table.sample(at(second), Weight::Connections);
-        }
-        let policy = Policy::new(ApiserverName::new("n"), std::collections::BTreeSet::new());
-        let best = best(
-            &table,
-            &policy,
-            abilities,
-            &Cooldowns::default(),
-            (|_| true, None, 1),
-            at(700),
-        );
-        best.first().expect("one of them").1.id.0
-    }
-}
+mod tests;

@@ -3,16 +3,20 @@
 //! Input: clients that are told. Output: how often each may still be told.
 //! Must never let a client be told twice in its cool-down for one and the same connection.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use crate::{ids::Timestamp, table::ClientKey};
+
+/// So long those are kept whose cool-down is over: to look for them is to look at all, and in a large cluster somebody's ends
+/// at every instant.
+const SWEEP: Duration = Duration::from_secs(5);
 
 /// Clients in their cool-down.
 #[derive(Clone, Debug, Default)]
 pub struct Cooldowns {
-    told: BTreeMap<ClientKey, Cooldown>,
-    /// Nobody's ends earlier: until then there is nothing to look for.
-    first: Timestamp,
+    told: HashMap<ClientKey, Cooldown>,
+    /// Until then it is not looked for those whose cool-down is over.
+    next: Timestamp,
 }
 
 /// One client in its cool-down, with times that mean something to another process.
@@ -37,16 +41,19 @@ struct Cooldown {
 }
 
 impl Cooldowns {
-    /// Notes that a client with `connections` connections is told now.
-    pub fn note(&mut self, key: ClientKey, connections: usize, until: Timestamp) {
-        let entry = self.told.entry(key).or_insert(Cooldown {
+    /// Notes that a client is told now; `connections` says how many it has.
+    pub fn note(&mut self, key: ClientKey, connections: impl Fn() -> usize, now: Timestamp, until: Timestamp) {
+        let begun = || Cooldown {
             until,
             told: 0,
-            allowed: connections.max(1),
-        });
+            allowed: connections().max(1),
+        };
+        let entry = self.told.entry(key).or_insert_with(begun);
+        if entry.until <= now {
+            *entry = begun();
+        }
         entry.told += 1;
         entry.until = until;
-        self.first = self.first.min(until);
     }
 
     /// A client that was noted has been told: its cool-down counts from then.
@@ -58,28 +65,31 @@ impl Cooldowns {
 
     /// Forgets who may be told again.
     pub fn expire(&mut self, now: Timestamp) {
-        if now < self.first {
+        if now < self.next {
             return;
         }
         self.told.retain(|_, cooldown| cooldown.until > now);
-        let left = self.told.values().map(|cooldown| cooldown.until);
-        self.first = left.min().unwrap_or(Timestamp::from_millis(u64::MAX));
+        self.next = now + SWEEP;
     }
 
-    /// Everybody in a cool-down.
-    pub fn resting(&self, now: Timestamp) -> impl Iterator<Item = Resting> {
-        self.told.iter().map(move |(client, cooldown)| Resting {
-            client: client.clone(),
-            left: cooldown.until.since(now),
-            told: cooldown.told,
-            allowed: cooldown.allowed,
-        })
+    /// Everybody in a cool-down, by name.
+    pub fn resting(&self, now: Timestamp) -> Vec<Resting> {
+        let rests = self.told.iter().filter(|(_, cooldown)| cooldown.until > now);
+        let mut resting: Vec<Resting> = rests
+            .map(|(client, cooldown)| Resting {
+                client: client.clone(),
+                left: cooldown.until.since(now),
+                told: cooldown.told,
+                allowed: cooldown.allowed,
+            })
+            .collect();
+        resting.sort_unstable_by(|one, other| one.client.cmp(&other.client));
+        resting
     }
 
     /// Somebody whom an earlier process told.
     pub fn resume(&mut self, resting: &Resting, now: Timestamp) {
         let until = now + resting.left;
-        self.first = self.first.min(until);
         self.told.insert(
             resting.client.clone(),
             Cooldown {
@@ -106,9 +116,37 @@ impl Cooldowns {
     }
 
     /// How many more of a client's connections may be told now.
-    pub fn left(&self, key: &ClientKey) -> usize {
-        self.told
-            .get(key)
-            .map_or(usize::MAX, |cooldown| cooldown.allowed.saturating_sub(cooldown.told))
+    pub fn left(&self, key: &ClientKey, now: Timestamp) -> usize {
+        let rests = self.told.get(key).filter(|cooldown| cooldown.until > now);
+        rests.map_or(usize::MAX, |cooldown| cooldown.allowed.saturating_sub(cooldown.told))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cool_down_is_over_at_its_end_and_not_when_it_is_looked_for() {
+        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
+        let client = ClientKey::User("a".into());
+        let mut cooldowns = Cooldowns::default();
+        cooldowns.expire(at(0));
+        cooldowns.note(client.clone(), || 2, at(0), at(3));
+        assert_eq!(cooldowns.left(&client, at(2)), 1);
+        cooldowns.note(client.clone(), || 2, at(1), at(3));
+        assert_eq!(cooldowns.left(&client, at(2)), 0);
+        // Not yet looked for, and over.
+        cooldowns.expire(at(4));
+        assert_eq!(
+            (cooldowns.left(&client, at(4)), cooldowns.is_empty()),
+            (usize::MAX, false)
+        );
+        assert!(cooldowns.resting(at(4)).is_empty());
+        // It begins anew, with as many connections as there are by then.
+        cooldowns.note(client.clone(), || 1, at(4), at(8));
+        assert_eq!(cooldowns.left(&client, at(4)), 0);
+        cooldowns.expire(at(8));
+        assert!(cooldowns.is_empty());
     }
 }

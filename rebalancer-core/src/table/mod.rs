@@ -6,7 +6,6 @@
 //! says that it is not to be trusted until the kernel's complete list came.
 
 use std::{
-    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -18,32 +17,29 @@ use crate::{
     observation::{HelloLoss, Observation, Socket},
     policy::{NodeLocal, Weight},
     shim::{ConnectionState, ShimConnection, ShimReport},
-    weight::SMOOTHING,
 };
 
 mod connection;
 mod early;
+mod order;
 mod reconcile;
+mod sample;
 mod slab;
 #[cfg(test)]
 mod tests;
 mod totals;
 mod young;
 
-use connection::Sampled;
 pub use connection::{ClientKey, Connection, Identity, Rates};
 use early::Early;
+use order::Key;
+pub use order::{Place, Wanted, is_silent};
 use reconcile::Doubts;
 pub use reconcile::Repairs;
+use sample::Samples;
 use slab::Slab;
 use totals::{Identities, Totals};
 use young::Young;
-
-/// How fast smoothed rates follow.
-const SMOOTHING_SECONDS: f64 = SMOOTHING.as_secs() as f64;
-
-/// So many of the heaviest connections are noted.
-const HEAVIEST: usize = 5;
 
 /// All live client connections of the local apiserver.
 #[derive(Clone, Debug, Default)]
@@ -52,9 +48,7 @@ pub struct ConnectionTable {
     totals: Totals,
     identities: Identities,
     locals: BTreeSet<Arc<SocketAddr>>,
-    heaviest: Vec<ConnectionId>,
-    sampled_at: Option<Timestamp>,
-    sampled_since: Option<Timestamp>,
+    samples: Samples,
     accepted_total: u64,
     left_total: u64,
     /// Connections of a shim that took its leave: the next one does not list them. Those that an earlier agent knew of are
@@ -205,86 +199,6 @@ impl ConnectionTable {
         self.change(id, |connection| connection.state = ConnectionState::Draining);
     }
 
-    /// Takes a sample of every connection's figures, from which the smoothed rates follow.
-    ///
-    /// An exponential mean with a time constant of 30 s, divided by the weight that its samples have together: so a young
-    /// connection's rate is the plain mean since it was opened, and what a moved client weighs is known at once.
-    /// Of a connection that is older than the agent the first sample sets the base only.
-    /// The heaviest are noted on the way (see [`Self::heaviest`]).
-    pub fn sample(&mut self, now: Timestamp, weight: Weight) {
-        if self.sampled_at.is_some_and(|at| at >= now) {
-            return;
-        }
-        let interval = self.sampled_at.map_or(0.0, |at| now.since(at).as_secs_f64());
-        self.sampled_at = Some(now);
-        if self.trusted {
-            self.sampled_since.get_or_insert(now);
-        }
-        let keep_interval = (-interval / SMOOTHING_SECONDS).exp();
-        let mut totals = Totals::default();
-        let mut heaviest: Vec<(u64, Reverse<ConnectionId>)> = Vec::with_capacity(HEAVIEST + 1);
-        for connection in self.connections.scan_mut() {
-            let requests = connection.counters.requests;
-            let bytes = connection.counters.bytes_in + connection.counters.bytes_out;
-            let before = connection.sampled;
-            let age = now.since(connection.opened_at).as_secs_f64();
-            let (seconds, keep) = if age < interval || before.share == 0.0 && !connection.seeded {
-                (age, (-age / SMOOTHING_SECONDS).exp())
-            } else {
-                (interval, keep_interval)
-            };
-            let mut share = before.share;
-            if before.is_set && seconds > 0.0 {
-                let old = f64::from(share) * keep;
-                let new = 1.0 - keep;
-                let smooth = |rate: f64, total: u64, before: u64| {
-                    if rate == 0.0 && total == before {
-                        return 0.0;
-                    }
-                    (old * rate + new * total.saturating_sub(before) as f64 / seconds) / (old + new)
-                };
-                connection.rates = Rates {
-                    requests: smooth(connection.rates.requests, requests, before.requests),
-                    bytes: smooth(connection.rates.bytes, bytes, before.bytes),
-                };
-                share = (old + new) as f32;
-            }
-            connection.sampled = Sampled {
-                is_set: true,
-                share,
-                requests,
-                bytes,
-            };
-            totals.count(connection);
-            let load = match weight {
-                Weight::Connections => connection.rates.requests,
-                weight => connection.load(weight),
-            };
-            // The bits of positive numbers are in their order.
-            let rank = (load.to_bits(), Reverse(connection.id));
-            if connection.is_active() && (heaviest.len() < HEAVIEST || heaviest.last().is_some_and(|last| rank > *last))
-            {
-                let place = heaviest.partition_point(|other| *other > rank);
-                heaviest.insert(place, rank);
-                heaviest.truncate(HEAVIEST);
-            }
-        }
-        self.totals = totals;
-        self.heaviest = heaviest.into_iter().map(|(_, Reverse(id))| id).collect();
-    }
-
-    /// The heaviest active connections as of the last sample, the heaviest first; where all weigh the same, those with the
-    /// most requests a second.
-    pub fn heaviest(&self) -> impl Iterator<Item = &Connection> {
-        let known = self.heaviest.iter().filter_map(|id| self.connections.get(*id));
-        known.filter(|connection| connection.is_active())
-    }
-
-    /// When the first sample was taken.
-    pub fn sampled_since(&self) -> Option<Timestamp> {
-        self.sampled_since
-    }
-
     /// All connections, by id.
     pub fn iter(&self) -> impl Iterator<Item = (ConnectionId, &Connection)> {
         self.connections.iter().map(|connection| (connection.id, connection))
@@ -293,6 +207,23 @@ impl ConnectionTable {
     /// All connections in any order: the fastest way through a large table.
     pub fn scan(&self) -> impl Iterator<Item = &Connection> {
         self.connections.scan()
+    }
+
+    /// The first of those that may be told where each connection counts as one: those with the fewest open watches, then
+    /// the oldest, the silent last where they are told at their next request. In any order, and with all that are equal to
+    /// the last of them as far as a [`Place`] tells.
+    pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
+        self.connections.first(wanted)
+    }
+
+    /// Where a connection stands among those, if it may be told.
+    pub fn place(&self, connection: &Connection, at_request: bool) -> Option<Place> {
+        Key::of(connection, self.node_local).place(at_request)
+    }
+
+    /// Connections that were opened at that time or later, in any order.
+    pub fn opened_since(&self, since: Timestamp) -> impl Iterator<Item = &Connection> {
+        self.connections.opened_since(since)
     }
 
     /// One connection.
@@ -451,7 +382,8 @@ impl ConnectionTable {
         self.totals.count(&connection);
         self.identities
             .enter(connection.identity.as_ref(), connection.is_active());
-        self.connections.insert(connection);
+        let key = Key::of(&connection, self.node_local);
+        self.connections.insert(connection, key);
     }
 
     fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
@@ -465,7 +397,7 @@ impl ConnectionTable {
 
     /// The only way to change a connection: the totals follow.
     fn change(&mut self, id: ConnectionId, change: impl FnOnce(&mut Connection)) {
-        let Some(connection) = self.connections.get_mut(id) else {
+        let Some((connection, key)) = self.connections.get_mut(id) else {
             return;
         };
         self.totals.uncount(connection);
@@ -474,6 +406,7 @@ impl ConnectionTable {
         change(connection);
         place(connection, &self.own, self.node_local);
         self.accepted_total += u64::from(connection.lands());
+        *key = Key::of(connection, self.node_local);
         self.totals.count(connection);
         // What a connection that was there before the agent had asked until then is the base.
         if !connection.seeded || requests > 0 {

@@ -1,21 +1,35 @@
 //! Where connections lie: in chunks, so that a growing table is never copied, with an index by id.
 //!
-//! Must never show two connections of one id, nor one that was removed.
+//! Beside each lies its key (see [`super::order`]), together with those of its neighbours: to go through all keys takes a
+//! fraction of what it takes to go through all connections.
+//! Must never show two connections of one id, nor one that was removed, nor keep a key that is not its connection's.
 
 use std::collections::BTreeMap;
 
-use super::connection::Connection;
-use crate::ids::ConnectionId;
+use super::{
+    connection::Connection,
+    order::{Key, Place, Wanted},
+};
+use crate::ids::{ConnectionId, Timestamp};
 
 /// Connections in a chunk: a power of two.
-const CHUNK: usize = 4_096;
+pub(super) const CHUNK: usize = 4_096;
 
 /// Connections by id.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Slab {
     index: BTreeMap<ConnectionId, u32>,
-    chunks: Vec<Vec<Option<Connection>>>,
+    chunks: Vec<Chunk>,
     free: Vec<u32>,
+}
+
+/// Some connections, which are sampled together.
+#[derive(Clone, Debug)]
+pub(super) struct Chunk {
+    connections: Vec<Option<Connection>>,
+    keys: Vec<Key>,
+    /// When their figures were sampled last.
+    pub sampled_at: Option<Timestamp>,
 }
 
 impl Slab {
@@ -27,9 +41,11 @@ impl Slab {
         self.at(*self.index.get(&id)?)
     }
 
-    pub fn get_mut(&mut self, id: ConnectionId) -> Option<&mut Connection> {
+    /// A connection to be changed, and its key, which whoever changes it has to renew.
+    pub fn get_mut(&mut self, id: ConnectionId) -> Option<(&mut Connection, &mut Key)> {
         let slot = *self.index.get(&id)? as usize;
-        self.chunks[slot / CHUNK][slot % CHUNK].as_mut()
+        let chunk = &mut self.chunks[slot / CHUNK];
+        Some((chunk.connections[slot % CHUNK].as_mut()?, &mut chunk.keys[slot % CHUNK]))
     }
 
     /// How many there are.
@@ -38,28 +54,33 @@ impl Slab {
     }
 
     /// Adds a connection whose id is not there yet.
-    pub fn insert(&mut self, connection: Connection) {
+    pub fn insert(&mut self, connection: Connection, key: Key) {
         let id = connection.id;
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
-                if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
-                    self.chunks.push(Vec::with_capacity(CHUNK));
+                if self.chunks.last().is_none_or(|chunk| chunk.keys.len() == CHUNK) {
+                    self.chunks.push(Chunk::new());
                 }
                 let before = (self.chunks.len() - 1) * CHUNK;
                 let last = self.chunks.last_mut().expect("a chunk was pushed if there was none");
-                last.push(None);
-                (before + last.len() - 1) as u32
+                last.connections.push(None);
+                last.keys.push(Key::NONE);
+                (before + last.keys.len() - 1) as u32
             }
         };
-        self.chunks[slot as usize / CHUNK][slot as usize % CHUNK] = Some(connection);
+        let chunk = &mut self.chunks[slot as usize / CHUNK];
+        chunk.connections[slot as usize % CHUNK] = Some(connection);
+        chunk.keys[slot as usize % CHUNK] = key;
         self.index.insert(id, slot);
     }
 
     pub fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
         let slot = self.index.remove(&id)?;
         self.free.push(slot);
-        self.chunks[slot as usize / CHUNK][slot as usize % CHUNK].take()
+        let chunk = &mut self.chunks[slot as usize / CHUNK];
+        chunk.keys[slot as usize % CHUNK] = Key::NONE;
+        chunk.connections[slot as usize % CHUNK].take()
     }
 
     /// By id.
@@ -72,22 +93,105 @@ impl Slab {
         self.index.iter().map(|(id, slot)| (*id, *slot))
     }
 
-    /// What lies in a slot.
+    /// What lies in a slot; only for what no key tells.
     pub fn slot_mut(&mut self, slot: u32) -> Option<&mut Connection> {
-        self.chunks[slot as usize / CHUNK][slot as usize % CHUNK].as_mut()
+        self.chunks[slot as usize / CHUNK].connections[slot as usize % CHUNK].as_mut()
     }
 
     /// In any order, the fastest way through all.
     pub fn scan(&self) -> impl Iterator<Item = &Connection> {
-        self.chunks.iter().flatten().flatten()
+        self.chunks.iter().flat_map(|chunk| &chunk.connections).flatten()
     }
 
-    /// In any order.
-    pub fn scan_mut(&mut self) -> impl Iterator<Item = &mut Connection> {
-        self.chunks.iter_mut().flatten().flatten()
+    /// How many chunks there are.
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// One of them, to be sampled.
+    pub fn chunk_mut(&mut self, at: usize) -> &mut Chunk {
+        &mut self.chunks[at]
+    }
+
+    /// The first of those that are wanted, in any order, and all that are equal to the last of them: more than are wanted,
+    /// or all there are.
+    pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
+        let count = wanted.count.max(1);
+        let mut first: Vec<(Place, u32)> = Vec::with_capacity(2 * count);
+        let mut full = 2 * count;
+        let mut last = None;
+        for (at, chunk) in self.chunks.iter().enumerate() {
+            for (within, key) in chunk.keys.iter().enumerate() {
+                let Some(place) = wanted.place_of(*key) else { continue };
+                if last.is_some_and(|last| place > last) {
+                    continue;
+                }
+                first.push((place, (at * CHUNK + within) as u32));
+                if first.len() >= full {
+                    last = keep_first(&mut first, count);
+                    full = 2 * first.len();
+                }
+            }
+        }
+        if first.len() > count {
+            keep_first(&mut first, count);
+        }
+        first.into_iter().filter_map(|(_, slot)| self.at(slot)).collect()
+    }
+
+    /// Those that were opened at that time or later, in any order.
+    pub fn opened_since(&self, since: Timestamp) -> impl Iterator<Item = &Connection> {
+        let may_be = move |key: &Key| key.opened_at().is_none_or(|at| at >= since);
+        let found = self
+            .chunks
+            .iter()
+            .flat_map(Chunk::scan)
+            .filter(move |(key, _)| may_be(key));
+        let found = found.filter_map(|(_, connection)| connection.as_ref());
+        found.filter(move |connection| connection.opened_at >= since)
+    }
+
+    /// Whether each key is its connection's.
+    #[cfg(test)]
+    pub fn keys_are_true(&self, node_local: crate::policy::NodeLocal) -> bool {
+        let is_true = |(key, connection): (&Key, &Option<Connection>)| {
+            let of = |connection: &Connection| Key::of(connection, node_local);
+            *key == connection.as_ref().map_or(Key::NONE, of)
+        };
+        self.chunks.iter().flat_map(Chunk::scan).all(is_true)
     }
 
     fn at(&self, slot: u32) -> Option<&Connection> {
-        self.chunks[slot as usize / CHUNK][slot as usize % CHUNK].as_ref()
+        self.chunks[slot as usize / CHUNK].connections[slot as usize % CHUNK].as_ref()
+    }
+}
+
+/// Keeps the first `count`, and all that are equal to the last of them, whose place it returns.
+fn keep_first(first: &mut Vec<(Place, u32)>, count: usize) -> Option<Place> {
+    let at = count.min(first.len()).checked_sub(1)?;
+    let (_, (last, _), _) = first.select_nth_unstable_by_key(at, |(place, _)| *place);
+    let last = *last;
+    first.retain(|(place, _)| *place <= last);
+    Some(last)
+}
+
+impl Chunk {
+    fn new() -> Self {
+        Self {
+            connections: Vec::with_capacity(CHUNK),
+            keys: Vec::with_capacity(CHUNK),
+            sampled_at: None,
+        }
+    }
+
+    /// All places, each with its key.
+    fn scan(&self) -> impl Iterator<Item = (&Key, &Option<Connection>)> {
+        self.keys.iter().zip(&self.connections)
+    }
+
+    /// All of them to be changed, each with its key.
+    pub fn scan_mut(&mut self) -> impl Iterator<Item = (&mut Connection, &mut Key)> {
+        let both = self.connections.iter_mut().zip(&mut self.keys);
+        both.filter_map(|(connection, key)| Some((connection.as_mut()?, key)))
     }
 }

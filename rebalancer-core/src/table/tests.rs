@@ -347,6 +347,7 @@ proptest! {
                 0 => drop(table.observe(Observation::Opened(socket(id.0)), now)),
                 1 => drop(table.observe(Observation::Closed { id, bytes_in: 0, bytes_out: 0 }, now)),
                 2 => table.mark_draining(id),
+                3 if detail == 0 => table.sample(now, Weight::Connections),
                 3 => table.sample(now, Weight::Requests),
                 _ => table.report(&ShimReport {
                     connections: vec![ShimConnection {
@@ -377,6 +378,7 @@ proptest! {
         }
         let named: BTreeSet<_> = table.scan().filter_map(|connection| connection.identity.clone()).collect();
         prop_assert_eq!(table.identities.known.len(), named.len());
+        prop_assert!(table.connections.keys_are_true(table.node_local));
     }
 
     /// Events are missed without a word, others come while the list is read: two lists later the table is the kernel's,
@@ -525,4 +527,67 @@ fn what_drained_before_the_agent_drains() {
     assert_eq!(table.left().count(), 1, "the other one has closed since");
     table.observe(closed(2), at(1));
     assert_eq!((table.left().count(), table.draining()), (0, 0));
+}
+
+/// A look goes through a part of a large table; after a few all were seen, and the heaviest are those of all.
+#[test]
+fn a_large_table_is_sampled_in_parts() {
+    const ALL: u64 = 300_000;
+    let mut table = ConnectionTable::default();
+    let numbered = |id: u64| Socket {
+        id: ConnectionId(id),
+        ..socket(id % 60_000)
+    };
+    let sockets = (1..=ALL).map(numbered).collect();
+    let listener = Some(ConnectionId(999_999));
+    table.observe(Observation::Resync { sockets, listener }, at(0));
+    let asks = |table: &mut ConnectionTable, requests: u64| {
+        let counters = [7, 150_000, ALL].map(|id| {
+            let counters = Counters {
+                requests: requests * id,
+                ..Counters::default()
+            };
+            (ConnectionId(id), counters)
+        });
+        let counters = counters.to_vec();
+        table.report(
+            &ShimReport {
+                counters,
+                ..ShimReport::default()
+            },
+            at(0),
+        );
+    };
+    let seen = |table: &ConnectionTable| {
+        table
+            .scan()
+            .filter(|connection| connection.rates.requests > 0.0)
+            .count()
+    };
+    for look in 0..6 {
+        table.sample(at(5_000 * look), Weight::Connections);
+        if look == 2 {
+            assert_eq!(seen(&table), 0, "the first sample of each sets the base");
+            asks(&mut table, 1);
+        }
+        if look == 3 {
+            assert_eq!(seen(&table), 1, "a look is a part");
+        }
+    }
+    assert_eq!(seen(&table), 3, "three looks are all");
+    let heaviest: Vec<_> = table.heaviest().map(|connection| connection.id.0).collect();
+    assert_eq!(heaviest[..3], [ALL, 150_000, 7]);
+    let of = |id: u64| table.connection(ConnectionId(id)).expect("it is there").rates.requests;
+    // Each was sampled a whole round after its base.
+    assert!((of(ALL) - ALL as f64 / 15.0).abs() < 1.0, "{}", of(ALL));
+    assert!((of(7) - 7.0 / 15.0).abs() < 1e-3, "{}", of(7));
+    // Where loads are measured, every look is of all.
+    asks(&mut table, 2);
+    table.sample(at(60_000), Weight::Requests);
+    assert!(of_all(&table).abs() < 1e-6, "the sum is what counting gives");
+}
+
+/// By how much the kept sum of requests differs from the true one.
+fn of_all(table: &ConnectionTable) -> f64 {
+    table.load(Weight::Requests) - table.scan().map(|connection| connection.rates.requests).sum::<f64>()
 }

@@ -18,6 +18,9 @@ const QUICK: u32 = 3;
 /// When more than so many of the last 64 ended young, all of it is needed.
 const SHORT_CALLS: u32 = 3;
 
+/// Room for so many is kept while fewer wait.
+const ROOM: usize = 16_384;
+
 /// Those who are too young, and how old is old enough.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Young {
@@ -68,6 +71,10 @@ impl Young {
     pub fn pop(&mut self, now: Timestamp) -> Option<ConnectionId> {
         let old_enough = self.old_enough();
         let popped = self.waiting.pop_front_if(|(opened, _)| *opened + old_enough <= now);
+        // After a storm of them the room is given back.
+        if self.waiting.capacity() > 4 * self.waiting.len() + ROOM {
+            self.waiting.shrink_to(2 * self.waiting.len());
+        }
         popped.map(|(_, id)| id)
     }
 
