@@ -20,7 +20,7 @@ const PLAN_HORIZON: Duration = Duration::from_secs(60);
 
 /// Nor than so many connections: who follows is chosen when these have been told, by a newer view, and nobody has to look
 /// through a longer list.
-const LONGEST_PLAN: usize = 5_000;
+const LONGEST_PLAN: usize = 2_000;
 
 /// So many refused requests within the age of a snapshot are no sign of overload.
 const NORMAL_REFUSALS: u64 = 10;

@@ -4,7 +4,7 @@
 //! Must never tell anyone after the plan has expired or a doubt came up, nor tell a connection twice.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Duration,
 };
 
@@ -361,11 +361,15 @@ impl Agent {
     /// What became of those who were told. Who came back is known by name, where a shim tells users; the others by number:
     /// of those who landed, this plan's part. Who has not been seen anywhere yet did not move, and counts as draining.
     fn follow_up(&self, plan: &mut Plan) {
-        let began = plan.told.iter().map(|(.., at)| *at).min().unwrap_or_default();
-        let mut opened: BTreeMap<ClientKey, Timestamp> = BTreeMap::new();
-        for connection in self.table.opened_since(began) {
-            let newest = opened.entry(connection.client_key()).or_default();
-            *newest = connection.opened_at.max(*newest);
+        // When each of them opened its newest connection since the first was told.
+        let keys = plan.told.iter().map(|(_, key, _)| (key.clone(), None));
+        let mut opened: HashMap<ClientKey, Option<Timestamp>> = keys.collect();
+        if let Some(began) = plan.told.iter().map(|(.., at)| *at).min() {
+            for connection in self.table.opened_since(began) {
+                if let Some(newest) = opened.get_mut(&connection.client_key()) {
+                    *newest = (*newest).max(Some(connection.opened_at));
+                }
+            }
         }
         let part = |landed: u64| {
             let all = plan.seen.told.max(plan.told.len() as u64).max(1);
@@ -374,7 +378,7 @@ impl Agent {
         let (mut here, elsewhere) = (part(plan.landed_here), part(plan.seen.landed - plan.landed_here));
         for (id, key, at) in &plan.told {
             let is_back = match key {
-                ClientKey::User(_) => opened.get(key).is_some_and(|opened| opened >= at),
+                ClientKey::User(_) => opened[key].is_some_and(|opened| opened >= *at),
                 ClientKey::Address(_) => {
                     let is_back = here > 0;
                     here = here.saturating_sub(1);

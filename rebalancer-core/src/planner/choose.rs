@@ -12,7 +12,7 @@ use crate::{
     ids::{ConnectionId, Protocol, Timestamp},
     policy::{NodeLocal, Policy, Weight},
     shim::{Abilities, ConnectionState},
-    table::{ClientKey, Connection, ConnectionTable, Wanted, is_silent},
+    table::{ClientKey, Connection, ConnectionTable, Wanted},
 };
 
 /// How much is to be told.
@@ -27,7 +27,7 @@ pub struct Request {
 }
 
 /// The order in which connections are preferred: the lowest first.
-type Rank = (u64, u64, ConnectionId);
+type Rank = (u64, ConnectionId);
 
 /// Why a connection is no candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub fn choose(
     if policy.weight.is_counted() {
         choice.by_order(table, abilities);
     } else {
-        choice.by_load(table, abilities);
+        choice.by_load(table);
     }
     if choice.victims.is_empty() {
         return Err(nobody(table, policy, cooldowns, request, now));
@@ -85,7 +85,7 @@ struct Choice<'a> {
     /// What is left of the quota.
     room: f64,
     victims: Vec<Victim>,
-    /// How many connections of each client are among them.
+    /// How many connections of each client are among them, where some are in their cool-down.
     told: HashMap<ClientKey, usize>,
 }
 
@@ -94,36 +94,22 @@ impl Choice<'_> {
     /// to be told.
     fn by_order(&mut self, table: &ConnectionTable, abilities: Abilities) {
         let mut wanted = Wanted {
-            count: self.request.limit.max(32).saturating_mul(2),
+            count: self.request.limit.max(64),
             opened_until: self.now.back(self.policy.min_connection_age),
             at_request: abilities.tells_at_request,
             beyond: None,
         };
         loop {
             let found = table.first(&wanted);
-            let is_last = found.len() < wanted.count;
-            let mut ranked: Vec<(Rank, &Connection)> = found
-                .into_iter()
-                .map(|connection| (rank(connection, 1.0, self.policy, abilities), connection))
-                .collect();
-            let mut rest = &mut ranked[..];
-            while !rest.is_empty() {
-                // As many as are all alike may have come: those who go first are all that has to be in order.
-                let piece = wanted.count.min(rest.len());
-                rest.select_nth_unstable_by_key(piece - 1, |(rank, _)| *rank);
-                let (first, others) = rest.split_at_mut(piece);
-                first.sort_unstable_by_key(|(rank, _)| *rank);
-                for (_, connection) in &*first {
-                    if self.is_full() {
-                        return;
-                    }
-                    self.take(connection);
+            for connection in &found {
+                if self.is_full() {
+                    return;
                 }
-                let last = first.last().and_then(|(_, last)| table.place(last, wanted.at_request));
-                wanted.beyond = wanted.beyond.max(last);
-                rest = others;
+                self.take(connection);
             }
-            if is_last || self.is_full() {
+            let last = found.last().filter(|_| found.len() == wanted.count);
+            wanted.beyond = last.and_then(|last| table.turn(last, wanted.at_request));
+            if wanted.beyond.is_none() || self.is_full() {
                 return;
             }
             // Where many may not be told, few rounds find that out.
@@ -132,11 +118,11 @@ impl Choice<'_> {
     }
 
     /// Where they weigh what they do: the heaviest that fit, in rounds of the best.
-    fn by_load(&mut self, table: &ConnectionTable, abilities: Abilities) {
+    fn by_load(&mut self, table: &ConnectionTable) {
         let round = self.request.limit.saturating_mul(2).max(64);
         let mut after: Option<Rank> = None;
         loop {
-            let best = self.heaviest(table, abilities, after, round);
+            let best = self.heaviest(table, after, round);
             let is_last = best.len() < round;
             for (rank, connection) in best {
                 after = Some(rank);
@@ -155,7 +141,6 @@ impl Choice<'_> {
     fn heaviest<'t>(
         &self,
         table: &'t ConnectionTable,
-        abilities: Abilities,
         after: Option<Rank>,
         count: usize,
     ) -> Vec<(Rank, &'t Connection)> {
@@ -165,7 +150,7 @@ impl Choice<'_> {
             if load <= 0.0 || !self.fits(load) {
                 continue;
             }
-            let rank = rank(connection, load, self.policy, abilities);
+            let rank = rank(connection, load);
             if after.is_some_and(|after| rank <= after)
                 || (worst_first.len() == count && worst_first.peek().is_some_and(|worst| rank >= worst.rank))
                 || refusal(connection, self.policy, self.cooldowns, self.now).is_some()
@@ -199,33 +184,24 @@ impl Choice<'_> {
         if !self.fits(load) || refusal(connection, self.policy, self.cooldowns, self.now).is_some() {
             return;
         }
-        let key = connection.client_key();
-        let left = self.cooldowns.left(&key, self.now);
-        let told = self.told.entry(key).or_default();
-        if *told >= left {
-            return;
+        if !self.cooldowns.is_empty() {
+            let key = connection.client_key();
+            let left = self.cooldowns.left(&key, self.now);
+            let told = self.told.entry(key).or_default();
+            if *told >= left {
+                return;
+            }
+            *told += 1;
         }
-        *told += 1;
         self.room -= load;
         self.victims
             .push(victim(connection, load, self.policy.weight, self.now));
     }
 }
 
-fn rank(connection: &Connection, load: f64, policy: &Policy, abilities: Abilities) -> Rank {
-    // A probe tells a victim at its next request, a relay tells HTTP/1.1 with the answer to it, and the order does not
-    // wait long for one.
-    let at_request = abilities.tells_at_request || connection.protocol == Protocol::Http1;
-    let is_deaf = at_request && is_silent(connection);
-    match policy.weight {
-        Weight::Connections => (
-            u64::from(is_deaf) << 32 | u64::from(connection.counters.open_watches),
-            connection.opened_at.as_millis(),
-            connection.id,
-        ),
-        // The bits of positive numbers are in their order.
-        Weight::Requests | Weight::Bytes | Weight::Streams => (!load.to_bits(), 0, connection.id),
-    }
+/// With measured weights the heaviest go first. The bits of positive numbers are in their order.
+fn rank(connection: &Connection, load: f64) -> Rank {
+    (!load.to_bits(), connection.id)
 }
 
 /// Why a connection may not be told, if it may not; cheap questions first.

@@ -33,7 +33,7 @@ mod young;
 pub use connection::{ClientKey, Connection, Identity, Rates};
 use early::Early;
 use order::Key;
-pub use order::{Place, Wanted, is_silent};
+pub use order::{Turn, Wanted};
 use reconcile::Doubts;
 pub use reconcile::Repairs;
 use sample::Samples;
@@ -209,16 +209,17 @@ impl ConnectionTable {
         self.connections.scan()
     }
 
-    /// The first of those that may be told where each connection counts as one: those with the fewest open watches, then
-    /// the oldest, the silent last where they are told at their next request. In any order, and with all that are equal to
-    /// the last of them as far as a [`Place`] tells.
+    /// The first of those that may be told where each connection counts as one, in order: those with the fewest open watches,
+    /// then the oldest, then by id, and the silent last where they are told at their next request. Fewer than are wanted are
+    /// all there are.
     pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
         self.connections.first(wanted)
     }
 
-    /// Where a connection stands among those, if it may be told.
-    pub fn place(&self, connection: &Connection, at_request: bool) -> Option<Place> {
-        Key::of(connection, self.node_local).place(at_request)
+    /// When a connection's turn is in that order, unless it may not be told.
+    pub fn turn(&self, connection: &Connection, at_request: bool) -> Option<Turn> {
+        let place = Key::of(connection, self.node_local).place(at_request)?;
+        Some((place, connection.id))
     }
 
     /// Connections that were opened at that time or later, in any order.

@@ -1,13 +1,13 @@
 //! The order in which connections are told to go where each counts as one, kept beside the table in eight octets each.
 //!
 //! Job: find the first few of a million without reading the million. Input: a connection whenever it changes.
-//! Output: a key; of two connections that may be told, the one with the lower key goes first, and only those with equal keys
-//! have to be looked at closely.
-//! Must never put a connection before another that goes first: what does not fit into its bits is equal.
+//! Output: a key; of two connections that may be told the one with the lower key goes first, and of those with equal keys the
+//! one with the lower id.
+//! Must never let what does not fit into its bits put a connection first: it makes it equal to others.
 
 use super::connection::Connection;
 use crate::{
-    ids::{Protocol, Timestamp},
+    ids::{ConnectionId, Protocol, Timestamp},
     policy::{NodeLocal, Weight},
 };
 
@@ -42,13 +42,16 @@ pub struct Wanted {
     pub opened_until: Timestamp,
     /// Whether all are told at their next request: who is silent is the last then.
     pub at_request: bool,
-    /// Only those that go after this one and all that are equal to it.
-    pub beyond: Option<Place>,
+    /// Only those that go after this one.
+    pub beyond: Option<Turn>,
 }
 
-/// Where a connection stands among those that may be told, as far as a key tells.
+/// Where a connection stands among those that may be told; some share a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place(u64);
+
+/// When its turn is: no two have the same.
+pub type Turn = (Place, ConnectionId);
 
 impl Key {
     /// Of a place in the table where no connection is.
@@ -86,6 +89,11 @@ impl Key {
         Some(Place(deaf | self.0 >> 2))
     }
 
+    /// Whether it certainly goes after those at a place: the cheapest of questions, which settles most of a large table.
+    pub fn is_beyond(self, place: Place) -> bool {
+        self.0 >> 2 > place.0
+    }
+
     /// When it was opened, or nothing where the key cannot tell.
     pub fn opened_at(self) -> Option<Timestamp> {
         let opened = self.0 >> 2 & LAST_OPENED;
@@ -93,16 +101,19 @@ impl Key {
     }
 }
 
-/// Whether a connection asks so seldom that an order to tell it at its next request would not wait for it.
-pub fn is_silent(connection: &Connection) -> bool {
+/// Whether a connection asks so seldom that an order to tell it at its next request, as a probe does and a relay for HTTP/1.1,
+/// would not wait for it.
+fn is_silent(connection: &Connection) -> bool {
     connection.load(Weight::Requests) < SILENT
 }
 
 impl Wanted {
-    /// Whether a key is of one that is wanted, and where that stands.
+    /// Where the connection of a key stands, unless it is not wanted; of those that share their place with `beyond`, some are
+    /// not.
     pub(super) fn place_of(&self, key: Key) -> Option<Place> {
         let place = key.place(self.at_request)?;
         let is_late = key.opened_at().is_some_and(|at| at > self.opened_until);
-        (!is_late && self.beyond.is_none_or(|beyond| place > beyond)).then_some(place)
+        let is_before = self.beyond.is_some_and(|(beyond, _)| place < beyond);
+        (!is_late && !is_before).then_some(place)
     }
 }

@@ -19,8 +19,8 @@ const SMOOTHING_SECONDS: f64 = SMOOTHING.as_secs() as f64;
 /// So many of the heaviest connections are noted.
 const HEAVIEST: usize = 5;
 
-/// So many chunks are sampled in one look where each connection counts as one: a table of up to 131,072 connections whole.
-const PART: usize = 131_072 / CHUNK;
+/// So many chunks are sampled in one look where each connection counts as one: a table of up to 65,536 connections whole.
+const PART: usize = 65_536 / CHUNK;
 
 /// How far the samples are.
 #[derive(Clone, Debug, Default)]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use super::{
     connection::Connection,
-    order::{Key, Place, Wanted},
+    order::{Key, Turn, Wanted},
 };
 use crate::ids::{ConnectionId, Timestamp};
 
@@ -28,6 +28,8 @@ pub(super) struct Slab {
 pub(super) struct Chunk {
     connections: Vec<Option<Connection>>,
     keys: Vec<Key>,
+    /// Their ids once more: those with equal keys go by them, and there may be many.
+    ids: Vec<ConnectionId>,
     /// When their figures were sampled last.
     pub sampled_at: Option<Timestamp>,
 }
@@ -66,12 +68,14 @@ impl Slab {
                 let last = self.chunks.last_mut().expect("a chunk was pushed if there was none");
                 last.connections.push(None);
                 last.keys.push(Key::NONE);
+                last.ids.push(id);
                 (before + last.keys.len() - 1) as u32
             }
         };
         let chunk = &mut self.chunks[slot as usize / CHUNK];
         chunk.connections[slot as usize % CHUNK] = Some(connection);
         chunk.keys[slot as usize % CHUNK] = key;
+        chunk.ids[slot as usize % CHUNK] = id;
         self.index.insert(id, slot);
     }
 
@@ -113,29 +117,31 @@ impl Slab {
         &mut self.chunks[at]
     }
 
-    /// The first of those that are wanted, in any order, and all that are equal to the last of them: more than are wanted,
-    /// or all there are.
+    /// The first of those that are wanted, in order: fewer than are wanted are all there are.
     pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
         let count = wanted.count.max(1);
-        let mut first: Vec<(Place, u32)> = Vec::with_capacity(2 * count);
-        let mut full = 2 * count;
+        let mut first: Vec<(Turn, u32)> = Vec::with_capacity(2 * count);
         let mut last = None;
         for (at, chunk) in self.chunks.iter().enumerate() {
             for (within, key) in chunk.keys.iter().enumerate() {
-                let Some(place) = wanted.place_of(*key) else { continue };
-                if last.is_some_and(|last| place > last) {
+                if last.is_some_and(|(last, _)| key.is_beyond(last)) {
                     continue;
                 }
-                first.push((place, (at * CHUNK + within) as u32));
-                if first.len() >= full {
-                    last = keep_first(&mut first, count);
-                    full = 2 * first.len();
+                let Some(place) = wanted.place_of(*key) else { continue };
+                let turn = (place, chunk.ids[within]);
+                if last.is_some_and(|last| turn > last) || wanted.beyond.is_some_and(|beyond| turn <= beyond) {
+                    continue;
+                }
+                first.push((turn, (at * CHUNK + within) as u32));
+                if first.len() == 2 * count {
+                    let (_, (turn, _), _) = first.select_nth_unstable(count - 1);
+                    last = Some(*turn);
+                    first.truncate(count);
                 }
             }
         }
-        if first.len() > count {
-            keep_first(&mut first, count);
-        }
+        first.sort_unstable();
+        first.truncate(count);
         first.into_iter().filter_map(|(_, slot)| self.at(slot)).collect()
     }
 
@@ -166,20 +172,12 @@ impl Slab {
     }
 }
 
-/// Keeps the first `count`, and all that are equal to the last of them, whose place it returns.
-fn keep_first(first: &mut Vec<(Place, u32)>, count: usize) -> Option<Place> {
-    let at = count.min(first.len()).checked_sub(1)?;
-    let (_, (last, _), _) = first.select_nth_unstable_by_key(at, |(place, _)| *place);
-    let last = *last;
-    first.retain(|(place, _)| *place <= last);
-    Some(last)
-}
-
 impl Chunk {
     fn new() -> Self {
         Self {
             connections: Vec::with_capacity(CHUNK),
             keys: Vec::with_capacity(CHUNK),
+            ids: Vec::with_capacity(CHUNK),
             sampled_at: None,
         }
     }
