@@ -111,7 +111,8 @@ impl Agent {
         } = look.balance;
         let load = mean * (1.0 + expected_skew);
         if look.doubt.is_some() {
-            Growth::in_doubt(load)
+            // What the loads are is not known: an agent that has just begun has seen nobody yet.
+            Growth::default()
         } else {
             self.growth.after(load, mean * (1.0 + trigger), now)
         }

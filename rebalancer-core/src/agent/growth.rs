@@ -32,14 +32,6 @@ impl Growth {
         }
     }
 
-    /// After a decision that could not tell what the loads are.
-    pub fn in_doubt(load: f64) -> Self {
-        Self {
-            before: Some(load),
-            opened: None,
-        }
-    }
-
     /// Whether it grew so lately that the others may not know yet what became of it: an interval, and until each was heard.
     pub fn is_news(self, interval: Duration, heard: impl Fn(Timestamp) -> bool, now: Timestamp) -> bool {
         self.opened
@@ -97,10 +89,8 @@ mod tests {
             };
             assert_eq!(growth.is_news(INTERVAL, heard, at(now)), expected, "after {now} s");
         }
-        assert!(
-            !Growth::in_doubt(150.0)
-                .after(150.0, 146.0, at(10))
-                .is_news(INTERVAL, |_| true, at(10))
-        );
+        let first = Growth::default().after(150.0, 146.0, at(10));
+        let is_news = first.is_news(INTERVAL, |_| true, at(10));
+        assert!(!is_news, "what it was before is not known");
     }
 }
