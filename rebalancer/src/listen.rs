@@ -55,10 +55,14 @@ pub fn is_only_v6(socket: BorrowedFd<'_>) -> bool {
     SockRef::from(&socket).only_v6().unwrap_or(false)
 }
 
+/// An address as people write it: one of IPv4 that a socket of IPv6 has is one of IPv4.
+pub fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// Whether two addresses are one to [`listen`] and [`listen_for_steered`]: `[::]` may have become `0.0.0.0`.
 pub fn is_same(asked: SocketAddr, has: SocketAddr) -> bool {
     let all = |address: SocketAddr| address.ip().is_unspecified() && address.is_ipv6();
-    let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     plain(asked) == plain(has)
         || asked.port() == has.port() && all(asked) && has.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)
 }

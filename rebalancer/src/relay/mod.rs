@@ -294,7 +294,7 @@ async fn inherit(config: &Config, predecessor: Option<&Predecessor>) -> anyhow::
             sleep(Duration::from_millis(100)).await;
         }
     };
-    let address = socket.local_addr()?;
+    let address = listen::plain(socket.local_addr()?);
     anyhow::ensure!(
         listen::is_same(config.listen, address),
         "--listen {}: the relay that runs on {} listens on {address}; end it first, or give this one another --control",
