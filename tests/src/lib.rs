@@ -16,6 +16,7 @@ pub mod netns;
 pub mod node;
 pub mod pki;
 pub mod process;
+pub mod soak;
 pub mod standin;
 pub mod storm;
 pub mod swarm;

@@ -1,7 +1,9 @@
-//! `chaos`: builds what the faults need, plays them, and writes docs/faults.md.
+//! `chaos` and `soak`: build what live clusters need, let them be broken or grow old, and write the pages.
 
 use std::{
     fs,
+    io::ErrorKind,
+    path::PathBuf,
     process::{Command, ExitCode},
 };
 
@@ -16,45 +18,90 @@ use crate::{
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct Arguments {
-    /// Flags of the run; `cargo xtask chaos --help` lists them
+    /// Flags of the run; `--help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     flags: Vec<String>,
 }
 
-/// Flags that leave some of it out: what they find is no page.
-const PARTS: [&str; 3] = ["--quick", "--only", "--alone"];
+/// A run on live clusters.
+struct Live {
+    part: &'static str,
+    /// What it writes: the flag that says where, and the file in docs/.
+    pages: &'static [(&'static str, &'static str)],
+    /// Flags that leave some of it out: what is found then is no page.
+    leaves_out: &'static [&'static str],
+}
+
+const CHAOS: Live = Live {
+    part: "chaos",
+    pages: &[("--page", "faults.md")],
+    leaves_out: &["--quick", "--only", "--alone"],
+};
+
+const SOAK: Live = Live {
+    part: "soak",
+    pages: &[("--page", "soak.md"), ("--picture", "soak.svg")],
+    leaves_out: &["--page", "--picture"],
+};
 
 /// Plays the faults; the page is written from a whole run alone.
 pub fn run_chaos(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    for (program, package) in [("haproxy", "haproxy"), ("iptables", "iptables"), ("ss", "iproute2")] {
-        debian::install(program, package)?;
+    CHAOS.run(&arguments.flags)
+}
+
+/// Lets a cluster grow old, and writes what it held.
+pub fn run_soak(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    SOAK.run(&arguments.flags)
+}
+
+impl Live {
+    fn run(&self, flags: &[String]) -> anyhow::Result<ExitCode> {
+        for (program, package) in [("haproxy", "haproxy"), ("iptables", "iptables"), ("ss", "iproute2")] {
+            debian::install(program, package)?;
+        }
+        ebpf::build(Arch::host())?;
+        let packages = ["--package", "rebalancer", "--package", "rebalancer-tests"];
+        run(cargo(["build", "--bin", "rebalancer", "--bin", "rebalancer-demo"]).args(packages))?;
+        let program = target().join("debug/rebalancer-demo");
+        let mut command = if is_root() {
+            Command::new(&program)
+        } else {
+            eprintln!("network namespaces and eBPF need root: it runs under sudo");
+            let mut command = Command::new("sudo");
+            command.arg("-E").arg(&program);
+            command
+        };
+        command.arg(self.part).args(flags);
+        let in_part = |flag: &String| self.leaves_out.iter().any(|part| flag.starts_with(part));
+        let mut written: Vec<(PathBuf, PathBuf)> = Vec::new();
+        if !flags.iter().any(in_part) {
+            for (flag, page) in self.pages {
+                let at = target().join(page);
+                // One from an earlier run is not this run's, and `--help` writes none.
+                match fs::remove_file(&at) {
+                    Err(error) if error.kind() != ErrorKind::NotFound => {
+                        return Err(error).with_context(|| format!("cannot remove {}", at.display()));
+                    }
+                    _ => {}
+                }
+                command.arg(flag).arg(&at);
+                written.push((at, root().join("docs").join(page)));
+            }
+        }
+        eprintln!("+ {}", shown(&command));
+        // It ends its clusters in order on Ctrl-C, which reaches both.
+        let status = command.status().context("the run cannot be started")?;
+        for (from, to) in written {
+            // What was not as it must be is not published in place of what was.
+            if status.success() && from.exists() {
+                fs::copy(&from, &to).with_context(|| format!("cannot write {}", to.display()))?;
+                eprintln!("{} is written", to.display());
+            }
+        }
+        Ok(if status.success() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
-    ebpf::build(Arch::host())?;
-    let packages = ["--package", "rebalancer", "--package", "rebalancer-tests"];
-    run(cargo(["build", "--bin", "rebalancer", "--bin", "rebalancer-demo"]).args(packages))?;
-    let chaos = target().join("debug/rebalancer-demo");
-    let mut command = if is_root() {
-        Command::new(&chaos)
-    } else {
-        eprintln!("network namespaces and eBPF need root: it runs under sudo");
-        let mut command = Command::new("sudo");
-        command.arg("-E").arg(&chaos);
-        command
-    };
-    let page = target().join("faults.md");
-    command.arg("chaos").args(&arguments.flags).arg("--page").arg(&page);
-    eprintln!("+ {}", shown(&command));
-    // It ends its clusters in order on Ctrl-C, which reaches both.
-    let status = command.status().context("the run cannot be started")?;
-    let in_part = |flag: &String| PARTS.iter().any(|part| flag.starts_with(part));
-    if status.success() && !arguments.flags.iter().any(in_part) {
-        let at = root().join("docs/faults.md");
-        fs::copy(&page, &at).with_context(|| format!("cannot write {}", at.display()))?;
-        eprintln!("the table is in {}", at.display());
-    }
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }

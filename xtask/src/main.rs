@@ -37,6 +37,8 @@ enum Command {
     Bench(bench::Arguments),
     /// Break things on live clusters, and see what clients notice
     Chaos(chaos::Arguments),
+    /// Let a live cluster grow old among clients that come and go, and see what it holds and what they notice
+    Soak(chaos::Arguments),
     /// Compile the kernel programs, and install what that needs into the target directory
     BuildEbpf {
         /// For this processor [default: this machine's]
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run_tests(&arguments),
         Command::Bench(arguments) => bench::run_bench(&arguments),
         Command::Chaos(arguments) => chaos::run_chaos(&arguments),
+        Command::Soak(arguments) => chaos::run_soak(&arguments),
         Command::BuildEbpf { arch } => ebpf::build(arch.unwrap_or_else(arch::Arch::host)).map(|_| ExitCode::SUCCESS),
         Command::Fuzz(arguments) => fuzz::run_fuzz(&arguments),
         Command::Image(arguments) => release::image(&arguments),

@@ -18,7 +18,7 @@ use rebalancer_tests::{
     node::{Finding, Shim},
     pki::Pair,
     process::{log_directory, open_files},
-    standin,
+    soak, standin,
     swarm::clients,
 };
 
@@ -48,6 +48,9 @@ enum Part {
     /// Faults on live clusters, and what clients notice of each
     #[command(hide = true)]
     Chaos(chaos::command::Arguments),
+    /// Hour after hour of what happens to a cluster
+    #[command(hide = true)]
+    Soak(soak::command::Arguments),
 }
 
 #[derive(Args)]
@@ -100,9 +103,12 @@ struct Demo {
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
-    /// The relays end the watches of draining connections, spread over so long, for example 5s
-    #[arg(long, value_name = "DURATION")]
-    watch_handover: Option<String>,
+    /// The relays end the watches of draining connections, spread over so long; `none` leaves them where they are
+    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    watch_handover: String,
+    /// For so many seconds nothing more may happen when the load is level
+    #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(5..=3600))]
+    quiet: u16,
     /// A flag for every agent, for example --agent-flag=--source=sockdiag
     #[arg(long)]
     agent_flag: Vec<String>,
@@ -203,6 +209,7 @@ fn main() -> ExitCode {
         Some(Part::Swarm(options)) => run_swarm(options).map(|()| ExitCode::SUCCESS),
         Some(Part::Prepare) => Fixture::get(|step| eprintln!("{step}")).map(|_| ExitCode::SUCCESS),
         Some(Part::Chaos(options)) => chaos::command::run(&options),
+        Some(Part::Soak(options)) => soak::command::run(&options),
         None => run_demo(&arguments.demo),
     };
     match outcome {
@@ -284,8 +291,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     if demo.lb_agent {
         agent_flags.push(format!("--lb-agent=0.0.0.0:{LB_PORT}"));
     }
-    // Watches of an apiserver that is evacuated must go too.
-    let handover = demo.watch_handover.clone().or(demo.evacuate.then(|| "5s".to_owned()));
+    let handover = Some(&demo.watch_handover).filter(|over| *over != "none");
     let report = Report {
         apiserver: if fixture.is_some() { "real" } else { "standin" },
         shim: demo.shim.name(),
@@ -296,7 +302,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         },
         nodes: usize::from(demo.nodes),
         clients: usize::from(demo.clients),
-        watch_handover: demo.watch_handover.is_some(),
+        watch_handover: handover.is_some() && demo.shim == Shim::Relay,
         ..Report::default()
     };
     let options = Options {
@@ -309,6 +315,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         peers: demo.peers,
         rebalancer: binary(),
         agent_flags,
+        client_flags: Vec::new(),
         relay_flags: handover.iter().map(|over| format!("--watch-handover={over}")).collect(),
         directory: directory.clone(),
         own_disk: false,
@@ -318,7 +325,8 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
     let played = Cluster::start(options, &|step| eprintln!("{step}")).and_then(|mut cluster| {
         let limit = Duration::from_secs(demo.seconds.into());
         let mut tell = |event: Event<'_>| screen.show(&event);
-        let mut scene = Scene::new(&mut cluster, foreseen, limit, &mut tell);
+        let mut scene =
+            Scene::new(&mut cluster, foreseen, limit, &mut tell).quiet(Duration::from_secs(demo.quiet.into()));
         let played = match demo.scene {
             Play::Crash => scene.play(report).map(Played::Crash),
             Play::RollingRestart => scene.roll(rolling(demo, &report)).map(Played::Rolling),

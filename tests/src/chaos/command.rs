@@ -83,17 +83,21 @@ impl Arguments {
     }
 }
 
-/// Two different faults each, drawn by the seed.
-fn pairs(seed: u64, count: usize) -> Vec<[Fault; 2]> {
-    // splitmix64 (Steele, Lea, Flood 2014): the same pairs from the same seed on every machine.
+/// Numbers from a seed, by splitmix64 (Steele, Lea, Flood 2014): the same on every machine.
+pub(crate) fn drawn(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed;
-    let mut next = || {
+    move || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = state;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
-    };
+    }
+}
+
+/// Two different faults each, drawn by the seed.
+fn pairs(seed: u64, count: usize) -> Vec<[Fault; 2]> {
+    let mut next = drawn(seed);
     let mut drawn = Vec::with_capacity(count);
     while drawn.len() < count {
         let mut draw = || ALL[(next() % ALL.len() as u64) as usize];
@@ -133,6 +137,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
                 clients,
                 with_us,
                 lb_options: &arguments.lb_options,
+                client_flags: Vec::new(),
                 directory: directory.join(name),
             },
             &say,
@@ -145,7 +150,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut rows = Vec::new();
     let mut broken = None;
     for faults in &rounds {
-        match pair.play(faults, &say) {
+        match pair.play(faults, 0, &say) {
             Ok(row) => rows.push(row),
             Err(error) => {
                 let names: Vec<_> = faults.iter().map(|fault| fault.name()).collect();

@@ -192,6 +192,14 @@ impl Fault {
         }
     }
 
+    /// Whether it ends an agent or a relay of ours.
+    pub fn ends_ours(self) -> bool {
+        matches!(
+            self,
+            Self::AgentKilled | Self::AgentReplaced | Self::RelayKilled | Self::RelayReplaced
+        )
+    }
+
     /// The same fault where there is no relay: what stands at the front door is the apiserver itself. `None` where nothing
     /// of it is there.
     pub fn without_us(self) -> Option<Self> {

@@ -7,7 +7,7 @@
 
 pub mod command;
 mod fault;
-mod limits;
+pub(crate) mod limits;
 mod look;
 mod report;
 mod side;
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use self::{
+pub(crate) use self::{
     fault::Fault,
-    look::Look,
-    report::{Noticed, Row},
+    report::Row,
     side::{Make, Side},
 };
+use self::{look::Look, report::Noticed};
 use crate::{demo::scene::check_interrupt, process::wait_for};
 
 /// How long a cluster may take to serve all clients again, and then to be level.
@@ -31,20 +31,26 @@ const PATIENCE: Duration = Duration::from_secs(240);
 const QUIET: Duration = Duration::from_secs(8);
 
 /// Both clusters.
-struct Pair {
+pub(crate) struct Pair {
     /// With relays and agents that act.
-    with_us: Side,
+    pub with_us: Side,
     /// Without, where it is compared.
     without: Option<Side>,
 }
 
 impl Pair {
-    /// Plays some faults at once, the first on the first node, the second on the second, and looks at what is left.
+    /// One with us that nothing is compared with.
+    pub fn alone(with_us: Side) -> Self {
+        Self { with_us, without: None }
+    }
+
+    /// Plays some faults at once, the first on the node of that index, the second on the next, and looks at what is left.
     ///
     /// # Errors
     ///
     /// A fault cannot be made, or a cluster does not come back: that is a finding, and the run ends.
-    fn play(&mut self, faults: &[Fault], say: &dyn Fn(&str)) -> anyhow::Result<Row> {
+    pub fn play(&mut self, faults: &[Fault], first: usize, say: &dyn Fn(&str)) -> anyhow::Result<Row> {
+        let node = |index: usize| (first + index) % Side::NODES;
         let names: Vec<_> = faults.iter().map(|fault| fault.name()).collect();
         say(&format!("{}: {}", names.join(" + "), faults[0].what()));
         let before = Look::at(&self.with_us.cluster)?;
@@ -55,13 +61,13 @@ impl Pair {
 
         let mut made = Vec::new();
         for (index, fault) in faults.iter().enumerate() {
-            made.push(fault.make(&mut self.with_us.cluster, index)?);
+            made.push(fault.make(&mut self.with_us.cluster, node(index))?);
         }
         let mut of_control = Vec::new();
         if let Some(side) = &mut self.without {
             for (index, fault) in faults.iter().enumerate() {
                 if let Some(fault) = fault.without_us() {
-                    of_control.push(fault.make(&mut side.cluster, index)?);
+                    of_control.push(fault.make(&mut side.cluster, node(index))?);
                 }
             }
         }
@@ -145,7 +151,7 @@ impl Pair {
     }
 
     /// Ends both.
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         for side in self.sides() {
             side.cluster.end();
             side.keep();

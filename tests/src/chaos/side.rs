@@ -23,9 +23,6 @@ use crate::{
     swarm::Driver,
 };
 
-/// Nodes of each cluster.
-pub const NODES: usize = 3;
-
 /// What one is made of.
 pub struct Make<'a> {
     /// The binaries.
@@ -36,6 +33,8 @@ pub struct Make<'a> {
     pub with_us: bool,
     /// Options of haproxy's servers.
     pub lb_options: &'a str,
+    /// More flags for the clients.
+    pub client_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
 }
@@ -64,17 +63,20 @@ const LOOKS: usize = 8;
 const POLICY: Policy = Policy::Roundrobin;
 
 impl Side {
+    /// Nodes of each cluster.
+    pub const NODES: usize = 3;
+
     /// Starts it; every client has its watch, and the load is level.
     ///
     /// # Errors
     ///
     /// Something does not start.
     pub fn start(make: Make<'_>, say: &dyn Fn(&str)) -> anyhow::Result<Self> {
-        for index in 0..NODES {
+        for index in 0..Self::NODES {
             limits::small_disk(&make.directory.join(format!("node-{}/disk", index + 1)))?;
         }
         let options = Options {
-            nodes: NODES,
+            nodes: Self::NODES,
             clients: make.clients,
             policy: POLICY,
             front: Front::Haproxy(make.lb_options.to_owned()),
@@ -83,6 +85,7 @@ impl Side {
             peers: Finding::Kubernetes,
             rebalancer: binary(),
             agent_flags: Vec::new(),
+            client_flags: make.client_flags,
             relay_flags: vec!["--watch-handover=5s".to_owned()],
             directory: make.directory,
             own_disk: true,
@@ -102,7 +105,7 @@ impl Side {
             cluster,
             swarm,
             clients: make.clients as u64,
-            told: vec![Told::default(); NODES],
+            told: vec![Told::default(); Self::NODES],
         };
         if make.with_us {
             ensure!(side.levels(super::PATIENCE)?, "the load is not level at the start");
@@ -116,7 +119,7 @@ impl Side {
     ///
     /// Somebody does not come back.
     pub fn revive(&mut self) -> anyhow::Result<()> {
-        for index in 0..NODES {
+        for index in 0..Self::NODES {
             let ended = self.cluster.nodes[index]
                 .apiserver
                 .as_mut()

@@ -61,6 +61,8 @@ pub struct Options {
     pub agent_flags: Vec<String>,
     /// More flags for the relays.
     pub relay_flags: Vec<String>,
+    /// More flags for the client-go clients.
+    pub client_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
     /// Agents write their state file and decision log into `NODE/disk` there, which may be a file system of its own.
@@ -303,7 +305,8 @@ impl Cluster {
                 command
                     .arg(format!("--server=https://{server}"))
                     .arg(format!("--admin-cert={}", admin.certificate.display()))
-                    .arg(format!("--admin-key={}", admin.key.display()));
+                    .arg(format!("--admin-key={}", admin.key.display()))
+                    .args(&self.options.client_flags);
                 command
             }
             None => {

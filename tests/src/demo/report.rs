@@ -91,11 +91,17 @@ impl Report {
             .fold(0.0, f64::max)
     }
 
+    /// What chance makes of as many requests, in three standard deviations and as a share of their mean.
+    fn scatter(&self) -> f64 {
+        let mean = self.requests.iter().sum::<u64>() as f64 / self.requests.len().max(1) as f64;
+        3.0 / mean.max(1.0).sqrt()
+    }
+
     /// Whether the load became level and no client noticed.
     pub fn is_success(&self) -> bool {
         let handed_over = !self.watch_handover
             || (self.seconds_to_watches_level.is_some()
-                && Self::skew(&self.requests) <= LEVEL
+                && Self::skew(&self.requests) <= LEVEL + self.scatter()
                 && self.relists + self.watch_breaks + self.missed_events + self.doubled_events == 0);
         self.seconds_to_balance.is_some() && self.client_errors == 0 && handed_over
     }

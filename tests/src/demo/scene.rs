@@ -22,9 +22,6 @@ pub use rolling::Rolling;
 /// The load counts as level within this distance from the mean.
 pub const LEVEL: f64 = 0.10;
 
-/// For how long nothing more may happen after that.
-const QUIET: Duration = Duration::from_secs(60);
-
 /// How often the scene is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -67,6 +64,7 @@ pub struct Scene<'a> {
     cluster: &'a mut Cluster,
     policy: Policy,
     limit: Duration,
+    quiet: Duration,
     tell: &'a mut dyn FnMut(Event<'_>),
     seen: Vec<u64>,
     /// GOAWAYs that were sent before the restart.
@@ -81,10 +79,18 @@ impl<'a> Scene<'a> {
             cluster,
             policy,
             limit,
+            quiet: Duration::from_secs(60),
             tell,
             seen: vec![0; nodes],
             goaways_before: 0,
         }
+    }
+
+    /// For how long nothing more may happen after the load is level; a minute unless this says otherwise.
+    #[must_use]
+    pub fn quiet(mut self, quiet: Duration) -> Self {
+        self.quiet = quiet;
+        self
     }
 
     /// Plays it to its end.
@@ -162,16 +168,6 @@ impl<'a> Scene<'a> {
     pub fn crash(&mut self, report: &mut Report) -> anyhow::Result<Driver> {
         let mut swarm = self.begin(report)?;
         let all = report.clients as u64;
-        // A cluster's clients have been there for hours: what the agents' least age protects is who has just come.
-        self.step("waiting until the clients are no newcomers any more");
-        self.wait(START, "the clients' connections do not last", |cluster| {
-            for node in &cluster.nodes[1..] {
-                if !node.has_old_connections()? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        })?;
         self.step(&format!("killing {} (SIGKILL)", self.cluster.nodes[0].name));
         self.cluster.kill_apiserver(0);
         self.wait(
@@ -181,6 +177,17 @@ impl<'a> Scene<'a> {
         )?;
         self.wait_for_clients(&mut swarm, all)?;
         self.settled(&mut swarm)?;
+        // It is gone for as long as a pod that has crashed. A cluster's clients have been there for hours: what the agents'
+        // least age protects is who has just come.
+        self.step("it stays away until the clients are no newcomers any more where they are");
+        self.wait(START, "the clients' connections do not last", |cluster| {
+            for node in &cluster.nodes[1..] {
+                if !node.has_old_connections()? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
 
         self.step(&format!("starting {} again", self.cluster.nodes[0].name));
         self.cluster.restart_apiserver(0)?;
@@ -246,7 +253,7 @@ impl<'a> Scene<'a> {
                 Some((since, at)) => {
                     report.goaways_after_balance = goaways - at;
                     report.seconds_after_balance = since.elapsed().as_secs_f64();
-                    if since.elapsed() >= QUIET {
+                    if since.elapsed() >= self.quiet {
                         report.requests = work.requests;
                         return Ok(());
                     }

@@ -41,6 +41,7 @@ fn a_node_that_dies_as_a_whole_is_gone_and_the_others_go_on_until_it_is_back() {
         rebalancer: binary(),
         agent_flags: vec!["--interval=1s".to_owned(), "--settle=3s".to_owned()],
         relay_flags: Vec::new(),
+        client_flags: Vec::new(),
         directory: log_directory("rebalancer-dead-node-").expect("a directory"),
         own_disk: false,
     };

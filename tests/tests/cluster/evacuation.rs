@@ -40,6 +40,7 @@ fn evacuable() -> Cluster {
             &format!("--lb-agent=0.0.0.0:{LB_PORT}"),
         ]),
         relay_flags: flags(&["--watch-handover=1s"]),
+        client_flags: Vec::new(),
         directory: log_directory("rebalancer-evacuation-").expect("a directory"),
         own_disk: false,
     };

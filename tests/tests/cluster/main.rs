@@ -131,6 +131,7 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
         rebalancer: binary(),
         agent_flags: vec!["--dry-run".to_owned(), "--settle=3s".to_owned()],
         relay_flags: Vec::new(),
+        client_flags: Vec::new(),
         directory: directory.clone(),
         own_disk: false,
     };

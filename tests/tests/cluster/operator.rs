@@ -33,6 +33,7 @@ pub fn cluster(clients: usize, policy: Policy, agent_flags: &[&str]) -> Cluster 
         rebalancer: binary(),
         agent_flags: agent_flags.iter().map(|flag| (*flag).to_owned()).collect(),
         relay_flags: Vec::new(),
+        client_flags: Vec::new(),
         directory: log_directory("rebalancer-operator-").expect("a directory"),
         own_disk: false,
     };

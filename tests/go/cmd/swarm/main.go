@@ -13,6 +13,9 @@
 //   - watch_breaks: watch responses whose body ended in anything but a clean end of stream, and ERROR events in a watch.
 //     A watch that ends cleanly is resumed by resourceVersion, whoever ended it: no break.
 //   - missed, doubled: gaps and repetitions in the numbers that the writer puts into the object.
+//
+// With --life a client ends after about so long, as a pod does, and another one takes its place, with a connection and
+// a first LIST of its own. With --short so many clients a second come besides, who make one request and go.
 package main
 
 import (
@@ -22,6 +25,7 @@ import (
 	"flag"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"net/url"
 	"os"
 	"os/signal"
@@ -29,6 +33,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -43,6 +48,8 @@ type options struct {
 	tokenShare                          float64
 	clients, objects                    int
 	period, writePeriod, requestTimeout time.Duration
+	life                                time.Duration
+	short                               float64
 }
 
 func main() {
@@ -69,12 +76,18 @@ func parseOptions() (options, error) {
 	flag.DurationVar(&o.period, "period", 2*time.Second, "mean time between two small requests of a client")
 	flag.DurationVar(&o.writePeriod, "write-period", time.Second, "time between two changes of the object")
 	flag.DurationVar(&o.requestTimeout, "request-timeout", 30*time.Second, "limit of a small request")
+	flag.DurationVar(&o.life, "life", 0, "mean time a client lives until another one takes its place; 0: for ever")
+	flag.Float64Var(&o.short, "short", 0, "clients a second that make one request and go")
 	flag.Parse()
 	switch {
 	case o.server == "" || o.ca == "" || o.adminCert == "":
 		return o, fmt.Errorf("--server, --ca and --admin-cert must be given")
 	case o.identities == "" && o.clientCert == "":
 		return o, fmt.Errorf("one of --identities and --client-cert must be given")
+	case o.life < 0 || o.life > 0 && o.life < time.Second:
+		return o, fmt.Errorf("--life must be 0, or 1s or more, is %v", o.life)
+	case o.short < 0 || o.short > 100:
+		return o, fmt.Errorf("--short must be from 0 to 100, is %v", o.short)
 	case o.clients < 1:
 		return o, fmt.Errorf("--clients must be 1 or more, is %d", o.clients)
 	case o.tokenShare < 0 || o.tokenShare > 1:
@@ -126,7 +139,8 @@ func run() error {
 		case <-tick.C:
 			line := stats.line()
 			line.Clients = len(clients)
-			for _, c := range clients {
+			for _, place := range clients {
+				c := place.client.Load()
 				if c.watching.Load() > 0 {
 					line.Ready++
 				}
@@ -142,7 +156,7 @@ func run() error {
 }
 
 // makeClients reads identities and builds the clients, in parallel: each parses a key and a CA.
-func makeClients(o options, stats *stats) ([]*client, error) {
+func makeClients(o options, stats *stats) ([]*place, error) {
 	var tokens []string
 	if o.tokens != "" {
 		text, err := os.ReadFile(o.tokens)
@@ -160,7 +174,7 @@ func makeClients(o options, stats *stats) ([]*client, error) {
 		return nil, fmt.Errorf("--ca: %w", err)
 	}
 
-	clients := make([]*client, o.clients)
+	clients := make([]*place, o.clients)
 	errs := make([]error, o.clients)
 	var group sync.WaitGroup
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
@@ -179,7 +193,7 @@ func makeClients(o options, stats *stats) ([]*client, error) {
 			} else {
 				config.TLSClientConfig.CertFile, config.TLSClientConfig.KeyFile = o.clientCert, o.clientKey
 			}
-			clients[i], errs[i] = newClient(config, o, stats)
+			clients[i], errs[i] = newPlace(config, o, stats)
 		})
 	}
 	group.Wait()
@@ -191,13 +205,82 @@ func makeClients(o options, stats *stats) ([]*client, error) {
 	return clients, nil
 }
 
-// start spreads the clients over one period, so that they do not speak in step.
-func start(ctx context.Context, clients []*client, o options) {
-	for i, c := range clients {
-		delay := o.period * time.Duration(i) / time.Duration(len(clients))
-		go c.run(ctx, delay, o.period)
+// place is where one client is after another, all of them with the same identity.
+type place struct {
+	config  *rest.Config
+	options options
+	stats   *stats
+	client  atomic.Pointer[client]
+}
+
+func newPlace(config *rest.Config, o options, stats *stats) (*place, error) {
+	p := &place{config: config, options: o, stats: stats}
+	return p, p.renew()
+}
+
+func (p *place) renew() error {
+	c, err := newClient(rest.CopyConfig(p.config), p.options, p.stats)
+	if err == nil {
+		p.client.Store(c)
 	}
-	go clients[0].write(ctx, o.writePeriod)
+	return err
+}
+
+// run has one client after another live there; the first one begins after the delay.
+func (p *place) run(ctx context.Context, delay time.Duration) {
+	for ctx.Err() == nil {
+		c := p.client.Load()
+		life, end := context.WithCancel(ctx)
+		if p.options.life > 0 {
+			// Between half and one and a half lives. No deadline: a request that is given up has not failed.
+			time.AfterFunc(delay+p.options.life/2+rand.N(p.options.life), end)
+		}
+		c.run(life, delay, p.options.period)
+		end()
+		c.end()
+		if ctx.Err() == nil {
+			if err := p.renew(); err != nil {
+				p.stats.failed("the next client: %v", err)
+				return
+			}
+		}
+		delay = 0
+	}
+}
+
+// start spreads the clients over one period, so that they do not speak in step.
+func start(ctx context.Context, places []*place, o options) {
+	for i, p := range places {
+		delay := o.period * time.Duration(i) / time.Duration(len(places))
+		go p.run(ctx, delay)
+	}
+	// The writer has a client of its own where clients end.
+	writer := places[0].client.Load()
+	if o.life > 0 {
+		if own, err := newPlace(places[0].config, o, places[0].stats); err == nil {
+			writer = own.client.Load()
+		}
+	}
+	go writer.write(ctx, o.writePeriod)
+	if o.short > 0 {
+		go short(ctx, places, o)
+	}
+}
+
+// short has clients come, make one request and go, as kubectl does.
+func short(ctx context.Context, places []*place, o options) {
+	for i := 0; sleep(ctx, time.Duration(float64(time.Second)/o.short)); i++ {
+		p := places[i%len(places)]
+		go func() {
+			c, err := newClient(rest.CopyConfig(p.config), o, p.stats)
+			if err != nil {
+				p.stats.failed("a short client: %v", err)
+				return
+			}
+			c.get(ctx)
+			c.end()
+		}()
+	}
 }
 
 func readCommands(stats *stats, quit chan struct{}) {

@@ -49,6 +49,16 @@ func (c *connections) newestPort() int {
 	return c.open[len(c.open)-1].LocalAddr().(*net.TCPAddr).Port
 }
 
+// end closes what is open, as a process does that ends.
+func (c *connections) end() {
+	c.mutex.Lock()
+	open := append([]*connection(nil), c.open...)
+	c.mutex.Unlock()
+	for _, conn := range open {
+		_ = conn.Close()
+	}
+}
+
 func (c *connection) Close() error {
 	c.once.Do(func() {
 		c.owner.mutex.Lock()
@@ -101,7 +111,7 @@ func (c *counter) RoundTrip(request *http.Request) (*http.Response, error) {
 	}
 	if watch {
 		c.watching.Add(1)
-		response.Body = &watchBody{ReadCloser: response.Body, counter: c}
+		response.Body = &watchBody{ReadCloser: response.Body, counter: c, context: request.Context()}
 	}
 	return response, nil
 }
@@ -115,6 +125,7 @@ func isCollection(u *url.URL) bool {
 // watchBody sees how a watch's response ends.
 type watchBody struct {
 	io.ReadCloser
+	context context.Context
 	counter *counter
 	closed  atomic.Bool
 	ended   sync.Once
@@ -125,7 +136,8 @@ func (b *watchBody) Read(p []byte) (int, error) {
 	if err != nil {
 		b.ended.Do(func() {
 			b.counter.watching.Add(-1)
-			if err != io.EOF && !b.closed.Load() {
+			// A client that ends gives its watch up itself.
+			if err != io.EOF && !b.closed.Load() && b.context.Err() == nil {
 				b.counter.stats.watchBroke("watch: body ended in: %v", err)
 			}
 		})
