@@ -219,12 +219,14 @@ fn linker(toolchain: &Toolchain) -> anyhow::Result<PathBuf> {
         return Ok(path);
     }
     eprintln!(
-        "installing bpf-linker {wanted} into {}, once (a minute or two)",
+        "installing bpf-linker {wanted} into {}, once (a minute)",
         tools.display()
     );
+    // Its work is LLVM's, which is as it comes with rustc: optimising its own code takes longer than it ever saves.
     run(Command::new("cargo")
         .env_remove("RUSTFLAGS")
-        .args(["install", "bpf-linker", "--locked", "--version", wanted, "--root"])
+        .env("CARGO_PROFILE_DEV_DEBUG", "false")
+        .args(["install", "bpf-linker", "--locked", "--debug", "--version", wanted, "--root"])
         .arg(&tools))?;
     Ok(path)
 }
