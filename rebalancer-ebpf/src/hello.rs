@@ -219,7 +219,7 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
             let failed = bpf_skb_load_bytes(skb.cast(), 8, into.cast(), 32)
                 | bpf_skb_load_bytes(skb.cast(), segment.tcp_at, into.add(8).cast(), 4);
             if failed == 0 {
-                place_in_stream(ctx, &mut ends, 36, segment.sequence)
+                place_in_stream(ctx, &mut ends, 36, segment)
             } else {
                 None
             }
@@ -227,7 +227,7 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
             let failed = bpf_skb_load_bytes(skb.cast(), 12, into.cast(), 8)
                 | bpf_skb_load_bytes(skb.cast(), segment.tcp_at, into.add(2).cast(), 4);
             if failed == 0 {
-                place_in_stream(ctx, &mut ends, 12, segment.sequence)
+                place_in_stream(ctx, &mut ends, 12, segment)
             } else {
                 None
             }
@@ -261,7 +261,7 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
 ///
 /// The first `size` octets of `ends` are a `bpf_sock_tuple` of that size.
 #[inline(always)]
-unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, sequence: u32) -> Option<u32> {
+unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, segment: &Segment) -> Option<u32> {
     // SAFETY: the helpers take the context and what the caller says; the socket is checked for null, and given back once,
     // after all that is read of it.
     unsafe {
@@ -272,17 +272,28 @@ unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, s
         }
         let is_handshake = core::ptr::read_volatile(&raw const (*socket).state) == NEW_SYN_RECV;
         let request = bpf_skc_to_tcp_request_sock(socket.cast()) as *const u8;
-        // The kernel does not say it where listeners are for MPTCP: there it is taken for the first one, which it is
-        // unless that was lost.
-        let begin = if request.is_null() {
-            sequence
+        // The kernel does not say it where listeners are for MPTCP: there what looks like the first one is taken for it.
+        let offset = if !request.is_null() {
+            let begin = read::direct::<u32>(request, offset!(rcv_isn)).wrapping_add(1);
+            segment.sequence.wrapping_sub(begin)
+        } else if begins(ctx, segment) {
+            0
         } else {
-            read::direct::<u32>(request, offset!(rcv_isn)).wrapping_add(1)
+            u32::MAX
         };
         bpf_sk_release(socket.cast());
-        let offset = sequence.wrapping_sub(begin);
         (is_handshake && offset <= LONGEST).then_some(offset)
     }
+}
+
+/// Whether a payload begins as a TLS record of TLS 1.0 or later does (RFC 8446, section 5.1), or a PROXY protocol header:
+/// the middle of a hello, taken for a beginning, would be a protocol of its own.
+#[inline(always)]
+fn begins(ctx: &SkBuffContext, segment: &Segment) -> bool {
+    let mut head = [0_u8; 2];
+    // SAFETY: the helper copies into an array of the given length, or fails.
+    let failed = unsafe { bpf_skb_load_bytes(ctx.skb.skb.cast(), segment.payload_at, head.as_mut_ptr().cast(), 2) };
+    failed == 0 && matches!(&head, [HANDSHAKE, 3] | b"PR" | b"\r\n")
 }
 
 /// The octets of four words.

@@ -226,7 +226,15 @@ fn linker(toolchain: &Toolchain) -> anyhow::Result<PathBuf> {
     run(Command::new("cargo")
         .env_remove("RUSTFLAGS")
         .env("CARGO_PROFILE_DEV_DEBUG", "false")
-        .args(["install", "bpf-linker", "--locked", "--debug", "--version", wanted, "--root"])
+        .args([
+            "install",
+            "bpf-linker",
+            "--locked",
+            "--debug",
+            "--version",
+            wanted,
+            "--root",
+        ])
         .arg(&tools))?;
     Ok(path)
 }

@@ -162,11 +162,11 @@ fn a_peer_that_is_dead_and_sockets_that_are_destroyed_are_seen() {
         // By an administrator, or Cilium.
         let opened = [v4, v6].map(|to| host.connect(to, &listener));
         assert_eq!(host.expect_the_truth("all are open").len(), 2);
-        let ports: Vec<u16> = opened
+        let clients: Vec<SocketAddr> = opened
             .iter()
-            .map(|(client, _)| client.local_addr().expect("an address").port())
+            .map(|(client, _)| client.local_addr().expect("an address"))
             .collect();
-        if let Err(why) = destroy(&host, &ports) {
+        if let Err(why) = destroy(&host, &clients) {
             skip(&format!("sockets cannot be destroyed here: {why}"));
             continue;
         }
@@ -175,15 +175,16 @@ fn a_peer_that_is_dead_and_sockets_that_are_destroyed_are_seen() {
     }
 }
 
-/// `ss -K` in the node's namespace: ends the connections of clients at those ports.
-pub fn destroy(host: &Host, ports: &[u16]) -> Result<(), String> {
+/// `ss -K` in the node's namespace: ends the connections of those clients. Not by their ports alone: a client of the other
+/// family may have the same one.
+pub fn destroy(host: &Host, clients: &[SocketAddr]) -> Result<(), String> {
     let mut filter = vec!["(".to_owned()];
-    for port in ports {
+    for client in clients {
         if filter.len() > 1 {
             filter.push("or".to_owned());
         }
-        filter.extend(["dport", "="].map(str::to_owned));
-        filter.push(port.to_string());
+        filter.extend(["dst", "="].map(str::to_owned));
+        filter.push(client.to_string());
     }
     filter.push(")".to_owned());
     let output = Command::new("ss")

@@ -14,7 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     hellos::UNFINISHED,
-    world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip, protocols},
+    world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip, is_mptcp, protocols},
 };
 
 const SYN: u8 = 2;
@@ -137,9 +137,15 @@ fn a_hello_in_two_packets_of_which_either_ends_the_handshake_is_seen_whole() {
     let hello = client_hello(&["h2"]);
     assert!((1_400..2_800).contains(&hello.len()), "two packets hold it");
     let mut open = Vec::new();
+    // A word may begin there.
+    let letter = hello.len() - 1_400
+        + hello[hello.len() - 1_400..1_400]
+            .iter()
+            .position(u8::is_ascii_alphabetic)
+            .expect("among a hundred random octets there is a letter");
     // In order; and after both the packet that has nothing but the acknowledgement and the first one with data were lost.
     for (port, cut, in_order) in [
-        (40_001, hello.len() - 1_400, false),
+        (40_001, letter, false),
         (40_002, hello.len() / 2, false),
         (40_003, 1_400, false),
         (40_004, 1_400, true),
@@ -171,7 +177,12 @@ fn a_hello_in_two_packets_of_which_either_ends_the_handshake_is_seen_whole() {
         assert_eq!(read, hello);
         open.push(accepted);
     }
-    host.expect("every offer", |list| protocols(list) == ["offered"; 5]);
+    // The kernel does not say where a client of such a listener begins: what was not seen first is left to a shim to name,
+    // and is not taken for what it is not.
+    let found_out = if is_mptcp() { "unknown" } else { "offered" };
+    let mut expected = [found_out, found_out, found_out, "offered", "offered"];
+    expected.sort_unstable();
+    host.expect("every offer", |list| protocols(list) == expected);
 }
 
 #[test]

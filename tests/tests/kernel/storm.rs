@@ -210,11 +210,11 @@ impl Storm {
             self.wait_until_gone(cut_off, "they time out");
             self.host.network.hub.ip("link set n0 up").expect("a link");
         }
-        let ports: Vec<u16> = destroyed
+        let clients: Vec<SocketAddr> = destroyed
             .iter()
-            .map(|one| one.client.local_addr().expect("an address").port())
+            .map(|one| one.client.local_addr().expect("an address"))
             .collect();
-        match destroy(&self.host, &ports) {
+        match destroy(&self.host, &clients) {
             Ok(()) => self.wait_until_gone(destroyed, "they are destroyed"),
             Err(why) => eprintln!("sockets cannot be destroyed here, these end as any other: {why}"),
         }
