@@ -175,6 +175,28 @@ pub fn install(program: &str, package: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     eprintln!("{program} is needed and missing: installing Debian's package {package}");
+    fetch(package)?;
+    if on_path(program).is_none() {
+        bail!("{program} is still missing; install it by hand");
+    }
+    Ok(())
+}
+
+/// The same for a file that is no program.
+pub fn install_file(path: &Path, package: &str) -> anyhow::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let shown = path.display();
+    eprintln!("{shown} is needed and missing: installing Debian's package {package}");
+    fetch(package)?;
+    if !path.exists() {
+        bail!("{shown} is still missing; install it by hand");
+    }
+    Ok(())
+}
+
+fn fetch(package: &str) -> anyhow::Result<()> {
     let apt = |arguments: &[&str]| {
         let mut command = if is_root() {
             Command::new("apt-get")
@@ -187,11 +209,7 @@ pub fn install(program: &str, package: &str) -> anyhow::Result<()> {
         run(&mut command)
     };
     apt(&["update", "-qq"])?;
-    apt(&["install", "-qq", "--yes", "--no-install-recommends", package])?;
-    if on_path(program).is_none() {
-        bail!("{program} is still missing; install it by hand");
-    }
-    Ok(())
+    apt(&["install", "-qq", "--yes", "--no-install-recommends", package])
 }
 
 /// Where a program is that a shell would run. Debian's servers are in `sbin`, which is not on everybody's PATH.

@@ -1,6 +1,9 @@
 //! Programs without shared libraries, for this processor or another: the standard library they are built with.
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use crate::{arch::Arch, debian, ebpf};
 
@@ -29,6 +32,9 @@ impl Standard {
         if !arch.is_host() {
             let (compiler, package) = arch.cross_compiler();
             debian::install(&compiler, &package)?;
+            // The compiler only recommends what C's library is compiled against.
+            let headers = format!("/usr/{}-linux-gnu/include/stdlib.h", arch.rust());
+            debian::install_file(Path::new(&headers), &format!("libc6-dev-{}-cross", arch.debian()))?;
         }
         if is_there() {
             return Ok(Self::There);
