@@ -370,7 +370,8 @@ fn ports(namespace: &Namespace, range: &'static str) -> anyhow::Result<()> {
 
 fn fill(disk: &std::path::Path) -> anyhow::Result<()> {
     let filling = disk.join("filling");
-    let octets = vec![0; 1 << 20];
+    // More than the disk has.
+    let octets = vec![0; 16 << 20];
     let full = fs::write(&filling, octets);
     ensure!(
         full.as_ref()

@@ -146,7 +146,7 @@ fn controller() -> Option<(PathBuf, &'static str)> {
 pub fn small_disk(at: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(at)?;
     let mounted = process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=256k", "rebalancer-chaos"])
+        .args(["-t", "tmpfs", "-o", "size=8m", "rebalancer-chaos"])
         .arg(at)
         .status()
         .context("mount(8)")?;

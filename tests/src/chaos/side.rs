@@ -84,7 +84,8 @@ impl Side {
             shim: if make.with_us { Shim::Relay } else { Shim::None },
             peers: Finding::Kubernetes,
             rebalancer: binary(),
-            agent_flags: Vec::new(),
+            // Years of faults come within half an hour: by the usual cool-down nobody would be left who may be told.
+            agent_flags: vec!["--client-cooldown=30s".to_owned()],
             client_flags: make.client_flags,
             relay_flags: vec!["--watch-handover=5s".to_owned()],
             directory: make.directory,
