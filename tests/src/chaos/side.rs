@@ -134,6 +134,10 @@ impl Side {
             side.cluster.check()?;
             Ok(side.cluster.admitted().iter().all(|admitted| *admitted))
         })?;
+        self.until("an agent does not answer", |side| {
+            side.cluster.check()?;
+            Ok(side.cluster.nodes.iter().all(|node| node.status().is_ok()))
+        })?;
         let all = self.clients;
         self.until("not all clients have their watch again", move |side| {
             Ok(side.swarm.line()?.ready >= all)
