@@ -54,6 +54,11 @@ impl Pair {
         let names: Vec<_> = faults.iter().map(|fault| fault.name()).collect();
         say(&format!("{}: {}", names.join(" + "), faults[0].what()));
         let before = Look::at(&self.with_us.cluster)?;
+        if let Some(side) = &mut self.without
+            && faults.iter().any(|fault| fault.without_us().is_some())
+        {
+            side.start_anew().context("the cluster without us, before the fault")?;
+        }
         for side in self.sides() {
             side.swarm.reset()?;
         }

@@ -202,7 +202,8 @@ impl Report {
              Written by `cargo xtask chaos --seed {}`: three kube-apiservers ({}) with relays and agents behind haproxy, {} \
              client-go clients that list, watch, read and write, agents that find each other by Leases; beside it, at the same \
              moment, the same without us. A fault that is there without us as well hits both, and what it breaks there is not \
-             ours (counts within three standard deviations of each other are the same). The agents have their default flags but for \
+             ours (counts within three standard deviations of each other are the same); the clients of the other cluster come anew \
+             before it, so that as many are hit. The agents have their default flags but for \
              `--client-cooldown 30s`, as one fault follows the other. Each stays for 6 to 15 s; then it is \
              looked at until the load is level, no agent would do more, and another 8 s have gone by.\n\n\
              | fault | requests failed: with us, without | watches broken | relists | events missed, doubled | level after | GOAWAYs (least) | wrong connections, leaks |\n\

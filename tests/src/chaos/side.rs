@@ -144,6 +144,19 @@ impl Side {
         })
     }
 
+    /// Has all clients come anew, so that the load is level where nobody levels it: the same fault is to hit as many.
+    ///
+    /// # Errors
+    ///
+    /// They do not come.
+    pub fn start_anew(&mut self) -> anyhow::Result<()> {
+        self.swarm = self.cluster.start_clients()?;
+        let all = self.clients;
+        self.until("not all clients have their watch", move |side| {
+            Ok(side.swarm.line()?.ready >= all)
+        })
+    }
+
     fn until(&mut self, otherwise: &str, look: impl Fn(&mut Self) -> anyhow::Result<bool>) -> anyhow::Result<()> {
         let done = wait_for(super::PATIENCE, || match check_interrupt().and_then(|()| look(self)) {
             Ok(true) => Some(Ok(())),
