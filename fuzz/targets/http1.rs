@@ -8,10 +8,10 @@ use libfuzzer_sys::fuzz_target;
 use rebalancer_core::{
     wire::h1::{
         body::{Body, Passing},
+        forward::pass,
         head::{AnswerHead, Finder, RequestHead},
-        request::pass,
     },
-    wire::h2::policy::Policy,
+    wire::rewrite::Policy,
 };
 
 fuzz_target!(|data: &[u8]| {

@@ -8,12 +8,14 @@
 use std::net::IpAddr;
 
 use libfuzzer_sys::fuzz_target;
-use rebalancer_core::wire::h2::{
-    error::ConnectionError,
-    frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
-    hpack::{Decoder, FieldList},
-    policy::Policy,
-    relay::{HIGH_WATER, Output, Relay, Settings},
+use rebalancer_core::wire::{
+    h2::{
+        error::ConnectionError,
+        frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
+        hpack::{Decoder, FieldList},
+        relay::{HIGH_WATER, Output, Relay, Settings},
+    },
+    rewrite::Policy,
 };
 
 const PING: [u8; 8] = *b"rebalnce";

@@ -15,9 +15,9 @@ use std::{
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use rebalancer_core::wire::h2::{
-    policy::IdentityNames,
-    relay::{Relay, Settings},
+use rebalancer_core::wire::{
+    h2::relay::{Relay, Settings},
+    rewrite::IdentityNames,
 };
 use rustls::pki_types::CertificateDer;
 use socket2::{SockFilter, SockRef, TcpKeepalive};

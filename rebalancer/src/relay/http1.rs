@@ -19,10 +19,11 @@ use std::{
 use rebalancer_core::{
     wire::h1::{
         body::{Body, Passing},
+        forward::{Passed, Stays, pass},
         head::{AnswerHead, Finder, HeadError},
-        request::{Passed, Stays, pass},
     },
-    wire::h2::{policy::Policy, relay::is_refusal},
+    wire::h2::relay::is_refusal,
+    wire::rewrite::Policy,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf},

@@ -8,7 +8,7 @@ use std::{borrow::Cow, fmt::Write as _, net::IpAddr, sync::Arc};
 
 use http::HeaderValue;
 use rebalancer_core::{
-    wire::h2::policy::{IdentityNames, Policy},
+    wire::rewrite::{IdentityNames, Policy},
     wire::x509::Certificate,
 };
 

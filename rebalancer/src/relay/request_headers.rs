@@ -4,7 +4,7 @@
 //! Input: the flags. Output: which names are written, which are taken from clients, and who may send them.
 //! Must never write a name that is not taken from clients too.
 
-use rebalancer_core::wire::h2::policy::IdentityNames;
+use rebalancer_core::wire::rewrite::IdentityNames;
 
 /// The flags' values; each list but the last has at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]

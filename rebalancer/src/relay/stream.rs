@@ -531,6 +531,43 @@ mod tests {
         }
     }
 
+    /// rustls's own client asks for new keys of both sides before each message (RFC 8446, section 4.6.3).
+    #[tokio::test]
+    async fn keys_change_between_two_messages_both_ways() {
+        const ROUNDS: u8 = 20;
+        const LENGTH: usize = 50_000;
+        let (server, client) = configurations(&version::TLS13);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        let peer = std::thread::spawn(move || {
+            let name = ServerName::try_from(NAME).expect("a name");
+            let mut session = rustls::ClientConnection::new(client, name).expect("a session");
+            let mut socket = std::net::TcpStream::connect(address).expect("a connection");
+            let mut stream = rustls::Stream::new(&mut session, &mut socket);
+            for round in 0..ROUNDS {
+                let said = [round; LENGTH];
+                // The first makes the handshake, before which there is no key to change.
+                if round > 0 {
+                    stream.conn.refresh_traffic_keys().expect("keys that may change");
+                }
+                std::io::Write::write_all(&mut stream, &said).expect("the other end reads");
+                let mut heard = [0; LENGTH];
+                std::io::Read::read_exact(&mut stream, &mut heard).expect("an answer");
+                assert!(heard == said, "round {round}");
+            }
+        });
+        let (socket, _) = listener.accept().await.expect("a connection");
+        let mut server = accept(server, socket, |_| {}).await.expect("a handshake");
+        for round in 0..ROUNDS {
+            let mut heard = vec![0; LENGTH];
+            server.read_exact(&mut heard).await.expect("all of it");
+            assert!(heard == [round; LENGTH], "round {round}");
+            server.write_all(&heard).await.expect("the other end reads");
+            server.flush().await.expect("it is sent");
+        }
+        peer.join().expect("it has heard what it said");
+    }
+
     #[tokio::test]
     async fn a_connection_that_is_cut_does_not_look_ended() {
         let (mut server, client) = pair(&version::TLS13).await;

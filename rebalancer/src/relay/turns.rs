@@ -4,6 +4,7 @@
 //! do. The first of the line goes on when the thread has looked what else has become ready, and has done that: whoever
 //! wants little waits for one turn of somebody else's at most, however many want much. Nobody says how much he wants, so
 //! it goes by what he has had since he last had nothing to do (foreground and background, Kleinrock 1976).
+//! Must never leave those who want much with nothing, however many want little.
 //! Must never wait for somebody who has gone: a place in line ends with whoever has it. Must cost nothing to speak of where
 //! nobody wants little: turns are long then.
 
@@ -20,8 +21,16 @@ use tokio::{sync::Semaphore, task::yield_now};
 /// what they cost where that is more.
 pub const TURN: usize = 128 * 1024;
 
-/// The same while somebody there wants little; who has had less since he was idle is one of those.
+/// The same while somebody there wants little.
 pub const SHORT_TURN: usize = 16 * 1024;
+
+/// Whoever has had less than that since he was idle wants little: a read's worth, so that ten objects asked for at once are
+/// no reason to stand in line.
+const LITTLE: usize = 32 * 1024;
+
+/// For so many turns of those who want little, whoever is first in line has another [`SHORT_TURN`], and [`TURN`] at most:
+/// where many want little without end, those who want much have a tenth of the thread and not what is left of it.
+const BEFORE: u64 = 8;
 
 /// So many times after somebody who wanted little was served, turns are long again: a hundredth of a second or so.
 const REMEMBERED: u64 = 256;
@@ -35,6 +44,8 @@ thread_local! {
     /// How often somebody of this thread has asked whether it is his turn, and until when of these turns are short.
     static ASKED: Cell<u64> = const { Cell::new(0) };
     static SHORT_UNTIL: Cell<u64> = const { Cell::new(0) };
+    /// How many of those who want little had a turn while somebody stood in line, since its first had one.
+    static SERVED: Cell<u64> = const { Cell::new(0) };
 }
 
 /// What one connection has had, and its place.
@@ -52,18 +63,25 @@ impl Share {
     pub fn poll_turn(&mut self, context: &mut Context<'_>) -> Poll<usize> {
         let asked = ASKED.get() + 1;
         ASKED.set(asked);
-        let turn = if asked < SHORT_UNTIL.get() { SHORT_TURN } else { TURN };
+        let is_short = asked < SHORT_UNTIL.get();
+        let free = if is_short { LITTLE } else { TURN };
         // Whoever wanted much the time before will want much again: he is not new where others want little.
-        let is_back = self.wanted_much && self.had == 0 && turn == SHORT_TURN;
-        if self.place.is_none() && self.had < turn && !is_back {
-            if !self.wanted_much && self.had < SHORT_TURN {
+        let is_back = self.wanted_much && self.had == 0 && is_short;
+        if self.place.is_none() && self.had < free && !is_back {
+            if !self.wanted_much && self.had < LITTLE {
                 SHORT_UNTIL.set(asked + REMEMBERED);
+                SERVED.set(SERVED.get() + 1);
             }
-            return Poll::Ready(turn - self.had);
+            return Poll::Ready(free - self.had);
         }
         ready!(self.place.get_or_insert_with(place).as_mut().poll(context));
         self.place = None;
-        Poll::Ready(turn)
+        let behind = usize::try_from(SERVED.replace(0) / BEFORE).unwrap_or(usize::MAX);
+        Poll::Ready(if is_short {
+            SHORT_TURN.saturating_mul(behind).clamp(SHORT_TURN, TURN)
+        } else {
+            TURN
+        })
     }
 
     /// For a wait that may be given up: its place goes with it, since the line waits for whoever is first.
@@ -79,7 +97,7 @@ impl Share {
     /// It has nothing to do.
     pub fn rest(&mut self) {
         debug_assert!(self.place.is_none(), "whoever stands in line wants more");
-        self.wanted_much = self.had >= SHORT_TURN;
+        self.wanted_much = self.had >= LITTLE;
         self.had = 0;
     }
 }
@@ -99,6 +117,10 @@ impl Drop for Waits<'_> {
 /// Stands in line, at the end. Whoever does is not first at once.
 fn place() -> Place {
     let first = FIRST.with(Arc::clone);
+    if first.available_permits() > 0 {
+        // Nobody has waited for those who were served so far.
+        SERVED.set(0);
+    }
     Box::pin(async move {
         let is_first = first.acquire().await;
         // Woken when the thread has asked for events, and behind those that they woke.
@@ -209,9 +231,9 @@ mod tests {
         let mut little = Share::default();
         assert_eq!(asks(&mut little), Poll::Ready(TURN));
         little.spend(100);
-        assert_eq!(asks(&mut little), Poll::Ready(SHORT_TURN - 100));
+        assert_eq!(asks(&mut little), Poll::Ready(LITTLE - 100));
         little.rest();
-        assert_eq!(asks(&mut little), Poll::Ready(SHORT_TURN));
+        assert_eq!(asks(&mut little), Poll::Ready(LITTLE));
         assert_eq!(asks(&mut much), Poll::Pending);
         assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN));
         much.rest();
@@ -223,7 +245,45 @@ mod tests {
         assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN));
         much.spend(100);
         much.rest();
-        assert_eq!(asks(&mut much), Poll::Ready(SHORT_TURN), "it wanted little itself");
+        assert_eq!(asks(&mut much), Poll::Ready(LITTLE), "it wanted little itself");
+    }
+
+    #[test]
+    fn whoever_wants_much_has_his_part_however_many_want_little_without_end() {
+        const MANY: u64 = 100;
+        const ROUNDS: u64 = 200;
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+        LocalSet::new().block_on(&runtime, async {
+            let had = Rc::new(Cell::new(0_usize));
+            let heavy = Rc::clone(&had);
+            tokio::task::spawn_local(async move {
+                let mut share = Share::default();
+                loop {
+                    let turn = std::future::poll_fn(|context| share.poll_turn(context)).await;
+                    share.spend(turn);
+                    heavy.set(heavy.get() + turn);
+                }
+            });
+            let served = Rc::new(Cell::new(0_u64));
+            for _ in 0..MANY {
+                let served = Rc::clone(&served);
+                tokio::task::spawn_local(async move {
+                    let mut share = Share::default();
+                    loop {
+                        std::future::poll_fn(|context| share.poll_turn(context)).await;
+                        share.spend(100);
+                        share.rest();
+                        served.set(served.get() + 1);
+                        yield_now().await;
+                    }
+                });
+            }
+            while served.get() < MANY * ROUNDS {
+                yield_now().await;
+            }
+            let least = (served.get() / BEFORE / 2) as usize * SHORT_TURN;
+            assert!(had.get() >= least, "{} octets beside {} turns", had.get(), served.get());
+        });
     }
 
     #[test]

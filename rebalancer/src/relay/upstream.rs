@@ -54,6 +54,11 @@ const RENEW: Duration = Duration::from_secs(30);
 /// So many checks in a row must fail before a port that is open closes.
 const FAILURES: u32 = 2;
 
+/// An apiserver that has begun to listen lets nobody do anything before it knows its rules (RBAC), and one whose rules let
+/// nobody ask for `/readyz` answers the same for ever: so long after the first such answer it is the latter. One that has
+/// no rules by then ends itself (pkg/registry/rbac/rest/storage_rbac.go, `EnsureRBACPolicy`).
+const RULES: Duration = Duration::from_secs(30);
+
 /// A thread that has not moved for so long serves nobody.
 const STANDSTILL: Duration = Duration::from_secs(10);
 
@@ -189,6 +194,8 @@ impl Target {
 enum Found {
     /// A client's request would find this.
     State(Upstream, String),
+    /// It knows who asks, and does not let him: its rules are like that, or are not there yet.
+    Forbidden(String),
     /// Nothing was learned: the relay itself lacks something.
     Ours(String),
 }
@@ -335,8 +342,12 @@ fn judged(status: http::StatusCode) -> Found {
                        by --requestheader-client-ca-file, and is its name allowed?";
             return Found::State(Upstream::Unusable, why.to_owned());
         }
+        http::StatusCode::FORBIDDEN => {
+            let why = "/readyz says 403: its rules are not loaded yet, or let nobody ask (system:public-info-viewer)";
+            return Found::Forbidden(why.to_owned());
+        }
         http::StatusCode::TOO_MANY_REQUESTS => Upstream::Overloaded,
-        // Not allowed to ask is an answer too: somebody was authenticated.
+        // Another server than kube-apiserver, which has no such path.
         status if status.is_success() || status.is_client_error() => Upstream::Ready,
         _ => Upstream::Starting,
     };
@@ -401,16 +412,39 @@ pub fn is_open(state: Upstream) -> bool {
 struct Judge {
     state: Upstream,
     failures: u32,
+    /// Since when it lets nobody ask.
+    forbidden: Option<Instant>,
 }
 
 impl Judge {
-    fn take(&mut self, found: &Found) -> Upstream {
+    fn new() -> Self {
+        Self {
+            state: Upstream::Unknown,
+            failures: 0,
+            forbidden: None,
+        }
+    }
+
+    fn take(&mut self, found: &Found, now: Instant) -> Upstream {
         match found {
             Found::Ours(_) => {}
+            Found::Forbidden(_) => {
+                let since = *self.forbidden.get_or_insert(now);
+                self.failures = 0;
+                self.state = if now.saturating_duration_since(since) < RULES {
+                    Upstream::Starting
+                } else {
+                    Upstream::Ready
+                };
+            }
             Found::State(state, _) => {
                 self.failures = if found.is_bad() { self.failures + 1 } else { 0 };
                 if self.failures == 0 || self.failures >= FAILURES || !is_open(self.state) {
                     self.state = *state;
+                }
+                // One that is slow for a moment is the same with the same rules.
+                if *state != Upstream::Overloaded {
+                    self.forbidden = None;
                 }
             }
         }
@@ -427,10 +461,7 @@ pub async fn watch(
     seen: watch::Sender<Upstream>,
     doubt: Arc<Notify>,
 ) {
-    let mut judge = Judge {
-        state: Upstream::Unknown,
-        failures: 0,
-    };
+    let mut judge = Judge::new();
     let mut said = None;
     while !seen.is_closed() {
         let began = Instant::now();
@@ -443,7 +474,7 @@ pub async fn watch(
             );
         }
         let before = judge.state;
-        let state = judge.take(&found);
+        let state = judge.take(&found, Instant::now());
         // Before the state: who hears that it is ready hears which process it is.
         registry.set_upstream_process(checks.version.clone(), checks.listener);
         registry.set_upstream(state);
@@ -453,7 +484,7 @@ pub async fn watch(
             Found::Ours(why) if said.as_ref() != Some(&found) => {
                 tracing::error!(why, "the apiserver cannot be asked; everything stays as it is");
             }
-            Found::State(_, why) if state != before => match state {
+            Found::State(_, why) | Found::Forbidden(why) if state != before => match state {
                 Upstream::Unusable => tracing::error!(
                     upstream = %address,
                     why,
@@ -487,10 +518,7 @@ mod tests {
     fn one_failure_closes_nothing_and_want_of_our_own_says_nothing() {
         let found = |state| Found::State(state, String::new());
         let ours = Found::Ours(String::new());
-        let mut judge = Judge {
-            state: Upstream::Unknown,
-            failures: 0,
-        };
+        let mut judge = Judge::new();
         for (found, expected) in [
             (ours.clone(), Upstream::Unknown),
             (found(Upstream::Unreachable), Upstream::Unreachable),
@@ -504,17 +532,48 @@ mod tests {
             (found(Upstream::Overloaded), Upstream::Overloaded),
             (found(Upstream::Starting), Upstream::Starting),
         ] {
-            assert_eq!(judge.take(&found), expected);
+            assert_eq!(judge.take(&found, Instant::now()), expected);
         }
+    }
+
+    #[test]
+    fn who_lets_nobody_ask_starts_and_is_ready_when_that_is_how_it_stays() {
+        let found = |state| Found::State(state, String::new());
+        let forbidden = Found::Forbidden(String::new());
+        let began = Instant::now();
+        let mut judge = Judge::new();
+        let mut takes = |found: &Found, seconds| judge.take(found, began + Duration::from_secs(seconds));
+        // An apiserver that starts: 403 before its rules are there, and then what it says.
+        assert_eq!(takes(&forbidden, 0), Upstream::Starting);
+        assert_eq!(takes(&found(Upstream::Starting), 5), Upstream::Starting);
+        assert_eq!(takes(&forbidden, 29), Upstream::Starting);
+        assert_eq!(takes(&found(Upstream::Ready), 30), Upstream::Ready);
+        // Another one behind the same address, and nobody has seen the first one end.
+        assert_eq!(takes(&forbidden, 40), Upstream::Starting);
+        // It stays like that: it is a cluster that lets nobody ask.
+        assert_eq!(takes(&forbidden, 69), Upstream::Starting);
+        assert_eq!(takes(&forbidden, 70), Upstream::Ready);
+        assert_eq!(takes(&found(Upstream::Overloaded), 80), Upstream::Overloaded);
+        assert_eq!(takes(&Found::Ours(String::new()), 81), Upstream::Overloaded);
+        assert_eq!(takes(&forbidden, 82), Upstream::Ready);
+        // It ends, and begins anew.
+        assert_eq!(
+            takes(&found(Upstream::Unreachable), 83),
+            Upstream::Ready,
+            "once is no failure"
+        );
+        assert_eq!(takes(&found(Upstream::Unreachable), 84), Upstream::Unreachable);
+        assert_eq!(takes(&forbidden, 85), Upstream::Starting);
     }
 
     #[test]
     fn what_an_answer_says_of_the_apiserver() {
         let state = |status: u16| match judged(http::StatusCode::from_u16(status).expect("a status")) {
             Found::State(state, _) => state,
-            Found::Ours(why) => panic!("{why}"),
+            Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
         };
-        assert_eq!([200, 403, 404].map(state), [Upstream::Ready; 3]);
+        assert_eq!([200, 404].map(state), [Upstream::Ready; 2]);
+        assert!(matches!(judged(http::StatusCode::FORBIDDEN), Found::Forbidden(_)));
         assert_eq!(state(401), Upstream::Unusable);
         assert_eq!(state(429), Upstream::Overloaded);
         assert_eq!([500, 503].map(state), [Upstream::Starting; 2]);

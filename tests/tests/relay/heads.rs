@@ -12,10 +12,10 @@ use std::{
 
 use rebalancer_core::{
     wire::h1::{
+        forward::{Stays, pass},
         head::Finder,
-        request::{Stays, pass},
     },
-    wire::h2::policy::Policy,
+    wire::rewrite::Policy,
 };
 use rebalancer_tests::skip;
 use serde::Deserialize;

@@ -5,5 +5,5 @@
 //! field a line, CRLF, and one way of saying where the body ends (RFC 9112, sections 2.2, 5 and 6).
 
 pub mod body;
+pub mod forward;
 pub mod head;
-pub mod request;

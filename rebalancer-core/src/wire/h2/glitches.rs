@@ -7,9 +7,11 @@
 
 use super::frame::{FrameHeader, flag, kind};
 
-/// How many window updates a frame of DATA explains: one on the stream and one on the connection for each 4 KiB, which is
-/// what Go's client sends (golang.org/x/net/http2/flow.go, `inflowMinRefresh`), and two more.
-const UPDATES: u32 = 10;
+/// How many window updates a frame of DATA explains, whatever it holds: clients send one on the stream and one on the
+/// connection for each, or for each so many octets, which is what Go's does (golang.org/x/net/http2/flow.go,
+/// `inflowMinRefresh`). A frame may hold as much as its client allows, up to 16 MiB (RFC 9113, section 4.2).
+const UPDATES: u32 = 2;
+const REFRESH: u32 = 4096;
 
 /// How many window updates may be left unsent.
 const MOST_UPDATES: u32 = 100_000;
@@ -26,7 +28,7 @@ const LIST_FREE: usize = 8 * 1024;
 #[derive(Debug, Default)]
 pub struct Glitches {
     count: u32,
-    /// Window updates that what the server has sent explains.
+    /// Window updates that requests, and what the server has sent, explain.
     updates: u32,
 }
 
@@ -34,7 +36,12 @@ impl Glitches {
     /// A frame of the client's begins.
     pub fn client(&mut self, header: FrameHeader) {
         let is_one = match header.kind {
-            kind::HEADERS | kind::CONTINUATION => false,
+            // Some widen each stream's window before there is anything to read (nghttp2's users, curl among them).
+            kind::HEADERS => {
+                self.explain(1);
+                false
+            }
+            kind::CONTINUATION => false,
             kind::DATA => header.length == 0 && !header.has(flag::END_STREAM),
             kind::WINDOW_UPDATE => {
                 let explained = self.updates > 0;
@@ -47,9 +54,9 @@ impl Glitches {
         self.add(u32::from(is_one));
     }
 
-    /// The server sends DATA.
-    pub fn data(&mut self) {
-        self.updates = (self.updates + UPDATES).min(MOST_UPDATES);
+    /// The server sends so many octets of DATA.
+    pub fn data(&mut self, length: u32) {
+        self.explain(UPDATES * (1 + length.div_ceil(REFRESH)));
     }
 
     /// The server resets a stream that it has not answered: its client may have seen to that.
@@ -71,6 +78,10 @@ impl Glitches {
     /// How many there were since this was asked last.
     pub fn take(&mut self) -> u32 {
         std::mem::take(&mut self.count)
+    }
+
+    fn explain(&mut self, updates: u32) {
+        self.updates = (self.updates + updates).min(MOST_UPDATES);
     }
 
     fn add(&mut self, more: u32) {
@@ -96,11 +107,15 @@ mod tests {
         let mut glitches = Glitches::default();
         for _ in 0..1000 {
             glitches.client(header(kind::HEADERS, flag::END_HEADERS, 50));
+            glitches.client(header(kind::WINDOW_UPDATE, 0, 4));
             glitches.client(header(kind::DATA, 0, 1));
             glitches.client(header(kind::DATA, flag::END_STREAM, 0));
-            glitches.data();
-            for _ in 0..UPDATES {
-                glitches.client(header(kind::WINDOW_UPDATE, 0, 4));
+            // A watch's event, what Go sends at once, the usual largest frame, and the largest there is.
+            for (length, updates) in [(1, 2), (1024, 2), (16_384, 8), ((1 << 24) - 1, 8192)] {
+                glitches.data(length);
+                for _ in 0..updates {
+                    glitches.client(header(kind::WINDOW_UPDATE, 0, 4));
+                }
             }
         }
         // A usual list by the table alone, one with 150 groups, and one of eight octets in five.

@@ -8,17 +8,16 @@
 //! never let octets of a client's header block reach the server, but blocks of its own.
 
 mod answers;
-mod client;
+mod client_half;
 mod drain;
 pub mod error;
 pub mod frame;
 mod glitches;
 pub mod hpack;
-pub mod policy;
+mod messages;
 pub mod relay;
-mod request;
 mod scan;
-mod server;
+mod server_half;
 mod streams;
 pub mod watch;
 mod watches;

@@ -7,19 +7,19 @@
 //! server as anything but a whole request or trailers of its own writing, nor take more input than [`Output`] has room for.
 
 use super::{
-    client::{Block, ClientHalf},
+    client_half::{Block, ClientHalf},
     drain::Departure,
     error::{ConnectionError, ErrorCode},
     frame::{self, FrameHeader, flag, kind},
     glitches::Glitches,
     hpack::FieldList,
-    policy::{self, Policy},
-    request,
+    messages,
     scan::Step,
-    server::{MAX_CONTROL_PAYLOAD, ServerHalf},
+    server_half::{MAX_CONTROL_PAYLOAD, ServerHalf},
     streams::{Standing, Streams},
     watch::Watch,
 };
+use crate::wire::rewrite::{self, Policy};
 
 pub use super::{answers::is_refusal, drain::Drain};
 
@@ -182,6 +182,8 @@ impl Relay {
     ///
     /// The server's GOAWAY is malformed.
     pub fn server_bytes(&mut self, mut input: &[u8], out: &mut Output) -> Result<(), ConnectionError> {
+        // Nearly all of it passes.
+        out.to_client.reserve(input.len());
         loop {
             self.flush(out);
             match self.server.scanner.step(&mut input) {
@@ -286,7 +288,7 @@ impl Relay {
         self.glitches.take()
     }
 
-    /// The user agent of the first request that brought one, once: [`policy::MAX_USER_AGENT`] octets of it at most.
+    /// The user agent of the first request that brought one, once: [`rewrite::MAX_USER_AGENT`] octets of it at most.
     pub fn take_user_agent(&mut self) -> Option<String> {
         match &mut self.user_agent {
             UserAgent::Seen(text) => {
@@ -352,7 +354,7 @@ impl Relay {
                 self.server.bound_own()
             }
             // A server that has forgotten the stream would take it for a request.
-            Standing::Closed if request::has_pseudo(&list) => {
+            Standing::Closed if messages::has_pseudo(&list) => {
                 Err(ConnectionError::protocol("a request on a stream that was used before"))
             }
             // Trailers that crossed a reset.
@@ -364,7 +366,7 @@ impl Relay {
     }
 
     fn request(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
-        if request::check_request(list).is_err() {
+        if messages::check_request(list).is_err() {
             self.glitches.refused();
             self.streams.refuse(block.stream);
             frame::write_reset(block.stream, ErrorCode::ProtocolError, self.server.own());
@@ -397,19 +399,19 @@ impl Relay {
         if matches!(self.user_agent, UserAgent::Unknown)
             && let Some(value) = list.get(b"user-agent")
         {
-            self.user_agent = UserAgent::Seen(policy::user_agent(value));
+            self.user_agent = UserAgent::Seen(rewrite::user_agent(value));
         }
         let policy = &self.policy;
         self.client.encode(
             block,
             self.server.allowed.table,
-            |encoder, out| request::write_request(list, policy, rewrite, encoder, out),
+            |encoder, out| messages::write_request(list, policy, rewrite, encoder, out),
             &mut out.to_server,
         )
     }
 
     fn trailers(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
-        if !block.end_stream || list.is_cut() || request::check_trailers(list).is_err() {
+        if !block.end_stream || list.is_cut() || messages::check_trailers(list).is_err() {
             self.reset(block.stream, ErrorCode::ProtocolError, out);
             return self.server.bound_own();
         }
@@ -418,7 +420,7 @@ impl Relay {
         self.client.encode(
             block,
             self.server.allowed.table,
-            |encoder, out| request::write_trailers(list, policy, encoder, out),
+            |encoder, out| messages::write_trailers(list, policy, encoder, out),
             &mut out.to_server,
         )
     }
@@ -457,7 +459,7 @@ impl Relay {
     fn server_header(&mut self, header: FrameHeader, out: &mut Output) {
         self.work += FRAME;
         if header.kind == kind::DATA {
-            self.glitches.data();
+            self.glitches.data(header.length);
         }
         let withheld = header.length <= MAX_CONTROL_PAYLOAD && self.server.is_withheld(header);
         if !withheld {

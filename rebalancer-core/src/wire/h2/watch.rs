@@ -16,6 +16,10 @@ pub struct Watch {
 impl Watch {
     /// Reads a request's `:method` and `:path`; `None` when it is no watch.
     pub fn of(method: &[u8], target: &[u8]) -> Option<Self> {
+        // Most requests are none, and do not have the word at all, in letters or escaped.
+        if !target.contains(&b'%') && !target.windows(5).any(|word| word == b"watch") {
+            return None;
+        }
         let target = without_authority(target);
         let (path, query) = match target.iter().position(|octet| *octet == b'?') {
             Some(at) => (&target[..at], &target[at + 1..]),

@@ -7,13 +7,13 @@
 //! Must never name a certificate good that Go refuses.
 
 mod certificate;
+mod certificate_policies;
 mod constraints;
 mod der;
 mod extension;
 mod key;
 mod name;
 mod path;
-mod policy;
 mod uri;
 
 pub use certificate::{Certificate, Malformed};

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Crypto, certificate::Certificate, extension::KEY_CERT_SIGN, policy};
+use super::{Crypto, certificate::Certificate, certificate_policies, extension::KEY_CERT_SIGN};
 
 /// How many candidates are tried in one search (verify.go, `maxChainSignatureChecks`).
 pub const MAX_SIGNATURES: usize = 100;
@@ -267,7 +267,7 @@ pub fn verify(
     let good = search
         .found
         .iter()
-        .filter(|chain| policy::are_valid(chain) && is_for(purpose, chain) && keeps_names(chain));
+        .filter(|chain| certificate_policies::are_valid(chain) && is_for(purpose, chain) && keeps_names(chain));
     let ends = good.filter_map(|chain| chain.iter().map(|certificate| certificate.not_after).min());
     let until = ends.max().ok_or(Refused::NotAllowed)?;
     debug_assert!(now <= i128::from(until) * SECOND, "a path that is over was taken");

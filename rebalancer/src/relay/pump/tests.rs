@@ -12,10 +12,12 @@ use std::{
     task::{Wake, Waker},
 };
 
-use rebalancer_core::wire::h2::{
-    frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
-    policy::Policy,
-    relay::Settings,
+use rebalancer_core::wire::{
+    h2::{
+        frame::{FrameHeader, HEADER_LEN, PREFACE, flag, kind},
+        relay::Settings,
+    },
+    rewrite::Policy,
 };
 
 use super::*;

@@ -5,8 +5,8 @@
 //! Must never believe a certificate longer than the path that vouched for it lasts.
 
 mod aws_lc;
-mod client;
-mod server;
+mod client_certificates;
+mod server_certificates;
 
 use std::{
     path::Path,
@@ -22,8 +22,8 @@ use rebalancer_core::wire::x509::{Certificate, Pool, Purpose, Refused, verify};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 pub use aws_lc::AwsLc;
-pub use client::ClientCertificates;
-pub use server::ServerCertificates;
+pub use client_certificates::ClientCertificates;
+pub use server_certificates::ServerCertificates;
 
 use super::{
     identity::{Claim, Identity},

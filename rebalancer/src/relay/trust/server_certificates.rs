@@ -14,7 +14,7 @@ use rustls::{
 
 use super::{
     AwsLc,
-    client::{MAX_RSA_BITS, SCHEMES, check, scheme},
+    client_certificates::{MAX_RSA_BITS, SCHEMES, check, scheme},
 };
 
 /// Judges by the authorities of `--upstream-ca`.

@@ -1,4 +1,4 @@
-//! What goes on of a request's head: the writer of [`crate::wire::h2::policy`] for HTTP/1.1.
+//! What goes on of a request's head: the writer of [`crate::wire::rewrite`] for HTTP/1.1.
 //!
 //! Input: a head that [`super::head::Finder`] found, and the policy. Output: the head that goes on, or why none does.
 //! Must never decide anything about a field itself.
@@ -7,9 +7,9 @@ use super::{
     body::Framing,
     head::{Field, HeadError, RequestHead, write_field},
 };
-use crate::wire::h2::{
-    policy::{Fate, Policy, user_agent},
-    watch::Watch,
+use crate::wire::{
+    h2::watch::Watch,
+    rewrite::{Fate, Policy, user_agent},
 };
 
 /// A request as it goes on.

@@ -6,7 +6,7 @@ use super::{
     error::ConnectionError,
     frame::{self, FrameHeader, PREFACE, flag},
     hpack::{Decoder, Encoder, FieldList},
-    request::Allowance,
+    messages::Allowance,
     scan::{Scanner, Step, take},
 };
 

@@ -20,6 +20,8 @@ pub struct IdentityNames {
     usernames: Vec<String>,
     exact: Vec<Box<[u8]>>,
     prefixes: Vec<Box<[u8]>>,
+    /// Which octets any of these begins with, in either case: most fields' names do not.
+    firsts: [u64; 4],
 }
 
 impl Default for IdentityNames {
@@ -42,15 +44,35 @@ impl IdentityNames {
             .iter()
             .map(|name| lower(name))
             .chain(exact.into_iter().map(lower));
+        let exact: Vec<Box<[u8]>> = whole.collect();
+        let prefixes: Vec<Box<[u8]>> = prefixes.into_iter().map(lower).collect();
+        let mut firsts = [0; 4];
+        for name in exact.iter().chain(&prefixes) {
+            match name.first() {
+                Some(first) => {
+                    for octet in [*first, first.to_ascii_uppercase()] {
+                        firsts[usize::from(octet / 64)] |= 1 << (octet % 64);
+                    }
+                }
+                // Any name begins with nothing.
+                None => firsts = [u64::MAX; 4],
+            }
+        }
         Self {
-            exact: whole.collect(),
-            prefixes: prefixes.into_iter().map(lower).collect(),
+            exact,
+            prefixes,
+            firsts,
             usernames,
         }
     }
 
     /// Whether a field of that name says who asks. The apiserver compares names without regard to case.
     pub fn covers(&self, name: &[u8]) -> bool {
+        let may = |first: &u8| self.firsts[usize::from(first / 64)] & 1 << (first % 64) != 0;
+        name.first().is_none_or(may) && self.covers_whole(name)
+    }
+
+    fn covers_whole(&self, name: &[u8]) -> bool {
         self.exact.iter().any(|exact| exact.eq_ignore_ascii_case(name))
             || self.prefixes.iter().any(|prefix| {
                 name.get(..prefix.len())
@@ -78,7 +100,8 @@ pub struct Policy {
     /// The client is a front proxy itself: it names the user, with each request.
     is_proxy: bool,
     unless_token: Option<Cow<'static, str>>,
-    client: IpAddr,
+    /// Its address, as it is written.
+    client: Box<[u8]>,
 }
 
 impl Policy {
@@ -89,7 +112,7 @@ impl Policy {
             identity: Box::default(),
             is_proxy: false,
             unless_token: None,
-            client: client.to_canonical(),
+            client: client.to_canonical().to_string().into_bytes().into_boxed_slice(),
         }
     }
 
@@ -152,18 +175,21 @@ impl Policy {
 
     /// The value of the one `x-forwarded-for` a request goes on with: what came, and the client's address, the way a
     /// reverse proxy does.
-    pub fn forwarded_for<'a>(&self, came: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+    pub fn forwarded_for<'a>(&self, came: impl Iterator<Item = &'a [u8]>) -> Cow<'_, [u8]> {
         let mut chain = Vec::new();
         for value in came {
             chain.extend_from_slice(value);
             chain.extend_from_slice(b", ");
         }
-        chain.extend_from_slice(self.client.to_string().as_bytes());
-        chain
+        if chain.is_empty() {
+            return Cow::Borrowed(&self.client);
+        }
+        chain.extend_from_slice(&self.client);
+        Cow::Owned(chain)
     }
 
     /// How many octets its additions count for in a header list, 32 for each field included (RFC 9113, section 6.5.2).
-    pub(super) fn size(&self) -> usize {
+    pub(in crate::wire) fn size(&self) -> usize {
         let fields = self.identity.iter().map(|(name, value)| name.len() + value.len() + 32);
         // An address has 39 octets at most.
         fields.sum::<usize>() + self.unless_token.as_ref().map_or(0, |value| value.len() + 45) + 96
@@ -279,9 +305,15 @@ mod tests {
         for name in ["x-auth-user", "X-AUTH-GROUP", "x-auth-extra-scopes"] {
             assert_eq!(fate(name), Fate::Removed, "{name}");
         }
-        for name in ["x-auth-users", "x-auth-extra", "x-remote-user"] {
+        for name in ["x-auth-users", "x-auth-extra", "x-remote-user", ""] {
             assert_eq!(fate(name), Fate::Passes, "{name}");
         }
+        let names = IdentityNames::new(["X-Auth-User"], ["_group"], [""]);
+        assert!(
+            ["x-auth-user", "", "accept", "\u{ff}"]
+                .iter()
+                .all(|name| names.covers(name.as_bytes()))
+        );
     }
 
     #[test]
@@ -318,8 +350,8 @@ mod tests {
         let policy = Policy::new(Arc::default(), "::ffff:192.0.2.7".parse().expect("an address"));
         let came = [&b"10.9.9.9"[..], b"10.8.8.8, 10.7.7.7"];
         let chain = policy.forwarded_for(came.into_iter());
-        assert_eq!(chain, b"10.9.9.9, 10.8.8.8, 10.7.7.7, 192.0.2.7");
-        assert_eq!(policy.forwarded_for([].into_iter()), b"192.0.2.7");
+        assert_eq!(*chain, *b"10.9.9.9, 10.8.8.8, 10.7.7.7, 192.0.2.7");
+        assert_eq!(*policy.forwarded_for([].into_iter()), *b"192.0.2.7");
     }
 
     #[test]
