@@ -162,12 +162,14 @@ pub enum Hold {
         /// Clients told that have not landed anywhere yet.
         in_transit: u64,
     },
-    /// This apiserver just (re)started, or is down.
+    /// An apiserver just (re)started, is down, or answers too late.
     ApiserverStarting {
         /// Which.
         apiserver: ApiserverName,
-        /// For how long it is up; `None` while it is down.
+        /// For how long it is up; `None` while it is down, or not ready.
         up: Option<Duration>,
+        /// Its connections: one that is down has none, one that answers too late has.
+        connections: u64,
     },
     /// Kernel events were lost and the complete list has not come yet.
     LostEvents {
@@ -356,13 +358,28 @@ impl fmt::Display for Hold {
             Self::ApiserverStarting {
                 apiserver,
                 up: Some(up),
+                connections: _,
             } => {
                 write!(f, "apiserver {apiserver} is up for {:.1} s only", up.as_secs_f64())
             }
-            Self::ApiserverStarting { apiserver, up: None } => {
+            Self::ApiserverStarting {
+                apiserver,
+                up: None,
+                connections: 0,
+            } => {
                 write!(
                     f,
                     "apiserver {apiserver} is down, or its clients are still looking for another"
+                )
+            }
+            Self::ApiserverStarting {
+                apiserver,
+                up: None,
+                connections,
+            } => {
+                write!(
+                    f,
+                    "apiserver {apiserver} is not ready, with {connections} clients connected: it is overloaded, or about to end"
                 )
             }
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),

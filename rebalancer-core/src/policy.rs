@@ -180,8 +180,8 @@ impl Policy {
         }
     }
 
-    /// A connection counts, as load and as a landing, from that age on at the latest: health checks and short calls are over by
-    /// then. From a third of it where there are none (`table/young.rs`).
+    /// A connection counts, as load and as a landing, from that age on: health checks and short calls are over by then. From a
+    /// third of it where there are none, and from an interval on where calls are seen to last longer (`table/young.rs`).
     ///
     /// One age for both, or a client that has landed would be load and still on its way; by age and not by sample, so that
     /// all agents begin to count what came at once at once; and no longer than clients may take to land, or the plan would

@@ -89,7 +89,7 @@ pub struct ShimConnection {
     pub age: Option<Duration>,
     /// The user, where the shim sees it.
     pub user: Option<String>,
-    /// The user agent of its last request.
+    /// The user agent of a request; the first that is heard counts.
     pub user_agent: Option<String>,
     /// Its figures.
     pub counters: Counters,

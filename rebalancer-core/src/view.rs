@@ -413,9 +413,11 @@ impl Peers {
                 });
             }
             if peer.down_since.is_some_and(|since| now.since(since) < settle) {
+                let snapshot = peer.snapshot.as_ref();
                 return Some(Hold::ApiserverStarting {
                     apiserver: name.clone(),
                     up: None,
+                    connections: snapshot.map_or(0, |(_, snapshot)| snapshot.connections),
                 });
             }
         }

@@ -35,9 +35,14 @@ const POLL: u64 = 500;
 const EXPLANATIONS: usize = 8;
 
 impl World<'_> {
+    /// What an apiserver's agent takes for the time.
+    pub(crate) fn clock(&self, server: usize) -> Timestamp {
+        self.nodes[server].clock.at(self.now)
+    }
+
     /// An agent ends and is started again at once, with what it wrote down.
     pub(crate) fn restart_agent(&mut self, server: usize) {
-        let now = Timestamp::from_millis(self.now);
+        let now = self.clock(server);
         if let Some(agent) = &self.nodes[server].agent {
             let memory = agent.memory(now);
             self.start_agent_with(server, &memory);
@@ -86,8 +91,8 @@ impl World<'_> {
         } else {
             0
         };
-        let now = Timestamp::from_millis(self.now);
-        let start = Timestamp::from_millis(self.now - phase);
+        let now = self.clock(server);
+        let start = now.back(Duration::from_millis(phase));
         let mut agent = Agent::with_memory(policy, self.instances, start, memory, Duration::ZERO);
         if role == Role::Paused {
             let pause = Command::Pause {
@@ -147,6 +152,7 @@ impl World<'_> {
     fn poll_in(&mut self, server: usize, wait: u64) {
         self.nodes[server].poll += 1;
         let wish = self.nodes[server].poll;
+        let wait = self.nodes[server].clock.takes(wait);
         self.at(self.now + wait, Event::Poll(server, wish));
     }
 
@@ -154,7 +160,6 @@ impl World<'_> {
         if self.nodes[server].poll != wish || self.nodes[server].agent.is_none() {
             return;
         }
-        let now = Timestamp::from_millis(self.now);
         let mut busy = false;
         for peer in 0..self.nodes.len() {
             let Some(agent) = &self.nodes[peer].agent else {
@@ -170,7 +175,7 @@ impl World<'_> {
             let answer = if apart || silent || (self.loss > 0.0 && self.random.chance(self.loss)) {
                 Err(PeerFault::Unreachable("no answer".to_owned()))
             } else {
-                let snapshot = agent.snapshot(now);
+                let snapshot = agent.snapshot(self.clock(peer));
                 busy |= snapshot.in_transit > 0 || snapshot.rebalancing;
                 Ok(snapshot)
             };
@@ -197,8 +202,7 @@ impl World<'_> {
     /// Whether no agent has a plan in flight or takes part in a rebalancing, and every agent knows it of the others: one
     /// that does not may still join.
     pub(crate) fn agents_are_done(&self) -> bool {
-        let now = Timestamp::from_millis(self.now);
-        let is_done = |agent: &Agent| {
+        let is_done = |(agent, now): (&Agent, Timestamp)| {
             let own = agent.snapshot(now);
             // Most are not done by themselves: a view is made for the others only.
             if own.plan_in_flight || own.rebalancing {
@@ -209,11 +213,15 @@ impl World<'_> {
             let mut entries = view.entries.values();
             entries.all(|entry| !entry.snapshot.rebalancing || entry.age > limit)
         };
-        self.nodes.iter().all(|node| node.agent.as_ref().is_none_or(is_done))
+        let mut agents = self
+            .nodes
+            .iter()
+            .filter_map(|node| Some((node.agent.as_ref()?, node.clock.at(self.now))));
+        agents.all(is_done)
     }
 
     fn tell(&mut self, server: usize, input: Input) {
-        let now = Timestamp::from_millis(self.now);
+        let now = self.clock(server);
         let Some(agent) = &mut self.nodes[server].agent else {
             return;
         };
@@ -269,7 +277,10 @@ impl World<'_> {
         let paced = decision.victims.iter().map(cost).sum::<f64>() / agent.goaway_rate();
         let policy = agent.policy();
         let waits = Abilities::default().order_expiry * 2 + policy.settle + policy.interval * 2;
-        millis(2.0 * paced) + waits.as_millis() as u64
+        // By its own clock.
+        self.nodes[server]
+            .clock
+            .takes(millis(2.0 * paced) + waits.as_millis() as u64)
     }
 
     /// A plan has ended, or its agent has.
@@ -300,11 +311,11 @@ impl World<'_> {
         }
     }
 
-    fn schedule(&mut self, server: usize, now: Timestamp) {
+    pub(crate) fn schedule(&mut self, server: usize, now: Timestamp) {
         let Some(agent) = &self.nodes[server].agent else {
             return;
         };
-        let at = agent.next_wakeup(now).as_millis().max(self.now);
+        let at = self.nodes[server].clock.when(agent.next_wakeup(now)).max(self.now);
         let (wish, planned) = self.nodes[server].wake;
         if at < planned {
             self.nodes[server].wake = (wish + 1, at);

@@ -55,6 +55,13 @@ impl World<'_> {
             Incident::Install(server) => self.nodes[*server].release += 1,
             Incident::RestartAgent(server) => self.restart_agent(*server),
             Incident::ReplaceRelay(server) => self.replace_relay(*server),
+            Incident::Slew(server, ppm) => {
+                self.nodes[*server].clock.slew(*ppm, self.now);
+                // What it wakes for is at another instant now.
+                self.nodes[*server].wake.1 = u64::MAX;
+                let now = self.clock(*server);
+                self.schedule(*server, now);
+            }
             Incident::Freeze(server, length) => {
                 let length = length.as_millis() as u64;
                 self.nodes[*server].frozen_until = self.now + length;

@@ -7,6 +7,7 @@
 
 mod agents;
 pub mod balancer;
+mod clock;
 pub mod figures;
 mod gauge;
 mod incidents;
@@ -16,6 +17,7 @@ mod queue;
 mod random;
 pub mod scenario;
 pub mod setup;
+mod strangers;
 mod world;
 
 pub use world::simulate;

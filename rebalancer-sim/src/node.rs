@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use crate::clock::Clock;
 use rebalancer_core::{
     agent::{Agent, Input},
     ids::{ApiserverName, ConnectionId, Protocol},
@@ -85,6 +86,8 @@ pub struct Node {
     pub listener: u64,
     /// Counts its releases.
     pub release: u32,
+    /// What its agent takes for the time.
+    pub clock: Clock,
     /// Until when the agent stands still.
     pub frozen_until: u64,
     /// The newest wake-up that counts, and for when it is.
@@ -125,8 +128,9 @@ pub fn index_of(id: ConnectionId) -> usize {
 
 impl Node {
     /// An apiserver without connections.
-    pub fn new(index: usize) -> Self {
+    pub fn new(index: usize, clock: Clock) -> Self {
         Self {
+            clock,
             name: ApiserverName::new(format!("cp-{}", index + 1)),
             up: true,
             member: true,
@@ -251,7 +255,12 @@ impl Node {
         let told = changed
             .iter()
             .filter(|index| **index >= self.relay.1 && is_told(&connections[**index]))
-            .map(|index| shown(*index, &connections[*index], identities, now));
+            .map(|index| {
+                let connection = &connections[*index];
+                // A relay is on the same node, and goes by the same clock.
+                let age = self.clock.at(now).since(self.clock.at(connection.opened_at));
+                shown(*index, connection, identities, age)
+            });
         news.push(Input::Shim(ShimReport {
             instance: self.relay(),
             full: !self.greeted,
@@ -326,7 +335,7 @@ fn remote(index: usize, connection: &Connection) -> SocketAddr {
     address(connection.client.min(0x3f_ffff), index)
 }
 
-fn shown(index: usize, connection: &Connection, identities: Option<&[Identity]>, now: u64) -> ShimConnection {
+fn shown(index: usize, connection: &Connection, identities: Option<&[Identity]>, age: Duration) -> ShimConnection {
     let identity = identities.and_then(|identities| identities.get(connection.client));
     ShimConnection {
         id: id_of(index),
@@ -338,7 +347,7 @@ fn shown(index: usize, connection: &Connection, identities: Option<&[Identity]>,
             Life::Active => ConnectionState::Active,
             Life::Draining | Life::Closed => ConnectionState::Draining,
         },
-        age: Some(Duration::from_millis(now - connection.opened_at)),
+        age: Some(age),
         user: identity.map(|identity| identity.user.clone()),
         user_agent: identity.map(|identity| identity.user_agent.clone()),
         counters: counters(connection),

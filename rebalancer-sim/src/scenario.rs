@@ -26,7 +26,7 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const SCENARIOS: [Scenario; 26] = [
+pub const SCENARIOS: [Scenario; 27] = [
     Scenario {
         name: "restart",
         about: "300 clients; one of three apiservers dies and comes back empty",
@@ -91,6 +91,11 @@ pub const SCENARIOS: [Scenario; 26] = [
         name: "clock-trouble",
         about: "an agent stands still for a minute in the middle of a rebalancing, then sees the time pass at once",
         build: clock_trouble,
+    },
+    Scenario {
+        name: "slewed-clocks",
+        about: "a restart while NTP slews the nodes' clocks, which differ: 500 ppm fast, 500 slow, and 83,333 from its middle on",
+        build: slewed_clocks,
     },
     Scenario {
         name: "steady",
@@ -184,6 +189,7 @@ fn cluster(groups: Vec<Group>, balancer: LoadBalancer, length: Duration) -> Setu
         admission: Admission::default(),
         strangers: Strangers::default(),
         roles: Vec::new(),
+        clocks: Vec::new(),
         horizon: Horizon::Fixed(length),
         policy: default_policy(),
         churn_per_hour: 0.0,
@@ -353,6 +359,17 @@ fn clock_trouble() -> Setup {
     setup
         .incidents
         .push((Duration::from_secs(110), Incident::Freeze(0, minutes(1))));
+    setup
+}
+
+fn slewed_clocks() -> Setup {
+    let mut setup = restart();
+    setup.clocks = vec![500, -500, 0];
+    for (server, ppm) in [(0, 83_333), (1, -83_333)] {
+        setup
+            .incidents
+            .push((Duration::from_secs(104), Incident::Slew(server, ppm)));
+    }
     setup
 }
 

@@ -7,7 +7,7 @@ use std::{fmt, time::Duration};
 
 use rebalancer_core::policy::Policy;
 
-use crate::{balancer::LoadBalancer, random::Random};
+use crate::{balancer::LoadBalancer, clock::pace, random::Random};
 
 /// How a figure differs from client to client.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,6 +109,8 @@ pub enum Incident {
     RestartAgent(usize),
     /// The relay of one apiserver hands over to a new one: its connections drain, and the new one does not list them.
     ReplaceRelay(usize),
+    /// The clock of one apiserver's node runs fast, or slow where it is below 0, by so many parts of a million from now on.
+    Slew(usize, i32),
     /// The agent of one apiserver stands still (a suspended machine, a clock that jumps): it sees the time pass at once.
     Freeze(usize, Duration),
 }
@@ -205,6 +207,9 @@ pub struct Setup {
     pub strangers: Strangers,
     /// What each agent does; those that are not named are active.
     pub roles: Vec<Role>,
+    /// How much each node's clock runs fast, or slow, in parts of a million; they show different times then. All are right and
+    /// alike where none is named.
+    pub clocks: Vec<i32>,
     /// What the agents are told; node and peers are filled in.
     pub policy: Policy,
     /// Clients that restart an hour, as a share of all: churn.
@@ -228,6 +233,7 @@ impl Setup {
             admission: Admission::default(),
             strangers: Strangers::default(),
             roles: Vec::new(),
+            clocks: Vec::new(),
             horizon: Horizon::Balanced {
                 limit: Duration::from_secs(7_200),
                 after: Duration::from_secs(3_600),
@@ -237,5 +243,17 @@ impl Setup {
             identities: false,
             sample: None,
         }
+    }
+
+    /// The paces of the slowest and of the fastest clock that any node ever has.
+    pub fn paces(&self) -> (f64, f64) {
+        let slewed = self.incidents.iter().filter_map(|(_, one)| match one {
+            Incident::Slew(_, ppm) => Some(*ppm),
+            _ => None,
+        });
+        let paces = self.clocks.iter().copied().chain(slewed).map(pace);
+        paces.fold((1.0, 1.0), |(slowest, fastest), pace| {
+            (pace.min(slowest), pace.max(fastest))
+        })
     }
 }

@@ -14,6 +14,7 @@ use rebalancer_core::policy::Weight;
 
 use crate::{
     balancer::{Backend, Balancer},
+    clock::Clock,
     figures::{Mark, Run},
     node::{Connection, Identity, Life, Node, STRANGER},
     queue::{Event, Queue},
@@ -23,6 +24,9 @@ use crate::{
 
 /// The start on the run's clock, in milliseconds: connections may be older than the run.
 pub(crate) const START: u64 = 7_200_000;
+
+/// Clocks that are not alike are so far apart, in milliseconds.
+const APART: u64 = 1_000_003;
 
 /// Seconds of work that a watch costs when it starts: it takes a seat until its first events are sent.
 const WATCH_START: f64 = 0.005;
@@ -97,7 +101,17 @@ pub(crate) fn millis(seconds: f64) -> u64 {
 
 impl<'a> World<'a> {
     fn new(setup: &'a Setup, contender: Contender, seed: u64) -> Self {
-        let mut nodes: Vec<Node> = (0..setup.apiservers).map(Node::new).collect();
+        let node = |index: usize| {
+            let ahead = if setup.clocks.is_empty() {
+                0
+            } else {
+                index as u64 * APART
+            };
+            let mut clock = Clock::new(ahead, START);
+            clock.slew(setup.clocks.get(index).copied().unwrap_or(0), START);
+            Node::new(index, clock)
+        };
+        let mut nodes: Vec<Node> = (0..setup.apiservers).map(node).collect();
         if !setup.members.is_empty() {
             for (index, node) in nodes.iter_mut().enumerate() {
                 node.member = setup.members.contains(&index);
@@ -186,45 +200,7 @@ impl<'a> World<'a> {
         self.measure();
     }
 
-    fn plan_call(&mut self, server: Option<usize>, rate: f64) {
-        if rate > 0.0 {
-            let wait = self.random.wait(rate);
-            self.at(self.now + millis(wait), Event::Call(server));
-        }
-    }
-
-    /// A connection that is no client's, and soon gone.
-    fn call(&mut self, server: Option<usize>) {
-        let (rate, life) = match server {
-            Some(_) => (self.setup.strangers.probes, self.random.uniform(0.005, 0.05)),
-            None => (self.setup.strangers.calls, self.random.uniform(0.05, 3.0)),
-        };
-        self.plan_call(server, rate);
-        let backends = self.backends();
-        let chosen = match server {
-            Some(server) => backends[server].up.then_some(server),
-            None => self
-                .balancer
-                .pick(STRANGER, None, self.connections.len() as u64, &backends),
-        };
-        let Some(at) = chosen else { return };
-        let index = self.connections.len();
-        self.open(Connection {
-            client: STRANGER,
-            node_local: server.is_some(),
-            server: at,
-            opened_at: self.now,
-            life: Life::Active,
-            watches: 0,
-            requests: 0.0,
-            counted_at: self.now,
-            position: self.nodes[at].open.len(),
-        });
-        self.at(self.now + millis(life), Event::Close(index));
-        self.news(at);
-    }
-
-    fn open(&mut self, connection: Connection) {
+    pub(crate) fn open(&mut self, connection: Connection) {
         let (index, server) = (self.connections.len(), connection.server);
         self.nodes[server].open.push(index);
         self.nodes[server].active += 1;
@@ -235,7 +211,7 @@ impl<'a> World<'a> {
     }
 
     /// What the load balancer sees of the apiservers.
-    fn backends(&self) -> Vec<Backend> {
+    pub(crate) fn backends(&self) -> Vec<Backend> {
         let lag = self.setup.admission.lag.as_millis() as u64;
         let slow = self.setup.admission.slow_start.as_millis() as u64;
         let backend = |node: &Node| {

@@ -127,6 +127,12 @@ pub fn since_boot() -> Duration {
     clock(libc::CLOCK_BOOTTIME)
 }
 
+/// Names this boot of the machine (random(4)); empty where it cannot be read.
+pub fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
 fn clock(which: libc::clockid_t) -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the pointer is to a timespec that lives through the call; both clocks exist on every Linux.

@@ -356,3 +356,101 @@ fn share_out(all: u64, balance: &Balance, own: &ApiserverName) -> u64 {
     let round = |sum: f64| (all as f64 * sum / balance.surplus.max(f64::MIN_POSITIVE) + 0.5).floor() as u64;
     round(at).saturating_sub(round(before))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{planner::Transit, policy::Policy, rho::Rho};
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000);
+
+    fn name(index: usize) -> ApiserverName {
+        ApiserverName::new(format!("n{index}"))
+    }
+
+    fn agent(index: usize) -> Agent {
+        let mut policy = Policy::new(name(index), BTreeSet::new());
+        policy.shim = ShimKind::Relay;
+        Agent::new(policy, 1, NOW)
+    }
+
+    /// Apiservers with so many connections, each of which refused so many requests.
+    fn view(servers: &[(u64, u64)]) -> View {
+        let entry = |(index, (connections, refused)): (usize, &(u64, u64))| {
+            let snapshot = Snapshot {
+                state: ServerState::Ready,
+                part: crate::view::Part::Acts,
+                connections: *connections,
+                load: *connections as f64,
+                refused: *refused,
+                ..agent(index).snapshot(NOW)
+            };
+            let age = Duration::ZERO;
+            (name(index), Entry { snapshot, age })
+        };
+        View {
+            entries: servers.iter().enumerate().map(entry).collect(),
+        }
+    }
+
+    fn balance(view: &View, own: usize) -> Balance {
+        let policy = Policy::new(name(own), BTreeSet::new());
+        planner::balance(
+            view,
+            &policy,
+            &Rho::default(),
+            &planner::Spread::default(),
+            Transit::default(),
+        )
+    }
+
+    /// What overloads donors is often just what is to be mended: a recipient is compared with them, connection by connection.
+    #[test]
+    fn a_recipient_is_stressed_by_what_it_refuses_more_than_the_donors() {
+        for (servers, stressed) in [
+            (&[(500, 0), (500, 0), (100, 10)][..], None),
+            (&[(500, 0), (500, 0), (100, 11)], Some((2, 11, 10))),
+            (&[(500, 500), (500, 500), (100, 11)], None),
+            (&[(500, 500), (500, 500), (100, 150)], None),
+            (&[(500, 500), (500, 500), (100, 151)], Some((2, 151, 150))),
+            // One that is overloaded and has too many is to lose them.
+            (&[(900, 5_000), (100, 0), (100, 0)], None),
+            // A cluster where all refuse all the time.
+            (&[(500, 5_000), (500, 5_000), (400, 4_000)], None),
+        ] {
+            let view = view(servers);
+            let hold = agent(0).stressed(&view, &balance(&view, 0));
+            let found = hold.map(|hold| match hold {
+                Hold::RecipientsStressed {
+                    apiserver,
+                    refused,
+                    limit,
+                } => (apiserver, refused, limit),
+                other => panic!("{other:?}"),
+            });
+            let expected = stressed.map(|(index, refused, limit)| (name(index), refused, limit));
+            assert_eq!(found, expected, "{servers:?}");
+        }
+    }
+
+    #[test]
+    fn the_parts_of_a_probe_add_up_whoever_reckons() {
+        for loads in [[500, 500, 0], [1_054, 81, 518], [908, 672, 77], [40, 31, 1], [7, 5, 0]] {
+            let view = view(&loads.map(|load| (load, 0)));
+            let all = probe_of_all(&balance(&view, 0));
+            let parts: Vec<u64> = (0..3)
+                .map(|own| {
+                    let balance = balance(&view, own);
+                    if balance.donors.contains(&name(own)) {
+                        share_out(all, &balance, &name(own))
+                    } else {
+                        0
+                    }
+                })
+                .collect();
+            assert_eq!(parts.iter().sum::<u64>(), all, "{loads:?}: {parts:?}");
+        }
+    }
+}

@@ -48,6 +48,7 @@ impl Agent {
         if let Some(why) = self.peers.doubt() {
             return Some(Hold::MembershipUnknown { why: why.to_owned() });
         }
+        let connections = self.table.active() as u64;
         match self.state(now) {
             // One that is evacuated has its hold above.
             ServerState::Ready | ServerState::Evacuating => {}
@@ -55,6 +56,7 @@ impl Agent {
                 return Some(Hold::ApiserverStarting {
                     apiserver: self.policy.node.clone(),
                     up: None,
+                    connections,
                 });
             }
             ServerState::Starting | ServerState::Unknown => {
@@ -62,6 +64,7 @@ impl Agent {
                 return Some(Hold::ApiserverStarting {
                     apiserver: self.policy.node.clone(),
                     up,
+                    connections,
                 });
             }
         }

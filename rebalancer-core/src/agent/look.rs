@@ -42,7 +42,7 @@ impl Agent {
         let figures = self.motion.figures();
         let moves = self
             .motion
-            .look(&view, apiservers, self.policy.settle + self.policy.stays_after(), now);
+            .look(&view, apiservers, self.policy.settle + self.table.old_enough(), now);
         self.memory_changes += u64::from(figures != self.motion.figures());
         self.compare_ready(&view, now);
         self.compare_releases(&view, now);

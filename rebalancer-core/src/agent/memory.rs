@@ -16,8 +16,8 @@ use crate::{
 /// Decision ids are written down in steps of so many, so that not every decision is a write.
 const STEP: u64 = 1_000;
 
-/// So many connections of a relay that handed over are remembered; of the others a restart takes those for active ones that
-/// still drain.
+/// So many draining connections are remembered; of the others a restart takes those for active ones of which no shim says that
+/// they drain.
 const DRAINING: usize = 65_536;
 
 /// What is remembered.
@@ -37,7 +37,7 @@ pub struct Memory {
     pub next_decision: u64,
     /// Clients in transit.
     pub transit: RememberedTransit,
-    /// Connections that drain with a relay which has handed over: the one that serves now does not know them.
+    /// Connections that drain. Who serves now may not know it: a relay that has handed over has them, or a probe told them.
     pub draining: Vec<ConnectionId>,
 }
 
@@ -109,7 +109,7 @@ impl Agent {
             );
         }
         agent.ramp = Ramp::resumed(&memory.tries, down, now);
-        agent.table.left_before(&memory.draining);
+        agent.table.drained_before(&memory.draining);
         agent.next_id = memory.next_decision.max(1);
         let RememberedTransit {
             told,
@@ -135,7 +135,7 @@ impl Agent {
             evacuation: self.remembered_evacuation(now),
             cooldowns: self.cooldowns.resting(now),
             tries: self.ramp.remembered(now),
-            draining: self.table.left().take(DRAINING).collect(),
+            draining: self.table.drains().rev().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,
             transit: RememberedTransit {
                 told,

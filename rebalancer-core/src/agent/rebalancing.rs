@@ -213,3 +213,159 @@ impl Course {
         (ALLOWANCE * self.needed(rho) - self.told as f64).max(0.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOTHING_TO_SEE: Signs = Signs {
+        starts: false,
+        is_unfinished: false,
+        is_moving: false,
+        others: false,
+        is_landing: false,
+    };
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_millis(1_000 * seconds)
+    }
+
+    /// Apiservers of those loads, the target 3 % above the mean; the first is this agent's.
+    fn balance(loads: &[f64]) -> Balance {
+        let mean = loads.iter().sum::<f64>() / loads.len() as f64;
+        let target = 1.03 * mean;
+        let server = |(index, load): (usize, &f64)| Server {
+            name: ApiserverName::new(format!("n{index}")),
+            load: *load,
+            expected: *load,
+            connections: *load as u64,
+            fair: 1.0 / loads.len() as f64,
+            target,
+            acts: true,
+        };
+        let servers: Vec<Server> = loads.iter().enumerate().map(server).collect();
+        let donors = servers.iter().filter(|server| server.load > target);
+        Balance {
+            mean,
+            ceiling: target,
+            skew: loads[0] / mean - 1.0,
+            expected_skew: loads[0] / mean - 1.0,
+            largest_skew: loads.iter().fold(0.0, |most: f64, load| most.max(load / mean - 1.0)),
+            noise_floor: 0.0,
+            trigger: 0.1,
+            donors: donors.map(|server| server.name.clone()).collect(),
+            rho: 1.0,
+            surplus: loads.iter().map(|load| (load - target).max(0.0)).sum(),
+            surplus_part: 0.5,
+            needed: 0.0,
+            needed_part: 0.5,
+            quota: 0.0,
+            room: 0.0,
+            largest_quota: 0.0,
+            per_connection: 1.0,
+            servers,
+        }
+    }
+
+    /// One that began at 5 s on (150, 150, 0), and has told so many.
+    fn on(told: u64) -> Rebalancing {
+        let mut rebalancing = Rebalancing::On(Course::begin(&balance(&[150.0, 150.0, 0.0]), at(5)));
+        rebalancing.told(told);
+        rebalancing
+    }
+
+    fn words(rebalancing: &Rebalancing) -> String {
+        match rebalancing {
+            Rebalancing::Off(looks) => format!("off {looks}"),
+            Rebalancing::On(course) => format!("on since {}", course.began.as_millis() / 1_000),
+            Rebalancing::Spent(until) => format!("spent until {}", until.as_millis() / 1_000),
+        }
+    }
+
+    #[test]
+    fn it_begins_goes_on_rests_and_ends() {
+        use Rebalancing::{Off, Spent};
+        let now = at(100);
+        let starts = Signs {
+            starts: true,
+            is_unfinished: true,
+            ..NOTHING_TO_SEE
+        };
+        let unfinished = Signs {
+            is_unfinished: true,
+            ..NOTHING_TO_SEE
+        };
+        let others = Signs {
+            others: true,
+            ..unfinished
+        };
+        let moving = Signs {
+            is_moving: true,
+            ..unfinished
+        };
+        let landing = Signs {
+            is_landing: true,
+            ..NOTHING_TO_SEE
+        };
+        // By an even choice 282 are needed, and a quarter more may be told.
+        let (some, all) = (on(280), on(360));
+        for (before, signs, looks, expected) in [
+            (Off(0), NOTHING_TO_SEE, 1, "off 0"),
+            (Off(0), starts, 1, "on since 100"),
+            (Off(0), starts, 3, "off 1"),
+            (Off(1), starts, 3, "off 2"),
+            (Off(2), starts, 3, "on since 100"),
+            (Off(2), unfinished, 3, "off 0"),
+            (Off(0), others, 1, "on since 100"),
+            (
+                Off(0),
+                Signs {
+                    others: true,
+                    ..NOTHING_TO_SEE
+                },
+                1,
+                "off 0",
+            ),
+            (some.clone(), unfinished, 1, "on since 5"),
+            (some.clone(), landing, 1, "on since 5"),
+            (some.clone(), NOTHING_TO_SEE, 1, "off 0"),
+            (all.clone(), unfinished, 1, "spent until 160"),
+            (all.clone(), starts, 1, "spent until 160"),
+            (all.clone(), moving, 1, "on since 5"),
+            (all, landing, 1, "on since 5"),
+            (Spent(at(101)), starts, 1, "spent until 101"),
+            (Spent(at(101)), others, 1, "spent until 101"),
+            (Spent(at(101)), unfinished, 1, "off 0"),
+            (Spent(at(100)), starts, 1, "on since 100"),
+            (Spent(at(100)), starts, 3, "off 1"),
+            (Spent(at(100)), NOTHING_TO_SEE, 1, "off 0"),
+        ] {
+            let balance = balance(&[120.0, 120.0, 60.0]);
+            let after = before.after(&balance, signs, &Rho::default(), looks, now);
+            assert_eq!(words(&after), expected, "{before:?} {signs:?} {looks}");
+        }
+        // With an apiserver more or less it is another one.
+        for (signs, expected) in [(unfinished, "on since 100"), (landing, "off 0")] {
+            let after = some.after(&balance(&[150.0, 50.0]), signs, &Rho::default(), 1, now);
+            assert_eq!(words(&after), expected, "{signs:?}");
+        }
+    }
+
+    #[test]
+    fn probes_in_vain_cost_nothing_and_who_becomes_a_donor_on_the_way_is_reckoned_with() {
+        let mut rebalancing = on(40);
+        let left = |rebalancing: &Rebalancing| rebalancing.course().expect("it is on").left(&Rho::default());
+        let before = left(&rebalancing);
+        rebalancing.in_vain(40);
+        assert!((left(&rebalancing) - before - 40.0).abs() < 1e-6);
+        let signs = Signs {
+            is_unfinished: true,
+            ..NOTHING_TO_SEE
+        };
+        let mut uneven = balance(&[150.0, 98.0, 52.0]);
+        uneven.servers[1].acts = false;
+        let first = Rebalancing::On(Course::begin(&uneven, at(5)));
+        let joined = first.after(&balance(&[130.0, 110.0, 60.0]), signs, &Rho::default(), 1, at(6));
+        assert!(left(&joined) >= left(&first), "{joined:?}");
+    }
+}

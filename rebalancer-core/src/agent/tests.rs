@@ -1,6 +1,7 @@
 //! Three agents and a load balancer in virtual time: what they do together, and when they stop.
 
 mod evacuation;
+mod orders;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -367,104 +368,6 @@ fn a_preview_names_the_heaviest_of_a_level_load_and_the_log_does_not() {
     }
 }
 
-/// One agent without peers, whose operator had the first of two connections told, by a shim that answered `Pending`.
-fn with_a_pending_victim(at: Timestamp) -> Agent {
-    let mut policy = Policy::new(ApiserverName::new("n"), BTreeSet::new());
-    policy.shim = ShimKind::Steer;
-    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
-    let socket = |id: u64| Socket {
-        id: ConnectionId(id),
-        local: "10.0.0.1:6443".parse().expect("an address"),
-        remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
-        bytes_in: 0,
-        bytes_out: 0,
-    };
-    let sockets = vec![socket(1), socket(2)];
-    let listener = Some(ConnectionId(9));
-    let list = Input::Observations(vec![Observation::Resync { sockets, listener }]);
-    agent.handle(Timestamp::default(), list);
-    let report = ShimReport {
-        abilities: crate::shim::Abilities::AT_REQUEST,
-        ..ShimReport::default()
-    };
-    agent.handle(at, Input::Shim(report));
-    let effects = agent.handle(
-        at,
-        Input::Command(Command::Goaway {
-            connections: vec![ConnectionId(1)],
-            force: true,
-            over: None,
-        }),
-    );
-    let ordered = effects.iter().find_map(|effect| match effect {
-        Effect::SendGoaway(order) => Some(order.victims.clone()),
-        _ => None,
-    });
-    assert_eq!(ordered, Some(vec![ConnectionId(1)]));
-    agent.handle(
-        at,
-        Input::GoawayAnswered(vec![(ConnectionId(1), GoawayResult::Pending)]),
-    );
-    agent
-}
-
-#[test]
-fn an_order_that_is_spread_over_a_time_is_told_evenly() {
-    let mut world = World::new(&[100, 100], Balancer::RoundRobin, |_| {});
-    world.run(60);
-    let connections: Vec<_> = world.sockets[0].keys().take(20).map(|id| ConnectionId(*id)).collect();
-    let before = world.goaways;
-    let order = Command::Goaway {
-        connections,
-        force: false,
-        over: Some(Duration::from_secs(100)),
-    };
-    world.input(0, Input::Command(order));
-    for tenth in 1..=10 {
-        world.run(10);
-        let told = world.goaways - before;
-        assert!(
-            (2 * tenth..=2 * tenth + 1).contains(&told),
-            "{told} after {tenth} tenths"
-        );
-    }
-}
-
-#[test]
-fn a_pending_victim_is_followed_until_it_is_told_or_given_up() {
-    let at = Timestamp::from_millis(60_000);
-    let later = at + Duration::from_secs(20);
-    for (result, goaways, lost, rests) in [
-        (GoawayResult::Sent, 1, 0, true),
-        (GoawayResult::Expired, 0, 1, true),
-        (GoawayResult::Unknown, 0, 1, false),
-    ] {
-        let mut agent = with_a_pending_victim(at);
-        let outcomes = |agent: &Agent| agent.history().next_back().expect("a decision").outcomes;
-        assert_eq!((agent.goaways_total(), outcomes(&agent).pending), (0, 1));
-        assert_eq!(agent.table().draining(), 0, "it weighs until it is told");
-        let wakeup = agent.next_wakeup(at).since(at);
-        assert!(
-            wakeup >= Duration::from_millis(100),
-            "nothing is to do but wait: {wakeup:?}"
-        );
-        assert!(!agent.is_idle());
-
-        agent.handle(later, Input::GoawayAnswered(vec![(ConnectionId(1), result)]));
-        assert_eq!(agent.goaways_total(), goaways, "{result:?}");
-        assert_eq!(agent.table().draining() as u64, goaways, "{result:?}");
-        agent.handle(later + Duration::from_secs(60), Input::Tick);
-        assert!(agent.is_idle(), "{result:?}");
-        assert_eq!(agent.outcomes_total().lost, lost, "{result:?}");
-        let resting = agent.cooldowns.resting(later).len();
-        assert_eq!(
-            resting > 0,
-            rests,
-            "{result:?}: who was asked in vain is not asked again at once"
-        );
-    }
-}
-
 #[test]
 fn a_word_to_all_waits_until_each_peer_was_asked_once() {
     let mut world = World::new(&[1, 1], Balancer::RoundRobin, |_| {});
@@ -580,6 +483,31 @@ fn silence_in_the_middle_of_a_plan_ends_the_plan_and_not_the_rebalancing() {
             world.goaways <= 118,
             "{silent}: {} GOAWAYs where 94 are needed",
             world.goaways
+        );
+    }
+}
+
+/// An apiserver that answers its health check too late has its clients: nobody says that they look for another.
+#[test]
+fn an_overloaded_apiserver_is_not_said_to_be_gone() {
+    let mut world = World::new(&[60, 60], Balancer::RoundRobin, |_| {});
+    world.run(30);
+    let late = ShimReport {
+        upstream_ready: Some(false),
+        ..ShimReport::default()
+    };
+    world.input(0, Input::Shim(late));
+    let said = |world: &World, index: usize| {
+        let hold = world.agents[index].preview(world.now()).hold.expect("a hold");
+        (hold.reason(), hold.to_string())
+    };
+    world.run(2);
+    for (index, clients) in [(0, "60 clients"), (1, "60 clients")] {
+        let (reason, sentence) = said(&world, index);
+        assert_eq!(reason, "apiserver_starting");
+        assert!(
+            sentence.contains(clients) && sentence.contains("overloaded"),
+            "{index}: {sentence}"
         );
     }
 }

@@ -30,7 +30,7 @@ pub struct Request {
 type Rank = (u64, ConnectionId);
 
 /// Why a connection is no candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Refusal {
     /// It has moved, or its shim cannot tell it now.
     Deaf,
@@ -64,16 +64,21 @@ pub fn choose(
         room: request.quota,
         victims: Vec::new(),
         told: HashMap::new(),
+        turned_down: BTreeMap::new(),
     };
     if policy.weight.is_counted() {
         choice.by_order(table, abilities);
     } else {
         choice.by_load(table);
     }
-    if choice.victims.is_empty() {
-        return Err(nobody(table, policy, cooldowns, request, now));
+    if !choice.victims.is_empty() {
+        return Ok(choice.victims);
     }
-    Ok(choice.victims)
+    Err(if policy.weight.is_counted() {
+        choice.nobody(table)
+    } else {
+        nobody(table, policy, cooldowns, request, now)
+    })
 }
 
 /// Victims as they are chosen, one after the other.
@@ -87,6 +92,8 @@ struct Choice<'a> {
     victims: Vec<Victim>,
     /// How many connections of each client are among them, where some are in their cool-down.
     told: HashMap<ClientKey, usize>,
+    /// How many were looked at and may not be told, by why.
+    turned_down: BTreeMap<Refusal, usize>,
 }
 
 impl Choice<'_> {
@@ -95,7 +102,7 @@ impl Choice<'_> {
     fn by_order(&mut self, table: &ConnectionTable, abilities: Abilities) {
         let mut wanted = Wanted {
             count: self.request.limit.max(64),
-            opened_until: self.now.back(self.policy.min_connection_age),
+            opened_until: self.opened_until(),
             at_request: abilities.tells_at_request,
             beyond: None,
         };
@@ -181,7 +188,11 @@ impl Choice<'_> {
     /// Makes it a victim, if it fits and may be told.
     fn take(&mut self, connection: &Connection) {
         let load = connection.load(self.policy.weight);
-        if !self.fits(load) || refusal(connection, self.policy, self.cooldowns, self.now).is_some() {
+        if !self.fits(load) {
+            return;
+        }
+        if let Some(refusal) = refusal(connection, self.policy, self.cooldowns, self.now) {
+            *self.turned_down.entry(refusal).or_default() += 1;
             return;
         }
         if !self.cooldowns.is_empty() {
@@ -196,6 +207,28 @@ impl Choice<'_> {
         self.room -= load;
         self.victims
             .push(victim(connection, load, self.policy.weight, self.now));
+    }
+
+    /// Who was opened later is too young.
+    fn opened_until(&self) -> Timestamp {
+        self.now.back(self.policy.min_connection_age)
+    }
+
+    /// Why nobody is a victim where each connection counts as one: all who may be told by what they are and are old enough have
+    /// been looked at, and the table knows how many the others are.
+    fn nobody(&self, table: &ConnectionTable) -> Hold {
+        let count = |refusal| self.turned_down.get(&refusal).copied().unwrap_or_default();
+        let on_this_node = if self.policy.node_local == NodeLocal::Move {
+            0
+        } else {
+            table.node_local()
+        };
+        Hold::CoolingDown {
+            cooling: count(Refusal::Cooling),
+            young: count(Refusal::Young) + table.opened_after(self.opened_until()),
+            excluded: count(Refusal::Excluded) + on_this_node,
+            unknown: table.unknown(),
+        }
     }
 }
 
@@ -272,19 +305,18 @@ pub fn left_out<'a>(
     Ok(connection)
 }
 
-/// Why nobody is a victim: the whole table once more, now that it does not matter how long it takes.
+/// Why nobody is a victim where loads are measured: the whole table once more, which each look goes through there.
 fn nobody(table: &ConnectionTable, policy: &Policy, cooldowns: &Cooldowns, request: Request, now: Timestamp) -> Hold {
     let mut candidates = 0;
-    let mut refusals: BTreeMap<u8, usize> = BTreeMap::new();
+    let mut refusals: BTreeMap<Refusal, usize> = BTreeMap::new();
     for connection in table.scan() {
         match refusal(connection, policy, cooldowns, now) {
-            Some(refusal) => *refusals.entry(refusal as u8).or_default() += 1,
+            Some(refusal) => *refusals.entry(refusal).or_default() += 1,
             None => candidates += 1,
         }
     }
-    let count = |refusal: Refusal| refusals.get(&(refusal as u8)).copied().unwrap_or_default();
+    let count = |refusal| refusals.get(&refusal).copied().unwrap_or_default();
     if candidates > 0
-        && policy.weight != Weight::Connections
         && let Some(heaviest) = table.heaviest().next()
     {
         let heavy = heavy(heaviest, policy.weight, request.ceiling);

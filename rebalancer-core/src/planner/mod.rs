@@ -66,3 +66,53 @@ const WATCHES_PER_TOKEN: u32 = 10;
 pub fn cost_of(connection: &Connection) -> f64 {
     f64::from(1 + connection.counters.open_watches / WATCHES_PER_TOKEN)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ids::Timestamp,
+        observation::{Observation, Socket},
+        shim::{Counters, ShimReport},
+    };
+
+    /// A client at the edge does not make donors and recipients change places from look to look.
+    #[test]
+    fn who_was_too_heavy_counts_as_that_until_it_is_clearly_lighter() {
+        let mut table = ConnectionTable::default();
+        let id = ConnectionId(1);
+        let socket = Socket {
+            id,
+            local: "10.0.0.1:6443".parse().expect("an address"),
+            remote: "10.1.0.1:1000".parse().expect("an address"),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let list = Observation::Resync {
+            sockets: vec![socket],
+            listener: None,
+        };
+        table.observe(list, Timestamp::default());
+        let mut unmovable = Unmovable::default();
+        for (weighs, counts) in [
+            (138, 0.0),
+            (142, 142.0),
+            (138, 138.0),
+            (127, 127.0),
+            (125, 0.0),
+            (138, 0.0),
+        ] {
+            let counters = Counters {
+                open_streams: weighs,
+                ..Counters::default()
+            };
+            let report = ShimReport {
+                counters: vec![(id, counters)],
+                ..ShimReport::default()
+            };
+            table.report(&report, Timestamp::default());
+            unmovable.look(&table, Weight::Streams, 140.0);
+            assert_eq!(unmovable.load(), counts, "{weighs}");
+        }
+    }
+}

@@ -33,6 +33,8 @@ pub struct Connection {
     pub state: ConnectionState,
     /// Whether `opened_at` is when the agent started to look, so that the connection is older than that.
     pub seeded: bool,
+    /// Whether it was seen to be opened, or a shim said how old it is.
+    pub(super) is_dated: bool,
     /// Whether a shim listed it.
     pub(super) is_with_shim: bool,
     /// Whether it can be told to go now: by its shim's word, else by what it speaks.
@@ -51,11 +53,28 @@ pub struct Connection {
     pub(super) identity: Option<Arc<Identity>>,
 }
 
+/// How a connection came to be shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// As it was opened.
+    Opened,
+    /// By the first list: it is older than the agent.
+    Seeded,
+    /// By a later list: when it was opened was missed.
+    Late,
+}
+
+/// A connection that a shim knows for so much longer than the source was shown late. What is on its way between the three is
+/// less.
+const LATE: Duration = Duration::from_secs(2);
+
 /// Totals at the last sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Sampled {
     /// Whether there is a base to count from.
     pub is_set: bool,
+    /// Whether that is when it was opened: its first sample is of its whole age.
+    pub is_from_birth: bool,
     /// What the samples so far weigh together, from 0 to 1.
     pub share: f32,
     pub requests: u64,
@@ -100,7 +119,8 @@ pub enum ClientKey {
 
 impl Connection {
     /// One that was just shown.
-    pub(super) fn new(socket: &Socket, local: Arc<SocketAddr>, now: Timestamp, seeded: bool) -> Self {
+    pub(super) fn new(socket: &Socket, local: Arc<SocketAddr>, now: Timestamp, shown: Shown) -> Self {
+        let seeded = shown == Shown::Seeded;
         Self {
             id: socket.id,
             client: socket.remote.into(),
@@ -109,6 +129,7 @@ impl Connection {
             state: ConnectionState::Active,
             opened_at: now,
             seeded,
+            is_dated: shown == Shown::Opened,
             node_local: false,
             apart: false,
             // Who was there before the agent has stayed.
@@ -124,7 +145,8 @@ impl Connection {
             },
             rates: Rates::default(),
             sampled: Sampled {
-                is_set: !seeded,
+                is_set: shown == Shown::Opened,
+                is_from_birth: shown == Shown::Opened,
                 share: 0.0,
                 requests: 0,
                 bytes: socket.bytes_in + socket.bytes_out,
@@ -168,12 +190,21 @@ impl Connection {
         self.state == ConnectionState::Active && self.can_be_told
     }
 
-    /// A shim says how old it is: it may be older than the agent, and than the agent's clock.
+    /// A shim says how old it is: it may be older than the agent, and than the agent's clock, or than the list that showed it
+    /// after its opening was missed. Then its figures are of all that time.
     pub(super) fn is_known_to_be(&mut self, age: Duration, now: Timestamp) {
-        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-        let opened_at = Timestamp::from_millis(now.as_millis().saturating_sub(age_ms));
+        let opened_at = now.back(age);
+        self.is_dated = true;
         if self.seeded {
             self.opened_at = self.opened_at.min(opened_at);
+        } else if opened_at + LATE < self.opened_at {
+            self.opened_at = opened_at;
+            self.rates = Rates::default();
+            self.sampled = Sampled {
+                is_set: true,
+                is_from_birth: true,
+                ..Sampled::default()
+            };
         }
     }
 

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::{
-    ids::{ConnectionId, Protocol},
+    ids::{ConnectionId, Protocol, Timestamp},
     shim::ShimConnection,
 };
 
@@ -16,8 +16,8 @@ const OFFERS: usize = 16_384;
 /// Words that came too early.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Early {
-    /// The shim's; it says what ends as well, so these are no more than it has.
-    shim: HashMap<ConnectionId, ShimConnection>,
+    /// The shim's, and when it said so; it says what ends as well, so these are no more than it has.
+    shim: HashMap<ConnectionId, (Timestamp, ShimConnection)>,
     offers: HashMap<ConnectionId, Protocol>,
     /// The offers in the order in which they came; some are gone.
     order: VecDeque<ConnectionId>,
@@ -31,8 +31,8 @@ impl Early {
     }
 
     /// A shim's word.
-    pub fn say(&mut self, known: &ShimConnection) {
-        self.shim.insert(known.id, known.clone());
+    pub fn say(&mut self, known: &ShimConnection, now: Timestamp) {
+        self.shim.insert(known.id, (now, known.clone()));
     }
 
     /// The shim's connection ended.
@@ -54,8 +54,8 @@ impl Early {
         }
     }
 
-    /// What was said of a connection that is shown now.
-    pub fn take(&mut self, id: ConnectionId) -> (Option<Protocol>, Option<ShimConnection>) {
+    /// What was said of a connection that is shown now, the shim's word with when it came.
+    pub fn take(&mut self, id: ConnectionId) -> (Option<Protocol>, Option<(Timestamp, ShimConnection)>) {
         (self.offers.remove(&id), self.shim.remove(&id))
     }
 

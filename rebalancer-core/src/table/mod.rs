@@ -30,6 +30,7 @@ mod tests;
 mod totals;
 mod young;
 
+use connection::Shown;
 pub use connection::{ClientKey, Connection, Identity, Rates};
 use early::Early;
 use order::Key;
@@ -51,9 +52,9 @@ pub struct ConnectionTable {
     samples: Samples,
     accepted_total: u64,
     left_total: u64,
-    /// Connections of a shim that took its leave: the next one does not list them. Those that an earlier agent knew of are
-    /// here before they are in the table.
-    left: BTreeSet<ConnectionId>,
+    /// Connections that drain, some of which no shim shows as such: a relay that took its leave has them, or a probe of an
+    /// earlier agent told them. Those that an earlier agent knew of are here before they are in the table.
+    drains: BTreeSet<ConnectionId>,
     requests_total: u64,
     /// What was said of connections that the source has not shown yet.
     early: Early,
@@ -84,7 +85,7 @@ pub struct Changes {
 impl ConnectionTable {
     /// An empty table, for which clients on this node are what `node_local` says, and a connection counts, as load
     /// and as a landing, once it is open for `stays_after` (see [`crate::policy::Policy::stays_after`]), or for a third of
-    /// that while none is seen to end between the two.
+    /// that while none is seen to end between the two, or for three times that and some where they are seen to end later.
     pub fn new(node_local: NodeLocal, stays_after: Duration) -> Self {
         Self {
             node_local,
@@ -96,6 +97,11 @@ impl ConnectionTable {
     /// When the next connection is old enough to count, if one is waiting for that.
     pub fn next_stays(&self) -> Option<Timestamp> {
         self.young.next()
+    }
+
+    /// From which age on a connection counts now: no sooner than [`crate::policy::Policy::stays_after`] for what rests on it.
+    pub fn old_enough(&self) -> Duration {
+        self.young.old_enough().max(self.young.patience())
     }
 
     /// Counts those that are old enough now.
@@ -114,7 +120,7 @@ impl ConnectionTable {
         match observation {
             Observation::Opened(socket) => {
                 self.doubts.opened.remove(&socket.id);
-                self.open(&socket, now, false);
+                self.open(&socket, now, Shown::Opened);
             }
             Observation::Classified { id, protocol } => self.classify(id, protocol),
             Observation::Closed { id, .. } => {
@@ -159,9 +165,10 @@ impl ConnectionTable {
             self.early.end(*id);
         }
         for known in &report.connections {
-            self.refine(known);
-            if let Some(age) = known.age {
-                self.change(known.id, |connection| connection.is_known_to_be(age, now));
+            if self.connections.contains(known.id) {
+                self.refine(known, Duration::ZERO, now);
+            } else {
+                self.early.say(known, now);
             }
         }
         for (id, counters) in &report.counters {
@@ -179,19 +186,18 @@ impl ConnectionTable {
             .collect();
         for id in left {
             self.left_total += u64::from(self.connections.get(id).is_some_and(Connection::is_active));
-            self.left.insert(id);
             self.mark_draining(id);
         }
     }
 
-    /// These drain with a shim that took its leave before this agent came. Before the first observation.
-    pub fn left_before(&mut self, left: &[ConnectionId]) {
-        self.left = left.iter().copied().collect();
+    /// These drained when an earlier agent ended; who serves now may not know it. Before the first observation.
+    pub fn drained_before(&mut self, drains: &[ConnectionId]) {
+        self.drains = drains.iter().copied().collect();
     }
 
-    /// What drains with a shim that took its leave.
-    pub fn left(&self) -> impl Iterator<Item = ConnectionId> {
-        self.left.iter().copied()
+    /// What drains, the oldest first.
+    pub fn drains(&self) -> impl DoubleEndedIterator<Item = ConnectionId> {
+        self.drains.iter().copied()
     }
 
     /// Marks a connection that heard its GOAWAY.
@@ -214,6 +220,11 @@ impl ConnectionTable {
     /// all there are.
     pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
         self.connections.first(wanted)
+    }
+
+    /// How many of those that may be told were opened later than that.
+    pub fn opened_after(&self, until: Timestamp) -> usize {
+        self.connections.opened_after(until)
     }
 
     /// When a connection's turn is in that order, unless it may not be told.
@@ -334,7 +345,7 @@ impl ConnectionTable {
         self.listener
     }
 
-    fn open(&mut self, socket: &Socket, now: Timestamp, seeded: bool) {
+    fn open(&mut self, socket: &Socket, now: Timestamp, shown: Shown) {
         if !self.connections.contains(socket.id) {
             let local = match self.locals.get(&socket.local) {
                 Some(known) => Arc::clone(known),
@@ -344,9 +355,9 @@ impl ConnectionTable {
                     new
                 }
             };
-            let mut connection = Connection::new(socket, local, now, seeded);
+            let mut connection = Connection::new(socket, local, now, shown);
             place(&mut connection, &self.own, self.node_local);
-            if self.left.contains(&socket.id) {
+            if self.drains.contains(&socket.id) {
                 connection.state = ConnectionState::Draining;
             }
             connection.stays |= !self.young.is_patient();
@@ -361,8 +372,8 @@ impl ConnectionTable {
         if let Some(protocol) = offer {
             self.classify(socket.id, protocol);
         }
-        if let Some(known) = known {
-            self.refine(&known);
+        if let Some((said, known)) = known {
+            self.refine(&known, now.since(said), now);
         }
     }
 
@@ -389,7 +400,7 @@ impl ConnectionTable {
 
     fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
         let connection = self.connections.remove(id)?;
-        self.left.remove(&id);
+        self.drains.remove(&id);
         self.totals.uncount(&connection);
         self.identities
             .leave(connection.identity.as_ref(), connection.is_active());
@@ -403,12 +414,16 @@ impl ConnectionTable {
         };
         self.totals.uncount(connection);
         let before = (connection.identity.clone(), connection.is_active());
+        let drained = connection.state == ConnectionState::Draining;
         let requests = connection.counters.requests;
         change(connection);
         place(connection, &self.own, self.node_local);
         self.accepted_total += u64::from(connection.lands());
         *key = Key::of(connection, self.node_local);
         self.totals.count(connection);
+        if connection.state == ConnectionState::Draining && !drained {
+            self.drains.insert(id);
+        }
         // What a connection that was there before the agent had asked until then is the base.
         if !connection.seeded || requests > 0 {
             self.requests_total += connection.counters.requests.saturating_sub(requests);
@@ -434,13 +449,14 @@ impl ConnectionTable {
         });
     }
 
-    fn refine(&mut self, known: &ShimConnection) {
+    /// Takes what a shim said, so long ago, of a connection that the source has shown.
+    fn refine(&mut self, known: &ShimConnection, ago: Duration, now: Timestamp) {
         let Some(connection) = self.connections.get(known.id) else {
-            self.early.say(known);
             return;
         };
         let user = known.user.as_deref().or(connection.user());
-        let user_agent = known.user_agent.as_deref().or(connection.user_agent());
+        // A client may have many over one connection: whoever is left alone by the first is not told with the next.
+        let user_agent = connection.user_agent().or(known.user_agent.as_deref());
         let identity = if (user, user_agent) == (connection.user(), connection.user_agent()) {
             connection.identity.clone()
         } else {
@@ -452,15 +468,23 @@ impl ConnectionTable {
         }
         self.change(known.id, |connection| {
             connection.identity = identity;
-            connection.is_with_shim = true;
+            let is_first = !std::mem::replace(&mut connection.is_with_shim, true);
             // In the middle of a handshake it knows no more than the source.
             if known.protocol != Protocol::Unknown {
                 connection.can_be_told = known.can_be_told;
             }
             connection.state = connection.state.max(known.state);
             connection.counters = known.counters;
+            if is_first && !connection.is_dated {
+                // What it did before anybody saw it is no rate.
+                connection.sampled.requests = known.counters.requests;
+                connection.sampled.bytes = known.counters.bytes_in + known.counters.bytes_out;
+            }
             // With a load balancer that passes addresses on, the shim knows the true one.
             connection.client = known.client.into();
+            if let Some(age) = known.age {
+                connection.is_known_to_be(age.saturating_add(ago), now);
+            }
         });
     }
 }

@@ -79,9 +79,14 @@ impl Key {
         Self(out | watches << (OPENED_BITS + 2) | opened << 2 | silent | silent_http1)
     }
 
+    /// Whether it may be told by what it is: not too young, not excluded and not resting is another question.
+    pub fn may_be_told(self) -> bool {
+        self.0 & OUT == 0
+    }
+
     /// Where it stands, unless it may not be told; `at_request` as in [`Wanted`].
     pub fn place(self, at_request: bool) -> Option<Place> {
-        if self.0 & OUT != 0 {
+        if !self.may_be_told() {
             return None;
         }
         let mask = if at_request { IS_SILENT } else { IS_SILENT_HTTP1 };

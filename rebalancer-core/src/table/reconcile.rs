@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::ConnectionTable;
+use super::{ConnectionTable, connection::Shown};
 use crate::{
     ids::{ConnectionId, Timestamp},
     observation::Socket,
@@ -103,7 +103,7 @@ impl ConnectionTable {
         }
         for (id, socket) in opened {
             if before.opened.contains(&id) {
-                self.open(&socket, now, false);
+                self.open(&socket, now, Shown::Late);
                 self.repairs.opened += 1;
             } else {
                 self.doubts.opened.insert(id);
@@ -123,7 +123,11 @@ impl ConnectionTable {
 
     /// Takes a complete list for the truth, at once: whether the listening socket is another one.
     pub(super) fn resync(&mut self, sockets: Vec<Socket>, listener: Option<ConnectionId>, now: Timestamp) -> bool {
-        let seeded = !self.listener_known;
+        let shown = if self.listener_known {
+            Shown::Late
+        } else {
+            Shown::Seeded
+        };
         // What differs after lost events is what they would have told.
         let is_repair = self.listener_known && !self.trusted;
         let listed: HashSet<ConnectionId> = sockets.iter().map(|socket| socket.id).collect();
@@ -142,11 +146,11 @@ impl ConnectionTable {
         }
         self.early.keep(&listed);
         for socket in sockets {
-            self.open(&socket, now, seeded);
+            self.open(&socket, now, shown);
         }
         // What an earlier agent knew to drain and is not there has closed since.
         let connections = &self.connections;
-        self.left.retain(|id| connections.contains(*id));
+        self.drains.retain(|id| connections.contains(*id));
         if is_repair {
             self.repairs.opened += (self.connections.len() - before) as u64;
         }

@@ -41,7 +41,8 @@ impl ConnectionTable {
     ///
     /// An exponential mean with a time constant of 30 s, divided by the weight that its samples have together: so a young
     /// connection's rate is the plain mean since it was opened, and what a moved client weighs is known at once.
-    /// Of a connection that is older than the agent the first sample sets the base only.
+    /// Of a connection whose age is not known, for it is older than the agent or its opening was missed, the first sample sets
+    /// the base only.
     /// The heaviest are noted on the way (see [`Self::heaviest`]).
     pub fn sample(&mut self, now: Timestamp, weight: Weight) {
         if self.samples.at.is_some_and(|at| at >= now) {
@@ -111,7 +112,7 @@ fn take(connection: &mut Connection, (interval, keep_interval): (f64, f64), now:
     let bytes = connection.counters.bytes_in + connection.counters.bytes_out;
     let before = connection.sampled;
     let age = now.since(connection.opened_at).as_secs_f64();
-    let (seconds, keep) = if age < interval || before.share == 0.0 && !connection.seeded {
+    let (seconds, keep) = if age < interval || before.is_from_birth {
         (age, (-age / SMOOTHING_SECONDS).exp())
     } else {
         (interval, keep_interval)
@@ -134,6 +135,7 @@ fn take(connection: &mut Connection, (interval, keep_interval): (f64, f64), now:
     }
     connection.sampled = Sampled {
         is_set: true,
+        is_from_birth: before.is_from_birth && share == 0.0,
         share,
         requests,
         bytes,

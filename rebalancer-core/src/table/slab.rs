@@ -1,10 +1,12 @@
 //! Where connections lie: in chunks, so that a growing table is never copied, with an index by id.
 //!
+//! A free place in the first chunk that has one is taken first, so that after a storm of connections the last chunks empty
+//! and go.
 //! Beside each lies its key (see [`super::order`]), together with those of its neighbours: to go through all keys takes a
 //! fraction of what it takes to go through all connections.
 //! Must never show two connections of one id, nor one that was removed, nor keep a key that is not its connection's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     connection::Connection,
@@ -20,7 +22,8 @@ pub(super) const CHUNK: usize = 4_096;
 pub(super) struct Slab {
     index: BTreeMap<ConnectionId, u32>,
     chunks: Vec<Chunk>,
-    free: Vec<u32>,
+    /// Chunks in which there is a place.
+    roomy: BTreeSet<usize>,
 }
 
 /// Some connections, which are sampled together.
@@ -30,6 +33,8 @@ pub(super) struct Chunk {
     keys: Vec<Key>,
     /// Their ids once more: those with equal keys go by them, and there may be many.
     ids: Vec<ConnectionId>,
+    /// Places that were left.
+    free: Vec<u16>,
     /// When their figures were sampled last.
     pub sampled_at: Option<Timestamp>,
 }
@@ -58,33 +63,38 @@ impl Slab {
     /// Adds a connection whose id is not there yet.
     pub fn insert(&mut self, connection: Connection, key: Key) {
         let id = connection.id;
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
+        let at = match self.roomy.first() {
+            Some(at) => *at,
             None => {
-                if self.chunks.last().is_none_or(|chunk| chunk.keys.len() == CHUNK) {
-                    self.chunks.push(Chunk::new());
-                }
-                let before = (self.chunks.len() - 1) * CHUNK;
-                let last = self.chunks.last_mut().expect("a chunk was pushed if there was none");
-                last.connections.push(None);
-                last.keys.push(Key::NONE);
-                last.ids.push(id);
-                (before + last.keys.len() - 1) as u32
+                self.chunks.push(Chunk::new());
+                self.roomy.insert(self.chunks.len() - 1);
+                self.chunks.len() - 1
             }
         };
-        let chunk = &mut self.chunks[slot as usize / CHUNK];
-        chunk.connections[slot as usize % CHUNK] = Some(connection);
-        chunk.keys[slot as usize % CHUNK] = key;
-        chunk.ids[slot as usize % CHUNK] = id;
-        self.index.insert(id, slot);
+        let chunk = &mut self.chunks[at];
+        let within = chunk.place(connection, key);
+        if chunk.is_full() {
+            self.roomy.remove(&at);
+        }
+        self.index.insert(id, (at * CHUNK + within) as u32);
     }
 
     pub fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
-        let slot = self.index.remove(&id)?;
-        self.free.push(slot);
-        let chunk = &mut self.chunks[slot as usize / CHUNK];
-        chunk.keys[slot as usize % CHUNK] = Key::NONE;
-        chunk.connections[slot as usize % CHUNK].take()
+        let slot = self.index.remove(&id)? as usize;
+        let chunk = &mut self.chunks[slot / CHUNK];
+        chunk.keys[slot % CHUNK] = Key::NONE;
+        chunk.free.push((slot % CHUNK) as u16);
+        let removed = chunk.connections[slot % CHUNK].take();
+        self.roomy.insert(slot / CHUNK);
+        // One that is empty is kept, or the next connection would bring it back.
+        while let [.., last_but_one, last] = self.chunks.as_slice()
+            && last_but_one.is_empty()
+            && last.is_empty()
+        {
+            self.chunks.pop();
+            self.roomy.remove(&self.chunks.len());
+        }
+        removed
     }
 
     /// By id.
@@ -120,7 +130,7 @@ impl Slab {
     /// The first of those that are wanted, in order: fewer than are wanted are all there are.
     pub fn first(&self, wanted: &Wanted) -> Vec<&Connection> {
         let count = wanted.count.max(1);
-        let mut first: Vec<(Turn, u32)> = Vec::with_capacity(2 * count);
+        let mut first: Vec<(Turn, u32)> = Vec::with_capacity(self.len().min(2 * count));
         let mut last = None;
         for (at, chunk) in self.chunks.iter().enumerate() {
             for (within, key) in chunk.keys.iter().enumerate() {
@@ -157,6 +167,13 @@ impl Slab {
         found.filter(move |connection| connection.opened_at >= since)
     }
 
+    /// How many are opened later than that, of those that may be told: by their keys.
+    pub fn opened_after(&self, until: Timestamp) -> usize {
+        let is_late = |key: &&Key| key.may_be_told() && key.opened_at().is_some_and(|at| at > until);
+        let keys = self.chunks.iter().flat_map(|chunk| &chunk.keys);
+        keys.filter(is_late).count()
+    }
+
     /// Whether each key is its connection's.
     #[cfg(test)]
     pub fn keys_are_true(&self, node_local: crate::policy::NodeLocal) -> bool {
@@ -178,7 +195,37 @@ impl Chunk {
             connections: Vec::with_capacity(CHUNK),
             keys: Vec::with_capacity(CHUNK),
             ids: Vec::with_capacity(CHUNK),
+            free: Vec::new(),
             sampled_at: None,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.free.is_empty() && self.keys.len() == CHUNK
+    }
+
+    fn is_empty(&self) -> bool {
+        self.free.len() == self.keys.len()
+    }
+
+    /// Puts a connection in a free place, and says in which.
+    fn place(&mut self, connection: Connection, key: Key) -> usize {
+        let id = connection.id;
+        match self.free.pop() {
+            Some(within) => {
+                let within = usize::from(within);
+                self.connections[within] = Some(connection);
+                self.keys[within] = key;
+                self.ids[within] = id;
+                within
+            }
+            None => {
+                debug_assert!(self.keys.len() < CHUNK, "a full chunk has no place");
+                self.connections.push(Some(connection));
+                self.keys.push(key);
+                self.ids.push(id);
+                self.keys.len() - 1
+            }
         }
     }
 
@@ -191,5 +238,64 @@ impl Chunk {
     pub fn scan_mut(&mut self) -> impl Iterator<Item = (&mut Connection, &mut Key)> {
         let both = self.connections.iter_mut().zip(&mut self.keys);
         both.filter_map(|(connection, key)| Some((connection.as_mut()?, key)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{super::connection::Shown, *};
+    use crate::{observation::Socket, policy::NodeLocal};
+
+    fn insert(slab: &mut Slab, id: u64) {
+        let local = "10.0.0.1:6443".parse().expect("an address");
+        let socket = Socket {
+            id: ConnectionId(id),
+            local,
+            remote: format!("10.1.0.1:{}", 1_000 + id % 60_000).parse().expect("an address"),
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let connection = Connection::new(&socket, Arc::new(local), Timestamp::from_millis(id), Shown::Opened);
+        let key = Key::of(&connection, NodeLocal::Exclude);
+        slab.insert(connection, key);
+    }
+
+    /// What a storm of connections needed is given back, and who was there before and after it is found all the same.
+    #[test]
+    fn after_a_storm_the_room_is_given_back() {
+        let mut slab = Slab::default();
+        let storm = 10 * CHUNK as u64;
+        // Every thousandth is one that stays.
+        for id in 0..storm {
+            insert(&mut slab, id);
+        }
+        assert_eq!(slab.chunks(), 10);
+        for id in (0..storm).filter(|id| id % 1_000 != 0) {
+            assert_eq!(slab.remove(ConnectionId(id)).map(|gone| gone.id.0), Some(id));
+        }
+        assert_eq!(slab.chunks(), 10, "each has one that stays");
+        // They come and go, as clients do: those that come lie in the first.
+        for id in (0..storm).filter(|id| id % 1_000 == 0) {
+            insert(&mut slab, storm + id);
+            slab.remove(ConnectionId(id));
+        }
+        assert!(slab.chunks() <= 2, "{} chunks for {}", slab.chunks(), slab.len());
+        assert!(slab.keys_are_true(NodeLocal::Exclude));
+        let ids: Vec<u64> = slab.iter().map(|connection| connection.id.0).collect();
+        let expected: Vec<u64> = (0..storm).filter(|id| id % 1_000 == 0).map(|id| storm + id).collect();
+        assert_eq!(ids, expected);
+        assert!(slab.scan().count() == expected.len() && slab.len() == expected.len());
+        // At the edge of a chunk nothing is made and thrown away again and again.
+        for id in 0..2 * CHUNK as u64 {
+            insert(&mut slab, id);
+        }
+        let chunks = slab.chunks();
+        for _ in 0..10 {
+            slab.remove(ConnectionId(2 * CHUNK as u64 - 1));
+            insert(&mut slab, 2 * CHUNK as u64 - 1);
+            assert_eq!(slab.chunks(), chunks);
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! What the table must be after whatever it was told.
 
+mod ages;
+
 use super::*;
 use crate::shim::Counters;
 use proptest::prelude::*;
@@ -509,11 +511,11 @@ fn what_drained_before_the_agent_drains() {
     before.report(&whole(&[]), at(2));
     assert_eq!((before.active(), before.draining(), before.left_total()), (0, 3, 3));
     before.observe(closed(3), at(3));
-    let left: Vec<ConnectionId> = before.left().collect();
+    let left: Vec<ConnectionId> = before.drains().collect();
     assert_eq!(left, [ConnectionId(1), ConnectionId(2)]);
 
     let mut table = ConnectionTable::default();
-    table.left_before(&left);
+    table.drained_before(&left);
     table.observe(
         Observation::Resync {
             sockets: vec![socket(2), socket(4)],
@@ -524,9 +526,9 @@ fn what_drained_before_the_agent_drains() {
     table.report(&whole(&[4]), at(0));
     assert_eq!((table.active(), table.draining()), (1, 1));
     assert_eq!(table.left_total(), 0, "who left before is not on the way a second time");
-    assert_eq!(table.left().count(), 1, "the other one has closed since");
+    assert_eq!(table.drains().count(), 1, "the other one has closed since");
     table.observe(closed(2), at(1));
-    assert_eq!((table.left().count(), table.draining()), (0, 0));
+    assert_eq!((table.drains().count(), table.draining()), (0, 0));
 }
 
 /// A look goes through a part of a large table; after a few all were seen, and the heaviest are those of all.

@@ -6,7 +6,8 @@
 //!
 //! How old is old enough is learned. Whoever is told to go is on the way until its next connection counts, and while many
 //! are on their way nobody else may be told: a second of patience more makes a rebalancing a third longer. So a third of
-//! the patience will do, until connections are seen to end between that and all of it, as short calls do.
+//! the patience will do, until connections are seen to end between that and all of it, as short calls do; and all of it, until
+//! they are seen to end soon after it, as what people and jobs ask does: then it takes three times as long and some.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -15,7 +16,10 @@ use crate::ids::{ConnectionId, Timestamp};
 /// Where nobody ends young, this part of the patience will do.
 const QUICK: u32 = 3;
 
-/// When more than so many of the last 64 ended young, all of it is needed.
+/// Where calls last for longer than the patience, this much more than it is needed: an interval, with the agent's.
+const LONG: (u32, u32) = (10, 3);
+
+/// When more than so many of the last 64 ended young, all of it is needed, or more.
 const SHORT_CALLS: u32 = 3;
 
 /// Room for so many is kept while fewer wait.
@@ -29,6 +33,8 @@ pub(super) struct Young {
     waiting: VecDeque<(Timestamp, ConnectionId)>,
     /// What became of the last 64 that were open for a third of the patience: a bit each, set for those that did not last.
     fates: u64,
+    /// The same of those that were open for all of it.
+    later_fates: u64,
 }
 
 impl Young {
@@ -45,9 +51,16 @@ impl Young {
         !self.patience.is_zero()
     }
 
+    /// That length.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// From which age on a connection counts.
     pub fn old_enough(&self) -> Duration {
-        if self.fates.count_ones() > SHORT_CALLS {
+        if self.later_fates.count_ones() > SHORT_CALLS {
+            self.long()
+        } else if self.fates.count_ones() > SHORT_CALLS {
             self.patience
         } else {
             self.patience / QUICK
@@ -78,15 +91,22 @@ impl Young {
         popped.map(|(_, id)| id)
     }
 
+    fn long(&self) -> Duration {
+        self.patience * LONG.0 / LONG.1
+    }
+
     /// A client's connection counts now.
     pub fn lasted(&mut self) {
         self.fates <<= 1;
+        self.later_fates <<= 1;
     }
 
     /// A client's connection ended at that age.
     pub fn ended(&mut self, age: Duration) {
         if age < self.patience && age >= self.patience / QUICK {
             self.fates = self.fates << 1 | 1;
+        } else if age < self.long() && age >= self.patience {
+            self.later_fates = self.later_fates << 1 | 1;
         }
     }
 }
@@ -104,7 +124,7 @@ mod tests {
         let mut young = Young::new(Duration::from_millis(1_500));
         let quick = Duration::from_millis(500);
         // Health checks are over long before; who stayed long is no short call.
-        for age in [5, 50, 499, 1_500, 60_000] {
+        for age in [5, 50, 499, 5_000, 60_000] {
             for _ in 0..64 {
                 young.ended(Duration::from_millis(age));
             }
@@ -118,6 +138,16 @@ mod tests {
             young.lasted();
         }
         assert_eq!(young.old_enough(), quick, "they are few among many who stay");
+        // Calls that last for some seconds, whatever the shorter ones do.
+        for _ in 0..=SHORT_CALLS {
+            young.ended(Duration::from_millis(2_900));
+            young.ended(Duration::from_millis(700));
+        }
+        assert_eq!(young.old_enough(), Duration::from_secs(5));
+        for _ in 0..64 {
+            young.lasted();
+        }
+        assert_eq!(young.old_enough(), quick);
     }
 
     #[test]

@@ -37,6 +37,7 @@ use super::{
 use crate::local::Problem;
 
 mod orders;
+mod users;
 
 /// What every route needs.
 #[derive(Clone)]
@@ -229,6 +230,7 @@ struct ConnectionsQuery {
     state: Option<String>,
     protocol: Option<String>,
     sort: Option<String>,
+    by: Option<String>,
     limit: Option<usize>,
 }
 
@@ -256,6 +258,7 @@ async fn connections(
         "protocol",
     )?;
     one_of(query.sort.as_deref(), &SORTS, "sort")?;
+    one_of(query.by.as_deref(), &["user"], "by")?;
     let look = move |agent: &Agent, now: Timestamp| {
         let wanted = |connection: &Connection| {
             query
@@ -267,6 +270,11 @@ async fn connections(
                     .as_deref()
                     .is_none_or(|protocol| protocol == wire::protocol_name(connection.protocol))
         };
+        let limit = query.limit.unwrap_or(LIMIT);
+        if query.by.is_some() {
+            let found = agent.table().scan().filter(|connection| wanted(connection));
+            return users::by_user(found, query.sort.as_deref().unwrap_or_default(), limit);
+        }
         let mut found: Vec<_> = agent
             .table()
             .iter()
@@ -281,7 +289,7 @@ async fn connections(
         };
         found.sort_by_key(|(id, connection)| (std::cmp::Reverse(key(connection)), *id));
         let total = found.len();
-        found.truncate(query.limit.unwrap_or(LIMIT));
+        found.truncate(limit);
         let list: Vec<Value> = found
             .into_iter()
             .map(|(id, connection)| wire::connection(id, connection, now))

@@ -324,7 +324,7 @@ impl Loop {
                 _ = hang_up.recv() => self.recorder.reopen(),
                 _ = beats.tick() => {
                     self.metrics().logged(self.recorder.counts());
-                    self.remember();
+                    self.remember(false);
                 }
                 seen = source.next() => match seen {
                     Ok(observations) => self.observed(observations, &mut source),
@@ -345,7 +345,7 @@ impl Loop {
                         let (answer, effects) = self.agent.command(self.clock.now(), command);
                         self.carry_out(effects, &mut source);
                         // Written before it is answered, or an operator would rely on what a restart forgets.
-                        self.remember();
+                        self.remember(true);
                         // The asker may have gone away.
                         let _ = done.send(answer);
                     }
@@ -383,10 +383,12 @@ impl Loop {
         self.turn(input, source);
     }
 
-    /// Has written what a restart must not forget, when it has changed.
-    fn remember(&mut self) {
+    /// Has written what a restart must not forget, when it has changed; at once where that is pressing, else when the file
+    /// was written long enough ago.
+    fn remember(&mut self, is_pressing: bool) {
         let version = self.agent.memory_version();
-        if std::mem::replace(&mut self.saved, version) != version {
+        let may = is_pressing || self.state.lock().unwrap_or_else(PoisonError::into_inner).is_ready();
+        if may && std::mem::replace(&mut self.saved, version) != version {
             self.save();
         }
     }
@@ -394,7 +396,7 @@ impl Loop {
     fn save(&self) {
         let memory = self.agent.memory(self.clock.now());
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.write(self.agent.policy().node.as_str(), &memory);
+        state.write(self.agent.policy().node.as_str(), memory);
     }
 
     fn metrics(&self) -> std::sync::MutexGuard<'_, Metrics> {

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -37,6 +37,10 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long somebody waits to hear that the file is written.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// So many octets a second are written at most, and as many are synced: the disk may be etcd's, and in a large cluster every
+/// plan changes a file of megabytes.
+const PACE: f64 = 1_048_576.0;
+
 /// How large a file may be that is read.
 const LARGEST: u64 = 64 << 20;
 
@@ -47,11 +51,14 @@ struct Written {
     version: u32,
     /// Whose: a file that was copied from another node says nothing here.
     node: String,
-    /// When, by the wall clock, in milliseconds since 1970: how long ago that was is all it is used for.
+    /// When, by the wall clock, in milliseconds since 1970: how long ago that was, where the machine was started again since.
     at_unix_ms: u64,
-    /// How long the machine was up then: it was started again when it is not up for as long now. Files of before lack it.
+    /// How long the machine was up then, by a clock that nobody sets. Files of before lack it.
     #[serde(default)]
     up_ms: u64,
+    /// Which boot of the machine that was. Files of before lack it.
+    #[serde(default)]
+    boot: String,
     pause: Option<Pause>,
     /// The evacuation that was on; files of before lack it.
     #[serde(default)]
@@ -124,7 +131,8 @@ fn millis(duration: Duration) -> u64 {
 }
 
 impl Written {
-    fn of(node: &str, at_unix_ms: u64, memory: &Memory) -> Self {
+    /// Of a memory as it was then; the machine had been up for so long.
+    fn of(node: &str, at_unix_ms: u64, up_ms: u64, memory: &Memory) -> Self {
         let cooldown = |resting: &Resting| {
             let (user, address) = match &resting.client {
                 ClientKey::User(user) => (Some(user.to_string()), None),
@@ -142,7 +150,8 @@ impl Written {
             version: VERSION,
             node: node.to_owned(),
             at_unix_ms,
-            up_ms: millis(sys::since_boot()),
+            up_ms,
+            boot: sys::boot_id(),
             evacuation: memory.evacuation.as_ref().map(|evacuation| Evacuation {
                 lasts_ms: millis(evacuation.lasts),
                 over_ms: millis(evacuation.over),
@@ -175,6 +184,23 @@ impl Written {
         }
     }
 
+    /// How long the machine is up by now, unless it was started again since.
+    fn up_since(&self) -> Option<u64> {
+        let (up, boot) = (millis(sys::since_boot()), sys::boot_id());
+        let is_known = !self.boot.is_empty() && !boot.is_empty();
+        (up >= self.up_ms && (!is_known || self.boot == boot)).then_some(up)
+    }
+
+    /// How long ago that was. A wall clock may have been set since, so it counts only where no other clock went on.
+    fn ago(&self) -> Duration {
+        let ago = match self.up_since() {
+            Some(up) if self.up_ms > 0 => up - self.up_ms,
+            // One that was set back makes it a moment ago.
+            _ => unix_ms().saturating_sub(self.at_unix_ms),
+        };
+        Duration::from_millis(ago)
+    }
+
     fn memory(self) -> Memory {
         let cooldown = |cooldown: Cooldown| {
             let client = match (cooldown.address, cooldown.user) {
@@ -188,7 +214,7 @@ impl Written {
                 allowed: cooldown.allowed,
             }
         };
-        let is_rebooted = self.up_ms > millis(sys::since_boot());
+        let is_rebooted = self.up_since().is_none();
         Memory {
             pause: self.pause.map(|pause| RememberedPause {
                 reason: pause.reason,
@@ -268,13 +294,43 @@ fn try_read(path: &Path, node: &str) -> anyhow::Result<Option<(Memory, Duration)
         "it is of the node {}, this one is {node}",
         written.node
     );
-    // A clock that was set back since makes it a moment ago.
-    let ago = Duration::from_millis(unix_ms().saturating_sub(written.at_unix_ms));
+    let ago = written.ago();
     Ok(Some((written.memory(), ago)))
 }
 
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis)
+}
+
+/// A content that is to be written.
+#[derive(Debug)]
+struct Given {
+    node: String,
+    at_unix_ms: u64,
+    up_ms: u64,
+    memory: Memory,
+    number: u64,
+}
+
+impl Given {
+    /// As it is written: no longer than what is read. Where it would be, the cool-downs that end first are left out.
+    fn text(&mut self) -> io::Result<Vec<u8>> {
+        loop {
+            let text = serde_json::to_vec(&Written::of(&self.node, self.at_unix_ms, self.up_ms, &self.memory))?;
+            let cooldowns = &mut self.memory.cooldowns;
+            if text.len() as u64 <= LARGEST || cooldowns.is_empty() {
+                return Ok(text);
+            }
+            cooldowns.sort_by_key(|resting| std::cmp::Reverse(resting.left));
+            cooldowns.truncate(cooldowns.len() / 2);
+            tracing::warn!(
+                octets = text.len(),
+                largest = LARGEST,
+                kept = cooldowns.len(),
+                "the state file would be too large to be read: cool-downs that end first are left out of it"
+            );
+        }
+    }
 }
 
 /// Writes the file, by a thread of its own; of several contents that wait, the newest.
@@ -287,9 +343,20 @@ pub struct StateFile {
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// What is to be written, and its number.
-    next: Mutex<(Option<Vec<u8>>, u64, bool)>,
+    next: Mutex<Next>,
     filled: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Next {
+    /// What is to be written.
+    given: Option<Given>,
+    /// Something is being written.
+    is_busy: bool,
+    /// Until then nothing is written again that is not pressing.
+    rests_until: Option<Instant>,
+    /// The agent ends.
+    is_ending: bool,
 }
 
 impl StateFile {
@@ -313,14 +380,24 @@ impl StateFile {
         })
     }
 
+    /// Whether it is time for another content: the last one is on the disk, and the longer that was the longer ago.
+    pub fn is_ready(&self) -> bool {
+        let next = self.slot.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let rests = next.rests_until.is_some_and(|until| Instant::now() < until);
+        next.given.is_none() && !next.is_busy && !rests
+    }
+
     /// Has the memory written soon; never waits.
-    pub fn write(&mut self, node: &str, memory: &Memory) {
-        let text = serde_json::to_vec(&Written::of(node, unix_ms(), memory));
-        debug_assert!(text.is_ok(), "numbers and strings are JSON");
-        let Ok(text) = text else { return };
+    pub fn write(&mut self, node: &str, memory: Memory) {
         self.given += 1;
         let mut next = self.slot.next.lock().unwrap_or_else(PoisonError::into_inner);
-        *next = (Some(text), self.given, false);
+        next.given = Some(Given {
+            node: node.to_owned(),
+            at_unix_ms: unix_ms(),
+            up_ms: millis(sys::since_boot()),
+            memory,
+            number: self.given,
+        });
         self.slot.filled.notify_one();
     }
 
@@ -335,11 +412,11 @@ impl StateFile {
 
 impl Drop for StateFile {
     fn drop(&mut self) {
-        self.slot.next.lock().unwrap_or_else(PoisonError::into_inner).2 = true;
+        self.slot.next.lock().unwrap_or_else(PoisonError::into_inner).is_ending = true;
         self.slot.filled.notify_one();
         // The end of the agent waits a moment for what was given last; a disk that hangs is left to itself.
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while *self.written.borrow() < self.given && std::time::Instant::now() < deadline {
+        let deadline = Instant::now() + PATIENCE;
+        while *self.written.borrow() < self.given && Instant::now() < deadline {
             thread::park_timeout(Duration::from_millis(10));
         }
     }
@@ -364,26 +441,35 @@ impl Ticket {
 fn write_on(path: &Path, slot: &Slot, done: &watch::Sender<u64>) {
     let mut said = String::new();
     loop {
-        let (text, number) = {
+        let mut given = {
             let mut next = slot.next.lock().unwrap_or_else(PoisonError::into_inner);
             loop {
-                if let Some(text) = next.0.take() {
-                    break (text, next.1);
+                if let Some(given) = next.given.take() {
+                    next.is_busy = true;
+                    break given;
                 }
-                if next.2 {
+                if next.is_ending {
                     return;
                 }
                 next = slot.filled.wait(next).unwrap_or_else(PoisonError::into_inner);
             }
         };
-        match replace(path, &text) {
-            Ok(()) => {
+        let replaced = given.text().and_then(|text| {
+            replace(path, &text)?;
+            Ok(text.len())
+        });
+        match replaced {
+            Ok(octets) => {
                 if !said.is_empty() {
                     tracing::info!(path = %path.display(), "the state file is written again");
                 }
                 said.clear();
+                let mut next = slot.next.lock().unwrap_or_else(PoisonError::into_inner);
+                next.is_busy = false;
+                next.rests_until = Some(Instant::now() + Duration::from_secs_f64(octets as f64 / PACE));
+                drop(next);
                 // Nobody may wait for it.
-                let _ = done.send(number);
+                let _ = done.send(given.number);
             }
             Err(error) => {
                 let error = error.to_string();
@@ -393,12 +479,13 @@ fn write_on(path: &Path, slot: &Slot, done: &watch::Sender<u64>) {
                     said = error;
                 }
                 let mut next = slot.next.lock().unwrap_or_else(PoisonError::into_inner);
-                if next.2 {
+                next.is_busy = false;
+                if next.is_ending {
                     return;
                 }
-                if next.0.is_none() {
+                if next.given.is_none() {
                     // Nothing newer is there: this one is tried again.
-                    next.0 = Some(text);
+                    next.given = Some(given);
                     let waited = slot.filled.wait_timeout(next, RETRY);
                     drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
@@ -426,140 +513,4 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use rebalancer_core::{
-        agent::{Switch, SwitchPause},
-        ids::ApiserverName,
-    };
-
-    use super::*;
-
-    fn memory() -> Memory {
-        let resting = |client| Resting {
-            client,
-            left: Duration::from_secs(599),
-            told: 1,
-            allowed: 2,
-        };
-        Memory {
-            pause: Some(RememberedPause {
-                reason: "upgrade of cp-2, \"by hand\"".to_owned(),
-                left: Some(Duration::from_secs(7_200)),
-            }),
-            switch: Switch {
-                stamp: 3,
-                by: Some(ApiserverName::new("b")),
-                pause: Some(SwitchPause {
-                    reason: "all of them".to_owned(),
-                    left: None,
-                }),
-            },
-            evacuation: Some(RememberedEvacuation {
-                lasts: Duration::from_secs(90),
-                over: Duration::from_secs(60),
-                listener: Some(7),
-                upstream: Some(8),
-                was_gone: true,
-                is_over: false,
-            }),
-            cooldowns: vec![
-                resting(ClientKey::User("system:node:a".into())),
-                resting(ClientKey::Address("[2001:db8::1]:5".parse().expect("an address"))),
-            ],
-            tries: RememberedTries {
-                wait: Duration::from_secs(60),
-                left: Duration::from_secs(30),
-                in_vain: 20,
-                limit: 48,
-                admitted: Some(Duration::from_secs(12)),
-                takes_all: true,
-                is_slow: true,
-            },
-            draining: vec![ConnectionId(7), ConnectionId(1 << 40)],
-            next_decision: 1_001,
-            transit: RememberedTransit {
-                told: 50,
-                landed: 12,
-                told_load: 50.5,
-            },
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_written_is_read_by_the_next_process() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("agent.state");
-        assert_eq!(read(&path, "a"), None, "there is none at the first start");
-        let mut file = StateFile::start(path.clone()).expect("a thread");
-        for next_decision in [1, 1_001] {
-            file.write(
-                "a",
-                &Memory {
-                    next_decision,
-                    ..memory()
-                },
-            );
-        }
-        assert!(file.ticket().is_written().await);
-        let (remembered, _) = read(&path, "a").expect("a memory");
-        assert_eq!(remembered, memory());
-        assert_eq!(fs::metadata(&path).expect("a file").permissions().mode() & 0o777, 0o600);
-        // What is given last is written although the agent ends at once.
-        file.write("a", &Memory::default());
-        drop(file);
-        assert_eq!(read(&path, "a").expect("a memory").0, Memory::default());
-    }
-
-    #[test]
-    fn what_cannot_be_read_is_left_out() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("agent.state");
-        let whole = serde_json::to_string(&Written::of("a", 1, &memory())).expect("JSON");
-        let another = serde_json::to_string(&Written::of("b", 1, &memory())).expect("JSON");
-        let newer = whole.replacen("\"version\":1", "\"version\":2", 1);
-        for useless in [
-            "",
-            "{}",
-            "[]",
-            &whole[..whole.len() / 2],
-            &newer,
-            &another,
-            "\u{0}\u{0}",
-        ] {
-            fs::write(&path, useless).expect("a file");
-            assert_eq!(read(&path, "a"), None, "{useless}");
-        }
-        fs::write(&path, &whole).expect("a file");
-        let (_, ago) = read(&path, "a").expect("a memory");
-        assert!(
-            ago > Duration::from_secs(50 * 365 * 86_400),
-            "it was written in 1970: {ago:?}"
-        );
-        // The machine was started again since.
-        let mut rebooted: serde_json::Value = serde_json::from_str(&whole).expect("JSON");
-        rebooted["up_ms"] = u64::MAX.into();
-        fs::write(&path, rebooted.to_string()).expect("a file");
-        let remembered = read(&path, "a").expect("a memory").0;
-        let is_over = remembered.evacuation.expect("it was on").is_over;
-        assert_eq!((is_over, remembered.switch.stamp), (true, 3));
-        assert_eq!(remembered.draining, [], "cookies begin anew with the machine");
-        // The clock was set back since.
-        let later = serde_json::to_string(&Written::of("a", u64::MAX, &memory())).expect("JSON");
-        fs::write(&path, later).expect("a file");
-        assert_eq!(read(&path, "a").expect("a memory").1, Duration::ZERO);
-    }
-
-    #[tokio::test]
-    async fn a_disk_that_takes_nothing_stops_nobody() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("no/such/directory/agent.state");
-        let mut file = StateFile::start(path.clone()).expect("a thread");
-        file.write("a", &memory());
-        assert!(!file.ticket().is_written().await, "and whoever asks is told");
-        fs::create_dir_all(path.parent().expect("a directory")).expect("a directory");
-        file.write("a", &memory());
-        assert!(file.ticket().is_written().await);
-    }
-}
+mod tests;

@@ -88,7 +88,7 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// A number with four digits after the point: enough to read, short enough to.
-fn rounded(number: f64) -> Value {
+pub fn rounded(number: f64) -> Value {
     if number.is_finite() {
         json!((number * 10_000.0).round() / 10_000.0)
     } else {
@@ -313,9 +313,11 @@ pub fn hold(hold: &Hold) -> Value {
             unsent,
             in_transit,
         } => json!({"generation": generation, "unsent": unsent, "in_transit": in_transit}),
-        Hold::ApiserverStarting { apiserver, up } => {
-            json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis)})
-        }
+        Hold::ApiserverStarting {
+            apiserver,
+            up,
+            connections,
+        } => json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis), "connections": connections}),
         Hold::LostEvents { total } => json!({"total": total}),
         Hold::UnknownProtocols { unknown, active, limit } => {
             json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})

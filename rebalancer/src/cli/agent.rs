@@ -32,7 +32,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     sys::survive_full_files();
     runtime()?.block_on(async {
-        let running = run::start(config).await.map_err(Failure::Configuration)?;
+        let running = run::start(config).await.map_err(Failure::to_start)?;
         service::ready();
         running.run().await.map_err(Failure::Job)
     })

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::{Failure, follow, show};
+use super::{Failure, follow, show, users};
 use crate::{
     local::{SocketPath, client},
     span::Span,
@@ -78,6 +78,9 @@ pub enum Question {
         /// The largest first
         #[arg(long, value_parser = ["age", "requests", "streams", "watches", "bytes"], default_value = "age")]
         sort: String,
+        /// Summed by user, those with the most first: of connections, unless --sort says what else
+        #[arg(long)]
+        by_user: bool,
         /// At most so many
         #[arg(long, default_value_t = 50)]
         limit: usize,
@@ -321,10 +324,12 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             state,
             protocol,
             sort,
+            by_user,
             limit,
             ..
         } => {
-            let mut path = format!("/v1/connections?sort={sort}&limit={limit}");
+            let by = if *by_user { "&by=user" } else { "" };
+            let mut path = format!("/v1/connections?sort={sort}&limit={limit}{by}");
             for (key, value) in [("state", state), ("protocol", protocol)] {
                 if let Some(value) = value {
                     // Writing to a String cannot fail.
@@ -393,6 +398,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
         Output::Table => match question {
             Question::Status { cluster: true, .. } => show::cluster(&answer),
             Question::Status { .. } => show::status(&answer),
+            Question::Connections { by_user: true, .. } => users::table_of(&answer),
             Question::Connections { .. } => show::connections(&answer),
             Question::Peers(_) => show::peers(&answer),
             Question::Plan { explain: true, .. } => show::decision(&answer) + "\n" + &show::derivation(&answer),

@@ -22,6 +22,7 @@ mod simulate;
 mod system_info;
 mod table;
 mod top;
+mod users;
 
 /// Moves just the right kube-apiserver connections to where they belong.
 #[derive(Debug, Parser)]
@@ -83,6 +84,37 @@ pub enum Failure {
     Configuration(anyhow::Error),
     /// The job could not be done. Exit code 1.
     Job(anyhow::Error),
+}
+
+impl Failure {
+    /// Why something did not start. What the machine lacks it may have in a moment, such as an address, a port or memory:
+    /// then the configuration may be right, and whoever starts it again does well.
+    pub fn to_start(error: anyhow::Error) -> Self {
+        let passes = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref().is_some_and(is_passing);
+        if error.chain().any(passes) {
+            Self::Job(error)
+        } else {
+            Self::Configuration(error)
+        }
+    }
+}
+
+/// Whether the machine may have tomorrow what it has not today.
+fn is_passing(error: &std::io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EADDRINUSE
+                | libc::EADDRNOTAVAIL
+                | libc::EAGAIN
+                | libc::EINTR
+                | libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOBUFS
+                | libc::ENOMEM
+                | libc::ENOSPC
+        )
+    )
 }
 
 impl From<anyhow::Error> for Failure {

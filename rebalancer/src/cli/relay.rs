@@ -238,9 +238,7 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             }),
         },
     };
-    main_runtime()?
-        .block_on(relay::run(config))
-        .map_err(Failure::Configuration)
+    main_runtime()?.block_on(relay::run(config)).map_err(Failure::to_start)
 }
 
 /// Runs all but the connections, which have threads of their own.

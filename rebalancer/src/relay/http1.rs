@@ -476,7 +476,7 @@ where
             send(to_client, &head).await.map_err(End::ClientIo)?;
             continue;
         }
-        if is_refusal(answer.status.to_string().as_bytes(), answer.has_retry_after()) {
+        if answer.is_refusal() {
             connection.refused();
         }
         if answer.status == 101 {

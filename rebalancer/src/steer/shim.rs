@@ -230,10 +230,14 @@ impl Steer {
                 })
                 .await
                 .ok()?;
-            match self.follow(&live) {
-                Ok(results) if results.is_empty() => {}
-                Ok(results) => said.push(Input::GoawayAnswered(results)),
-                Err(error) => said.push(Input::ShimFailed(error.to_string())),
+            let mut results = Vec::new();
+            let followed = self.follow(&live, &mut results);
+            // Also when it has failed halfway: what was found out until then is not said again.
+            if !results.is_empty() {
+                said.push(Input::GoawayAnswered(results));
+            }
+            if let Err(error) = followed {
+                said.push(Input::ShimFailed(error.to_string()));
             }
         }
         if report {
@@ -245,24 +249,31 @@ impl Steer {
         Some(said)
     }
 
-    /// Who was told, who expired, who is gone: `live` are the marked connections that are not.
-    fn follow(&mut self, live: &BTreeSet<ConnectionId>) -> Result<Vec<(ConnectionId, GoawayResult)>, SteerError> {
-        let mut results = Vec::new();
+    /// Who was told, who expired, who is gone: `live` are the marked connections that are not. `results` has what was found
+    /// out, whether or not the probe's map could be read to the end.
+    fn follow(
+        &mut self,
+        live: &BTreeSet<ConnectionId>,
+        results: &mut Vec<(ConnectionId, GoawayResult)>,
+    ) -> Result<(), SteerError> {
         let Some(Attachment { program, .. }) = &mut self.attached else {
-            return Ok(results);
+            return Ok(());
         };
         let now = sys::monotonic();
-        let mut over = Vec::new();
-        for (id, marked) in &mut self.marked {
+        let ids: Vec<ConnectionId> = self.marked.keys().copied().collect();
+        for id in ids {
+            let Some(marked) = self.marked.get_mut(&id) else {
+                continue;
+            };
             for key in &marked.keys {
                 if !marked.told && program.told(key)?.is_some_and(|told| told > 0) {
                     marked.told = true;
-                    self.told.insert(*id);
-                    results.push((*id, GoawayResult::Sent));
+                    self.told.insert(id);
+                    results.push((id, GoawayResult::Sent));
                 }
             }
             let until = marked.expires + if marked.told { AGAIN } else { GRACE };
-            let result = if !live.contains(id) {
+            let result = if !live.contains(&id) {
                 GoawayResult::Unknown
             } else if now > until {
                 GoawayResult::Expired
@@ -272,15 +283,12 @@ impl Steer {
             for key in &marked.keys {
                 program.unmark(key)?;
             }
-            over.push(*id);
             if !marked.told {
-                results.push((*id, result));
+                results.push((id, result));
             }
-        }
-        for id in over {
             self.marked.remove(&id);
         }
-        Ok(results)
+        Ok(())
     }
 
     async fn order(&mut self, order: GoawayOrder, agent: &AgentHandle) -> Option<Vec<Input>> {

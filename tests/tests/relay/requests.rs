@@ -296,14 +296,27 @@ fn a_certificate_that_expires_on_an_open_connection_names_nobody_any_more() {
 }
 
 #[test]
-fn clients_refused_for_overload_are_counted_once_and_a_forbidden_eviction_is_none() {
+fn clients_refused_for_overload_are_counted_once_and_what_the_api_itself_says_is_none() {
     let world = World::start(&[]);
     let refused_total = || world.control("GET /v1/connections", "")["refused_total"].clone();
     assert_eq!(refused_total(), 0);
-    let overload = block(&[(":status", "429"), ("retry-after", "1")]);
+    let overload = block(&[
+        (":status", "429"),
+        ("retry-after", "1"),
+        ("content-type", "text/plain; charset=utf-8"),
+    ]);
     let starting = block(&[(":status", "503"), ("retry-after", "5")]);
     let forbidden = block(&[(":status", "429"), ("content-type", "application/json")]);
-    for (answer, counted) in [(overload, 1), (starting, 2), (forbidden, 2)] {
+    // A watch cache that is not filled yet, as each client is told of it in its own type.
+    let filling = |kind| block(&[(":status", "429"), ("retry-after", "1"), ("content-type", kind)]);
+    for (answer, counted) in [
+        (overload, 1),
+        (starting, 2),
+        (forbidden, 2),
+        (filling("application/json"), 2),
+        (filling("application/vnd.kubernetes.protobuf"), 2),
+        (filling("Application/YAML"), 2),
+    ] {
         let (mut client, mut server) = world.open(None);
         for stream in [1, 3, 5] {
             client.send(&request(stream, "/"));
@@ -320,4 +333,11 @@ fn clients_refused_for_overload_are_counted_once_and_a_forbidden_eviction_is_non
     server.send(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n");
     assert!(client.read_head().starts_with("HTTP/1.1 429 "));
     assert_eq!(refused_total(), 3);
+    let mut client = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
+    client.send(b"GET / HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let mut server = world.accept().peer;
+    let filling = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n";
+    server.send(filling);
+    assert!(client.read_head().starts_with("HTTP/1.1 429 "));
+    assert_eq!(refused_total(), 3, "nor over HTTP/1.1");
 }

@@ -189,4 +189,30 @@ proptest! {
         let chosen: Vec<_> = chosen.unwrap_or_default().into_iter().map(|victim| victim.connection).collect();
         prop_assert_eq!(chosen, expected);
     }
+
+    /// Where nobody may be told, the hold's numbers are those of the whole table, though only those were looked at who may be
+    /// told by what they are.
+    #[test]
+    fn nobody_is_told_for_reasons_that_are_counted(
+        drawn in prop::collection::vec(drawn(), 1..200),
+        at_request in any::<bool>(),
+    ) {
+        let table = table_of(&drawn);
+        let mut policy = policy();
+        policy.min_connection_age = Duration::from_secs(60);
+        // Of each client some rest, are left alone, or are known by no name and too young.
+        policy.exclusions.users.extend((5..9).map(|who| format!("user-{who}")));
+        let mut cooldowns = Cooldowns::default();
+        for who in 1..5 {
+            let key = ClientKey::User(format!("user-{who}").into());
+            let of = table.active_of(&key).max(1);
+            (0..of).for_each(|_| cooldowns.note(key.clone(), || of, at(90), at(900)));
+        }
+        for connection in table.scan().filter(|connection| connection.user().is_none()) {
+            cooldowns.note(connection.client_key(), || 1, at(90), at(900));
+        }
+        let abilities = if at_request { Abilities::AT_REQUEST } else { Abilities::default() };
+        let hold = choose(&table, &policy, abilities, &cooldowns, of(50), at(100)).expect_err("nobody is left");
+        prop_assert_eq!(hold, nobody(&table, &policy, &cooldowns, of(50), at(100)));
+    }
 }

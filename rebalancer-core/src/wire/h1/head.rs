@@ -5,6 +5,7 @@
 //! be taken for the end of its line.
 
 use super::body::Framing;
+use crate::wire::h2::relay::is_refusal;
 
 /// What is wrong with a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -364,9 +365,15 @@ impl<'h> AnswerHead<'h> {
             || self.minor == 0 && !has_token(&self.fields, "connection", "keep-alive")
     }
 
-    /// Whether it says when to come again.
-    pub fn has_retry_after(&self) -> bool {
-        named(&self.fields, "retry-after").next().is_some()
+    /// Whether it refuses a request for overload (see [`is_refusal`]).
+    pub fn is_refusal(&self) -> bool {
+        let says_when = named(&self.fields, "retry-after").next().is_some();
+        let kind = named(&self.fields, "content-type").next();
+        is_refusal(
+            self.status.to_string().as_bytes(),
+            says_when,
+            kind.map(|field| field.value.as_ref()),
+        )
     }
 
     /// Writes it with `Connection: close`, whatever it said of the connection.

@@ -153,11 +153,13 @@ impl Answers {
 /// Whether an answer refuses a request for overload: 429 or 503, and when to come again
 /// (k8s.io/apiserver/pkg/server/filters/maxinflight.go and priority-and-fairness.go; RFC 9110, section 10.2.3).
 ///
-/// A 429 without Retry-After is an eviction that a disruption budget forbids
-/// (k8s.io/kubernetes/pkg/registry/core/pod/storage/eviction.go): no overload. One whose budget is still being worked out
-/// has it, and is not told apart; nor is what an aggregated API server refuses.
-pub fn is_refusal(status: &[u8], says_when: bool) -> bool {
-    says_when && matches!(status, b"429" | b"503")
+/// A 429 that is no overload is an object of kind Status, in a type of the API, while filters write plain text: an eviction that
+/// a disruption budget forbids (k8s.io/kubernetes/pkg/registry/core/pod/storage/eviction.go), or a request for a resource whose
+/// watch cache is not filled yet, which after a restart are many (k8s.io/apiserver/pkg/storage/cacher, "storage is
+/// (re)initializing"). What an aggregated API server refuses is not told apart.
+pub fn is_refusal(status: &[u8], says_when: bool, kind: Option<&[u8]>) -> bool {
+    let is_of_the_api = || kind.is_some_and(|kind| kind.to_ascii_lowercase().starts_with(b"application/"));
+    says_when && (status == b"503" || status == b"429" && !is_of_the_api())
 }
 
 #[cfg(test)]

@@ -223,7 +223,9 @@ impl ServerHalf {
             None => {}
             Some(Answer::Fields { stream, list }) => {
                 let status = list.get(b":status").unwrap_or_default();
-                self.refused += u64::from(is_refusal(status, list.get(b"retry-after").is_some()));
+                let says_when = list.get(b"retry-after").is_some();
+                let refused = is_refusal(status, says_when, list.get(b"content-type"));
+                self.refused += u64::from(refused);
                 if let Some(watches) = &mut self.watches {
                     watches.answered(stream, &list);
                 }
