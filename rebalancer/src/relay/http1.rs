@@ -22,7 +22,6 @@ use rebalancer_core::{
         forward::{Passed, Stays, pass},
         head::{AnswerHead, Finder, HeadError},
     },
-    wire::h2::relay::is_refusal,
     wire::rewrite::Policy,
 };
 use tokio::{
