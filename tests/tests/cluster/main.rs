@@ -110,7 +110,7 @@ fn real_apiservers_are_levelled_behind_roundrobin() {
         skip(&format!("{error:#}"));
         return;
     }
-    let report = play(&["--apiserver=real", "--lb=roundrobin"]);
+    let report = play(&["--apiserver=real", "--lb=roundrobin", "--quiet=60"]);
     check(&report);
     assert_eq!(report["apiserver"], "real");
 }
