@@ -46,6 +46,10 @@ fn take(world: &World, server: SocketAddr, octets: &[u8]) -> Taken {
                         reset.push(got.stream);
                     }
                 }
+                // RFC 9113, section 5.1: nothing comes on a stream after its reset.
+                kind::HEADERS | kind::DATA if reset.contains(&got.stream) => {
+                    panic!("a frame of kind {} on stream {} after its reset", got.kind, got.stream)
+                }
                 kind::HEADERS if !answered.contains(&got.stream) => answered.push(got.stream),
                 _ => {}
             },
@@ -145,6 +149,10 @@ fn the_relay_takes_everything_no_worse_than_the_apiserver() {
         (
             "5.1 DATA after END_STREAM",
             after(&[ask(1), frame(kind::DATA, END_STREAM, 1, b"x")]),
+        ),
+        (
+            "5.1 HEADERS after END_STREAM",
+            after(&[ask(1), headers(whole, 1, &block(&[("x", "y")]))]),
         ),
         ("5.1.1 an even stream", after(&[ask(2)])),
         ("5.1.1 a lower stream", after(&[ask(5), ask(3)])),
@@ -263,6 +271,20 @@ fn the_relay_takes_everything_no_worse_than_the_apiserver() {
             after(&[
                 headers(END_HEADERS, 1, &get(path)),
                 headers(END_HEADERS, 1, &block(&[("x", "y")])),
+            ]),
+        ),
+        (
+            "8.1 trailers with a name in upper case",
+            after(&[
+                headers(END_HEADERS, 1, &get(path)),
+                headers(whole, 1, &block(&[("X-Test", "1")])),
+            ]),
+        ),
+        (
+            "8.1 trailers with a pseudo-header",
+            after(&[
+                headers(END_HEADERS, 1, &get(path)),
+                headers(whole, 1, &block(&[target])),
             ]),
         ),
         (

@@ -105,16 +105,30 @@ pub fn write_reset(stream: u32, code: ErrorCode, out: &mut Vec<u8>) {
 
 /// Appends a WINDOW_UPDATE frame for the connection (RFC 9113, section 6.9).
 pub fn write_connection_window(increment: u32, out: &mut Vec<u8>) {
-    write_header(kind::WINDOW_UPDATE, 0, 4, out);
+    write_window(0, increment, out);
+}
+
+/// Appends a WINDOW_UPDATE frame for a stream, or for the connection where that is 0 (RFC 9113, section 6.9).
+pub fn write_window(stream: u32, increment: u32, out: &mut Vec<u8>) {
+    write_header(kind::WINDOW_UPDATE, stream, 4, out);
     out.extend_from_slice(&increment.to_be_bytes());
+}
+
+/// Appends an empty DATA frame (RFC 9113, section 6.1).
+pub fn write_empty(stream: u32, out: &mut Vec<u8>) {
+    write_data(0, stream, out);
 }
 
 /// Appends an empty DATA frame that ends a stream (RFC 9113, section 6.1).
 pub fn write_end(stream: u32, out: &mut Vec<u8>) {
+    write_data(flag::END_STREAM, stream, out);
+}
+
+fn write_data(flags: u8, stream: u32, out: &mut Vec<u8>) {
     FrameHeader {
         length: 0,
         kind: kind::DATA,
-        flags: flag::END_STREAM,
+        flags,
         stream,
     }
     .write(out);

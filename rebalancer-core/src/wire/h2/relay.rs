@@ -89,6 +89,15 @@ enum UserAgent {
     Told,
 }
 
+/// A rule that the client broke on a stream the server knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Broken {
+    /// It sends on a stream that it has ended: STREAM_CLOSED, as for DATA (RFC 9113, section 5.1).
+    Ended,
+    /// Its trailers are none: PROTOCOL_ERROR, as for a window that grows by nothing (RFC 9113, sections 8.1.1 and 6.9).
+    Malformed,
+}
+
 /// Whether the client's requests are passed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trust {
@@ -350,8 +359,8 @@ impl Relay {
             Standing::New => self.request(block, &list, out),
             Standing::Open => self.trailers(block, &list, out),
             Standing::HalfClosed => {
-                self.reset(block.stream, ErrorCode::StreamClosed, out);
-                self.server.bound_own()
+                self.have_reset(Broken::Ended, block.stream, out);
+                Ok(())
             }
             // A server that has forgotten the stream would take it for a request.
             Standing::Closed if messages::has_pseudo(&list) => {
@@ -412,8 +421,8 @@ impl Relay {
 
     fn trailers(&mut self, block: &Block, list: &FieldList, out: &mut Output) -> Result<(), ConnectionError> {
         if !block.end_stream || list.is_cut() || messages::check_trailers(list).is_err() {
-            self.reset(block.stream, ErrorCode::ProtocolError, out);
-            return self.server.bound_own();
+            self.have_reset(Broken::Malformed, block.stream, out);
+            return Ok(());
         }
         self.streams.client_ended(block.stream);
         let policy = &self.policy;
@@ -425,11 +434,15 @@ impl Relay {
         )
     }
 
-    /// Resets a stream towards both sides, between two of the client's frames.
-    fn reset(&mut self, stream: u32, code: ErrorCode, out: &mut Output) {
-        frame::write_reset(stream, code, self.server.own());
-        frame::write_reset(stream, code, &mut out.to_server);
-        self.glitches.reset();
+    /// Has the server reset a stream whose client broke a rule: it is sent a frame that breaks the same rule and carries
+    /// nothing. An answer may be on its way, and nothing may follow a reset on its stream (RFC 9113, section 5.1): one of the
+    /// relay's own would come before it.
+    fn have_reset(&mut self, broken: Broken, stream: u32, out: &mut Output) {
+        match broken {
+            Broken::Ended => frame::write_empty(stream, &mut out.to_server),
+            Broken::Malformed => frame::write_window(stream, 0, &mut out.to_server),
+        }
+        self.glitches.refused();
         self.close(stream);
     }
 

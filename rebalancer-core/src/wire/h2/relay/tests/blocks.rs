@@ -160,20 +160,26 @@ fn trailers_are_those_of_an_open_stream_that_end_it_and_nothing_else() {
     let went = decoded(&out.to_server, &mut Decoder::default());
     assert_eq!(went[1], (1, pairs(&[("grpc-status", "0")])));
 
-    // Another block on it: the client has ended it.
+    // Another block on it: the client has ended it. The server hears of no field, and resets it as for DATA (STREAM_CLOSED).
     out = Output::default();
     relay
         .client_bytes(&trailers(flag::END_STREAM, &good), &mut out)
         .expect("a stream error");
-    let closed = ErrorCode::StreamClosed as u32;
-    assert_eq!(told(&mut out), [(kind::RST_STREAM, 1, closed)]);
-    assert_eq!(out.to_server, frame(kind::RST_STREAM, 0, 1, &closed.to_be_bytes()));
+    assert_eq!(out.to_server, frame(kind::DATA, 0, 1, &[]));
+    assert!(
+        out.to_client.is_empty(),
+        "the server's answer is on its way, and its reset comes after it"
+    );
     // And another, after that: it crossed the reset.
     out = Output::default();
     relay
         .client_bytes(&trailers(flag::END_STREAM, &good), &mut out)
         .expect("late trailers");
     assert!(out.to_client.is_empty() && out.to_server.is_empty());
+    let answer = frame(kind::HEADERS, flag::END_HEADERS, 1, &[0x88]);
+    let both = [answer, frame(kind::RST_STREAM, 0, 1, &[0, 0, 0, 5])].concat();
+    relay.server_bytes(&both, &mut out).expect("an answer and a reset");
+    assert_eq!(out.to_client, both);
 
     let mut upper = Vec::new();
     hpack::write_literal(b"Upper", b"x", &mut upper);
@@ -186,13 +192,9 @@ fn trailers_are_those_of_an_open_stream_that_end_it_and_nothing_else() {
         relay.client_bytes(&open, &mut out).expect("a request");
         out = Output::default();
         relay.client_bytes(&refused, &mut out).expect("a stream error");
-        let code = ErrorCode::ProtocolError as u32;
-        assert_eq!(told(&mut out), [(kind::RST_STREAM, 1, code)], "{what}");
-        assert_eq!(
-            out.to_server,
-            frame(kind::RST_STREAM, 0, 1, &code.to_be_bytes()),
-            "{what}"
-        );
+        // RFC 9113, section 6.9: a stream error of type PROTOCOL_ERROR.
+        assert_eq!(out.to_server, frame(kind::WINDOW_UPDATE, 0, 1, &[0; 4]), "{what}");
+        assert!(out.to_client.is_empty(), "{what}");
         assert_eq!(relay.open_streams(), 0, "{what}");
     }
 }
