@@ -37,6 +37,10 @@ const GROWTH: usize = 4;
 /// Once somebody was seen to land elsewhere, it takes so many times the landings of a probe without one to doubt it again.
 const DOUBT: u64 = 3;
 
+/// And so long: a landing counts at an age that each apiserver's agent learns, up to five seconds, and is told in its next
+/// snapshot. So those that are elsewhere may be seen after others that came later.
+const HEARD: Duration = Duration::from_secs(6);
+
 /// So many landings elsewhere are no accident: what was in vain before is forgotten.
 const CERTAIN: u64 = 3;
 
@@ -109,8 +113,8 @@ pub(super) struct Ramp {
     wait: Duration,
     /// Told in vain since somebody landed elsewhere.
     in_vain: u64,
-    /// Landings in a row of which none was elsewhere, in plans that were too small to say anything.
-    unheard: u64,
+    /// Landings since one was elsewhere, and when the first of them was seen.
+    unheard: Option<(Timestamp, u64)>,
     /// When the set of apiservers last changed.
     since: Timestamp,
     /// When somebody first landed elsewhere since then.
@@ -135,7 +139,7 @@ impl Ramp {
             next: Next::Probe,
             wait: Duration::ZERO,
             in_vain: 0,
-            unheard: 0,
+            unheard: None,
             since: now,
             admitted: None,
             takes_all: false,
@@ -203,7 +207,11 @@ impl Ramp {
         self.tellers = tellers;
         if elsewhere > 0 {
             self.admitted.get_or_insert(now);
+            self.unheard = None;
             self.helped(elsewhere, tellers.probe);
+        } else {
+            let (_, unheard) = self.unheard.get_or_insert((now, 0));
+            *unheard += landed;
         }
         self.notice(landed, elsewhere, now)
     }
@@ -227,7 +235,6 @@ impl Ramp {
             return false;
         }
         if seen.elsewhere > 0 {
-            self.unheard = 0;
             let before = match self.next {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
@@ -239,13 +246,11 @@ impl Ramp {
             };
             return false;
         }
-        self.unheard += seen.landed;
         let is_known = self.is_slow || matches!(self.next, Next::UpTo(_));
-        if is_known && self.unheard < DOUBT * probe {
-            // So few may all land on donors by chance.
+        if is_known && !self.is_doubted(probe, now) {
             return false;
         }
-        self.unheard = 0;
+        self.unheard = None;
         self.is_slow = false;
         self.in_vain += told as u64;
         let longest = if now.since(self.since) < FRESH {
@@ -256,6 +261,12 @@ impl Ramp {
         self.wait = (self.wait * 2).max(FIRST_WAIT).min(longest.max(self.wait));
         self.next = Next::After(now + self.wait);
         true
+    }
+
+    /// Whether so many landed on donors alone, and for so long, that it is neither chance nor what is not heard of yet.
+    fn is_doubted(&self, probe: u64, now: Timestamp) -> bool {
+        self.unheard
+            .is_some_and(|(since, landed)| landed >= DOUBT * probe && now.since(since) >= HEARD)
     }
 
     /// What landed since the last look: whether an apiserver is seen by it to start slowly, which was not known before.
@@ -385,209 +396,4 @@ impl Ramp {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(seconds: u64) -> Timestamp {
-        Timestamp::from_millis(seconds * 1_000)
-    }
-
-    /// Of two donors of three.
-    const PROBE: u64 = 5;
-    const TELLERS: Tellers = Tellers {
-        even: 1.0 / 3.0,
-        part: 0.5,
-        probe: 3,
-    };
-
-    fn seen(told: u64, elsewhere: u64) -> Seen {
-        Seen {
-            told,
-            landed: told,
-            elsewhere,
-        }
-    }
-
-    const VAIN: Seen = Seen {
-        told: 6,
-        landed: 6,
-        elsewhere: 0,
-    };
-
-    #[test]
-    fn each_plan_that_helps_makes_the_next_four_times_as_large() {
-        let mut ramp = Ramp::new(at(0));
-        assert_eq!(ramp.limit(3, at(0)), Ok(3));
-        for (told, next) in [(3, 12), (12, 48), (48, 192), (5, 192)] {
-            assert!(!ramp.settled(told, seen(told as u64, 1 + told as u64 / 3), PROBE, at(1)));
-            assert_eq!(ramp.limit(3, at(1)), Ok(next), "after {told}");
-        }
-        assert!(!ramp.settled(6, VAIN, PROBE, at(2)), "six may all come back by chance");
-        assert!(!ramp.settled(6, VAIN, PROBE, at(2)));
-        assert!(ramp.settled(6, VAIN, PROBE, at(2)), "and what is no chance ends it");
-        assert_eq!(ramp.limit(3, at(2)), Err(FIRST_WAIT));
-    }
-
-    #[test]
-    fn waits_stay_short_while_an_apiserver_may_not_be_admitted_and_double_to_hours_then() {
-        let mut ramp = Ramp::new(at(0));
-        let mut now = at(0);
-        let mut waits = Vec::new();
-        for _ in 0..31 {
-            assert!(ramp.settled(3, VAIN, PROBE, now));
-            let left = ramp.limit(3, now).expect_err("it waits");
-            waits.push(left.as_secs());
-            assert_eq!(ramp.is_futile(), left >= FUTILE_WAIT);
-            assert!(!ramp.look(now + left / 2));
-            now = now + left;
-            assert!(ramp.look(now) && ramp.is_probe());
-        }
-        assert_eq!(waits[..15], [&[5, 10][..], &[12; 13]].concat(), "{waits:?}");
-        assert!(
-            waits[14..]
-                .windows(2)
-                .all(|pair| pair[1] == (pair[0] * 2).min(12 * 3_600)),
-            "{waits:?}"
-        );
-        assert_eq!(waits.last(), Some(&(12 * 3_600)));
-    }
-
-    #[test]
-    fn who_lands_elsewhere_ends_every_wait_and_a_few_do_not_make_the_past_forgotten() {
-        let mut ramp = Ramp::new(at(0));
-        ramp.settled(3, VAIN, PROBE, at(0));
-        ramp.settled(3, VAIN, PROBE, at(1_000));
-        let (wait, in_vain) = ramp.tried();
-        assert_eq!((wait, in_vain), (Duration::from_secs(10), 6));
-        ramp.landed(1, 1, TELLERS, at(1_001));
-        assert_eq!((ramp.limit(3, at(1_001)), ramp.tried()), (Ok(12), (wait, in_vain)));
-        ramp.landed(CERTAIN, CERTAIN, TELLERS, at(1_002));
-        assert_eq!(ramp.tried(), (Duration::ZERO, 0));
-    }
-
-    /// Leastconn with a slow start: the first all land elsewhere, then only as many as the weight has grown for.
-    #[test]
-    fn an_apiserver_that_starts_slowly_gets_what_it_takes_and_little_more() {
-        let mut ramp = Ramp::new(at(0));
-        assert!(!ramp.landed(5, 5, TELLERS, at(1)));
-        ramp.settled(3, seen(5, 5), PROBE, at(1));
-        assert!(!ramp.landed(24, 24, TELLERS, at(4)));
-        ramp.settled(12, seen(24, 24), PROBE, at(4));
-        assert_eq!(ramp.limit(3, at(4)), Ok(48), "all of them land elsewhere");
-        assert!(!ramp.landed(48, 10, TELLERS, at(7)), "one look says nothing");
-        assert!(ramp.landed(48, 10, TELLERS, at(10)), "more are not to be told now");
-        ramp.settled(48, seen(96, 20), PROBE, at(11));
-        assert_eq!(ramp.limit(3, at(11)), Err(PAUSE));
-        ramp.landed(6, 4, TELLERS, at(12));
-        assert_eq!(ramp.limit(3, at(12)), Err(Duration::from_secs(2)), "that ends no wait");
-        assert!(ramp.look(at(14)));
-        let Ok(next) = ramp.limit(3, at(14)) else {
-            panic!("the wait is over");
-        };
-        assert!(
-            (9..=11).contains(&next),
-            "{next}: its half of 14 taken in five seconds, and some more"
-        );
-        // Nearly all land elsewhere again: it has started.
-        for second in [20, 21] {
-            ramp.landed(34, 34, TELLERS, at(second));
-        }
-        ramp.settled(17, seen(34, 34), PROBE, at(21));
-        assert_eq!(ramp.limit(3, at(21)), Ok(4 * 17));
-        // Long after it was admitted, fewer are no slow start.
-        assert!(!ramp.landed(96, 20, TELLERS, at(200)));
-    }
-
-    /// A balancer that seeks the emptiest is known by the first few that are told while one starts slowly; and another one not.
-    #[test]
-    fn what_kind_of_balancer_starts_one_slowly_is_seen() {
-        for (kind, elsewhere, seeks) in [
-            ("leastconn", 28, true),
-            ("the better of two", 21, false),
-            ("in turn", 8, false),
-        ] {
-            let mut ramp = Ramp::new(at(0));
-            ramp.landed(5, 2, TELLERS, at(1));
-            ramp.settled(12, seen(5, 2), PROBE, at(1));
-            for second in [6, 8] {
-                ramp.landed(90, 14, TELLERS, at(second));
-            }
-            assert!(ramp.is_slow() && !ramp.takes_all, "{kind}: {ramp:?}");
-            // Who was told before that was seen says nothing.
-            ramp.landed(60, 60, TELLERS, at(10));
-            assert!(ramp.is_slow(), "{kind}");
-            assert!(ramp.look(at(11)));
-            for _ in 0..2 {
-                ramp.landed(20, elsewhere / 2, TELLERS, at(13));
-            }
-            assert_eq!(ramp.takes_all, seeks, "{kind}: {ramp:?}");
-        }
-    }
-
-    /// In turn, or by chance, a third lands elsewhere: that is what is expected, however lucky the first were.
-    #[test]
-    fn an_even_choice_is_no_slow_start() {
-        let mut ramp = Ramp::new(at(0));
-        for (second, told, landed, elsewhere) in [(1, 3, 5, 4), (11, 12, 24, 5), (21, 48, 90, 22), (31, 192, 380, 110)]
-        {
-            for later in [0, 3] {
-                let slow = ramp.landed(landed / 2, elsewhere / 2, TELLERS, at(second + later));
-                assert!(!slow, "{elsewhere} of {landed}");
-            }
-            ramp.settled(told, seen(landed, elsewhere), PROBE, at(second));
-            assert_eq!(ramp.limit(3, at(second)), Ok(4 * told), "{elsewhere} of {landed}");
-        }
-    }
-
-    #[test]
-    fn nobody_who_has_landed_yet_says_nothing() {
-        let mut ramp = Ramp::new(at(0));
-        assert!(!ramp.settled(
-            3,
-            Seen {
-                told: 3,
-                ..Seen::default()
-            },
-            PROBE,
-            at(10)
-        ));
-        assert_eq!(ramp.limit(3, at(10)), Ok(3));
-    }
-
-    /// What was seen of the balancer is not found out again, unless it is long ago.
-    #[test]
-    fn a_restart_goes_on_with_as_many_as_before_and_knows_a_slow_start() {
-        let mut ramp = Ramp::new(at(0));
-        ramp.landed(5, 5, TELLERS, at(1));
-        ramp.settled(12, seen(24, 24), PROBE, at(4));
-        let next = Ramp::resumed(&ramp.remembered(at(5)), Duration::from_secs(2), at(7));
-        assert_eq!(next.limit(3, at(7)), Ok(48));
-        let next = Ramp::resumed(&ramp.remembered(at(5)), FRESH, at(170));
-        assert!(next.is_probe() && !next.is_slow(), "{next:?}");
-        ramp.landed(24, 24, TELLERS, at(5));
-        ramp.landed(48, 10, TELLERS, at(6));
-        assert!(ramp.landed(48, 10, TELLERS, at(8)) && ramp.is_slow(), "{ramp:?}");
-        let next = Ramp::resumed(&ramp.remembered(at(8)), Duration::from_secs(1), at(9));
-        assert!(next.is_slow() && next.takes_all, "{next:?}");
-        assert_eq!(next.limit(3, at(9)), Err(Duration::from_secs(2)));
-    }
-
-    #[test]
-    fn a_restart_goes_on_with_what_is_left_of_a_wait() {
-        let tries = RememberedTries {
-            wait: Duration::from_secs(3_600),
-            left: Duration::from_secs(9),
-            in_vain: 40,
-            ..RememberedTries::default()
-        };
-        let mut ramp = Ramp::resumed(&tries, Duration::from_secs(2), at(100));
-        assert_eq!(ramp.limit(3, at(100)), Err(Duration::from_secs(7)));
-        assert!(ramp.look(at(107)) && ramp.is_futile());
-        ramp.settled(3, VAIN, PROBE, at(108));
-        assert_eq!(
-            ramp.tried(),
-            (Duration::from_secs(3_600), 43),
-            "short waits while it is fresh never shorten it"
-        );
-    }
-}
+mod tests;
