@@ -162,13 +162,13 @@ pub enum Hold {
         /// Clients told that have not landed anywhere yet.
         in_transit: u64,
     },
-    /// An apiserver just (re)started, is down, or answers too late.
+    /// An apiserver just (re)started, is down, or says that it is not ready.
     ApiserverStarting {
         /// Which.
         apiserver: ApiserverName,
         /// For how long it is up; `None` while it is down, or not ready.
         up: Option<Duration>,
-        /// Its connections: one that is down has none, one that answers too late has.
+        /// Its connections: one that is down has none, one that is about to end has.
         connections: u64,
     },
     /// Kernel events were lost and the complete list has not come yet.
@@ -208,6 +208,13 @@ pub enum Hold {
         /// How long another step is waited for.
         left: Duration,
     },
+    /// An apiserver has more to do than it can: its clients are not moved onto the others, nor others onto it.
+    ApiserverOverloaded {
+        /// Which.
+        apiserver: ApiserverName,
+        /// How many clients are connected to it.
+        connections: u64,
+    },
     /// The shim does not answer: nothing could be sent.
     ShimUnavailable {
         /// What it said.
@@ -245,6 +252,7 @@ impl Hold {
             Self::PeerPlanInFlight { .. } => "peer_plan_in_flight",
             Self::PlanInFlight { .. } => "plan_in_flight",
             Self::ApiserverStarting { .. } => "apiserver_starting",
+            Self::ApiserverOverloaded { .. } => "apiserver_overloaded",
             Self::LostEvents { .. } => "lost_events",
             Self::UnknownProtocols { .. } => "unknown_protocols",
             Self::Paused { .. } => "paused",
@@ -379,9 +387,14 @@ impl fmt::Display for Hold {
             } => {
                 write!(
                     f,
-                    "apiserver {apiserver} is not ready, with {connections} clients connected: it is overloaded, or about to end"
+                    "apiserver {apiserver} is not ready, with {connections} clients connected: it is about to end, or not whole yet"
                 )
             }
+            Self::ApiserverOverloaded { apiserver, connections } => write!(
+                f,
+                "apiserver {apiserver} is overloaded, it answers too late, with {connections} clients connected: who floods it \
+                 would flood another; `rebalancer flows` there shows who, `rebalancer advise` what holds them"
+            ),
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
             Self::UnknownProtocols { unknown, active, limit } => write!(
                 f,

@@ -12,6 +12,7 @@ pub mod agent;
 pub mod binary;
 pub mod budget;
 pub mod decision;
+pub mod fairness;
 pub mod hold;
 pub mod ids;
 pub mod membership;

@@ -120,6 +120,9 @@ pub struct ShimReport {
     pub upstream_listener: Option<u64>,
     /// Whether nobody listens where it should: it is being restarted, or is down.
     pub upstream_gone: bool,
+    /// Whether the server behind it answers later than a check waits, or says that it has too much to do: it is up, and its
+    /// clients are its own.
+    pub upstream_overloaded: bool,
     /// Requests that the server behind it refused for overload since the shim started (429 or 503, and when to come
     /// again); `None` when it does not see answers.
     pub refused_total: Option<u64>,

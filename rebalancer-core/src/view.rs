@@ -29,6 +29,8 @@ pub enum ServerState {
     Unknown,
     /// It takes connections, and is to have none: its clients are told to go, and nobody is sent there.
     Evacuating,
+    /// It takes connections, and has more to do than it can: nobody is moved, neither there nor from there.
+    Overloaded,
 }
 
 /// What an apiserver's agent does about skew.
@@ -399,6 +401,12 @@ impl Peers {
                     return Some(Hold::PeerUnknown {
                         peer: name.clone(),
                         why,
+                    });
+                }
+                Some((_, snapshot)) if snapshot.state == ServerState::Overloaded => {
+                    return Some(Hold::ApiserverOverloaded {
+                        apiserver: name.clone(),
+                        connections: snapshot.connections,
                     });
                 }
                 Some(_) => {}

@@ -171,6 +171,24 @@ pub fn granted(admin: &Admin, namespace: &str, name: &str, rules: &[Value], subj
     admin.make(&format!("{all}/rolebindings"), &binding)
 }
 
+/// A role of these rules in the whole cluster, and its binding.
+///
+/// # Errors
+///
+/// They are refused.
+pub fn granted_in_cluster(admin: &Admin, name: &str, rules: &[Value], subject: &Value) -> anyhow::Result<()> {
+    let group = "rbac.authorization.k8s.io";
+    let all = format!("/apis/{group}/v1");
+    let of = |kind: &str| json!({"apiVersion": format!("{group}/v1"), "kind": kind, "metadata": {"name": name}});
+    let mut role = of("ClusterRole");
+    role["rules"] = json!(rules);
+    admin.make(&format!("{all}/clusterroles"), &role)?;
+    let mut binding = of("ClusterRoleBinding");
+    binding["roleRef"] = json!({"apiGroup": group, "kind": "ClusterRole", "name": name});
+    binding["subjects"] = json!([subject]);
+    admin.make(&format!("{all}/clusterrolebindings"), &binding)
+}
+
 fn unchunked(body: &str) -> String {
     let mut whole = String::new();
     let mut rest = body;

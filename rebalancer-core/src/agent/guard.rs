@@ -52,6 +52,12 @@ impl Agent {
         match self.state(now) {
             // One that is evacuated has its hold above.
             ServerState::Ready | ServerState::Evacuating => {}
+            ServerState::Overloaded => {
+                return Some(Hold::ApiserverOverloaded {
+                    apiserver: self.policy.node.clone(),
+                    connections,
+                });
+            }
             ServerState::Down => {
                 return Some(Hold::ApiserverStarting {
                     apiserver: self.policy.node.clone(),

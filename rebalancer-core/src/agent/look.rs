@@ -129,7 +129,7 @@ impl Agent {
     fn compare_ready(&mut self, view: &View, now: Timestamp) {
         let is_ready = |(name, entry): &(&ApiserverName, &Entry)| match entry.snapshot.state {
             ServerState::Ready => true,
-            ServerState::Unknown => self.ready.contains(name),
+            ServerState::Unknown | ServerState::Overloaded => self.ready.contains(name),
             ServerState::Starting | ServerState::Down | ServerState::Evacuating => false,
         };
         let ready: Vec<ApiserverName> = view

@@ -14,6 +14,7 @@ mod guard;
 mod look;
 mod memory;
 mod motion;
+mod overload;
 mod plan;
 mod ramp;
 mod rebalancing;
@@ -33,6 +34,7 @@ use growth::Growth;
 use look::Look;
 pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
 use motion::Motion;
+use overload::Overload;
 use plan::Plan;
 use ramp::Ramp;
 use rebalancing::Rebalancing;
@@ -131,6 +133,7 @@ pub struct Agent {
     release: Option<Release>,
     upstream_listener: Option<u64>,
     stress: Stress,
+    overload: Overload,
 
     // What was learned.
     motion: Motion,
@@ -212,6 +215,7 @@ impl Agent {
             release: None,
             upstream_listener: None,
             stress: Stress::default(),
+            overload: Overload::default(),
             motion: Motion::default(),
             rho: Rho::default(),
             spread: Spread::default(),
@@ -346,11 +350,15 @@ impl Agent {
         if !self.table.is_trusted() || self.unmeasured(now).is_some() {
             return ServerState::Unknown;
         }
-        if !self.table.is_listening() || self.upstream_ready == Some(false) {
+        let is_overloaded = self.overload.lasts(now);
+        if !self.table.is_listening() || self.upstream_ready == Some(false) && !is_overloaded {
             return ServerState::Down;
         }
         if self.evacuation.is_some() {
             return ServerState::Evacuating;
+        }
+        if is_overloaded {
+            return ServerState::Overloaded;
         }
         match self.up_since {
             Some(since) if now.since(since) < self.policy.interval => ServerState::Starting,
@@ -416,14 +424,17 @@ impl Agent {
     fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
         self.shim_fault = None;
         self.abilities = report.abilities;
-        if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) {
-            // The port was open a while before the server behind it was ready: clients come from now on.
-            self.up_since = Some(now);
-        }
         // One that is slow, or not ready for a while, is still the one it was.
         let listeners = self.upstream_listener.zip(report.upstream_listener);
         let is_another = listeners.is_some_and(|(before, now)| before != now);
+        let is_new = is_another || !self.overload.lasts(now);
+        if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) && is_new {
+            // The port was open a while before the server behind it was ready: clients come from now on.
+            self.up_since = Some(now);
+        }
         self.restarts += u64::from(is_another || report.upstream_gone && !self.upstream_gone);
+        self.overload
+            .hear(report.upstream_overloaded, is_another || report.upstream_gone, now);
         self.upstream_gone = report.upstream_gone;
         if report.release.is_some() {
             self.release.clone_from(&report.release);

@@ -2,6 +2,7 @@
 
 mod evacuation;
 mod orders;
+mod overload;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -487,16 +488,16 @@ fn silence_in_the_middle_of_a_plan_ends_the_plan_and_not_the_rebalancing() {
     }
 }
 
-/// An apiserver that answers its health check too late has its clients: nobody says that they look for another.
+/// An apiserver that says it is not ready may have its clients: nobody says that they look for another.
 #[test]
-fn an_overloaded_apiserver_is_not_said_to_be_gone() {
+fn an_apiserver_that_is_not_ready_is_not_said_to_be_gone() {
     let mut world = World::new(&[60, 60], Balancer::RoundRobin, |_| {});
     world.run(30);
-    let late = ShimReport {
+    let unready = ShimReport {
         upstream_ready: Some(false),
         ..ShimReport::default()
     };
-    world.input(0, Input::Shim(late));
+    world.input(0, Input::Shim(unready));
     let said = |world: &World, index: usize| {
         let hold = world.agents[index].preview(world.now()).hold.expect("a hold");
         (hold.reason(), hold.to_string())
@@ -506,7 +507,7 @@ fn an_overloaded_apiserver_is_not_said_to_be_gone() {
         let (reason, sentence) = said(&world, index);
         assert_eq!(reason, "apiserver_starting");
         assert!(
-            sentence.contains(clients) && sentence.contains("overloaded"),
+            sentence.contains(clients) && sentence.contains("about to end"),
             "{index}: {sentence}"
         );
     }

@@ -213,7 +213,10 @@ impl Known {
 }
 
 fn takes_clients(state: ServerState) -> bool {
-    matches!(state, ServerState::Ready | ServerState::Starting)
+    matches!(
+        state,
+        ServerState::Ready | ServerState::Starting | ServerState::Overloaded
+    )
 }
 
 #[cfg(test)]

@@ -36,8 +36,11 @@ use super::{
 };
 use crate::local::Problem;
 
+mod flows;
 mod orders;
 mod users;
+
+pub use flows::FlowSource;
 
 /// What every route needs.
 #[derive(Clone)]
@@ -54,6 +57,8 @@ pub struct Context {
     pub state: Arc<Mutex<StateFile>>,
     /// Whether connections are steered to a relay on this node.
     pub intercepts: bool,
+    /// Where flows are asked for.
+    pub flows: FlowSource,
 }
 
 /// How long a scrape waits for the loop.
@@ -73,6 +78,7 @@ pub fn router(context: Context) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/connections", get(connections))
+        .route("/v1/flows", get(flows::flows))
         .route("/v1/peers", get(peers))
         .route("/v1/plan", get(plan))
         .route("/v1/decisions", get(decisions))

@@ -457,6 +457,8 @@ impl Metrics {
             "starting",
             "down",
             "unknown",
+            "evacuating",
+            "overloaded",
             "unreachable",
             "refused",
             "disagrees",
@@ -494,6 +496,7 @@ impl Metrics {
                     ServerState::Down => "down",
                     ServerState::Unknown => "unknown",
                     ServerState::Evacuating => "evacuating",
+                    ServerState::Overloaded => "overloaded",
                 },
                 (None, None) => "unknown",
             };

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    api::{self, Context as ApiContext},
+    api::{self, Context as ApiContext, FlowSource},
     config::{Config, Peering, Shim},
     handle::{AgentHandle, Clock, Request},
     heart::{BEAT, Heart},
@@ -124,6 +124,13 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         source: source_name,
         state: Arc::clone(&state),
         intercepts: config.intercept,
+        flows: FlowSource {
+            relay: match &config.shim {
+                Shim::Relay(socket) => Some(socket.0.clone()),
+                Shim::Steer(_) | Shim::None => None,
+            },
+            ..FlowSource::default()
+        },
     };
 
     let (policy, instance) = (config.policy.clone(), random::u64());
@@ -143,7 +150,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .kubernetes_requests();
-                kubernetes::start(kubernetes::Parts {
+                let access = kubernetes::start(kubernetes::Parts {
                     policy,
                     apiserver_port: config.apiserver_port,
                     config: kubernetes.clone(),
@@ -156,6 +163,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                     agent: handle.clone(),
                 })
                 .await?;
+                context.flows.names.open(access);
             }
             (Peering::Static(files), _) => {
                 let expiry = metrics

@@ -318,6 +318,9 @@ pub fn hold(hold: &Hold) -> Value {
             up,
             connections,
         } => json!({"apiserver": apiserver.as_str(), "up_ms": up.map(millis), "connections": connections}),
+        Hold::ApiserverOverloaded { apiserver, connections } => {
+            json!({"apiserver": apiserver.as_str(), "connections": connections})
+        }
         Hold::LostEvents { total } => json!({"total": total}),
         Hold::UnknownProtocols { unknown, active, limit } => {
             json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})

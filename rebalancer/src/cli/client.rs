@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::{Failure, follow, show, users};
+use super::{Failure, flows, follow, show, users};
 use crate::{
     local::{SocketPath, client},
     span::Span,
@@ -78,9 +78,23 @@ pub enum Question {
         /// The largest first
         #[arg(long, value_parser = ["age", "requests", "streams", "watches", "bytes"], default_value = "age")]
         sort: String,
-        /// Summed by user, those with the most first: of connections, unless --sort says what else
-        #[arg(long)]
-        by_user: bool,
+        /// Summed, those with the most first: of connections, unless --sort says what else
+        #[arg(long, value_parser = ["user"])]
+        by: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Show who asks for what: users, their flows and priority levels, by requests, octets, streams and refusals
+    Flows {
+        /// Rates are over so long
+        #[arg(long, default_value = "1s", value_name = "DURATION")]
+        over: Span,
+        /// The largest first
+        #[arg(long, value_enum, default_value = "bytes")]
+        sort: flows::Sort,
         /// At most so many
         #[arg(long, default_value_t = 50)]
         limit: usize,
@@ -234,6 +248,7 @@ impl Question {
         match self {
             Self::Peers(common) | Self::Return(common) => common,
             Self::Connections { common, .. }
+            | Self::Flows { common, .. }
             | Self::Plan { common, .. }
             | Self::Decisions { common, .. }
             | Self::Goaway { common, .. }
@@ -324,13 +339,12 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             state,
             protocol,
             sort,
-            by_user,
+            by,
             limit,
             ..
         } => {
-            let by = if *by_user { "&by=user" } else { "" };
-            let mut path = format!("/v1/connections?sort={sort}&limit={limit}{by}");
-            for (key, value) in [("state", state), ("protocol", protocol)] {
+            let mut path = format!("/v1/connections?sort={sort}&limit={limit}");
+            for (key, value) in [("state", state), ("protocol", protocol), ("by", by)] {
                 if let Some(value) = value {
                     // Writing to a String cannot fail.
                     let _ = write!(path, "&{key}={}", value.replace('/', "%2F"));
@@ -338,6 +352,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
             }
             client::get(socket, &path).await?
         }
+        Question::Flows { over, sort, limit, .. } => flows::ask(socket, over.0, *sort, *limit).await?,
         Question::Peers(_) => client::get(socket, "/v1/peers").await?,
         Question::Plan { .. } => client::get(socket, "/v1/plan").await?,
         Question::Decisions { id: Some(id), .. } => client::get(socket, &format!("/v1/decisions/{id}")).await?,
@@ -398,8 +413,9 @@ pub async fn run(question: Question) -> Result<(), Failure> {
         Output::Table => match question {
             Question::Status { cluster: true, .. } => show::cluster(&answer),
             Question::Status { .. } => show::status(&answer),
-            Question::Connections { by_user: true, .. } => users::table_of(&answer),
+            Question::Connections { by: Some(_), .. } => users::table_of(&answer),
             Question::Connections { .. } => show::connections(&answer),
+            Question::Flows { .. } => flows::table(&answer),
             Question::Peers(_) => show::peers(&answer),
             Question::Plan { explain: true, .. } => show::decision(&answer) + "\n" + &show::derivation(&answer),
             Question::Plan { .. } | Question::Decisions { id: Some(_), .. } => show::decision(&answer),

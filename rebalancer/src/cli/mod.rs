@@ -9,10 +9,12 @@ use clap::{
 
 use crate::log::{self, Format};
 
+mod advise;
 mod agent;
 mod client;
 mod completions;
 mod doctor;
+mod flows;
 mod follow;
 mod man;
 mod manifest;
@@ -64,6 +66,7 @@ enum Command {
     Relay(Box<relay::Arguments>),
     #[command(flatten)]
     Ask(client::Question),
+    Advise(advise::Arguments),
     /// Show what would happen, and what it costs: in virtual time, with the agent's own planner
     Simulate(simulate::Arguments),
     /// Show what this machine lets the agent do, each feature by really trying it
@@ -147,6 +150,7 @@ pub fn run() -> ExitCode {
         Command::Agent(arguments) => with_log().and_then(|()| agent::run(*arguments)),
         Command::Relay(arguments) => with_log().and_then(|()| relay::run(*arguments)),
         Command::Ask(question) => runtime().and_then(|runtime| runtime.block_on(client::run(question))),
+        Command::Advise(arguments) => runtime().and_then(|runtime| runtime.block_on(advise::run(arguments))),
         Command::Simulate(arguments) => simulate::run(&arguments),
         Command::SystemInfo(arguments) => system_info::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),

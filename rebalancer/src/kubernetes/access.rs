@@ -165,6 +165,11 @@ impl Access {
     /// The result for the metric, the words, and whether another apiserver would say the same.
     fn explain(&self, at: &str, what: Asked<'_>, error: &kube::Error) -> (&'static str, Failed, bool) {
         let Asked { verb, of, namespace } = what;
+        let place = if namespace.is_empty() {
+            "in the whole cluster".to_owned()
+        } else {
+            format!("in the namespace {namespace}")
+        };
         let kube::Error::Api(status) = error else {
             let why = root_cause(error);
             return match error {
@@ -206,8 +211,7 @@ impl Access {
             403 => (
                 "forbidden",
                 Failed::Because(format!(
-                    "{at} forbids it: grant this agent {verb} on {of} in the namespace \
-                     {namespace} ({message})"
+                    "{at} forbids it: grant this agent {verb} on {of} {place} ({message})"
                 )),
                 true,
             ),
@@ -228,9 +232,7 @@ impl Access {
             ),
             code => (
                 "refused",
-                Failed::Because(format!(
-                    "{at} refuses {verb} of {of} in the namespace {namespace} ({code}): {message}"
-                )),
+                Failed::Because(format!("{at} refuses {verb} of {of} {place} ({code}): {message}")),
                 true,
             ),
         }
@@ -266,6 +268,12 @@ pub const LEASES: &str = "leases.coordination.k8s.io";
 /// Events, as RBAC names them.
 pub const EVENTS: &str = "events.events.k8s.io";
 
+/// FlowSchemas, as RBAC names them.
+pub const FLOW_SCHEMAS: &str = "flowschemas.flowcontrol.apiserver.k8s.io";
+
+/// PriorityLevelConfigurations, as RBAC names them.
+pub const PRIORITY_LEVELS: &str = "prioritylevelconfigurations.flowcontrol.apiserver.k8s.io";
+
 /// What is asked, for messages and figures.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
@@ -273,7 +281,7 @@ pub struct Asked<'a> {
     pub verb: &'static str,
     /// What it is asked of.
     pub of: &'static str,
-    /// Where.
+    /// Where; empty for what is in no namespace.
     pub namespace: &'a str,
 }
 

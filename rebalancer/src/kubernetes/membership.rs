@@ -88,12 +88,12 @@ pub struct Parts {
     pub agent: AgentHandle,
 }
 
-/// Checks what an operator can mend, and starts the task.
+/// Checks what an operator can mend, and starts the task; answers with the way to the API.
 ///
 /// # Errors
 ///
 /// There are no credentials, or this node has no address that others reach it by.
-pub async fn start(parts: Parts) -> anyhow::Result<()> {
+pub async fn start(parts: Parts) -> anyhow::Result<Access> {
     let config = &parts.config;
     let credentials = access::credentials(config.kubeconfig.as_deref()).await?;
     let address = match config.advertise {
@@ -134,7 +134,7 @@ pub async fn start(parts: Parts) -> anyhow::Result<()> {
     let task = Task {
         membership: Membership::new(own),
         namespace: config.namespace.clone(),
-        access,
+        access: access.clone(),
         clock: parts.clock,
         policy: parts.policy,
         tls: parts.tls,
@@ -143,7 +143,7 @@ pub async fn start(parts: Parts) -> anyhow::Result<()> {
         told: None,
     };
     tokio::spawn(task.run());
-    Ok(())
+    Ok(access)
 }
 
 /// The address this host speaks from when it speaks to the cluster; nothing is sent.

@@ -6,8 +6,10 @@
 
 mod access;
 mod events;
+mod flow_control;
 mod leases;
 mod membership;
 
 pub use access::{Access, RequestLabels, Requests, credentials};
+pub use flow_control::{FlowControl, FlowControlReader, Shown};
 pub use membership::{Parts, identity, start};

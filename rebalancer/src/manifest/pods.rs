@@ -79,6 +79,7 @@ metadata:
     }
     if pods.relay.is_some() {
         text += RELAY_READS;
+        text += &names_of_flows(&namespace);
     }
     let _ = write!(
         text,
@@ -202,6 +203,36 @@ subjects:
     name: rebalancer-relay
 ---
 ";
+
+/// Agents say the names of what the apiserver names in answers to the relay, and reckon with the cluster's own levels.
+fn names_of_flows(namespace: &str) -> String {
+    format!(
+        "\
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: rebalancer-flows
+rules:
+  - apiGroups: [flowcontrol.apiserver.k8s.io]
+    resources: [flowschemas, prioritylevelconfigurations]
+    verbs: [list]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: rebalancer-flows
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: rebalancer-flows
+subjects:
+  - kind: ServiceAccount
+    name: rebalancer
+    namespace: {namespace}
+---
+"
+    )
+}
 
 /// How long a relay that ends drains: what has no end of its own, exec and logs -f, is cut then.
 const GRACE_SECONDS: u32 = 120;

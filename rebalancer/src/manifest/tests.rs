@@ -150,6 +150,8 @@ fn a_daemonset_has_no_flag_of_one_node() {
             "Role",
             "RoleBinding",
             "RoleBinding",
+            "ClusterRole",
+            "ClusterRoleBinding",
             "DaemonSet"
         ]
     );

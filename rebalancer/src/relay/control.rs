@@ -1,4 +1,4 @@
-//! The control socket: `GET /v1/connections`, `POST /v1/goaway`, `GET /v1/outcomes`, `/livez`.
+//! The control socket: `GET /v1/connections`, `POST /v1/goaway`, `GET /v1/outcomes`, `GET /v1/flows`, `/livez`.
 //!
 //! Input: the registry. Must never answer anyone but the socket's owner (mode 0600).
 
@@ -21,11 +21,12 @@ pub fn router(registry: Arc<Registry>) -> Router {
         .route("/v1/connections", get(connections))
         .route("/v1/goaway", post(goaway))
         .route("/v1/outcomes", get(outcomes))
+        .route("/v1/flows", get(flows))
         .route("/livez", get(|| async { "ok\n" }))
         .fallback(|| async {
             Problem::new(
                 StatusCode::NOT_FOUND,
-                "there is /v1/connections, /v1/goaway, /v1/outcomes and /livez",
+                "there is /v1/connections, /v1/goaway, /v1/outcomes, /v1/flows and /livez",
             )
         })
         .with_state(registry)
@@ -74,6 +75,10 @@ async fn goaway(
         generation: order.generation,
         results,
     }))
+}
+
+async fn flows(State(registry): State<Arc<Registry>>) -> Json<wire::Flows> {
+    Json(registry.flows())
 }
 
 #[derive(Deserialize)]

@@ -475,9 +475,11 @@ where
             send(to_client, &head).await.map_err(End::ClientIo)?;
             continue;
         }
-        if answer.is_refusal() {
+        let refused = answer.is_refusal();
+        if refused {
             connection.refused();
         }
+        let flow = connection.begin_answer(answer.flow(), refused);
         if answer.status == 101 {
             if !may_upgrade {
                 return Err(End::ServerIo(invalid("an upgrade that nobody asked for")));
@@ -495,11 +497,15 @@ where
             out.extend_from_slice(&head);
         }
         drop(head);
+        let mut head_length = out.len();
         let mut body = Body::new(framing, Passing::Verbatim);
         let mut lasts = false;
         loop {
             server.feed(&mut body, &mut out).map_err(End::ServerIo)?;
             send(to_client, &out).await.map_err(End::ClientIo)?;
+            let octets = (out.len() - head_length) as u64;
+            connection.with_flows(|flows| flows.add_octets(flow, octets));
+            head_length = 0;
             out.clear();
             if body.is_done() {
                 break;

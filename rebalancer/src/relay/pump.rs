@@ -476,6 +476,9 @@ impl Pump {
         if self.relay.take_refused() > 0 {
             connection.refused();
         }
+        if let Some(flows) = self.relay.take_flows() {
+            connection.set_flows(flows);
+        }
         if self.relay.drain() != Drain::Active {
             connection.set_draining();
         }

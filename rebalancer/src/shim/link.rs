@@ -266,6 +266,7 @@ fn report(answer: wire::Connections) -> ShimReport {
             .map(|counted| (ConnectionId(counted.id.0), counters(counted.counters)))
             .collect(),
         upstream_gone: answer.upstream == wire::Upstream::Unreachable,
+        upstream_overloaded: answer.upstream == wire::Upstream::Overloaded,
         upstream_ready: match answer.upstream {
             wire::Upstream::Unknown => None,
             wire::Upstream::Ready => Some(true),

@@ -262,3 +262,51 @@ pub struct Outcomes {
     /// Those from `since` on that are still kept.
     pub outcomes: Vec<OutcomeEntry>,
 }
+
+/// Sums of some requests since the shim started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowFigures {
+    /// Open connections that have made some of them.
+    pub connections: u64,
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Octets of their answers' bodies.
+    pub bytes: u64,
+    /// Of them, refused for overload.
+    pub refused: u64,
+    /// Streams open now; without a flow, those too that wait for their answer.
+    pub open_streams: u64,
+}
+
+/// Requests of one user with one user agent and of one flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowRow {
+    /// The user of the client certificate; nobody knows whose a token is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user: Option<String>,
+    /// The user agent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user_agent: Option<String>,
+    /// The UID of the FlowSchema that the apiserver named; absent where it named none, or has not answered.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub flow_schema: Option<String>,
+    /// The UID of the PriorityLevelConfiguration.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub priority_level: Option<String>,
+    /// What they come to.
+    #[serde(flatten)]
+    pub figures: FlowFigures,
+}
+
+/// `GET /v1/flows`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flows {
+    /// Names the process: another one counts anew.
+    pub instance: String,
+    /// Those with the most octets first.
+    pub rows: Vec<FlowRow>,
+    /// What has no row, for want of room.
+    pub others: FlowFigures,
+    /// Answers that are counted without their flow: their connections had too many.
+    pub unplaced_total: u64,
+}

@@ -6,6 +6,7 @@ pub mod abuse;
 pub mod bpf;
 pub mod counts;
 pub mod crowd;
+pub mod flood;
 pub mod floor;
 pub mod kernel;
 pub mod load;

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use rebalancer_tests::{
     bench::{
-        abuse, crowd, floor, kernel,
+        abuse, crowd, flood, floor, kernel,
         peers::Programs,
         planner, reconcile,
         relay::{self, Effort},
@@ -38,6 +38,8 @@ enum Command {
     Steer(Steer),
     /// What finding the place for the probe costs
     SteerFind(SteerFind),
+    /// Slow readers of large LISTs on a real kube-apiserver, and what holds them
+    Flood(FloodArguments),
     /// The byte-for-byte relay
     #[command(hide = true)]
     Floor(Floor),
@@ -117,6 +119,18 @@ struct SteerFind {
 }
 
 #[derive(Args)]
+struct FloodArguments {
+    /// The `rebalancer` binary
+    #[arg(long)]
+    rebalancer: PathBuf,
+    #[command(flatten)]
+    effort: flood::Effort,
+    /// Where the page goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
 struct Floor {
     #[arg(long)]
     listen: SocketAddr,
@@ -182,6 +196,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                 silent: arguments.silent,
             };
             let figures = steer::run(measured, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Flood(arguments) => {
+            let figures = flood::run(&arguments.rebalancer, &arguments.effort, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::SteerFind(arguments) => {

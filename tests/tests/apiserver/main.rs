@@ -2,6 +2,7 @@
 
 mod conformance;
 mod differential;
+mod flows;
 mod identity;
 mod manifests;
 mod overload;

@@ -14,6 +14,7 @@ use rebalancer_tests::{
     apiserver::{Settings, start_apiserver, start_etcd},
     binary,
     fixture::Fixture,
+    kube::Admin,
     kubectl::{self, Kubectl, Who},
     netns::Namespace,
     pki::Pki,
@@ -30,7 +31,8 @@ pub struct World {
     pub logs: PathBuf,
     /// The apiserver's audit log: one event a line.
     pub audit: PathBuf,
-    control: PathBuf,
+    pub control: PathBuf,
+    pub namespace: &'static Namespace,
     processes: Mutex<Vec<Process>>,
 }
 
@@ -54,11 +56,11 @@ impl World {
         let namespace = NAMESPACE.get_or_init(|| Namespace::new().expect("a network namespace"));
         namespace.enter().expect("its own namespace");
         WORLD
-            .get_or_init(|| Some(Self::start(&fixture).expect("a kube-apiserver behind a relay")))
+            .get_or_init(|| Some(Self::start(&fixture, namespace).expect("a kube-apiserver behind a relay")))
             .as_ref()
     }
 
-    fn start(fixture: &Fixture) -> anyhow::Result<Self> {
+    fn start(fixture: &Fixture, namespace: &'static Namespace) -> anyhow::Result<Self> {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let at = |port| SocketAddr::new(loopback, port);
         let logs = log_directory("rebalancer-apiserver-")?;
@@ -110,6 +112,7 @@ impl World {
             logs,
             audit,
             control,
+            namespace,
             processes: Mutex::new(processes),
         };
         let admin = Kubectl::new(&world.pki, world.relay, &Who::Certificate(world.pki.pair("admin")))?;
@@ -140,6 +143,16 @@ impl World {
             .map(|line| line.split_once("] ").map_or(line, |(_, rest)| rest))
             .collect::<Vec<_>>()
             .join("\n")
+    }
+
+    /// The administrator, at the apiserver itself.
+    pub fn admin(&self) -> Admin {
+        self.admin_by(self.apiserver)
+    }
+
+    /// The same, by HTTP/1.1 at that address.
+    pub fn admin_by(&self, address: SocketAddr) -> Admin {
+        Admin::new(&self.pki, self.namespace, address).expect("an administrator")
     }
 
     /// The relay's connections.

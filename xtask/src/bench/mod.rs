@@ -2,6 +2,7 @@
 //!
 //! Must never write a page from a quick run.
 
+mod flood;
 mod kernel;
 mod page;
 mod planner;
@@ -26,6 +27,8 @@ pub struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// Slow readers of large LISTs on a real kube-apiserver, and what holds them
+    Flood(flood::Arguments),
     /// What the kernel programs cost for an event and a packet
     Kernel(kernel::Arguments),
     /// What a plan over 64 apiservers takes, and what a table of a million connections holds
@@ -39,6 +42,7 @@ enum Bench {
 /// Runs one.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
+        Bench::Flood(arguments) => flood::run_bench(arguments),
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
         Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),

@@ -5,7 +5,10 @@
 //! be taken for the end of its line.
 
 use super::body::Framing;
-use crate::wire::h2::relay::is_refusal;
+use crate::wire::{
+    flow::{self, Flow},
+    h2::relay::is_refusal,
+};
 
 /// What is wrong with a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -363,6 +366,12 @@ impl<'h> AnswerHead<'h> {
     pub fn closes(&self) -> bool {
         has_token(&self.fields, "connection", "close")
             || self.minor == 0 && !has_token(&self.fields, "connection", "keep-alive")
+    }
+
+    /// The flow of its request, where the apiserver names it.
+    pub fn flow(&self) -> Option<Flow> {
+        let value = |name| named(&self.fields, name).next().map(|field| &*field.value);
+        Flow::of(value(flow::SCHEMA), value(flow::LEVEL))
     }
 
     /// Whether it refuses a request for overload (see [`is_refusal`]).

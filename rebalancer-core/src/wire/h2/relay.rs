@@ -19,7 +19,10 @@ use super::{
     streams::{Standing, Streams},
     watch::Watch,
 };
-use crate::wire::rewrite::{self, Policy};
+use crate::wire::{
+    flow::Flows,
+    rewrite::{self, Policy},
+};
 
 pub use super::{answers::is_refusal, drain::Drain};
 
@@ -200,6 +203,7 @@ impl Relay {
                 Step::Header(header) => self.server_header(header, out),
                 Step::Pass(bytes) => {
                     self.server.take(bytes);
+                    self.follow_answer();
                     out.to_client.extend_from_slice(bytes);
                 }
                 Step::Collected(header, payload) => self.server_frame(header, payload, out)?,
@@ -284,6 +288,12 @@ impl Relay {
     /// that cannot be read are not among them.
     pub fn take_refused(&mut self) -> u64 {
         self.server.take_refused()
+    }
+
+    /// What each flow that answers named has come to, when that has changed since this was asked last.
+    pub fn take_flows(&mut self) -> Option<&Flows> {
+        let flows = self.streams.flows();
+        flows.take_changed().then_some(&*flows)
     }
 
     /// What frames and the client's header blocks have cost since this was asked last beside their octets, as so many octets
@@ -473,11 +483,13 @@ impl Relay {
         self.work += FRAME;
         if header.kind == kind::DATA {
             self.glitches.data(header.length);
+            self.streams.data(header.stream, header.length);
         }
         let withheld = header.length <= MAX_CONTROL_PAYLOAD && self.server.is_withheld(header);
         if !withheld {
             self.server.release(&mut out.to_client);
             self.server.begin(header);
+            self.follow_answer();
         }
         if let Some(watches) = &mut self.server.watches
             && watches.begin(header)
@@ -535,6 +547,13 @@ impl Relay {
         header.write(&mut out.to_client);
         out.to_client.extend_from_slice(&payload);
         Ok(())
+    }
+
+    /// An answer's head may have come whole.
+    fn follow_answer(&mut self) {
+        if let Some(answered) = self.server.take_answered() {
+            self.streams.answered(answered.stream, answered.flow, answered.refused);
+        }
     }
 
     /// Ends the watches that are to be handed over and stand between two events.

@@ -12,6 +12,7 @@ use super::{
     scan::Scanner,
     watches::Watches,
 };
+use crate::wire::flow::{self, Flow};
 
 /// The largest SETTINGS or GOAWAY payload of the server that is read; larger ones pass unread.
 pub const MAX_CONTROL_PAYLOAD: u32 = 16_384;
@@ -63,6 +64,19 @@ pub struct ServerHalf {
     own: Vec<u8>,
     /// Requests that were refused for overload.
     refused: u64,
+    /// The answer whose head has just come whole.
+    answered: Option<Answered>,
+}
+
+/// What an answer's head says of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// The request's stream.
+    pub stream: u32,
+    /// Its flow, where the server names it.
+    pub flow: Option<Flow>,
+    /// It was refused for overload.
+    pub refused: bool,
 }
 
 impl ServerHalf {
@@ -80,6 +94,7 @@ impl ServerHalf {
             withheld: None,
             own: Vec::new(),
             refused: 0,
+            answered: None,
         }
     }
 
@@ -218,6 +233,11 @@ impl ServerHalf {
         std::mem::take(&mut self.refused)
     }
 
+    /// The answer whose head came whole with what was taken last.
+    pub fn take_answered(&mut self) -> Option<Answered> {
+        self.answered.take()
+    }
+
     fn answered(&mut self, answer: Option<Answer>) {
         match answer {
             None => {}
@@ -226,6 +246,12 @@ impl ServerHalf {
                 let says_when = list.get(b"retry-after").is_some();
                 let refused = is_refusal(status, says_when, list.get(b"content-type"));
                 self.refused += u64::from(refused);
+                // Trailers have no status, and after an interim answer another one comes.
+                if !matches!(status, [] | [b'1', ..]) {
+                    let (schema, level) = (list.get(flow::SCHEMA.as_bytes()), list.get(flow::LEVEL.as_bytes()));
+                    let flow = Flow::of(schema, level);
+                    self.answered = Some(Answered { stream, flow, refused });
+                }
                 if let Some(watches) = &mut self.watches {
                     watches.answered(stream, &list);
                 }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use super::error::ConnectionError;
+use crate::wire::flow::{Flow, Flows, Slot};
 
 /// Who may still send on a stream that is not closed (RFC 9113, section 5.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,7 @@ enum Sends {
 struct Stream {
     watch: bool,
     sends: Sends,
+    flow: Slot,
 }
 
 /// What a header block of the client's on some stream is.
@@ -46,6 +48,7 @@ pub struct Streams {
     /// The highest id that was passed on: the server has seen none above it.
     passed: u32,
     opened: u64,
+    flows: Flows,
 }
 
 impl Streams {
@@ -79,7 +82,9 @@ impl Streams {
         self.opened += 1;
         self.watches += u32::from(watch);
         let sends = if ended { Sends::Server } else { Sends::Both };
-        self.open.insert(id, Stream { watch, sends });
+        let flow = Slot::default();
+        self.open.insert(id, Stream { watch, sends, flow });
+        self.flows.opened();
         self.check();
         Ok(())
     }
@@ -127,8 +132,36 @@ impl Streams {
     pub fn reset(&mut self, id: u32) {
         if let Some(stream) = self.open.remove(&id) {
             self.watches -= u32::from(stream.watch);
+            self.flows.ended(stream.flow);
         }
         self.check();
+    }
+
+    /// The server has begun to answer: of which flow, and whether it refused.
+    pub fn answered(&mut self, id: u32, flow: Option<Flow>, refused: bool) {
+        // One that ended with the answer's head is not here any more.
+        match self.open.get_mut(&id) {
+            Some(stream) => stream.flow = self.flows.answered(stream.flow, flow, refused, true),
+            None => {
+                self.flows.answered(Slot::default(), flow, refused, false);
+            }
+        }
+    }
+
+    /// Octets of an answer's body.
+    pub fn data(&mut self, id: u32, octets: u32) {
+        // Where no answer names a flow, nothing is looked up.
+        let slot = if self.flows.is_plain() {
+            Slot::default()
+        } else {
+            self.open.get(&id).map_or(Slot::default(), |stream| stream.flow)
+        };
+        self.flows.add_octets(slot, u64::from(octets));
+    }
+
+    /// What each flow came to.
+    pub fn flows(&mut self) -> &mut Flows {
+        &mut self.flows
     }
 
     /// The client was told that streams above this one are not served: it has given them up.
@@ -136,6 +169,9 @@ impl Streams {
         self.open.retain(|id, stream| {
             let stays = *id <= last;
             self.watches -= u32::from(!stays && stream.watch);
+            if !stays {
+                self.flows.ended(stream.flow);
+            }
             stays
         });
         self.check();

@@ -23,7 +23,7 @@ pub struct WireSnapshot {
     pub version: u32,
     /// Which apiserver.
     pub apiserver: String,
-    /// `ready`, `starting`, `down`, `unknown` or `evacuating`.
+    /// `ready`, `starting`, `down`, `unknown`, `evacuating` or `overloaded`.
     pub state: WireState,
     /// Active connections.
     pub connections: u64,
@@ -191,6 +191,8 @@ pub enum WireState {
     Unknown,
     /// It is to have no clients.
     Evacuating,
+    /// It has more to do than it can.
+    Overloaded,
 }
 
 /// [`Part`] as JSON has it.
@@ -233,6 +235,7 @@ impl From<ServerState> for WireState {
             ServerState::Down => Self::Down,
             ServerState::Unknown => Self::Unknown,
             ServerState::Evacuating => Self::Evacuating,
+            ServerState::Overloaded => Self::Overloaded,
         }
     }
 }
@@ -245,6 +248,7 @@ impl From<WireState> for ServerState {
             WireState::Down => Self::Down,
             WireState::Unknown => Self::Unknown,
             WireState::Evacuating => Self::Evacuating,
+            WireState::Overloaded => Self::Overloaded,
         }
     }
 }

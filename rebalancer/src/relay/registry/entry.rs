@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rebalancer_core::wire::flow::{Flow, Flows, Slot};
+
 use super::{
     Registry,
     heads::SMALL_HEAD,
@@ -64,6 +66,8 @@ pub(super) struct Known {
     pub(super) told_at: u64,
     /// Coarse milliseconds when it ends, whatever is open.
     pub(super) leaves_by: Option<u64>,
+    /// What each flow came to; none until something was asked.
+    flows: Option<Box<Flows>>,
 }
 
 /// One connection's entry.
@@ -113,6 +117,7 @@ impl Connection {
                 generation: 0,
                 told_at: 0,
                 leaves_by: None,
+                flows: None,
             }),
             requests: AtomicU64::new(0),
             open_streams: AtomicU32::new(0),
@@ -209,12 +214,14 @@ impl Connection {
     /// A request of HTTP/1.1 begins.
     pub fn begin_request(&self, watch: bool) {
         self.set_streams(self.requests.load(Relaxed) + 1, 1, u32::from(watch));
+        self.with_flows(Flows::opened);
         self.add_bytes(0, 0);
     }
 
     /// Its request goes on as a stream of octets.
     pub fn begin_stream(&self) {
         self.set_streams(self.requests.load(Relaxed), 1, 0);
+        self.with_flows(Flows::opened);
     }
 
     /// The head of its answer has gone out, and its body lasts.
@@ -226,6 +233,7 @@ impl Connection {
     /// It is over.
     pub fn end_request(&self) {
         self.set_streams(self.requests.load(Relaxed), 0, 0);
+        self.with_flows(Flows::all_ended);
         self.add_bytes(0, 0);
         let mut known = self.known();
         if std::mem::take(&mut known.answering) {
@@ -238,6 +246,27 @@ impl Connection {
     pub fn set_upgraded(&self) {
         self.known().upgraded = true;
         self.touch();
+    }
+
+    /// Newer figures of its flows.
+    pub fn set_flows(&self, flows: &Flows) {
+        self.with_flows(|own| own.copy_from(flows));
+    }
+
+    /// An answer of HTTP/1.1 begins: of which flow, and whether it refuses.
+    pub fn begin_answer(&self, flow: Option<Flow>, refused: bool) -> Slot {
+        self.with_flows(|flows| flows.answered(Slot::default(), flow, refused, true))
+    }
+
+    /// Looks at what each flow came to, or adds to it.
+    pub fn with_flows<T>(&self, look: impl FnOnce(&mut Flows) -> T) -> T {
+        look(self.known().flows.get_or_insert_default())
+    }
+
+    /// The user its certificate names, and its user agent.
+    pub(super) fn names(&self) -> (Option<Box<str>>, Option<Box<str>>) {
+        let known = self.known();
+        (known.user.clone(), known.user_agent.clone())
     }
 
     /// Streams open now.

@@ -4,6 +4,7 @@
 //! Must never make a pump wait: figures are atomics, and an order is a note in a mailbox and a wake-up.
 
 mod entry;
+mod flows;
 mod heads;
 mod listing;
 mod mailbox;
@@ -66,6 +67,8 @@ struct Inner {
     upstream_version: Option<String>,
     upstream_listener: Option<Id>,
     ended: Totals,
+    /// What connections that have ended came to, by flow.
+    ended_flows: flows::Ended,
     /// Connections that were told, and those of them that ended.
     drained: (u64, u64),
 }
@@ -92,6 +95,7 @@ impl Registry {
                 upstream_version: None,
                 upstream_listener: None,
                 ended: Totals::default(),
+                ended_flows: flows::Ended::default(),
                 drained: (0, 0),
             }),
         })
@@ -179,6 +183,7 @@ impl Registry {
         let cursor = self.cursor.load(Relaxed);
         if inner.open.remove(&connection.id().0).is_some() {
             inner.ended.add(connection);
+            inner.ended_flows.add(connection);
         }
         if inner.closed.len() == REMEMBERED
             && let Some((at, _)) = inner.closed.pop_front()

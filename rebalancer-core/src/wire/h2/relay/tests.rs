@@ -12,6 +12,7 @@ use crate::wire::h2::{
 
 mod blocks;
 mod bounds;
+mod flows;
 mod leaving;
 
 const PING: [u8; 8] = *b"rebalnce";

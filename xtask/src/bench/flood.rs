@@ -1,0 +1,42 @@
+//! `bench flood`: slow readers of large LISTs on a real kube-apiserver, and what holds them; docs/flood.md is its page.
+
+use std::fs;
+
+use anyhow::Context as _;
+
+use crate::run::root;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// One JSON object on stdout, all else on stderr
+    #[arg(long)]
+    json: bool,
+    /// Half the clients for a quarter of the time; docs/flood.md stays as it is
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Builds, measures, shows, and writes the page.
+pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
+    super::build()?;
+    let outcome = super::measure("flood", true, |command| {
+        command.arg("--rebalancer").arg(super::rebalancer());
+        if arguments.quick {
+            command.args(["--clients=30", "--seconds=10"]);
+        }
+    })?;
+    if arguments.json {
+        eprint!("{}", outcome.tables);
+        print!("{}", outcome.json);
+    } else {
+        println!("{}\nflood {}", outcome.tables, outcome.json.trim_end());
+    }
+    if arguments.quick {
+        eprintln!("a quick run: docs/flood.md stays as it is");
+        return Ok(());
+    }
+    let path = root().join("docs/flood.md");
+    fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("the page is {}", path.display());
+    Ok(())
+}
