@@ -197,6 +197,8 @@ impl Flows {
         let index = match found {
             Some(index) => index,
             None if self.named.len() < Self::LIMIT => {
+                // Most connections have one or two.
+                self.named.reserve_exact(1);
                 self.named.push((flow, Figures::default()));
                 self.named.len() - 1
             }

@@ -15,7 +15,7 @@ use super::{
     hpack::FieldList,
     messages,
     scan::Step,
-    server_half::{MAX_CONTROL_PAYLOAD, ServerHalf},
+    server_half::{Answered, MAX_CONTROL_PAYLOAD, ServerHalf},
     streams::{Standing, Streams},
     watch::Watch,
 };
@@ -202,8 +202,8 @@ impl Relay {
                 Step::Starved => break,
                 Step::Header(header) => self.server_header(header, out),
                 Step::Pass(bytes) => {
-                    self.server.take(bytes);
-                    self.follow_answer();
+                    let answered = self.server.take(bytes);
+                    self.follow(answered);
                     out.to_client.extend_from_slice(bytes);
                 }
                 Step::Collected(header, payload) => self.server_frame(header, payload, out)?,
@@ -488,8 +488,8 @@ impl Relay {
         let withheld = header.length <= MAX_CONTROL_PAYLOAD && self.server.is_withheld(header);
         if !withheld {
             self.server.release(&mut out.to_client);
-            self.server.begin(header);
-            self.follow_answer();
+            let answered = self.server.begin(header);
+            self.follow(answered);
         }
         if let Some(watches) = &mut self.server.watches
             && watches.begin(header)
@@ -550,8 +550,8 @@ impl Relay {
     }
 
     /// An answer's head may have come whole.
-    fn follow_answer(&mut self) {
-        if let Some(answered) = self.server.take_answered() {
+    fn follow(&mut self, answered: Option<Answered>) {
+        if let Some(answered) = answered {
             self.streams.answered(answered.stream, answered.flow, answered.refused);
         }
     }

@@ -64,8 +64,6 @@ pub struct ServerHalf {
     own: Vec<u8>,
     /// Requests that were refused for overload.
     refused: u64,
-    /// The answer whose head has just come whole.
-    answered: Option<Answered>,
 }
 
 /// What an answer's head says of its request.
@@ -94,7 +92,6 @@ impl ServerHalf {
             withheld: None,
             own: Vec::new(),
             refused: 0,
-            answered: None,
         }
     }
 
@@ -135,11 +132,11 @@ impl ServerHalf {
         }
     }
 
-    /// A frame begins: its header blocks are followed.
-    pub fn begin(&mut self, header: FrameHeader) {
+    /// A frame begins: its header blocks are followed. The answer whose head is whole with that.
+    pub fn begin(&mut self, header: FrameHeader) -> Option<Answered> {
         let answer = self.answers.begin(header);
-        self.answered(answer);
         self.begin_block(header);
+        self.answered(answer)
     }
 
     fn begin_block(&mut self, header: FrameHeader) {
@@ -152,13 +149,14 @@ impl ServerHalf {
         }
     }
 
-    /// A piece of the payload of the frame that began last.
-    pub fn take(&mut self, bytes: &[u8]) {
+    /// A piece of the payload of the frame that began last. The answer whose head is whole with that.
+    pub fn take(&mut self, bytes: &[u8]) -> Option<Answered> {
         let answer = self.answers.take(bytes);
-        self.answered(answer);
+        let answered = self.answered(answer);
         if let Some(watches) = &mut self.watches {
             watches.take(bytes);
         }
+        answered
     }
 
     /// Whether that header frame is of a watch the client has seen the end of, and so is collected.
@@ -233,33 +231,31 @@ impl ServerHalf {
         std::mem::take(&mut self.refused)
     }
 
-    /// The answer whose head came whole with what was taken last.
-    pub fn take_answered(&mut self) -> Option<Answered> {
-        self.answered.take()
-    }
-
-    fn answered(&mut self, answer: Option<Answer>) {
+    fn answered(&mut self, answer: Option<Answer>) -> Option<Answered> {
         match answer {
-            None => {}
+            None => None,
             Some(Answer::Fields { stream, list }) => {
                 let status = list.get(b":status").unwrap_or_default();
                 let says_when = list.get(b"retry-after").is_some();
                 let refused = is_refusal(status, says_when, list.get(b"content-type"));
                 self.refused += u64::from(refused);
-                // Trailers have no status, and after an interim answer another one comes.
-                if !matches!(status, [] | [b'1', ..]) {
-                    let (schema, level) = (list.get(flow::SCHEMA.as_bytes()), list.get(flow::LEVEL.as_bytes()));
-                    let flow = Flow::of(schema, level);
-                    self.answered = Some(Answered { stream, flow, refused });
-                }
                 if let Some(watches) = &mut self.watches {
                     watches.answered(stream, &list);
                 }
+                // Trailers have no status, and after an interim answer another one comes.
+                let is_answer = !matches!(status, [] | [b'1', ..]);
+                let field = |name: &str| list.get(name.as_bytes());
+                is_answer.then(|| Answered {
+                    stream,
+                    flow: Flow::of(field(flow::SCHEMA), field(flow::LEVEL)),
+                    refused,
+                })
             }
             Some(Answer::Lost) => {
                 if let Some(watches) = &mut self.watches {
                     watches.lose();
                 }
+                None
             }
         }
     }

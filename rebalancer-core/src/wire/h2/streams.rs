@@ -48,7 +48,8 @@ pub struct Streams {
     /// The highest id that was passed on: the server has seen none above it.
     passed: u32,
     opened: u64,
-    flows: Flows,
+    /// Apart: what is looked at for each frame stays small.
+    flows: Box<Flows>,
 }
 
 impl Streams {

@@ -263,6 +263,11 @@ impl Connection {
         look(self.known().flows.get_or_insert_default())
     }
 
+    /// The same, without changing anything; `None` where nothing was asked.
+    pub(super) fn look_at_flows<T>(&self, look: impl FnOnce(&Flows) -> T) -> Option<T> {
+        self.known().flows.as_deref().map(look)
+    }
+
     /// The user its certificate names, and its user agent.
     pub(super) fn names(&self) -> (Option<Box<str>>, Option<Box<str>>) {
         let known = self.known();

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use rebalancer_core::wire::flow::{Figures, Flow};
+use rebalancer_core::wire::flow::{Figures, Flow, Flows as CoreFlows};
 
 use super::{Connection, Registry};
 use crate::shim::wire::{FlowFigures, FlowRow, Flows};
@@ -67,7 +67,7 @@ pub(super) struct Ended {
 impl Ended {
     /// A connection is over.
     pub(super) fn add(&mut self, connection: &Connection) {
-        self.unplaced += connection.with_flows(|flows| flows.unplaced());
+        self.unplaced += connection.look_at_flows(CoreFlows::unplaced).unwrap_or_default();
         for (key, sum) in rows(connection) {
             self.rows.entry(key).or_default().add(&sum.ended());
             if self.rows.len() > ENDED {
@@ -97,7 +97,7 @@ fn rows(connection: &Connection) -> Vec<(Key, Sum)> {
         user_agent,
         flow: None,
     };
-    connection.with_flows(|flows| {
+    let rows = connection.look_at_flows(|flows| {
         let asked = flows.iter().filter(|(_, figures)| **figures != Figures::default());
         asked
             .map(|(flow, figures)| {
@@ -108,7 +108,8 @@ fn rows(connection: &Connection) -> Vec<(Key, Sum)> {
                 (Key { flow, ..key.clone() }, sum)
             })
             .collect()
-    })
+    });
+    rows.unwrap_or_default()
 }
 
 impl Registry {
@@ -121,7 +122,7 @@ impl Registry {
             (open, ended.rows.clone(), ended.others, ended.unplaced)
         };
         for connection in &open {
-            unplaced += connection.with_flows(|flows| flows.unplaced());
+            unplaced += connection.look_at_flows(CoreFlows::unplaced).unwrap_or_default();
             for (key, sum) in rows(connection) {
                 sums.entry(key).or_default().add(&sum);
             }
