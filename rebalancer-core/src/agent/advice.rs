@@ -60,7 +60,12 @@ impl Agent {
         Advice {
             drains,
             returns: !drains && (returned || self.evacuation.is_some()),
-            is_down: state == ServerState::Down,
+            // One that is overloaded takes new clients again when it answers in time. Those it has stay.
+            is_down: match state {
+                ServerState::Down => true,
+                ServerState::Overloaded => self.upstream_ready == Some(false),
+                _ => false,
+            },
             percent: if state == ServerState::Ready {
                 self.share(now)
             } else {

@@ -73,7 +73,7 @@ struct Shelf<T> {
 struct Spokesman {
     endpoint: Endpoint,
     answered: Option<Timestamp>,
-    /// It says that its apiserver takes no connections.
+    /// It says that its apiserver takes no connections, or is overloaded.
     is_down: bool,
     /// Another endpoint that its Lease names by now, and since when.
     rival: Option<(Endpoint, Timestamp)>,

@@ -263,7 +263,8 @@ impl Task {
         };
         match &answer.said {
             Ok(snapshot) if snapshot.apiserver == name => {
-                let is_down = snapshot.state == ServerState::Down;
+                // Neither renews the Lease of its apiserver.
+                let is_down = matches!(snapshot.state, ServerState::Down | ServerState::Overloaded);
                 self.membership.answered(self.clock.now(), &name, *endpoint, is_down);
             }
             // It is there, and of another release or with other flags.

@@ -27,6 +27,11 @@ fn its_flooders_are_not_moved_onto_its_neighbours_and_nobody_onto_it() {
         world.run(1);
         let state = world.agents[0].snapshot(world.now()).state;
         assert_eq!(state, ServerState::Overloaded, "second {second}");
+        let advice = world.agents[0].advice(world.now());
+        assert_eq!(
+            advice.is_down, is_overloaded,
+            "a load balancer sends nobody new while it does not answer"
+        );
         assert_eq!(world.agents[0].snapshot(world.now()).restarts, 0);
     }
     assert_eq!(world.goaways, before, "nobody is told while it lasts");
