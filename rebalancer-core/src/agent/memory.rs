@@ -6,9 +6,14 @@
 
 use std::time::Duration;
 
-use super::{Agent, RememberedEvacuation, Switch, motion::Motion, ramp::Ramp, switch::Kept};
+use super::{
+    Agent, RememberedEvacuation, Switch,
+    motion::{Motion, Totals},
+    ramp::Ramp,
+    switch::Kept,
+};
 use crate::{
-    ids::{ConnectionId, Timestamp},
+    ids::{ApiserverName, ConnectionId, Timestamp},
     planner::Resting,
     policy::Policy,
 };
@@ -70,7 +75,7 @@ pub struct RememberedTries {
 }
 
 /// Clients that were told, all apiservers together, until all of them have landed.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RememberedTransit {
     /// How many were told.
     pub told: u64,
@@ -78,6 +83,8 @@ pub struct RememberedTransit {
     pub landed: u64,
     /// What those who were told weighed, in the unit of the weight.
     pub told_load: f64,
+    /// The totals of each apiserver that were seen last: what has landed since is landings still.
+    pub seen: Vec<(ApiserverName, Totals)>,
 }
 
 impl Agent {
@@ -111,21 +118,16 @@ impl Agent {
         agent.ramp = Ramp::resumed(&memory.tries, down, now);
         agent.table.drained_before(&memory.draining);
         agent.next_id = memory.next_decision.max(1);
-        let RememberedTransit {
-            told,
-            landed,
-            told_load,
-        } = memory.transit;
+        let transit = &memory.transit;
         // Who was told so long ago has landed or is gone.
-        if told > landed && down < agent.policy.client_cooldown {
-            agent.motion = Motion::resumed(told, landed, told_load);
+        if transit.told > transit.landed && down < agent.policy.client_cooldown {
+            agent.motion = Motion::resumed(transit);
         }
         agent
     }
 
     /// What the next process is to know.
     pub fn memory(&self, now: Timestamp) -> Memory {
-        let (told, landed, told_load) = self.motion.figures();
         Memory {
             pause: self.pause.as_ref().map(|pause| RememberedPause {
                 reason: pause.reason.clone(),
@@ -137,11 +139,7 @@ impl Agent {
             tries: self.ramp.remembered(now),
             draining: self.table.drains().rev().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,
-            transit: RememberedTransit {
-                told,
-                landed,
-                told_load,
-            },
+            transit: self.motion.remembered(),
         }
     }
 

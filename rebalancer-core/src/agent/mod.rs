@@ -34,6 +34,7 @@ use growth::Growth;
 use look::Look;
 pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
 use motion::Motion;
+pub use motion::Totals;
 use overload::Overload;
 use plan::Plan;
 use ramp::Ramp;

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use super::memory::RememberedTransit;
 use crate::{
     ids::{ApiserverName, Timestamp},
     planner::Transit,
@@ -18,17 +19,47 @@ use crate::{
     view::{Snapshot, View},
 };
 
-/// Totals of one apiserver at an instant; another instance starts anew.
+/// Totals of one apiserver at an instant; another instance of its agent starts anew.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Totals {
-    instance: u64,
-    goaways: u64,
-    left: u64,
-    accepted: u64,
-    /// What those who were told weighed.
-    load: f64,
+pub struct Totals {
+    /// Of which instance.
+    pub instance: u64,
+    /// GOAWAYs.
+    pub goaways: u64,
+    /// Clients that its shim told when it took its leave.
+    pub left: u64,
+    /// Landings.
+    pub accepted: u64,
+    /// What those who were told weighed, in the unit of the weight.
+    pub told_load: f64,
     /// What a connection weighs.
-    each: f64,
+    pub each: f64,
+    /// Active connections.
+    pub connections: u64,
+}
+
+impl Totals {
+    fn of(snapshot: &Snapshot) -> Self {
+        Self {
+            instance: snapshot.instance,
+            goaways: snapshot.goaways_total,
+            left: snapshot.left_total,
+            accepted: snapshot.accepted_total,
+            told_load: snapshot.told_load_total,
+            each: each_of(snapshot.load, snapshot.connections),
+            connections: snapshot.connections,
+        }
+    }
+
+    /// How many have landed since. Another instance takes those that are there when it begins for older than they may be: who
+    /// it has more than the last one had landed between the two.
+    fn landings_until(self, new: Self) -> u64 {
+        if self.instance == new.instance {
+            new.accepted.saturating_sub(self.accepted)
+        } else {
+            new.connections.saturating_sub(self.connections)
+        }
+    }
 }
 
 /// What happened since the last look.
@@ -81,17 +112,28 @@ pub(super) struct Motion {
 
 impl Motion {
     /// Those whom an earlier process left in transit.
-    pub fn resumed(told: u64, landed: u64, told_load: f64) -> Self {
+    pub fn resumed(transit: &RememberedTransit) -> Self {
         Self {
+            last: transit.seen.iter().cloned().collect(),
             has_begun: true,
-            told,
-            landed: landed.min(told),
-            told_load,
+            told: transit.told,
+            landed: transit.landed.min(transit.told),
+            told_load: transit.told_load,
             ..Self::default()
         }
     }
 
-    /// What another process needs to go on: who was told, who landed, what they weighed.
+    /// What another process needs to go on.
+    pub fn remembered(&self) -> RememberedTransit {
+        RememberedTransit {
+            told: self.told,
+            landed: self.landed.min(self.told),
+            told_load: self.told_load,
+            seen: self.last.iter().map(|(name, totals)| (name.clone(), *totals)).collect(),
+        }
+    }
+
+    /// Who was told, who landed, what they weighed: what is worth a write when it changes.
     pub fn figures(&self) -> (u64, u64, f64) {
         (self.told, self.landed.min(self.told), self.told_load)
     }
@@ -111,38 +153,17 @@ impl Motion {
         let mut others = 0;
         let mean = mean_load(view);
         for (name, entry) in &view.entries {
-            let Snapshot {
-                instance,
-                goaways_total,
-                accepted_total,
-                told_load_total,
-                left_total,
-                load,
-                connections,
-                ..
-            } = entry.snapshot;
-            let new = Totals {
-                instance,
-                goaways: goaways_total,
-                left: left_total,
-                accepted: accepted_total,
-                load: told_load_total,
-                each: each_of(load, connections),
-            };
-            let old = self
-                .last
-                .insert(name.clone(), new)
-                .filter(|old| old.instance == instance);
-            let old = old.unwrap_or(new);
+            let new = Totals::of(&entry.snapshot);
+            let old = self.last.insert(name.clone(), new).unwrap_or(new);
+            let landings = old.landings_until(new);
+            let old = if old.instance == new.instance { old } else { new };
             let left = new.left.saturating_sub(old.left);
             // What they weighed before: now they drain, and weigh nothing there any more.
             let each = if old.each > 0.0 { old.each } else { mean };
-            self.told_load += (new.load - old.load).max(0.0) + left as f64 * each;
+            self.told_load += (new.told_load - old.told_load).max(0.0) + left as f64 * each;
             others += left;
             moves.told += new.goaways.saturating_sub(old.goaways);
-            moves
-                .landings
-                .push((name.clone(), new.accepted.saturating_sub(old.accepted)));
+            moves.landings.push((name.clone(), landings));
         }
         self.told += moves.told + others;
         if moves.told + others > 0 {
@@ -400,6 +421,40 @@ mod tests {
         let later = view(&[("a", 1, 0, 20, 40, 0), ("b", 1, 0, 40, 0, 0)]);
         motion.look(&later, 2, SETTLE, at(30));
         assert_eq!(motion.in_transit(), 40);
+    }
+
+    /// Nobody waits for those who land between the last word of one agent and the first of the next.
+    #[test]
+    fn who_lands_while_an_agent_restarts_has_landed() {
+        let connected = |rows: &[Row], connections: u64| {
+            let mut view = view(rows);
+            let b = view.entries.get_mut(&ApiserverName::new("b")).expect("it is there");
+            b.snapshot.connections = connections;
+            view
+        };
+        let before = [("a", 1, 0, 0, 0, 0), ("b", 1, 0, 0, 0, 0)];
+        let told = [("a", 1, 30, 10, 30, 0), ("b", 1, 0, 5, 0, 0)];
+        // Its counts begin anew; five more landed before, two of which are too young to count yet.
+        let restarted = [("a", 1, 30, 10, 30, 0), ("b", 2, 0, 0, 0, 0)];
+        let mut motion = Motion::default();
+        motion.look(&connected(&before, 100), 2, SETTLE, at(0));
+        motion.look(&connected(&told, 105), 2, SETTLE, at(1));
+        assert_eq!(motion.in_transit(), 15);
+        motion.look(&connected(&restarted, 110), 2, SETTLE, at(2));
+        assert_eq!(motion.in_transit(), 10);
+
+        // The same as the agent that was started again sees it, of itself and of the other.
+        let mut motion = Motion::default();
+        motion.look(&connected(&before, 100), 2, SETTLE, at(0));
+        motion.look(&connected(&told, 105), 2, SETTLE, at(1));
+        let mut next = Motion::resumed(&motion.remembered());
+        let later = [("a", 1, 30, 12, 30, 0), ("b", 2, 0, 1, 0, 0)];
+        next.look(&connected(&later, 111), 2, SETTLE, at(3));
+        assert_eq!(next.in_transit(), 15 - 2 - 6);
+        // Who leaves meanwhile was not told by anybody.
+        let mut next = Motion::resumed(&motion.remembered());
+        next.look(&connected(&restarted, 3), 2, SETTLE, at(3));
+        assert_eq!(next.in_transit(), 15);
     }
 
     #[test]

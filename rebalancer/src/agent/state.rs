@@ -5,6 +5,7 @@
 //! synced and moved there. Must never keep an agent from starting: what cannot be read is left out, with a line in the log.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     net::SocketAddr,
@@ -17,8 +18,8 @@ use std::{
 
 use anyhow::Context as _;
 use rebalancer_core::{
-    agent::{Memory, RememberedEvacuation, RememberedPause, RememberedTransit, RememberedTries},
-    ids::ConnectionId,
+    agent::{Memory, RememberedEvacuation, RememberedPause, RememberedTransit, RememberedTries, Totals},
+    ids::{ApiserverName, ConnectionId},
     planner::Resting,
     table::ClientKey,
 };
@@ -124,6 +125,83 @@ struct Transit {
     told: u64,
     landed: u64,
     told_load: f64,
+    /// Files of before lack it.
+    #[serde(default)]
+    seen: BTreeMap<String, Seen>,
+}
+
+/// The totals of an apiserver's agent, as they were seen last.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Seen {
+    instance: u64,
+    goaways: u64,
+    left: u64,
+    accepted: u64,
+    told_load: f64,
+    each: f64,
+    connections: u64,
+}
+
+impl Transit {
+    fn of(transit: &RememberedTransit) -> Self {
+        let seen = |(name, totals): &(ApiserverName, Totals)| {
+            let Totals {
+                instance,
+                goaways,
+                left,
+                accepted,
+                told_load,
+                each,
+                connections,
+            } = *totals;
+            let seen = Seen {
+                instance,
+                goaways,
+                left,
+                accepted,
+                told_load,
+                each,
+                connections,
+            };
+            (name.as_str().to_owned(), seen)
+        };
+        Self {
+            told: transit.told,
+            landed: transit.landed,
+            told_load: transit.told_load,
+            seen: transit.seen.iter().map(seen).collect(),
+        }
+    }
+
+    fn remembered(self) -> RememberedTransit {
+        let totals = |(name, seen): (String, Seen)| {
+            let Seen {
+                instance,
+                goaways,
+                left,
+                accepted,
+                told_load,
+                each,
+                connections,
+            } = seen;
+            let totals = Totals {
+                instance,
+                goaways,
+                left,
+                accepted,
+                told_load,
+                each,
+                connections,
+            };
+            (ApiserverName::new(name), totals)
+        };
+        RememberedTransit {
+            told: self.told,
+            landed: self.landed,
+            told_load: self.told_load,
+            seen: self.seen.into_iter().map(totals).collect(),
+        }
+    }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -175,11 +253,7 @@ impl Written {
                 is_slow: memory.tries.is_slow,
             },
             next_decision: memory.next_decision,
-            transit: Transit {
-                told: memory.transit.told,
-                landed: memory.transit.landed,
-                told_load: memory.transit.told_load,
-            },
+            transit: Transit::of(&memory.transit),
             draining: memory.draining.iter().map(|id| id.0).collect(),
         }
     }
@@ -241,11 +315,7 @@ impl Written {
                 is_slow: self.tries.is_slow,
             },
             next_decision: self.next_decision,
-            transit: RememberedTransit {
-                told: self.transit.told,
-                landed: self.transit.landed,
-                told_load: self.transit.told_load,
-            },
+            transit: self.transit.remembered(),
             // Cookies begin anew with the machine, which has closed them all.
             draining: if is_rebooted {
                 Vec::new()

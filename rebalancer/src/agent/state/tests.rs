@@ -56,6 +56,18 @@ fn memory() -> Memory {
             told: 50,
             landed: 12,
             told_load: 50.5,
+            seen: vec![(
+                ApiserverName::new("b"),
+                Totals {
+                    instance: u64::MAX,
+                    goaways: 50,
+                    left: 1,
+                    accepted: 12,
+                    told_load: 50.5,
+                    each: 1.01,
+                    connections: 100,
+                },
+            )],
         },
     }
 }
