@@ -52,6 +52,81 @@ pub fn check(page: &str, part: &str, made: &str) {
     );
 }
 
+/// Every command with its flags, as Markdown.
+pub fn commands(program: &clap::Command) -> String {
+    let mut page = String::new();
+    for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
+        let mut own = command.clone().bin_name(format!("rebalancer {}", command.get_name()));
+        let usage = own.render_usage().to_string();
+        let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+        let _ = write!(
+            page,
+            "## {}\n\n{about}.\n\n```console\n$ {}\n```\n\n",
+            command.get_name(),
+            usage.trim_start_matches("Usage: ")
+        );
+        let arguments: Vec<_> = command
+            .get_arguments()
+            .filter(|argument| !argument.is_hide_set())
+            .collect();
+        if !arguments.is_empty() {
+            page += "| flag | variable | what |\n|---|---|---|\n";
+            for argument in arguments {
+                page += &flag(argument);
+            }
+            page.push('\n');
+        }
+    }
+    page
+}
+
+/// A flag's line.
+fn flag(argument: &clap::Arg) -> String {
+    let takes = argument.get_action().takes_values();
+    let names = argument.get_value_names().unwrap_or_default();
+    let value = names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(" ");
+    let shown = match argument.get_long() {
+        Some(long) if takes => format!("--{long} {value}"),
+        Some(long) => format!("--{long}"),
+        None => value,
+    };
+    let short = argument
+        .get_short()
+        .map(|short| format!(", `-{short}`"))
+        .unwrap_or_default();
+    let variable = argument.get_env().map(|name| format!("`{}`", name.to_string_lossy()));
+    let mut what = argument.get_help().map(ToString::to_string).unwrap_or_default();
+    let possible: Vec<String> = argument
+        .get_possible_values()
+        .iter()
+        .filter(|_| takes)
+        .map(|value| match value.get_help() {
+            Some(help) => format!("`{}` ({help})", value.get_name()),
+            None => format!("`{}`", value.get_name()),
+        })
+        .collect();
+    if !possible.is_empty() {
+        let _ = write!(what, ": {}", possible.join("; "));
+    }
+    let defaults = argument.get_default_values().iter();
+    let defaults: Vec<_> = defaults
+        .filter(|_| takes)
+        .map(|value| value.to_string_lossy())
+        .collect();
+    if !defaults.is_empty() {
+        let _ = write!(what, " [default: {}]", defaults.join(","));
+    }
+    if argument.is_required_set() {
+        what += " (required)";
+    }
+    format!(
+        "| `{}`{short} | {} | {} |\n",
+        shown.replace('|', "\\|"),
+        variable.unwrap_or_default(),
+        what.replace('|', "\\|").replace('\n', " ")
+    )
+}
+
 /// One metric family of a scrape.
 #[derive(Debug, Default)]
 struct Family {

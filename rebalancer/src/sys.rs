@@ -237,6 +237,47 @@ fn text(field: &[libc::c_char]) -> String {
     String::from_utf8_lossy(&octets).into_owned()
 }
 
+/// The programs that steer new connections in this process's network namespace (bpf(2), BPF_PROG_QUERY), by their numbers.
+///
+/// # Errors
+///
+/// What bpf(2) says: it takes CAP_NET_ADMIN and CAP_BPF, and Linux 5.9.
+pub fn steering_programs() -> io::Result<Vec<u32>> {
+    /// `query` of `union bpf_attr` (include/uapi/linux/bpf.h), up to what is used of it.
+    #[repr(C)]
+    struct Query {
+        target_fd: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        prog_cnt: u32,
+        padding: u32,
+    }
+    const BPF_PROG_QUERY: libc::c_int = 16;
+    const BPF_SK_LOOKUP: u32 = 36;
+    let namespace = File::open("/proc/self/ns/net")?;
+    // The kernel takes 64 in a namespace (kernel/bpf/net_namespace.c, netns_bpf_max_progs).
+    let mut programs = vec![0_u32; 64];
+    let mut query = Query {
+        target_fd: namespace.as_raw_fd().cast_unsigned(),
+        attach_type: BPF_SK_LOOKUP,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: programs.as_mut_ptr() as u64,
+        prog_cnt: 64,
+        padding: 0,
+    };
+    // SAFETY: the pointer is to a query of the size that is given, which names room for 64 numbers; both live through the
+    // call, and so does the namespace's descriptor.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, mem::size_of::<Query>()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    programs.truncate(query.prog_cnt as usize);
+    Ok(programs)
+}
+
 /// What the file system of a directory has left for who is not root, in octets (statvfs(3)).
 pub fn free_octets(directory: &std::path::Path) -> io::Result<u64> {
     let path = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes())?;

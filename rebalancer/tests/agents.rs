@@ -242,6 +242,9 @@ fn agents_understand_each_other_or_name_what_differs() {
     let of_b = b.start(&b.peered(&authority, "b", &[&a]));
     of_a.understands("b");
     of_b.understands("a");
+    let peers = of_a.get("/v1/peers");
+    assert_eq!(peers["peers"][0]["release"], env!("CARGO_PKG_VERSION"), "{peers:#}");
+    assert_eq!(peers["peers"][0]["clock_ahead_s"], 0, "it is this machine's");
     until("a skew", || {
         of_a.metric("rebalancer_skew_ratio").filter(|skew| *skew == 0.0)
     });
@@ -267,6 +270,48 @@ fn agents_understand_each_other_or_name_what_differs() {
     let of_b = b.start(&b.peered(&authority, "b", &[&a, &c]));
     of_a.says_of("b", "--peer c=URL");
     of_b.says_of("a", "does not know the apiserver c");
+}
+
+#[test]
+fn answers_have_the_members_that_are_documented() {
+    let authority = Authority::new();
+    let (a, b) = (Node::new("a", 8), Node::new("b", 9));
+    authority.sign("a", "127.0.0.8", 2040);
+    let agent = a.start(&a.peered(&authority, "a", &[&b]));
+    let document = agent.get("/openapi.json");
+    let names = |value: &Value| -> Vec<String> {
+        let members = value.as_object().unwrap_or_else(|| panic!("no members: {value}"));
+        members.keys().cloned().collect()
+    };
+    let client = a.apiserver.local_addr().and_then(TcpStream::connect).expect("a client");
+    until("its connection", || {
+        (agent.get("/v1/connections")["total"] == 1).then_some(())
+    });
+    until("a decision", || {
+        let decisions = agent.get("/v1/decisions");
+        (!decisions["decisions"].as_array()?.is_empty()).then_some(())
+    });
+    for (path, list) in [
+        ("/v1/status", Some("peers")),
+        ("/v1/connections", Some("connections")),
+        ("/v1/peers", Some("peers")),
+        ("/v1/plan", None),
+        ("/v1/decisions", Some("decisions")),
+    ] {
+        let answer = agent.get(path);
+        let schema = &document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"];
+        let resolved = |schema: &Value| match schema["$ref"].as_str() {
+            Some(name) => document["components"]["schemas"][name.trim_start_matches("#/components/schemas/")].clone(),
+            None => schema.clone(),
+        };
+        let schema = resolved(schema);
+        assert_eq!(names(&schema["properties"]), names(&answer), "{path}");
+        if let Some(list) = list {
+            let item = resolved(&schema["properties"][list]["items"]);
+            assert_eq!(names(&item["properties"]), names(&answer[list][0]), "{path}: {list}");
+        }
+    }
+    drop(client);
 }
 
 #[test]

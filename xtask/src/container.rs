@@ -100,6 +100,7 @@ impl Image {
         ensure!(same, "two builds from the same sources differ");
         println!("two builds are the same, octet for octet");
         self.has_one_name(archive)?;
+        nobody_owns(archive)?;
         if !self.arch.is_host() {
             println!("it is for another processor: it is not run here");
             return Ok(());
@@ -221,6 +222,36 @@ impl Image {
         serde_json::from_slice(&output.stdout)
             .with_context(|| format!("podman: {}", String::from_utf8_lossy(&output.stderr)))
     }
+}
+
+/// Whoever runs in it owns none of its files.
+fn nobody_owns(archive: &Path) -> anyhow::Result<()> {
+    let tar = |arguments: &[&str]| -> anyhow::Result<Vec<u8>> {
+        let output = Command::new("tar").args(arguments).output().context("tar")?;
+        ensure!(output.status.success(), "tar {arguments:?} fails");
+        Ok(output.stdout)
+    };
+    let archive = archive.display().to_string();
+    let manifest: Value = serde_json::from_slice(&tar(&["-xOf", &archive, "manifest.json"])?)?;
+    let mut files = 0;
+    for layer in manifest[0]["Layers"].as_array().context("the archive's layers")? {
+        let layer = layer.as_str().context("a layer's name")?;
+        let script = "tar -xOf \"$0\" \"$1\" | tar -tv --numeric-owner";
+        let listed = Command::new("sh").args(["-c", script, &archive, layer]).output()?;
+        for line in String::from_utf8_lossy(&listed.stdout)
+            .lines()
+            .filter(|line| line.starts_with('-'))
+        {
+            ensure!(
+                line.split_whitespace().nth(1) == Some("65532/65532"),
+                "its owner: {line}"
+            );
+            files += 1;
+        }
+    }
+    ensure!(files == 1, "the image has {files} files, and should have one");
+    println!("its one file is nobody's who runs it");
+    Ok(())
 }
 
 /// A feature is lost, and says why.

@@ -48,6 +48,9 @@ pub struct ReleaseArguments {
     dry_run: bool,
 }
 
+/// The name of the section that cargo-auditable makes, as it is in an ELF file's table of names.
+const AUDITED: &[u8] = b"\0.dep-v0\0";
+
 /// The version of everything here, from the workspace.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -90,7 +93,10 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
         format!("--remap-path-prefix={}=/src", root().display()),
         format!("--remap-path-prefix={}=/cargo", home.display()),
     ];
-    let mut command = crate::run::cargo(["build", "--release", "--locked", "--package", "rebalancer"]);
+    // What it was linked from is in it: `cargo audit bin`, trivy and syft read that.
+    subcommand("auditable", "0.7.7")?;
+    let build = ["auditable", "build", "--release", "--locked", "--package", "rebalancer"];
+    let mut command = crate::run::cargo(build);
     command
         .args(["--bin", "rebalancer", "--target", &triple])
         .env("CARGO_TARGET_DIR", &directory)
@@ -108,7 +114,14 @@ pub fn program(arch: Arch) -> anyhow::Result<PathBuf> {
         .env("REBALANCER_EBPF_OBJECTS", std::path::absolute(objects)?);
     standard.prepare(&mut command, arch);
     run(&mut command)?;
-    Ok(directory.join(triple).join("release/rebalancer"))
+    let program = directory.join(triple).join("release/rebalancer");
+    let octets = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+    ensure!(
+        octets.windows(AUDITED.len()).any(|octets| octets == AUDITED),
+        "{} does not say what it was linked from",
+        program.display()
+    );
+    Ok(program)
 }
 
 /// Makes the image.
@@ -166,6 +179,7 @@ pub fn release(arguments: &ReleaseArguments) -> anyhow::Result<ExitCode> {
     let made = Arguments {
         arch: arguments.made.arch,
     };
+    oldest_compiler()?;
     licenses()?;
     package(&made)?;
     image(&ImageArguments { made, check: false })?;
@@ -203,12 +217,39 @@ pub fn release(arguments: &ReleaseArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Has the oldest compiler that `rust-version` promises take everything: the one at hand, or rustup's of that version.
+fn oldest_compiler() -> anyhow::Result<()> {
+    let manifest = fs::read_to_string(root().join("Cargo.toml"))?;
+    let oldest = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("rust-version = \"")?.strip_suffix('"'))
+        .context("Cargo.toml has no rust-version")?;
+    let said = Command::new("rustc").arg("--version").output()?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    if said.starts_with(&format!("rustc {oldest}.")) {
+        println!("built with the oldest compiler that is promised, {}", said.trim());
+        return Ok(());
+    }
+    println!("{}: what is promised is {oldest}, so that one checks it", said.trim());
+    run(Command::new("rustup")
+        .current_dir(root())
+        .args(["run", "--install", oldest, "cargo", "check", "--workspace", "--locked"])
+        .env("CARGO_TARGET_DIR", target().join("oldest-compiler")))
+}
+
+/// Has Cargo have a subcommand; one that is there is taken, of whatever version.
+fn subcommand(name: &str, version: &str) -> anyhow::Result<()> {
+    let is_there = Command::new("cargo").args([name, "--version"]).output();
+    if is_there.is_ok_and(|output| output.status.success()) {
+        return Ok(());
+    }
+    eprintln!("cargo-{name} {version} is compiled once, for this user");
+    run(Command::new("cargo").args(["install", "--locked", &format!("cargo-{name}@{version}")]))
+}
+
 /// Has cargo-deny judge licences, sources and duplicates by deny.toml.
 fn licenses() -> anyhow::Result<()> {
-    let is_there = Command::new("cargo").args(["deny", "--version"]).output();
-    if !is_there.is_ok_and(|output| output.status.success()) {
-        run(Command::new("cargo").args(["install", "--locked", "cargo-deny@0.20.2"]))?;
-    }
+    subcommand("deny", "0.20.2")?;
     for manifest in ["Cargo.toml", "rebalancer-ebpf/Cargo.toml"] {
         run(crate::run::cargo([
             "deny",

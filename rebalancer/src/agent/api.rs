@@ -31,6 +31,7 @@ use super::{
     handle::{AgentHandle, Gone},
     heart::Heart,
     metrics::Metrics,
+    peers::Manners,
     state::StateFile,
     wire,
 };
@@ -59,6 +60,8 @@ pub struct Context {
     pub intercepts: bool,
     /// Where flows are asked for.
     pub flows: FlowSource,
+    /// What peers show beside their snapshots.
+    pub manners: Manners,
 }
 
 /// How long a scrape waits for the loop.
@@ -218,7 +221,18 @@ async fn status(State(context): State<Context>) -> Result<Json<Value>, Problem> 
         }
         shown
     };
-    Ok(Json(context.agent.read(look).await?))
+    let shown = context.agent.read(look).await?;
+    Ok(Json(with_manners(shown, &context.manners)))
+}
+
+/// Adds to each peer what it shows beside its snapshot.
+fn with_manners(mut shown: Value, manners: &Manners) -> Value {
+    for peer in shown["peers"].as_array_mut().into_iter().flatten() {
+        let manner = manners.of(peer["apiserver"].as_str().unwrap_or_default());
+        peer["release"] = json!(manner.release);
+        peer["clock_ahead_s"] = json!(manner.clock_ahead_s);
+    }
+    shown
 }
 
 /// What an operator should know of the count.
@@ -306,7 +320,8 @@ async fn connections(
 }
 
 async fn peers(State(context): State<Context>) -> Result<Json<Value>, Problem> {
-    Ok(Json(context.agent.read(wire::peers).await?))
+    let shown = context.agent.read(wire::peers).await?;
+    Ok(Json(with_manners(shown, &context.manners)))
 }
 
 async fn plan(State(context): State<Context>) -> Result<Json<Value>, Problem> {
@@ -390,4 +405,74 @@ async fn stream(State(context): State<Context>) -> Response {
 async fn openapi() -> Response {
     let text = include_str!("openapi.json");
     ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn document() -> Value {
+        serde_json::from_str(include_str!("openapi.json")).expect("JSON")
+    }
+
+    #[test]
+    fn every_route_is_documented_and_nothing_else() {
+        let document = document();
+        let mut documented = BTreeSet::new();
+        for (path, methods) in document["paths"].as_object().expect("paths") {
+            for method in methods.as_object().expect("methods").keys() {
+                documented.insert((path.as_str(), method.as_str()));
+            }
+        }
+        // axum does not tell its routes: they are read where they are made.
+        let (source, _) = include_str!("api.rs").split_once("#[cfg(test)]").expect("these tests");
+        let made: BTreeSet<(&str, &str)> = source
+            .split(".route(\"")
+            .skip(1)
+            .filter_map(|rest| {
+                let (path, rest) = rest.split_once("\", ")?;
+                Some((path, rest.split_once('(')?.0))
+            })
+            .collect();
+        assert!(made.len() > 12, "{made:?}");
+        assert_eq!(made, documented);
+    }
+
+    #[test]
+    fn the_documented_parameters_are_those_that_are_read() {
+        let document = document();
+        let documented = |path: &str| -> BTreeSet<String> {
+            let parameters = document["paths"][path]["get"]["parameters"]
+                .as_array()
+                .expect("parameters");
+            parameters
+                .iter()
+                .map(|one| one["name"].as_str().expect("a name").to_owned())
+                .collect()
+        };
+        // serde names all it would have read.
+        let read = |refusal: serde_json::Error| -> BTreeSet<String> {
+            let said = refusal.to_string();
+            said.split('`').skip(3).step_by(2).map(str::to_owned).collect()
+        };
+        let unknown = || json!({"?": 1});
+        let refusal = serde_json::from_value::<ConnectionsQuery>(unknown())
+            .err()
+            .expect("a refusal");
+        assert_eq!(read(refusal), documented("/v1/connections"));
+        let refusal = serde_json::from_value::<DecisionsQuery>(unknown())
+            .err()
+            .expect("a refusal");
+        assert_eq!(read(refusal), documented("/v1/decisions"));
+        let parameters = document["paths"]["/v1/connections"]["get"]["parameters"]
+            .as_array()
+            .expect("parameters");
+        let sort = parameters
+            .iter()
+            .find(|one| one["name"] == "sort")
+            .expect("it is there");
+        assert_eq!(sort["schema"]["enum"], json!(SORTS));
+    }
 }

@@ -31,7 +31,7 @@ use super::{
     lb::LbPort,
     metrics::Metrics,
     peers::{
-        self, Asker, TlsListener,
+        self, Asker, Manners, TlsListener,
         tls::{FileTls, PeerTls},
     },
     record::Recorder,
@@ -117,6 +117,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let heart = Heart::start().context("cannot start the watchdog's thread")?;
     let remembered = state::read(&config.state, config.policy.node.as_str());
     let state = Arc::new(Mutex::new(StateFile::start(config.state.clone())?));
+    let manners = Manners::default();
     let context = ApiContext {
         heart: Arc::clone(&heart),
         agent: handle.clone(),
@@ -131,6 +132,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
             },
             ..FlowSource::default()
         },
+        manners: manners.clone(),
     };
 
     let (policy, instance) = (config.policy.clone(), random::u64());
@@ -157,6 +159,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                     clock,
                     requests,
                     tls,
+                    manners,
                     key,
                     instance,
                     inputs: inputs_sender.clone(),
@@ -171,7 +174,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
                     .unwrap_or_else(PoisonError::into_inner)
                     .certificate_expiry();
                 tokio::spawn(peers::tls::keep_fresh(Arc::clone(&tls), expiry));
-                peers::ask_all(&files.addresses, &tls, &policy, &inputs_sender);
+                peers::ask_all(&files.addresses, &tls, &policy, &manners, &inputs_sender);
             }
             (Peering::Kubernetes(_), None) => anyhow::bail!("--peers kubernetes has no key"),
         }

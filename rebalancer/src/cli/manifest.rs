@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Command, ValueEnum};
 
 use super::{Failure, agent, print, relay};
-use crate::manifest::{Flags, ManifestError, Part, Pods, Topology, daemonset, static_pod, units};
+use crate::manifest::{Flags, ManifestError, Part, Pods, Topology, check, daemonset, static_pod, units};
 
 /// Print what puts agent and relay onto a node, for the flags given
 #[derive(Debug, Args)]
@@ -64,7 +64,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
             };
             let text = match arguments.kind {
                 Kind::Daemonset => daemonset(&pods).map_err(refused)?,
-                _ => static_pod(&pods),
+                _ => static_pod(&pods).map_err(refused)?,
             };
             vec![("rebalancer.yaml".to_owned(), text)]
         }
@@ -124,9 +124,10 @@ fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError>
     if agent.value("shim").is_none_or(is_other) {
         if !arguments.relay_flag.is_empty() {
             return Err(ManifestError::Contradiction(
-                "--relay-flag is given, and the agent's --shim is no relay: leave one of them out",
+                "--relay-flag is given, and the agent's --shim is no relay: leave one of them out".to_owned(),
             ));
         }
+        check(&agent, None)?;
         return Ok((agent, None));
     }
     let relay = Flags::parse(
@@ -141,6 +142,7 @@ fn flags(arguments: &Arguments) -> Result<(Flags, Option<Flags>), ManifestError>
             &arguments.relay_flag,
         ),
     )?;
+    check(&agent, Some(&relay))?;
     Ok((agent, Some(relay)))
 }
 

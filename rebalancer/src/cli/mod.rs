@@ -23,7 +23,7 @@ mod show;
 mod simulate;
 mod system_info;
 mod table;
-mod top;
+pub mod top;
 mod users;
 
 /// Moves just the right kube-apiserver connections to where they belong.
@@ -174,14 +174,8 @@ pub fn run() -> ExitCode {
 /// Takes what Kubernetes sets for Services out of the environment, and names it: a Service `rebalancer-apiserver` makes
 /// `REBALANCER_APISERVER_PORT=tcp://10.96.0.7:6443`, which is nobody's setting.
 fn ignore_service_variables() -> Vec<String> {
-    let is_service = |value: &std::ffi::OsStr| {
-        let value = value.to_string_lossy();
-        ["tcp://", "udp://", "sctp://"]
-            .iter()
-            .any(|scheme| value.starts_with(scheme))
-    };
     let ignored: Vec<_> = std::env::vars_os()
-        .filter(|(name, value)| name.to_string_lossy().starts_with(PREFIX) && is_service(value))
+        .filter(|(name, value)| name.to_string_lossy().starts_with(PREFIX) && is_of_service(&value.to_string_lossy()))
         .map(|(name, _)| name)
         .collect();
     for name in &ignored {
@@ -192,6 +186,13 @@ fn ignore_service_variables() -> Vec<String> {
         .into_iter()
         .map(|name| name.to_string_lossy().into_owned())
         .collect()
+}
+
+/// Whether a variable's value is what Kubernetes says of a Service.
+fn is_of_service(value: &str) -> bool {
+    ["tcp://", "udp://", "sctp://"]
+        .iter()
+        .any(|scheme| value.starts_with(scheme))
 }
 
 /// What the names of all variables begin with.
@@ -231,5 +232,39 @@ fn print(text: &str) -> Result<(), Failure> {
             Err(anyhow::Error::new(error).context("cannot write to stdout").into())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+    use crate::reference;
+
+    #[test]
+    fn the_page_of_commands_in_the_docs_is_what_the_program_takes() {
+        let mut program = Arguments::command();
+        program.build();
+        let global: Vec<&str> = program
+            .get_arguments()
+            .filter(|one| one.is_global_set())
+            .map(|one| one.get_id().as_str())
+            .collect();
+        // Said once, above.
+        let of_all = |command: clap::Command| {
+            command.mut_args(|argument| {
+                let is_general = ["help", "version"].contains(&argument.get_id().as_str()) || argument.is_global_set();
+                argument.hide(is_general)
+            })
+        };
+        let names: Vec<String> = program.get_subcommands().map(|one| one.get_name().to_owned()).collect();
+        let mut shown = program.clone();
+        for name in names.iter().filter(|name| *name != "help") {
+            shown = shown.mut_subcommand(name, of_all);
+        }
+        shown = shown.mut_subcommand("help", |command| command.hide(true));
+        assert_eq!(global.len(), 2, "{global:?}");
+        reference::check("docs/cli.md", "commands", &reference::commands(&shown));
     }
 }

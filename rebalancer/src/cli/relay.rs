@@ -9,6 +9,7 @@ use rustls::pki_types::ServerName;
 use super::Failure;
 use crate::{
     local::SocketPath,
+    manifest::is_itself,
     relay::{self, Config, Files, Limits, RequestHeaders, SniFiles, WatchHandover},
     span::Span,
     sys,
@@ -169,10 +170,12 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         })?,
         None => ServerName::from(arguments.upstream.ip()),
     };
-    if arguments.listen == arguments.upstream {
+    if is_itself(arguments.listen, arguments.upstream) {
         return Err(Failure::Configuration(anyhow::anyhow!(
-            "--listen and --upstream are both {}: the relay would talk to itself",
-            arguments.listen
+            "--listen {} and --upstream {}: the relay would talk to itself; give it another port, or have the agent \
+             --intercept",
+            arguments.listen,
+            arguments.upstream
         )));
     }
     let headers = RequestHeaders {

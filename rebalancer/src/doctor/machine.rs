@@ -18,6 +18,8 @@ pub fn features(checks: Vec<Check>, shim: Option<&str>) -> Vec<Finding> {
     let steers = shim == Some("steer");
     let judged = checks.into_iter().filter_map(|Check { name, found }| {
         let why = match found {
+            // What is not known is not good.
+            Ok(found) if found.starts_with("unknown") => return Some(Finding::note(name, found)),
             Ok(found) => return Some(Finding::good(name, found)),
             Err(why) => why,
         };
@@ -95,5 +97,10 @@ mod tests {
             [bad("steer-kernel", Gravity::Wrong)]
         );
         assert_eq!(judged(&["intercept"], None), [bad("intercept", Gravity::Note)]);
+        let unknown = Check {
+            name: "lockdown",
+            found: Ok("unknown: securityfs is not mounted".to_owned()),
+        };
+        assert_eq!(features(vec![unknown], None)[0].gravity, Gravity::Note);
     }
 }

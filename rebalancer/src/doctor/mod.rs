@@ -5,11 +5,15 @@
 
 mod files;
 mod machine;
+mod neighbours;
 mod running;
+mod trust;
 
-pub use files::{KUBEADM, certificate, room};
+pub use files::{certificate, room};
 pub use machine::{Check, features};
-pub use running::{agent, apiserver, relay};
+pub use neighbours::{Neighbour, port, steering};
+pub use running::{agent, apiserver, process, relay};
+pub use trust::{Known, Told, trust};
 
 /// How bad it is; the worst comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

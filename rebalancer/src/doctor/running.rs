@@ -5,9 +5,16 @@
 use serde_json::Value;
 
 use super::{Finding, Gravity};
+use crate::steer::SteerError;
 
 /// Holds that are as it should be, or an operator's own doing.
 const CALM: [&str; 5] = ["below_threshold", "noise", "paused", "cooling_down", "plan_in_flight"];
+
+/// A clock that is another by so many seconds is said: certificates, logs and decisions are dated by it.
+const CLOCK_S: i64 = 2;
+
+/// So many clients must have been told before it is judged where they landed.
+const TOLD: u64 = 20;
 
 /// A hold for another reason than these is worth a look after so many seconds.
 const LONG: u64 = 30 * 60;
@@ -53,7 +60,8 @@ pub fn agent(status: &Result<Value, String>) -> Vec<Finding> {
     if let Some(reason) = hold["reason"].as_str() {
         let since = status["hold_since_s"].as_u64().unwrap_or(0);
         let found = format!("{} (since {since} s)", text(&hold["message"]));
-        findings.push(if CALM.contains(&reason) || since < LONG {
+        // Said below, at once.
+        findings.push(if CALM.contains(&reason) || since < LONG || reason == FUTILE {
             Finding::note("hold", found)
         } else {
             Finding::mend(
@@ -75,8 +83,88 @@ pub fn agent(status: &Result<Value, String>) -> Vec<Finding> {
             ),
             None => Finding::good(&what, "it answers"),
         });
+        findings.extend(manners(peer, status["version"].as_str()));
+    }
+    findings.extend(load_balancer(status));
+    if let Some(clients @ 1..) = status["node_local"].as_u64() {
+        findings.push(Finding::note(
+            "node-local clients",
+            format!("{clients} on this node, who are never told to go unless --node-local is move"),
+        ));
     }
     findings
+}
+
+/// What a peer shows beside its snapshot: another release, another clock.
+fn manners(peer: &Value, own: Option<&str>) -> Vec<Finding> {
+    let name = peer["apiserver"].as_str().unwrap_or("-");
+    let mut findings = Vec::new();
+    if let Some(release) = peer["release"].as_str()
+        && own.is_some_and(|own| own != release)
+    {
+        findings.push(Finding::mend(
+            &format!("release of {name}"),
+            Gravity::Soon,
+            format!("{release}, this agent's is {}", own.unwrap_or("-")),
+            "finish the upgrade (docs/upgrade.md)",
+        ));
+    }
+    if let Some(ahead) = peer["clock_ahead_s"].as_i64() {
+        let what = format!("clock of {name}");
+        findings.push(if ahead.abs() < CLOCK_S {
+            Finding::good(&what, "as this node's")
+        } else {
+            Finding::mend(
+                &what,
+                Gravity::Soon,
+                format!("{} s {}", ahead.abs(), if ahead > 0 { "ahead" } else { "behind" }),
+                "have both follow a time server (chronyc tracking): certificates begin and end by these clocks, and logs \
+                 are dated by them",
+            )
+        });
+    }
+    findings
+}
+
+/// The hold of clients that come back.
+const FUTILE: &str = "futile";
+
+/// Whether whoever is told lands elsewhere.
+fn load_balancer(status: &Value) -> Option<Finding> {
+    let count = |name: &str| status["outcomes"][name].as_u64().unwrap_or(0);
+    let (moved, returned) = (count("moved"), count("returned"));
+    let is_futile = status["hold"]["reason"] == FUTILE;
+    if !is_futile && (moved + returned < TOLD || returned <= 2 * moved) {
+        return None;
+    }
+    Some(Finding::mend(
+        "load balancer",
+        Gravity::Soon,
+        format!("of {} who were told to go {returned} came back", moved + returned),
+        "it sends clients back to where they were: switch off its source affinity, prefer leastconn, and see that it knows \
+         every apiserver as healthy (docs/planner.md)",
+    ))
+}
+
+/// Judges who listens on the apiserver's port.
+pub fn process(port: u16, found: Result<u32, &SteerError>) -> Finding {
+    let what = "apiserver";
+    match found {
+        Ok(pid) => Finding::good(what, format!("process {pid} listens on port {port}")),
+        Err(error @ SteerError::NobodyListens { .. }) => Finding::mend(
+            what,
+            Gravity::Wrong,
+            error.to_string(),
+            "start it, or name its port by --apiserver-port",
+        ),
+        Err(error @ SteerError::SeveralProcesses { .. }) => Finding::mend(
+            what,
+            Gravity::Soon,
+            error.to_string(),
+            "connections of all of them are counted as the apiserver's: give the other one another port",
+        ),
+        Err(error) => Finding::note(what, error.to_string()),
+    }
 }
 
 /// Judges what the relay says of itself (`/v1/connections`), where the agent has one.
@@ -179,18 +267,68 @@ mod tests {
             status[key] = value;
             worst(&agent(&Ok(status)))
         };
-        let futile = json!({"reason": "futile", "message": "nobody moves"});
-        assert_eq!(with("hold", futile.clone()), Gravity::Soon);
+        let lost = json!({"reason": "lost_events", "message": "waiting"});
+        assert_eq!(with("hold", lost.clone()), Gravity::Soon);
         assert_eq!(with("warnings", json!(["most clients are node-local"])), Gravity::Soon);
         assert_eq!(
             with("peers", json!([{"apiserver": "cp-2", "fault": "connection refused"}])),
             Gravity::Wrong
         );
         let mut early = well.clone();
-        early["hold"] = futile;
+        early["hold"] = lost;
         early["hold_since_s"] = json!(60);
         assert_eq!(worst(&agent(&Ok(early))), Gravity::Note);
         assert_eq!(worst(&agent(&Err("nobody answers".to_owned()))), Gravity::Wrong);
+    }
+
+    #[test]
+    fn what_peers_and_the_load_balancer_show_is_judged() {
+        let with = |peer: Value, more: Value| {
+            let mut status = json!({"mode": "active", "version": "0.1.0", "peers": [peer], "outcomes": {}});
+            for (key, value) in more.as_object().expect("members") {
+                status[key] = value.clone();
+            }
+            let found = agent(&Ok(status))
+                .into_iter()
+                .filter(|finding| finding.gravity > Gravity::Note);
+            found.map(|finding| (finding.what, finding.gravity)).collect::<Vec<_>>()
+        };
+        let soon = |what: &str| vec![(what.to_owned(), Gravity::Soon)];
+        let peer = |release: Option<&str>, clock: Option<i64>| json!({"apiserver": "cp-2", "fault": null, "release": release, "clock_ahead_s": clock});
+        let well = || peer(Some("0.1.0"), Some(1));
+        assert_eq!(with(well(), json!({})), []);
+        assert_eq!(with(peer(None, None), json!({})), [], "an older release shows neither");
+        assert_eq!(with(peer(Some("0.1.1"), Some(0)), json!({})), soon("release of cp-2"));
+        for ahead in [2, -3600] {
+            assert_eq!(
+                with(peer(None, Some(ahead)), json!({})),
+                soon("clock of cp-2"),
+                "{ahead}"
+            );
+        }
+        let outcomes = |moved: u64, returned: u64| json!({"outcomes": {"moved": moved, "returned": returned}});
+        assert_eq!(with(well(), outcomes(7, 14)), [], "round robin behind one of three");
+        assert_eq!(with(well(), outcomes(0, 19)), [], "too few to judge");
+        assert_eq!(with(well(), outcomes(1, 19)), soon("load balancer"));
+        let futile = json!({"hold": {"reason": "futile", "message": "they come back"}, "hold_since_s": 1});
+        assert_eq!(with(well(), futile), soon("load balancer"));
+    }
+
+    #[test]
+    fn who_listens_on_the_apiservers_port_is_judged() {
+        let gravity = |error| process(6443, Err(&error)).gravity;
+        assert_eq!(process(6443, Ok(7)).gravity, Gravity::Good);
+        assert_eq!(gravity(SteerError::NobodyListens { port: 6443 }), Gravity::Wrong);
+        let processes = "process 7 running a, process 8 running b".to_owned();
+        assert_eq!(
+            gravity(SteerError::SeveralProcesses { port: 6443, processes }),
+            Gravity::Soon
+        );
+        let unseen = SteerError::ProcessNotFound {
+            port: 6443,
+            unreadable: 40,
+        };
+        assert_eq!(gravity(unseen), Gravity::Note);
     }
 
     #[test]

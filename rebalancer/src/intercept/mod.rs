@@ -1,10 +1,12 @@
 //! `--intercept`: new connections for the apiserver's port go to the relay, as long as the relay answers.
 //!
 //! Job: own the kernel program, ask the relay for its listening socket four times a second, and put it into or take it
-//! out of the program's map. Input: the relay's word. Output: the map's one entry.
+//! out of the program's map. Input: the relay's word, and a connection through it. Output: the map's one entry.
+//! Must never give clients to a relay that has not served one connection yet.
 //! Must never keep a copy of the relay's socket: with one, connections would wait in a dead relay's queue. When this
 //! process ends, however, the program goes with it.
 
+mod others;
 mod probe;
 
 use std::{fs::File, io, net::SocketAddr, os::fd::AsFd as _, path::PathBuf, time::Duration};
@@ -22,7 +24,8 @@ use tokio::{
 };
 
 use crate::{listen, relay::takeover, sys};
-use probe::Probe;
+pub use others::{Steering, steering};
+pub use probe::Probe;
 
 /// The object that `cargo xtask build-ebpf` made, or nothing.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rebalancer-intercept.o"));
@@ -90,11 +93,16 @@ pub struct Intercept {
     /// The network namespace that is steered in, where the kernel says it (Linux 5.14).
     namespace: Option<u64>,
     probe: Probe,
-    probing: Option<JoinHandle<io::Result<()>>>,
+    /// The probe on its way, and the cookie of the socket it came to.
+    probing: Option<(u64, JoinHandle<io::Result<()>>)>,
     probed: Instant,
+    /// The socket that is asked, by its cookie.
+    asked: Option<u64>,
+    /// Whether it has served a probe, and not failed since.
+    serves: bool,
     /// Probes that failed in a row, and why the last one did.
     failures: u32,
-    fault: String,
+    fault: Option<String>,
     /// Why nobody is steered, where that has been said.
     said: Option<String>,
     _program: Ebpf,
@@ -138,8 +146,10 @@ impl Intercept {
             probe: Probe::new()?,
             probing: None,
             probed: Instant::now(),
+            asked: None,
+            serves: false,
             failures: 0,
-            fault: String::new(),
+            fault: None,
             said: None,
             _program: ebpf,
         })
@@ -174,13 +184,21 @@ impl Intercept {
             return self
                 .clear("the relay's socket takes clients of IPv6 alone: have it --listen on 127.0.0.1 or on [::]");
         }
-        if let Some(address) = probe::address_of(socket.as_fd()) {
-            self.follow_probe(address).await;
-        }
-        if self.failures >= FAILURES {
+        let Some(address) = probe::address_of(socket.as_fd()) else {
+            return self.clear("the relay's socket has no address");
+        };
+        self.follow_probe(cookie, address).await;
+        if !self.serves {
             drop(socket);
-            let fault = format!("the relay serves nobody: {}", self.fault);
-            return self.clear(&fault);
+            return match &self.fault {
+                Some(fault) => {
+                    let why = format!("the relay serves nobody: {fault}");
+                    self.clear(&why);
+                }
+                // It has just come: its answer is on its way.
+                None if self.steered_to.is_none() => {}
+                None => self.clear("another relay has come, which is tried first"),
+            };
         }
         if self.steered_to == Some(cookie) {
             return;
@@ -200,23 +218,31 @@ impl Intercept {
     }
 
     /// Takes in what the last probe says, and starts the next when it is time.
-    async fn follow_probe(&mut self, address: SocketAddr) {
-        if let Some(probing) = &mut self.probing
-            && probing.is_finished()
-        {
-            match probing.await.map_err(io::Error::other).flatten() {
-                Ok(()) => self.failures = 0,
-                Err(error) => {
-                    self.failures += 1;
-                    self.fault = error.to_string();
+    async fn follow_probe(&mut self, cookie: u64, address: SocketAddr) {
+        if self.asked != Some(cookie) {
+            self.asked = Some(cookie);
+            (self.serves, self.failures, self.fault) = (false, 0, None);
+        }
+        if let Some((of, mut probing)) = self.probing.take() {
+            if !probing.is_finished() {
+                self.probing = Some((of, probing));
+            } else if of == cookie {
+                match (&mut probing).await.map_err(io::Error::other).flatten() {
+                    Ok(()) => (self.serves, self.failures, self.fault) = (true, 0, None),
+                    Err(error) => {
+                        self.failures += 1;
+                        self.serves &= self.failures < FAILURES;
+                        self.fault = Some(error.to_string());
+                    }
                 }
             }
-            self.probing = None;
         }
-        if self.probing.is_none() && self.probed.elapsed() >= PROBE {
+        // Who waits to be given clients is asked at each look until it has said something.
+        let is_new = !self.serves && self.fault.is_none();
+        if self.probing.is_none() && (is_new || self.probed.elapsed() >= PROBE) {
             self.probed = Instant::now();
             let probe = self.probe.clone();
-            self.probing = Some(tokio::spawn(async move { probe.ask(address).await }));
+            self.probing = Some((cookie, tokio::spawn(async move { probe.ask(address).await })));
         }
     }
 

@@ -53,6 +53,22 @@ impl Probe {
         Ok(Self(TlsConnector::from(Arc::new(config))))
     }
 
+    /// The certificate that is shown there to who asks for no name.
+    ///
+    /// # Errors
+    ///
+    /// There is none, in time.
+    pub async fn shown(&self, address: SocketAddr) -> io::Result<CertificateDer<'static>> {
+        let asked = async {
+            let stream = TcpStream::connect(address).await?;
+            let stream = self.0.connect(ServerName::from(address.ip()), stream).await?;
+            let (_, tls) = stream.get_ref();
+            let first = tls.peer_certificates().and_then(<[_]>::first);
+            first.cloned().ok_or_else(|| io::ErrorKind::InvalidData.into())
+        };
+        timeout(PATIENCE, asked).await.map_err(io::Error::from)?
+    }
+
     /// One connection and one request.
     ///
     /// # Errors

@@ -46,7 +46,7 @@ use crate::{
     agent::{
         config::{KubernetesConfig, PeerAddress},
         handle::{AgentHandle, Clock},
-        peers::{self, Answer, Target, pin::Identity, tls::PeerTls},
+        peers::{self, Answer, Manners, Target, pin::Identity, tls::PeerTls},
         wire,
     },
     sys,
@@ -78,6 +78,8 @@ pub struct Parts {
     pub requests: Requests,
     /// Who may ask.
     pub tls: Arc<PeerTls>,
+    /// What peers show beside their snapshots.
+    pub manners: Manners,
     /// This process's key.
     pub key: KeyHash,
     /// Names this process.
@@ -138,6 +140,7 @@ pub async fn start(parts: Parts) -> anyhow::Result<Access> {
         clock: parts.clock,
         policy: parts.policy,
         tls: parts.tls,
+        manners: parts.manners,
         inputs: parts.inputs,
         followed: BTreeMap::new(),
         told: None,
@@ -167,6 +170,7 @@ struct Task {
     clock: Clock,
     policy: Arc<Policy>,
     tls: Arc<PeerTls>,
+    manners: Manners,
     inputs: mpsc::Sender<Input>,
     followed: BTreeMap<ApiserverName, (Endpoint, JoinHandle<()>)>,
     told: Option<Roll>,
@@ -311,6 +315,7 @@ impl Task {
                 target,
                 Arc::clone(&self.tls),
                 Arc::clone(&self.policy),
+                self.manners.clone(),
                 answers.clone(),
             ));
             self.followed.insert(name.clone(), (*endpoint, task));

@@ -141,8 +141,9 @@ impl Flags {
         }
         match self.mounts.iter_mut().find(|mount| mount.path == directory) {
             Some(known) => known.written |= written,
+            // Written once however it was given: the agent may name it otherwise than the relay.
             None => self.mounts.push(Mount {
-                path: directory.to_owned(),
+                path: directory.components().collect(),
                 written,
             }),
         }
@@ -175,13 +176,18 @@ impl Flags {
             return Vec::new();
         }
         let mut capabilities = vec!["BPF", "NET_ADMIN", "PERFMON"];
-        if self.value("source") == Some("sockdiag") && self.value("intercept").is_none() && !self.steers() {
+        if self.value("source") == Some("sockdiag") && !self.intercepts() && !self.steers() {
             capabilities = vec!["NET_ADMIN"];
         }
         if self.steers() {
             capabilities.push("SYS_PTRACE");
         }
         capabilities
+    }
+
+    /// Whether connections are steered to the relay.
+    pub fn intercepts(&self) -> bool {
+        self.value("intercept").is_some_and(|value| value != "false")
     }
 
     /// Whether a probe goes into the apiserver's process.

@@ -3,6 +3,7 @@
 //! Input: the flags both shall run with. Output: text that is printed, or written by a package.
 //! Must never ask for more than the flags need: what is mounted and which capabilities there are follows from them.
 
+mod contradictions;
 mod flags;
 mod pods;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod units;
 
 use std::fmt;
 
+pub use contradictions::{check, is_itself};
 pub use flags::{Flags, Mount, Part};
 pub use pods::{Pods, daemonset, static_pod};
 pub use units::{Unit, units};
@@ -88,9 +90,9 @@ pub enum ManifestError {
         "--namespace kube-system: the agents' right to write Leases would hold for those of others: give one of its own"
     )]
     Namespace,
-    /// The agent is to order about a relay that is not there, or the other way round.
+    /// Flags that are good by themselves and not together.
     #[error("{0}")]
-    Contradiction(&'static str),
+    Contradiction(String),
 }
 
 impl fmt::Display for Part {

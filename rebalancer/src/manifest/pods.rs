@@ -4,7 +4,10 @@
 
 use std::fmt::Write as _;
 
-use super::{Flags, ManifestError, Mount, Part};
+use super::{
+    Flags, ManifestError, Mount, Part,
+    contradictions::{CGROUPS, check_pod},
+};
 
 /// What the pods are made of.
 #[derive(Clone, Debug)]
@@ -20,7 +23,12 @@ pub struct Pods {
 }
 
 /// The pod a kubelet starts from a file, without an apiserver.
-pub fn static_pod(pods: &Pods) -> String {
+///
+/// # Errors
+///
+/// Flags that no pod can have.
+pub fn static_pod(pods: &Pods) -> Result<String, ManifestError> {
+    check_pod(&pods.agent)?;
     let mut text = format!(
         "\
 apiVersion: v1
@@ -36,7 +44,7 @@ spec:
         quoted(&pods.namespace)
     );
     spec(&mut text, pods, 2);
-    text
+    Ok(text)
 }
 
 /// The DaemonSet, with the rights its agents and relays need.
@@ -48,6 +56,7 @@ pub fn daemonset(pods: &Pods) -> Result<String, ManifestError> {
     if pods.agent.value("peer").is_some() || pods.agent.value("peers") == Some("static") {
         return Err(ManifestError::Peers);
     }
+    check_pod(&pods.agent)?;
     if pods.namespace == "kube-system" {
         return Err(ManifestError::Namespace);
     }
@@ -390,19 +399,32 @@ fn mounts(flags: &Flags) -> Vec<Mount> {
     let mut mounts = flags.mounts().to_vec();
     if flags.part() == Part::Agent {
         mounts.push(Mount {
-            path: "/sys/fs/cgroup".into(),
+            path: CGROUPS.into(),
             written: false,
         });
     }
     mounts
 }
 
+/// RFC 1123: a label's characters.
+const LONGEST_NAME: usize = 63;
+
 fn volume_name(mount: &Mount) -> String {
-    let path = mount.path.to_string_lossy().to_lowercase();
-    let plain = path.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
-    // RFC 1123: 63 characters, of which the last say most.
-    let end = plain.trim_matches('-');
-    end[end.len().saturating_sub(63)..].trim_matches('-').to_owned()
+    let path = mount.path.to_string_lossy();
+    let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let name = path.to_lowercase().replace(|c| !is_plain(c), "-");
+    let name = name.trim_matches('-');
+    if name.len() <= LONGEST_NAME && path.chars().all(|c| is_plain(c) || c == '/') {
+        return name.to_owned();
+    }
+    // Another path may come to the same: what they are told apart by is their hash, and the last characters say most.
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, path.as_bytes());
+    let hash: String = digest.as_ref()[..3]
+        .iter()
+        .map(|octet| format!("{octet:02x}"))
+        .collect();
+    let end = &name[name.len().saturating_sub(LONGEST_NAME - 7)..];
+    format!("{}-{hash}", end.trim_matches('-'))
 }
 
 /// A string of YAML: JSON's strings are.

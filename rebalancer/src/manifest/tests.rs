@@ -15,6 +15,12 @@ fn parser() -> Command {
         .arg(flag("peer", "NAME=URL"))
         .arg(flag("source", "SOURCE"))
         .arg(flag("metrics", "ADDRESS"))
+        .arg(flag("listen", "ADDRESS"))
+        .arg(flag("upstream", "ADDRESS"))
+        .arg(flag("control", "unix:PATH"))
+        .arg(flag("peer-listen", "ADDRESS"))
+        .arg(flag("cgroup-root", "PATH"))
+        .arg(flag("intercept", "BOOL").num_args(0..=1).default_missing_value("true"))
         .arg(flag("tls-sni-cert-key", "CERT,KEY[:NAME,...]"))
 }
 
@@ -93,7 +99,8 @@ fn every_container_mounts_what_the_pod_has() {
     let text = static_pod(&pods(
         "--shim relay:unix:/run/rebalancer/relay.sock",
         Some("--tls-cert /etc/kubernetes/pki/a.crt --metrics 127.0.0.1:9471"),
-    ));
+    ))
+    .expect("a pod");
     let pod = &documents(&text)[0];
     let names = |list: &Value, key: &str| -> Vec<String> {
         let list = list.as_array().expect("a list");
@@ -124,7 +131,8 @@ fn every_container_mounts_what_the_pod_has() {
 
 #[test]
 fn a_pod_sees_the_hosts_processes_only_to_steer() {
-    let host_pid = |agent: &str| documents(&static_pod(&pods(agent, None)))[0]["spec"]["hostPID"].clone();
+    let host_pid =
+        |agent: &str| documents(&static_pod(&pods(agent, None)).expect("a pod"))[0]["spec"]["hostPID"].clone();
     assert_eq!(host_pid("--shim steer:auto"), true);
     assert_eq!(host_pid(""), Value::Null);
 }
@@ -179,9 +187,97 @@ fn words_reach_the_process_as_they_were_given() {
     let text = static_pod(&Pods {
         agent,
         ..pods("", None)
-    });
+    })
+    .expect("a pod");
     assert_eq!(
         documents(&text)[0]["spec"]["containers"][0]["args"][1],
         "--api=unix:/run/r/50%\"$x y.sock"
     );
+}
+
+#[test]
+fn what_is_good_by_itself_and_not_together_is_refused_by_both_names() {
+    let shim = "--shim relay:unix:/run/rebalancer/relay.sock";
+    let intercepts = format!("{shim} --intercept");
+    for (agent, relay, expected) in [
+        (
+            &*intercepts,
+            Some("--listen 127.0.0.1:6445 --upstream 127.0.0.1:6443"),
+            None,
+        ),
+        (shim, Some("--listen [::]:6443 --upstream 127.0.0.1:6444"), None),
+        (shim, Some("--listen 127.0.0.1:6445"), Some("no --intercept")),
+        (
+            "--shim relay:unix:/run/r/other.sock",
+            Some("--listen [::]:1"),
+            Some("/run/r/other.sock"),
+        ),
+        (
+            shim,
+            Some("--listen [::]:6443 --upstream 127.0.0.1:6443"),
+            Some("talk to itself"),
+        ),
+        (
+            shim,
+            Some("--listen [::]:6443 --metrics 127.0.0.1:9470"),
+            Some("both port 9470"),
+        ),
+        (
+            shim,
+            Some("--listen [::]:9470"),
+            Some("the agent's --metrics and the relay's --listen"),
+        ),
+        (
+            "--peer a=https://h:1 --peer-listen [::]:9470",
+            None,
+            Some("both port 9470"),
+        ),
+        ("--metrics 127.0.0.1:9443", None, None),
+        (
+            "--metrics 127.0.0.1:9443 --peer a=https://h:1",
+            None,
+            Some("both port 9443"),
+        ),
+    ] {
+        let agent = flags(Part::Agent, agent).expect("good flags");
+        let relay = relay.map(|relay| flags(Part::Relay, relay).expect("good flags"));
+        let said = check(&agent, relay.as_ref()).map_err(|error| error.to_string());
+        match expected {
+            None => assert_eq!(said, Ok(())),
+            Some(part) => assert!(said.as_ref().is_err_and(|said| said.contains(part)), "{part}: {said:?}"),
+        }
+    }
+    let elsewhere = static_pod(&pods("--cgroup-root /mnt/cgroup2", None));
+    assert!(elsewhere.expect_err("refused").to_string().contains("--cgroup-root"));
+    static_pod(&pods("--cgroup-root /sys/fs/cgroup/unified", None)).expect("it is there");
+}
+
+#[test]
+fn two_directories_have_two_names_and_one_has_one() {
+    let names = |agent: &str, relay: &str| -> Vec<String> {
+        let pod = static_pod(&pods(agent, Some(relay))).expect("a pod");
+        let documents = documents(&pod);
+        let volumes = documents[0]["spec"]["volumes"].as_array().expect("volumes");
+        let names: Vec<String> = volumes
+            .iter()
+            .map(|volume| volume["name"].as_str().expect("a name").to_owned())
+            .collect();
+        for container in documents[0]["spec"]["containers"].as_array().expect("containers") {
+            for mount in container["volumeMounts"].as_array().expect("mounts") {
+                assert!(names.iter().any(|name| mount["name"] == name.as_str()), "{mount}");
+            }
+        }
+        names
+    };
+    let mut found = names("--state /a/b-c/s", "--tls-cert /a-b/c/t");
+    assert_eq!(found.len(), 4);
+    found.sort();
+    found.dedup();
+    assert_eq!(found.len(), 4, "{found:?}");
+    assert_eq!(
+        names("--state /d//e/s", "--tls-cert /d/e/t"),
+        ["run-rebalancer", "d-e", "sys-fs-cgroup"]
+    );
+    let long = format!("--state /{}/s", "x".repeat(80));
+    assert!(names(&long, "").iter().all(|name| name.len() <= 63));
 }

@@ -6,20 +6,21 @@
 //! Must never let the relay run where a client could name itself to the apiserver, or where it would name somebody for a
 //! certificate the apiserver does not believe.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use rebalancer_core::wire::x509::{Certificate, Pool};
+use rebalancer_core::wire::x509::{Certificate, Pool, Purpose, verify};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 
 use super::{
     request_headers::RequestHeaders,
-    trust::{Authorities, AwsLc, PROXY_CA},
+    tls::{Files, chain},
+    trust::{self, Authorities, AwsLc, PROXY_CA},
     unix_now,
     upstream::Target,
 };
@@ -132,6 +133,48 @@ async fn look(target: &Target, headers: &RequestHeaders) -> anyhow::Result<Look>
     look
 }
 
+/// Compares a relay's files and headers with what an apiserver's flags say, by the names they have in that ConfigMap:
+/// without a relay, and without asking anybody.
+///
+/// # Errors
+///
+/// What does not fit.
+pub fn compare_files(
+    data: &BTreeMap<String, String>,
+    headers: &RequestHeaders,
+    files: &Files,
+) -> anyhow::Result<Vec<String>> {
+    let authorities = Authorities::load(&files.client_ca, files.proxy_ca.as_deref(), Arc::new(headers.clone()))?;
+    compare(data, headers, &authorities)
+}
+
+/// Whether an apiserver with such flags believes a front-proxy certificate
+/// (k8s.io/apiserver/pkg/authentication/request/x509/x509.go, `Verifier`).
+///
+/// # Errors
+///
+/// Why not.
+pub fn believes(data: &BTreeMap<String, String>, certificate: &Path) -> anyhow::Result<()> {
+    let text = data
+        .get("requestheader-client-ca-file")
+        .context("the apiserver has no --requestheader-client-ca-file")?;
+    let mut shown = Vec::new();
+    for der in chain(certificate, "--proxy-client-cert")? {
+        shown.push(Certificate::parse(&der, &AwsLc)?);
+    }
+    let leaf = shown.remove(0);
+    let (others, roots) = (Pool::new(shown), bundle(text)?);
+    verify(&leaf, &others, &roots, Purpose::Client, trust::now_ns(), &AwsLc)?;
+    let allowed = list(data, "requestheader-allowed-names")?.unwrap_or_default();
+    let name = leaf.name().common_name();
+    anyhow::ensure!(
+        allowed.is_empty() || allowed.iter().any(|one| one == name),
+        "it is for `{name}`, and the apiserver believes only {}",
+        allowed.join(",")
+    );
+    Ok(())
+}
+
 /// What is worth a warning; what does not fit is an error.
 fn compare(
     data: &BTreeMap<String, String>,
@@ -212,6 +255,7 @@ fn compare(
         for missing in theirs
             .certificates()
             .iter()
+            .filter(|one| now <= one.validity().1)
             .filter(|one| !ours.iter().any(|ours| ours.raw() == one.raw()))
         {
             warnings.push(format!(
@@ -326,6 +370,9 @@ mod tests {
         compare(&kubeadm, &named, &load(&users, Some(&proxies), &named)).expect("the same names");
         assert!(says(&kubeadm, &named, &users, Some(&other)).contains(PROXY_CA));
         let rotated = with("client-ca-file", &wide);
+        let ended = with("client-ca-file", &ended);
+        let warnings = compare(&ended, &default, &load(&users, None, &default)).expect("as its file has it");
+        assert!(warnings.is_empty(), "{warnings:?}");
         let warnings = compare(&rotated, &default, &load(&users, None, &default)).expect("a rotation");
         assert!(warnings[0].contains("`other`"), "{warnings:?}");
         let mut without = kubeadm.clone();

@@ -55,6 +55,7 @@ use crate::{
 use accept::{Door, Stop};
 use admission::{Admission, Bounds};
 use complaints::{Cause, Complaints};
+pub use discovery::{believes, compare_files};
 pub(crate) use expiry::earliest as earliest_end;
 use metrics::Metrics;
 pub use pacing::WatchHandover;

@@ -53,6 +53,25 @@ pub struct Files {
 }
 
 impl Files {
+    /// Whether a relay would start with them.
+    ///
+    /// # Errors
+    ///
+    /// Names the flag, the file and what is wrong with it.
+    pub fn check(&self, headers: &RequestHeaders) -> anyhow::Result<()> {
+        Tls::load(self, &Arc::new(headers.clone()), 0).map(drop)
+    }
+
+    /// The first certificate that clients are shown, as it is (DER).
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn shown(&self) -> anyhow::Result<CertificateDer<'static>> {
+        // The chain has at least one.
+        Ok(chain(&self.certificate, "--tls-cert")?.swap_remove(0))
+    }
+
     /// Each with its flag.
     fn all(&self) -> Vec<(&'static str, &Path)> {
         let sni = self.sni.iter().flat_map(|files| [&files.certificate, &files.key]);
@@ -251,7 +270,8 @@ fn hash_all(files: &Files) -> anyhow::Result<Vec<Vec<u8>>> {
     files.all().into_iter().map(hash).collect()
 }
 
-fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+/// The certificates of a file, at least one.
+pub(super) fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let certificates: Vec<_> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;

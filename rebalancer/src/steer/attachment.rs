@@ -108,6 +108,15 @@ fn untouched(process: &Process, point: &AttachPoint) -> Result<u64, SteerError> 
     }
 }
 
+/// Refuses a process whose decider is not as in its file.
+///
+/// # Errors
+///
+/// [`SteerError::ForeignProbe`], [`SteerError::ChangedCode`], or it cannot be looked at.
+pub fn check_untouched(process: &Process) -> Result<(), SteerError> {
+    untouched(process, &point_in(process)?).map(drop)
+}
+
 /// Whether code begins with a breakpoint: INT3, or BRK with any number.
 fn is_breakpoint(architecture: Architecture, code: &[u8; BEGIN]) -> bool {
     let [first, second, third, fourth, ..] = *code;

@@ -21,6 +21,8 @@ const K3S: &str = "kube-apiserver-arg";
 pub struct Said {
     /// The value that counts; `None` when the flag is absent.
     pub value: Option<String>,
+    /// Every value that is given: those of a list add up (spf13/pflag, StringSlice).
+    pub all: Vec<String>,
     /// Where it would be, in words that follow "is 0".
     pub place: String,
     /// Whether it was found where nothing can hide it: an apiserver that is inside another program shows no flags.
@@ -47,10 +49,11 @@ pub fn said(
     if let Some(file) = last(OPENSHIFT) {
         let named = |error| (file.to_owned(), error);
         let text = read(file).map_err(named)?;
-        let value = openshift(&text, name).map_err(|error| named(io::Error::other(error)))?;
+        let all = openshift(&text, name).map_err(|error| named(io::Error::other(error)))?;
         let place = format!("in {file} (apiServerArguments)");
         return Ok(Said {
-            value,
+            value: all.last().cloned(),
+            all,
             place,
             certain: true,
         });
@@ -58,33 +61,48 @@ pub fn said(
     if let Some(file) = last(KUBELITE) {
         let text = read(file).map_err(|error| (file.to_owned(), error))?;
         let lines: Vec<&str> = text.split_whitespace().collect();
-        let value = self::flags(lines.into_iter()).into_iter().rfind(|(own, _)| own == name);
-        let value = value.and_then(|(_, value)| value.map(str::to_owned));
+        let given = self::flags(lines.into_iter());
+        let (value, all) = of_name(&given, name);
         let place = format!("in {file}");
         return Ok(Said {
             value,
+            all,
             place,
             certain: true,
         });
     }
-    let passed_on = flags.iter().rev().filter(|(own, _)| own == K3S).find_map(|(_, value)| {
+    let passed_on = flags.iter().filter(|(own, _)| own == K3S).filter_map(|(_, value)| {
         let (own, value) = (*value)?.trim_start_matches('-').split_once('=')?;
         (normal(own) == name).then(|| value.to_owned())
     });
-    if let Some(value) = passed_on {
+    let passed_on: Vec<String> = passed_on.collect();
+    if let Some(value) = passed_on.last() {
         let place = format!("on its command line (--{K3S})");
         return Ok(Said {
-            value: Some(value),
+            value: Some(value.clone()),
+            all: passed_on,
             place,
             certain: true,
         });
     }
-    let value = last(name).map(str::to_owned);
+    let (value, all) = of_name(&flags, name);
     Ok(Said {
         certain: value.is_some(),
         value,
+        all,
         place: "on its command line".to_owned(),
     })
+}
+
+/// The value of a flag that counts, and all of them; a flag without a value has none, whatever was said before it.
+fn of_name(flags: &[(String, Option<&str>)], name: &str) -> (Option<String>, Vec<String>) {
+    let given: Vec<Option<&str>> = flags
+        .iter()
+        .filter(|(own, _)| own == name)
+        .map(|(_, value)| *value)
+        .collect();
+    let value = given.last().copied().flatten().map(str::to_owned);
+    (value, given.into_iter().flatten().map(str::to_owned).collect())
 }
 
 /// Flags with their values, as spf13/pflag takes them; a flag may be the last argument.
@@ -112,8 +130,8 @@ fn normal(name: &str) -> String {
     name.replace('_', "-")
 }
 
-/// The flag in OpenShift's file, YAML or JSON: flags have lists of values, of which the last counts.
-fn openshift(text: &str, name: &str) -> Result<Option<String>, serde_yaml_ng::Error> {
+/// The flag in OpenShift's file, YAML or JSON: flags have lists of values.
+fn openshift(text: &str, name: &str) -> Result<Vec<String>, serde_yaml_ng::Error> {
     #[derive(Deserialize)]
     struct File {
         #[serde(default, rename = "apiServerArguments")]
@@ -124,7 +142,7 @@ fn openshift(text: &str, name: &str) -> Result<Option<String>, serde_yaml_ng::Er
         .unwrap_or_default()
         .into_iter()
         .filter(|(own, _)| normal(own) == name);
-    Ok(given.filter_map(|(_, mut values)| values.pop()).next_back())
+    Ok(given.flat_map(|(_, values)| values).collect())
 }
 
 #[cfg(test)]
@@ -164,6 +182,28 @@ mod tests {
             let said = self::chance(line, "");
             assert_eq!(said.value.as_deref(), chance, "{line}");
             assert_eq!(said.certain, chance.is_some(), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_values_of_a_list_add_up() {
+        let two = ["0.1", "0.2"];
+        for (line, file) in [
+            ("kube-apiserver --goaway-chance=0.1 --v=1 --goaway_chance 0.2", ""),
+            (
+                "k3s server --kube-apiserver-arg=goaway-chance=0.1 --kube-apiserver-arg=goaway-chance=0.2",
+                "",
+            ),
+            (
+                "kubelite --apiserver-args-file=/etc/the/file",
+                "--goaway-chance=0.1\n--goaway-chance=0.2\n",
+            ),
+            (
+                "hyperkube --openshift-config=/etc/the/file",
+                "apiServerArguments: {goaway-chance: [\"0.1\", \"0.2\"]}",
+            ),
+        ] {
+            assert_eq!(chance(line, file).all, two, "{line}");
         }
     }
 

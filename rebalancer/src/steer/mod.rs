@@ -23,10 +23,11 @@ use std::{io, path::PathBuf};
 use rebalancer_core::binary::golang;
 
 pub use answers::Answers;
-pub use attachment::{Attachment, point_in};
+pub use attachment::{Attachment, check_untouched, point_in};
 pub use binary::inspect;
 pub use cost::cost_program;
-pub use process::find as find_process;
+pub(crate) use process::DELETED;
+pub use process::{Process, find as find_process, listening};
 pub use program::{Part, Program, trial_load};
 pub use shim::Steer;
 

@@ -169,8 +169,12 @@ impl Process {
         }
     }
 
-    /// A file as the process names it.
-    fn file_inside(&self, path: &str) -> io::Result<String> {
+    /// A file as the process names it, of 1 MiB at most.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn file_inside(&self, path: &str) -> io::Result<String> {
         let directory = if path.starts_with('/') { "root" } else { "cwd" };
         let inside = PathBuf::from(format!("/proc/{}/{directory}", self.pid)).join(path.trim_start_matches('/'));
         let mut text = String::new();
@@ -189,7 +193,7 @@ impl Process {
 }
 
 /// What the kernel says behind the path of a file that is gone (proc(5), /proc/PID/exe).
-const DELETED: &str = " (deleted)";
+pub(crate) const DELETED: &str = " (deleted)";
 
 fn identity(file: &Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
@@ -255,6 +259,19 @@ pub fn find(port: u16, path: Option<&Path>) -> Result<Process, SteerError> {
         }),
         _ => Err(SteerError::SeveralProcesses { port, processes: all }),
     }
+}
+
+/// Who listens on a port of this network namespace: `None` for nobody; nobody that is named where none can be seen.
+///
+/// # Errors
+///
+/// The kernel's list cannot be read.
+pub fn listening(port: u16) -> Result<Option<Vec<Process>>, SteerError> {
+    let inodes = listeners(port)?;
+    if inodes.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(holders(&inodes)?.0))
 }
 
 /// The inodes of the sockets that listen on the port.

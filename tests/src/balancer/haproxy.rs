@@ -38,16 +38,19 @@ pub struct Haproxy {
 struct Row {
     sessions: usize,
     is_up: bool,
+    weight: u32,
 }
 
 impl Haproxy {
-    /// Starts it in a namespace; `options` go on every server line, for example `inter 15s rise 3`.
+    /// Starts it in a namespace; its servers are called `NAME-1` and so on, and `options` go on every server line, for
+    /// example `inter 15s rise 3`.
     ///
     /// # Errors
     ///
     /// There is no haproxy, or it refuses the options.
     pub fn start(
         listen: SocketAddr,
+        name: &str,
         backends: &[SocketAddr],
         policy: Policy,
         options: &str,
@@ -60,7 +63,7 @@ impl Haproxy {
         );
         let file = directory.join("haproxy.cfg");
         let socket = directory.join("haproxy.sock");
-        fs::write(&file, configuration(listen, backends, policy, options, &socket))?;
+        fs::write(&file, configuration(listen, name, backends, policy, options, &socket))?;
         let checked = Command::new(program())
             .args(["-c", "-q", "-f"])
             .arg(&file)
@@ -119,6 +122,16 @@ impl Haproxy {
         sockets
     }
 
+    /// The weights it goes by, as flags or agents' answers have set them.
+    pub fn weights(&self) -> Vec<u32> {
+        self.rows().iter().map(|row| row.weight).collect()
+    }
+
+    /// Where it takes orders.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// What it says of its servers; nothing when it does not answer.
     fn rows(&self) -> Vec<Row> {
         let ask = || -> std::io::Result<String> {
@@ -152,7 +165,7 @@ fn rows_of(answer: &str) -> Vec<Row> {
         .split(',')
         .collect();
     let column = |name: &str| names.iter().position(|column| *column == name);
-    let (Some(sessions), Some(status)) = (column("scur"), column("status")) else {
+    let (Some(sessions), Some(status), Some(weight)) = (column("scur"), column("status"), column("weight")) else {
         return Vec::new();
     };
     let row = |line: &str| {
@@ -161,14 +174,22 @@ fn rows_of(answer: &str) -> Vec<Row> {
             sessions: cells.get(sessions)?.parse().ok()?,
             // On its way down it is `UP 1/3`, on its way up `DOWN 1/3`.
             is_up: cells.get(status)?.starts_with("UP") || *cells.get(status)? == "no check",
+            weight: cells.get(weight)?.parse().ok()?,
         })
     };
     lines.filter_map(row).collect()
 }
 
-fn configuration(listen: SocketAddr, backends: &[SocketAddr], policy: Policy, options: &str, socket: &Path) -> String {
+fn configuration(
+    listen: SocketAddr,
+    name: &str,
+    backends: &[SocketAddr],
+    policy: Policy,
+    options: &str,
+    socket: &Path,
+) -> String {
     let mut text = format!(
-        "global\n  stats socket {}\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  \
+        "global\n  stats socket {} level admin\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  \
          timeout server 1h\n  retries 3\n  option redispatch 1\nfrontend clients\n  bind {listen}\n  default_backend \
          apiservers\nbackend apiservers\n  balance {}\n  option httpchk GET /readyz\n  http-check expect status 200\n",
         socket.display(),
@@ -176,7 +197,7 @@ fn configuration(listen: SocketAddr, backends: &[SocketAddr], policy: Policy, op
     );
     for (index, backend) in backends.iter().enumerate() {
         text += &format!(
-            "  server node-{} {backend} check check-ssl verify none {options}\n",
+            "  server {name}-{} {backend} check check-ssl verify none {options}\n",
             index + 1
         );
     }
@@ -190,14 +211,14 @@ mod tests {
     #[test]
     fn rows_are_read_by_the_names_of_their_columns() {
         let answer = "# pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,status,weight,\n\
-                      apiservers,node-1,0,0,103,120,,300,0,UP,1,\n\
+                      apiservers,node-1,0,0,103,120,,300,0,UP,100,\n\
                       apiservers,node-2,0,0,0,9,,12,0,DOWN 1/3,1,\n\
                       apiservers,node-3,0,0,7,9,,12,0,UP 2/3,1,\n\n";
         let rows: Vec<_> = rows_of(answer)
             .into_iter()
-            .map(|row| (row.sessions, row.is_up))
+            .map(|row| (row.sessions, row.is_up, row.weight))
             .collect();
-        assert_eq!(rows, [(103, true), (0, false), (7, true)]);
+        assert_eq!(rows, [(103, true, 100), (0, false, 1), (7, true, 1)]);
         assert!(rows_of("").is_empty());
     }
 }

@@ -145,7 +145,15 @@ impl Cluster {
             Front::Haproxy(servers) => {
                 say("starting haproxy");
                 let namespace = network.hub.fd();
-                let haproxy = Haproxy::start(listen, &backends, policy, servers, namespace, &options.directory)?;
+                let haproxy = Haproxy::start(
+                    listen,
+                    "node",
+                    &backends,
+                    policy,
+                    servers,
+                    namespace,
+                    &options.directory,
+                )?;
                 Running::Haproxy(haproxy)
             }
         };

@@ -1,4 +1,5 @@
-//! What the audience sees: a live view on a terminal, plain lines otherwise; always on stderr.
+//! What the audience sees: a live view that fills the terminal, with the bars of `rebalancer top`; plain lines otherwise;
+//! always on stderr.
 
 use std::{
     collections::VecDeque,
@@ -7,19 +8,22 @@ use std::{
 };
 
 use ratatui::{
-    Terminal, TerminalOptions, Viewport,
+    Frame, Terminal, TerminalOptions, Viewport,
     backend::CrosstermBackend,
     layout::{Constraint, Layout},
-    style::{Color, Style, Stylize as _},
     text::Line,
-    widgets::{Block, Gauge, Paragraph},
+    widgets::{Block, Paragraph},
 };
-use serde_json::Value;
+use rebalancer::cli::top::{Answers, Model, bars};
+use serde_json::{Value, json};
 
-use super::scene::Event;
+use super::scene::{Event, LEVEL};
 
-/// Rows of the live view below the bars.
-const LINES: u16 = 12;
+/// Lines that are kept: more than any terminal has rows.
+const LINES: usize = 500;
+
+/// Rows where a terminal does not say how many it has.
+const ROWS: u16 = 24;
 
 /// Where events are shown.
 pub enum Screen {
@@ -39,10 +43,15 @@ pub enum Screen {
 /// The live view.
 pub struct Live {
     terminal: Terminal<CrosstermBackend<Stderr>>,
+    view: View,
+}
+
+/// What is on it.
+struct View {
     began: Instant,
     clients: usize,
     lines: VecDeque<String>,
-    loads: Vec<u64>,
+    model: Model,
     sockets: Vec<usize>,
     title: String,
     holds: Vec<(String, String)>,
@@ -62,22 +71,18 @@ impl Screen {
                 holds: Vec::new(),
             });
         }
-        let height = nodes as u16 + 2 + LINES + 2;
+        let (_, rows) = crossterm::terminal::size().unwrap_or((0, ROWS));
         let terminal = Terminal::with_options(
             CrosstermBackend::new(io::stderr()),
             TerminalOptions {
-                viewport: Viewport::Inline(height),
+                // As high as the screen, and it stays above what is said afterwards.
+                viewport: Viewport::Inline(rows),
             },
         )?;
+        let has_colors = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         Ok(Self::Live(Box::new(Live {
             terminal,
-            began: Instant::now(),
-            clients,
-            lines: VecDeque::new(),
-            loads: vec![0; nodes],
-            sockets: vec![0; nodes],
-            title: "starting".to_owned(),
-            holds: Vec::new(),
+            view: View::new(nodes, clients, has_colors),
         })))
     }
 
@@ -103,7 +108,7 @@ impl Screen {
                 }
             }
             Self::Live(live) => {
-                live.take(event);
+                live.view.take(event);
                 // The next event draws again.
                 let _ = live.draw();
             }
@@ -132,14 +137,13 @@ fn state_line(event: &Event<'_>) -> String {
         return String::new();
     };
     let per_node: Vec<String> = loads.iter().map(u64::to_string).collect();
-    let sockets: Vec<String> = sockets.iter().map(usize::to_string).collect();
     let measured = elapsed
         .map(|_| format!(", {goaways} GOAWAYs, {errors} client errors"))
         .unwrap_or_default();
     format!(
         "active connections {} (sockets at the load balancer {}){measured}",
         per_node.join(" / "),
-        sockets.join(" / ")
+        joined(sockets)
     )
 }
 
@@ -182,6 +186,38 @@ fn wrapped(line: &str, width: usize) -> Vec<String> {
 }
 
 impl Live {
+    fn draw(&mut self) -> io::Result<()> {
+        self.terminal.draw(|frame| self.view.draw(frame))?;
+        Ok(())
+    }
+}
+
+impl View {
+    fn new(nodes: usize, clients: usize, has_colors: bool) -> Self {
+        let mut view = Self {
+            began: Instant::now(),
+            clients,
+            lines: VecDeque::new(),
+            model: Model::new(has_colors),
+            sockets: vec![0; nodes],
+            title: "starting".to_owned(),
+            holds: Vec::new(),
+        };
+        view.loads(&vec![0; nodes]);
+        view
+    }
+
+    /// Takes loads as `top` has them from an agent.
+    fn loads(&mut self, loads: &[u64]) {
+        let mean = loads.iter().sum::<u64>() as f64 / loads.len().max(1) as f64;
+        let one = |(index, load): (usize, &u64)| json!({"apiserver": format!("node-{}", index + 1), "connections": load, "load": load});
+        let view: Vec<Value> = loads.iter().enumerate().map(one).collect();
+        self.model.take(Ok(Answers {
+            status: json!({"mean": mean, "trigger": LEVEL, "view": view}),
+            ..Answers::default()
+        }));
+    }
+
     fn take(&mut self, event: &Event<'_>) {
         let line = match event {
             Event::Step(what) => {
@@ -195,7 +231,7 @@ impl Live {
                 errors,
                 elapsed,
             } => {
-                self.loads = loads.to_vec();
+                self.loads(loads);
                 self.sockets = sockets.to_vec();
                 if let Some(elapsed) = elapsed {
                     self.title = format!(
@@ -210,60 +246,94 @@ impl Live {
         if let Some(line) = line {
             self.lines
                 .push_back(format!("{:5.1}s {line}", self.began.elapsed().as_secs_f64()));
-            while self.lines.len() > usize::from(LINES) {
+            while self.lines.len() > LINES {
                 self.lines.pop_front();
             }
         }
     }
 
-    fn draw(&mut self) -> io::Result<()> {
-        let nodes = self.loads.len() as u16;
-        let mean = self.loads.iter().sum::<u64>() as f64 / f64::from(nodes.max(1));
-        let full = (self.clients as f64).max(1.0);
-        self.terminal.draw(|frame| {
-            let [bars, text] =
-                Layout::vertical([Constraint::Length(nodes + 2), Constraint::Length(LINES + 2)]).areas(frame.area());
-            let block = Block::bordered().title(format!(" active connections · {} ", self.title));
-            let inside = block.inner(bars);
-            frame.render_widget(block, bars);
-            let rows = Layout::vertical(vec![Constraint::Length(1); self.loads.len()]).split(inside);
-            for (index, row) in rows.iter().enumerate() {
-                let load = self.loads[index] as f64;
-                let off = if mean > 0.0 { load / mean - 1.0 } else { 0.0 };
-                let color = if off.abs() <= super::scene::LEVEL {
-                    Color::Green
-                } else {
-                    Color::Yellow
-                };
-                let label = format!(
-                    "node-{} {:4}  {:+5.1} %  ({} sockets)",
-                    index + 1,
-                    self.loads[index],
-                    off * 100.0,
-                    self.sockets[index]
-                );
-                let gauge = Gauge::default()
-                    .gauge_style(Style::default().fg(color).bg(Color::DarkGray))
-                    .ratio((load / full).clamp(0.0, 1.0))
-                    .label(label.bold());
-                frame.render_widget(gauge, *row);
-            }
-            let width = usize::from(text.width.saturating_sub(2));
-            let rows: Vec<String> = self.lines.iter().flat_map(|line| wrapped(line, width)).collect();
-            let newest = &rows[rows.len().saturating_sub(usize::from(LINES))..];
-            let lines: Vec<Line<'_>> = newest.iter().map(|row| Line::from(row.as_str())).collect();
-            frame.render_widget(
-                Paragraph::new(lines).block(Block::bordered().title(" decisions ")),
-                text,
-            );
-        })?;
-        Ok(())
+    fn draw(&self, frame: &mut Frame<'_>) {
+        let nodes = u16::try_from(self.sockets.len()).unwrap_or(u16::MAX);
+        let [loads, text] =
+            Layout::vertical([Constraint::Max(nodes.saturating_add(2)), Constraint::Fill(1)]).areas(frame.area());
+        let block = Block::bordered()
+            .title(format!(
+                " active connections of {} clients · {} ",
+                self.clients, self.title
+            ))
+            .title_bottom(format!(" sockets at the load balancer: {} ", joined(&self.sockets)));
+        let inside = block.inner(loads);
+        frame.render_widget(block, loads);
+        bars(&self.model, frame, inside);
+        let (width, height) = (text.width.saturating_sub(2), text.height.saturating_sub(2));
+        let rows: Vec<String> = self
+            .lines
+            .iter()
+            .flat_map(|line| wrapped(line, usize::from(width)))
+            .collect();
+        let newest = &rows[rows.len().saturating_sub(usize::from(height))..];
+        let lines: Vec<Line<'_>> = newest.iter().map(|row| Line::from(row.as_str())).collect();
+        frame.render_widget(
+            Paragraph::new(lines).block(Block::bordered().title(" decisions ")),
+            text,
+        );
     }
+}
+
+fn joined(counts: &[usize]) -> String {
+    let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+    counts.join(" / ")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use ratatui::backend::TestBackend;
+
     use super::*;
+
+    #[test]
+    fn the_view_fills_the_screen_with_the_bars_of_top() {
+        let mut view = View::new(3, 300, false);
+        view.take(&Event::State {
+            loads: &[150, 100, 50],
+            sockets: &[160, 100, 50],
+            goaways: 7,
+            errors: 0,
+            elapsed: Some(Duration::from_secs(12)),
+        });
+        for step in 0..40 {
+            view.take(&Event::Step(&format!("step {step}")));
+        }
+        let screen = |width, height| -> Vec<String> {
+            let mut terminal = Terminal::new(TestBackend::new(width, height)).expect("a terminal");
+            terminal.draw(|frame| view.draw(frame)).expect("a screen");
+            let buffer = terminal.backend().buffer();
+            let line = |y| (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>();
+            (0..height).map(line).collect()
+        };
+        let small = screen(80, 24);
+        assert!(
+            small[1].contains("node-1") && small[1].contains("150   +50.0 %"),
+            "{small:#?}"
+        );
+        assert!(
+            small[1].contains('┊') && small[1].contains('│'),
+            "the mean and the band"
+        );
+        assert!(small[4].contains("160 / 100 / 50"), "{small:#?}");
+        assert!(small[22].contains("step 39"), "the newest is the last: {small:#?}");
+        assert!(small[6].contains("step 23"), "to the screen's end: {small:#?}");
+        let large = screen(140, 50);
+        assert!(
+            large[6].contains("step 0") && large[45].contains("step 39"),
+            "{large:#?}"
+        );
+        for (width, height) in [(1, 1), (20, 3), (40, 6), (300, 100)] {
+            screen(width, height);
+        }
+    }
 
     #[test]
     fn a_long_decision_is_shown_to_its_end() {

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod differential;
+mod doctor;
 mod flows;
 mod identity;
 mod manifests;

@@ -208,6 +208,16 @@ fn what_contradicts_itself_is_refused_in_a_sentence() {
             "--tls-cert server.crt",
         ),
         (&["static-pod", "--topology=elsewhere"], "kubeadm"),
+        (
+            &["daemonset", "--relay-flag=--metrics=127.0.0.1:9470"],
+            "both port 9470",
+        ),
+        (
+            &["systemd", "--relay-flag=--control=unix:/run/r/o.sock"],
+            "/run/r/o.sock",
+        ),
+        (&["static-pod", "--agent-flag=--intercept=false"], "no --intercept"),
+        (&["static-pod", "--agent-flag=--cgroup-root=/mnt"], "--cgroup-root"),
         (&["systemd", "--directory=/no/such/directory"], "/no/such/directory"),
     ] {
         let output = Command::new(binary())

@@ -5,11 +5,21 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::{fd::AsFd as _, unix::net::UnixListener},
     path::Path,
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread,
 };
 
+use rebalancer::{
+    local::descriptor,
+    relay::takeover::{SOCKET, path_beside},
+};
 use rebalancer_tests::{
     binary,
     h2wire::PATIENCE,
@@ -158,6 +168,67 @@ fn a_socket_that_no_client_of_ipv4_can_be_given_is_refused_and_named() {
     let storm = scene.storm();
     scene.more(&storm, false);
     assert_eq!(storm.relayed(), 0);
+    assert!(metrics().contains("rebalancer_intercepting 0"), "{}", metrics());
+}
+
+/// What takes connections and serves none of them, and lends its socket as a relay does; counts those that came.
+fn lend_what_serves_nobody(control: &Path) -> Arc<AtomicU64> {
+    let taken = Arc::new(AtomicU64::new(0));
+    let socket = TcpListener::bind(RELAY).expect("a port of the node's");
+    let lent = UnixListener::bind(path_beside(control)).expect("a socket");
+    let accepting = socket.try_clone().expect("the same socket");
+    let counts = Arc::clone(&taken);
+    thread::spawn(move || {
+        for stream in accepting.incoming() {
+            // Of the node itself it is the agent's question.
+            if stream.is_ok_and(|stream| stream.peer_addr().is_ok_and(|from| !from.ip().is_loopback())) {
+                counts.fetch_add(1, Relaxed);
+            }
+        }
+    });
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            lent.set_nonblocking(true).expect("a socket");
+            let lent = tokio::net::UnixListener::from_std(lent).expect("a socket");
+            while let Ok((asker, _)) = lent.accept().await {
+                if descriptor::receive(&asker).await.is_ok() {
+                    let _ = descriptor::send(&asker, SOCKET, Some(socket.as_fd())).await;
+                }
+            }
+        });
+    });
+    taken
+}
+
+#[test]
+fn what_has_not_served_anybody_yet_is_given_nobody() {
+    let network = Network::new(1).expect("two hosts");
+    let logs = tempfile::Builder::new()
+        .prefix("rebalancer-intercept-")
+        .tempdir()
+        .expect("a directory");
+    let pki = Pki::new(&[Network::node_address(0)]).expect("certificates");
+    network.nodes[0].enter().expect("its own namespace");
+    drop(serve(&pki, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT), true));
+    let taken = lend_what_serves_nobody(&logs.path().join("relay.sock"));
+    let agent = start_agent(&network, logs.path(), "agent");
+    let server = [SocketAddr::new(Network::node_address(0), PORT)];
+    let storm = Storm::start(&pki, &network.hub, &server, THREADS).expect("a storm");
+    let said = wait_for(PATIENCE, || {
+        agent.log().contains("the relay serves nobody").then_some(())
+    });
+    assert!(said.is_some(), "{}", tail(&agent.log()));
+    let outcome = storm.end();
+    assert_eq!((outcome.failed, &outcome.errors[..]), (0, &[][..]));
+    assert_eq!(
+        taken.load(Relaxed),
+        0,
+        "the clients of other hosts went to the apiserver"
+    );
     assert!(metrics().contains("rebalancer_intercepting 0"), "{}", metrics());
 }
 

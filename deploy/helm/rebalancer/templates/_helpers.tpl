@@ -6,6 +6,7 @@
 {{- if or (eq $name "peer") (hasPrefix "peer-c" $name) (eq $name "peer-key") (eq $name "peers") -}}
 {{- fail (printf "agent.settings.%s: all pods of a DaemonSet have the same flags: leave it out, and they find each other by Leases" $name) -}}
 {{- end -}}
+{{- if and (eq $name "cgroup-root") (not (hasPrefix "/sys/fs/cgroup" (toString $value))) -}}{{- fail (printf "agent.settings.cgroup-root: %s: a pod has the host's cgroups at /sys/fs/cgroup: leave it out" (toString $value)) -}}{{- end -}}
 {{- if eq $name "config" -}}{{- fail "agent.settings.config: what that file names would not be in the pod: give its keys as settings" -}}{{- end -}}
 {{- end -}}
 {{- if hasKey .Values.relay.settings "metrics" -}}{{- fail "relay.settings.metrics: the chart has a value of its own for it: set relay.metrics" -}}{{- end -}}
@@ -26,6 +27,21 @@
 {{- end -}}
 {{- if and (eq .Values.shim "none") (ne .Values.mode "dry-run") -}}
 {{- fail (printf "mode is %s and shim is none: there is nothing that could say GOAWAY: set shim, or mode to dry-run" .Values.mode) -}}
+{{- end -}}
+{{- $control := toString (get .Values.relay.settings "control" | default "unix:/run/rebalancer/relay.sock") -}}
+{{- if and (include "rebalancer.hasRelay" .) (ne $control "unix:/run/rebalancer/relay.sock") -}}
+{{- fail (printf "relay.settings.control is %s, and the agent asks unix:/run/rebalancer/relay.sock: leave it out" $control) -}}
+{{- end -}}
+{{- $ports := dict -}}
+{{- $addresses := dict "agent.settings.peer-listen" (toString (get .Values.agent.settings "peer-listen" | default "[::]:9443")) "agent.metrics" .Values.agent.metrics -}}
+{{- with get .Values.agent.settings "lb-agent" -}}{{- $_ := set $addresses "agent.settings.lb-agent" (toString .) -}}{{- end -}}
+{{- if include "rebalancer.hasRelay" . -}}
+{{- $_ := set $addresses "relay.settings.listen" (toString (get .Values.relay.settings "listen" | default "[::]:6443")) -}}
+{{- end -}}
+{{- range $name, $address := $addresses -}}
+{{- $port := regexFind "[0-9]+$" $address -}}
+{{- with get $ports $port -}}{{- fail (printf "%s and %s are both port %s of the host: give them two ports" . $name $port) -}}{{- end -}}
+{{- $_ := set $ports $port $name -}}
 {{- end -}}
 {{- if and (include "rebalancer.hasRelay" .) (eq (regexFind "[0-9]+$" .Values.agent.metrics) (regexFind "[0-9]+$" .Values.relay.metrics)) -}}
 {{- fail (printf "agent.metrics is %s and relay.metrics is %s: both are in the host's network: give them two ports" .Values.agent.metrics .Values.relay.metrics) -}}
@@ -91,7 +107,12 @@ agent and relay say of their flags. */}}
 {{- end -}}
 
 {{- define "rebalancer.volumeName" -}}
-{{- regexReplaceAll "[^a-z0-9]" (lower .) "-" | trimAll "-" | trunc -63 | trimAll "-" -}}
+{{- $name := regexReplaceAll "[^a-z0-9]" (lower .) "-" | trimAll "-" -}}
+{{- if and (le (len $name) 63) (regexMatch "^[a-z0-9/]*$" .) -}}
+{{- $name -}}
+{{- else -}}
+{{- printf "%s-%s" (trunc -56 $name | trimAll "-") (sha256sum . | trunc 6) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "rebalancer.probe" -}}

@@ -6,15 +6,21 @@
 
 mod dial;
 mod listen;
+mod manners;
 pub mod pin;
 pub mod tls;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use axum::{
     Json, Router,
     extract::{ConnectInfo, State},
-    http::StatusCode,
+    http::{StatusCode, header},
+    response::{IntoResponse as _, Response},
     routing::get,
 };
 use bytes::Bytes;
@@ -36,6 +42,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 pub use listen::{Asker, TlsListener};
+pub use manners::{Manner, Manners};
 use tls::PeerTls;
 
 use super::{config::PeerAddress, handle::AgentHandle, wire::WireSnapshot};
@@ -60,7 +67,7 @@ pub fn router(agent: AgentHandle, tls: Arc<PeerTls>) -> Router {
 async fn snapshot(
     ConnectInfo(asker): ConnectInfo<Asker>,
     State((agent, tls)): State<(AgentHandle, Arc<PeerTls>)>,
-) -> Result<Json<WireSnapshot>, Problem> {
+) -> Result<Response, Problem> {
     // With each request: who has left since the handshake may not read any more.
     if let Err(why) = tls.admits(asker.certificate.as_ref()) {
         return Err(Problem::new(StatusCode::FORBIDDEN, why));
@@ -68,7 +75,7 @@ async fn snapshot(
     agent
         .read(|agent, now| WireSnapshot::of(&agent.snapshot(now), agent.policy()))
         .await
-        .map(Json)
+        .map(|snapshot| ([(header::SERVER, manners::SERVER)], Json(snapshot)).into_response())
         .map_err(|gone| Problem::new(StatusCode::SERVICE_UNAVAILABLE, gone.to_string()))
 }
 
@@ -110,7 +117,13 @@ impl Answer {
 }
 
 /// Asks one peer, for as long as somebody listens.
-pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answers: mpsc::Sender<Answer>) {
+pub async fn follow(
+    target: Target,
+    tls: Arc<PeerTls>,
+    policy: Arc<Policy>,
+    manners: Manners,
+    answers: mpsc::Sender<Answer>,
+) {
     let mut ticks = interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut link: Option<Link> = None;
@@ -127,7 +140,7 @@ pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answ
                 Some(link) => link,
                 None => connect(&target, &tls).await?,
             };
-            let asked = timeout(PATIENCE, ask(&target.at, &mut connected, &policy, &mut word)).await;
+            let asked = timeout(PATIENCE, ask(&target.at, &mut connected, &policy, &manners, &mut word)).await;
             let snapshot = asked.unwrap_or_else(|_| {
                 let why = format!("{} gave no answer within {} s", connected.at, PATIENCE.as_secs());
                 Err(PeerFault::Unreachable(why))
@@ -144,14 +157,26 @@ pub async fn follow(target: Target, tls: Arc<PeerTls>, policy: Arc<Policy>, answ
 }
 
 /// Asks the peers that flags name, and tells the loop what they answer.
-pub fn ask_all(addresses: &[PeerAddress], tls: &Arc<PeerTls>, policy: &Arc<Policy>, inputs: &mpsc::Sender<Input>) {
+pub fn ask_all(
+    addresses: &[PeerAddress],
+    tls: &Arc<PeerTls>,
+    policy: &Arc<Policy>,
+    manners: &Manners,
+    inputs: &mpsc::Sender<Input>,
+) {
     let (answers, mut answered) = mpsc::channel::<Answer>(64);
     for at in addresses {
         let target = Target {
             at: at.clone(),
             pin: None,
         };
-        tokio::spawn(follow(target, Arc::clone(tls), Arc::clone(policy), answers.clone()));
+        tokio::spawn(follow(
+            target,
+            Arc::clone(tls),
+            Arc::clone(policy),
+            manners.clone(),
+            answers.clone(),
+        ));
     }
     let inputs = inputs.clone();
     tokio::spawn(async move {
@@ -200,6 +225,7 @@ async fn ask(
     address: &PeerAddress,
     link: &mut Link,
     policy: &Policy,
+    manners: &Manners,
     word: &mut Option<Switch>,
 ) -> Result<Snapshot, PeerFault> {
     let at = link.at.clone();
@@ -208,12 +234,14 @@ async fn ask(
         .header(http::header::HOST, format!("{}:{}", address.host, address.port))
         .body(Empty::new())
         .map_err(|error| refused(&error))?;
+    let asked = SystemTime::now();
     let answer = link
         .sender
         .send_request(request)
         .await
         // A server that refuses this agent's certificate says so only now (TLS 1.3).
         .map_err(|error| refused(&root_cause(&error)))?;
+    manners.note(&address.name, Manner::of(answer.headers(), asked, SystemTime::now()));
     let status = answer.status();
     let body = Limited::new(answer.into_body(), LARGEST)
         .collect()

@@ -46,7 +46,7 @@ pub fn draw(model: &Model, frame: &mut Frame<'_>) {
         None => hold,
     };
     frame.render_widget(hold, now);
-    self::servers(model, servers, frame, bars);
+    self::bars(model, frame, bars);
     let lines = model.lines();
     frame.render_widget(Paragraph::new(self::head(model, lines.len())).style(bold()), head);
     let shown: Vec<Line<'_>> = lines
@@ -107,9 +107,10 @@ fn now(model: &Model) -> String {
     }
 }
 
-/// One line for each apiserver: its load against the mean and the band, and its last minutes.
-fn servers(model: &Model, servers: &[Value], frame: &mut Frame<'_>, area: Rect) {
+/// One line for each apiserver: its load against the mean and the band, and its last minutes. The demo shows the same.
+pub fn bars(model: &Model, frame: &mut Frame<'_>, area: Rect) {
     let status = &model.answers.status;
+    let servers = show::list(&status["view"]);
     let mean = status["mean"].as_f64().unwrap_or(0.0);
     let band = status["trigger"].as_f64().unwrap_or(0.0);
     let load = |entry: &Value| entry["load"].as_f64().unwrap_or(0.0);

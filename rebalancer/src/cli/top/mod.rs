@@ -25,7 +25,11 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use self::model::{Answers, Key, Model};
+use self::model::Key;
+pub use self::{
+    draw::bars,
+    model::{Answers, Model},
+};
 use super::{Failure, client::Api, runtime};
 use crate::local::client;
 

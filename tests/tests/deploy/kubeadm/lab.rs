@@ -120,6 +120,7 @@ impl Lab {
         fs::create_dir_all(&logs)?;
         let balancer = Haproxy::start(
             front,
+            "cp",
             &addresses,
             Policy::Roundrobin,
             // As docs/maintenance.md has it.
@@ -245,6 +246,25 @@ nodeRegistration:
             host.directory.display()
         ))?;
         Ok(())
+    }
+
+    /// Runs a line on the load balancer's host, which has its haproxy's socket where Debian's package puts it.
+    ///
+    /// # Errors
+    ///
+    /// It fails.
+    pub fn on_balancer(&self, line: &str) -> anyhow::Result<String> {
+        let socket = std::path::absolute(self.balancer.socket())?;
+        let script = format!(
+            "mount -t tmpfs tmpfs /run && mkdir /run/haproxy && ln -s {} /run/haproxy/admin.sock && exec bash -c \"$0\"",
+            socket.display()
+        );
+        let output = Command::new("unshare")
+            .args(["--mount", "bash", "-c", &script, line])
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "lb# {line}: {said}");
+        Ok(said)
     }
 
     /// The host of a name.

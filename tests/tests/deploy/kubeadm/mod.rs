@@ -167,6 +167,11 @@ impl Scene {
             self.exports.push(step.line.clone());
             return Ok(());
         }
+        if step.host == "lb" {
+            eprintln!("lb# {}", step.line);
+            eprintln!("{}", self.lab.on_balancer(&step.line)?.trim_end());
+            return Ok(());
+        }
         let names: Vec<String> = match step.host.as_str() {
             "each" => self.lab.hosts.iter().map(|host| host.name.clone()).collect(),
             name => vec![name.to_owned()],
@@ -222,6 +227,8 @@ impl Scene {
         let kubectl = "KUBECONFIG=/etc/kubernetes/admin.conf kubectl get namespaces,daemonsets,pods,serviceaccounts,\
                        roles,rolebindings,clusterroles,clusterrolebindings,leases --all-namespaces --output name";
         let named = self.lab.hosts[0].done(kubectl)?;
+        let weights = self.lab.balancer.weights();
+        ensure!(weights == [100; NODES], "haproxy's weights are {weights:?}");
         let left: Vec<&str> = named.lines().filter(|line| line.contains("rebalancer")).collect();
         ensure!(left.is_empty(), "left behind: {left:?}");
         for (host, before) in self.lab.hosts.iter().zip(&self.manifests) {

@@ -124,7 +124,7 @@ fn the_walk_through_installs_balances_upgrades_evacuates_and_goes_back() {
         assert!(!section.steps.is_empty(), "{}", section.title);
         for step in &section.steps {
             assert!(
-                ["cp-1", "cp-2", "cp-3", "each"].contains(&step.host.as_str()),
+                ["cp-1", "cp-2", "cp-3", "each", "lb"].contains(&step.host.as_str()),
                 "{step:?}"
             );
         }

@@ -1,9 +1,6 @@
 //! `rebalancer doctor`: looks at everything on this node, says what to do, and packs it for a report.
 
 use std::{
-    fs::OpenOptions,
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -14,10 +11,14 @@ use serde_json::{Value, json};
 
 use super::{Failure, client::Common, client::Output, print, runtime, system_info, table::Table};
 use crate::{
-    doctor::{self, Finding, Gravity, KUBEADM},
+    doctor::{self, Finding, Gravity},
     local::{SocketPath, client},
-    steer,
 };
+use node::Node;
+
+mod bundle;
+mod node;
+mod settings;
 
 /// Say what is missing, wrong or about to end on this node, each with what to do; exit code 0 when nothing is, 1 when
 /// something does not work, 3 when something should be done
@@ -36,7 +37,8 @@ pub struct Arguments {
     /// Port clients connect to
     #[arg(long, env = "REBALANCER_APISERVER_PORT", default_value_t = 6443, value_name = "PORT")]
     apiserver_port: u16,
-    /// A file of certificates to look at; may be given several times [default: kubeadm's, where they are]
+    /// A file of certificates to look at; may be given several times [default: those that agent and relay read; kubeadm's
+    /// where nobody runs]
     #[arg(long, value_name = "FILE")]
     certificate: Vec<PathBuf>,
     /// Write all that was found, and what agent and relay say, into this file: for a report, without names and addresses
@@ -44,9 +46,6 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     bundle: Option<PathBuf>,
 }
-
-/// How many past decisions a bundle has.
-const DECISIONS: usize = 100;
 
 /// What agent and relay answered.
 struct Answers {
@@ -69,10 +68,11 @@ pub fn run(arguments: &Arguments) -> Result<u8, Failure> {
         };
         Answers { status, relay }
     });
-    let findings = look(arguments, &answers);
+    let node = runtime.block_on(Node::look(arguments, answers.relay.is_some()));
+    let findings = look(arguments, &answers, &node);
     if let Some(path) = &arguments.bundle {
-        let bundle = runtime.block_on(bundle(agent, &answers, &findings));
-        write(path, &bundle).with_context(|| format!("--bundle {}", path.display()))?;
+        let bundle = runtime.block_on(bundle::make(agent, &answers, &findings));
+        bundle::write(path, &bundle).with_context(|| format!("--bundle {}", path.display()))?;
     }
     let worst = findings.iter().map(|finding| finding.gravity).max();
     let text = match arguments.common.output {
@@ -91,36 +91,27 @@ async fn ask(socket: &Path, path: &str) -> Result<Value, String> {
     client::get(socket, path).await.map_err(|error| format!("{error:#}"))
 }
 
-fn look(arguments: &Arguments, answers: &Answers) -> Vec<Finding> {
+fn look(arguments: &Arguments, answers: &Answers, node: &Node) -> Vec<Finding> {
     let shim = answers.status.as_ref().ok().and_then(|status| status["shim"].as_str());
     let mut findings = doctor::agent(&answers.status);
     findings.extend(answers.relay.as_ref().map(doctor::relay));
-    match steer::find_process(arguments.apiserver_port, None) {
-        Ok(process) => {
-            findings.push(Finding::good(
-                "apiserver",
-                format!("process {} listens on port {}", process.pid, arguments.apiserver_port),
-            ));
-            let flag = |name: &str| {
-                let said = process.flag(name).map_err(|error| error.to_string())?;
-                Ok(said.value)
-            };
-            findings.extend(doctor::apiserver(flag, shim));
-        }
-        Err(error) => findings.push(Finding::note("apiserver", error.to_string())),
-    }
-    let kubeadm = KUBEADM.iter().map(PathBuf::from).filter(|path| path.exists());
-    let files: Vec<PathBuf> = if arguments.certificate.is_empty() {
-        kubeadm.collect()
-    } else {
-        arguments.certificate.clone()
-    };
+    findings.extend(node.apiserver(arguments.apiserver_port, shim));
+    findings.extend(node.trust());
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
     let now = i64::try_from(now).unwrap_or(i64::MAX);
+    let named = &arguments.certificate;
+    let files = if named.is_empty() {
+        node.certificates()
+    } else {
+        named.clone()
+    };
     findings.extend(files.iter().map(|path| doctor::certificate(path, now)));
-    findings.extend(arguments.common.api.path().parent().map(doctor::room));
+    findings.extend(node.ports());
+    findings.extend(node.steering());
+    let own = arguments.common.api.path().parent().map(Path::to_owned);
+    findings.extend(node.directories(own).iter().map(|path| doctor::room(path)));
     findings.extend(doctor::features(system_info::checks(arguments.apiserver_port), shim));
     findings
 }
@@ -162,62 +153,4 @@ fn as_table(findings: &[Finding]) -> String {
         text += &format!("- {}: {fix}\n", finding.what);
     }
     text
-}
-
-/// Everything a report needs.
-async fn bundle(agent: &Path, answers: &Answers, findings: &[Finding]) -> Value {
-    let decisions = ask(agent, &format!("/v1/decisions?limit={DECISIONS}")).await;
-    let peers = ask(agent, "/v1/peers").await;
-    let mut bundle = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "doctor": as_json(findings)["findings"],
-        "status": answers.status,
-        "relay": answers.relay.as_ref().map(|listing| listing.as_ref().map(|listing| listing["upstream"].clone())),
-        "peers": peers,
-        "decisions": decisions,
-    });
-    leave_out(&mut bundle);
-    bundle
-}
-
-/// Members that say who a client is.
-const PERSONAL: [&str; 6] = ["client", "user", "user_agent", "groups", "address", "connection"];
-
-fn leave_out(value: &mut Value) {
-    match value {
-        Value::Array(items) => items.iter_mut().for_each(leave_out),
-        Value::Object(members) => {
-            for (name, member) in members {
-                if PERSONAL.contains(&name.as_str()) && !member.is_null() {
-                    *member = json!("left out");
-                } else {
-                    leave_out(member);
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-/// A new file that only its owner may read.
-fn write(path: &Path, bundle: &Value) -> anyhow::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(&serde_json::to_vec_pretty(bundle)?)?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bundle_does_not_say_who_a_client_is() {
-        let mut bundle = json!({"decisions": [{"id": 7, "victims": [
-            {"client": "192.0.2.7:4711", "user": "alice", "user_agent": null, "load": 1.0}]}]});
-        leave_out(&mut bundle);
-        let text = bundle.to_string();
-        assert!(!text.contains("alice") && !text.contains("192.0.2.7"), "{text}");
-        assert_eq!(bundle["decisions"][0]["victims"][0]["load"], 1.0);
-        assert_eq!(bundle["decisions"][0]["victims"][0]["user_agent"], Value::Null);
-    }
 }
