@@ -1,0 +1,195 @@
+//! What a check says of the apiserver, and which state follows from it.
+//!
+//! Input: answers and errors, and when they came. Output: a state, and why in words. Must never close the port for a
+//! single failure, nor take this process's own want of something for the apiserver's state.
+
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use crate::shim::wire::Upstream;
+
+/// So many checks in a row must fail before a port that is open closes.
+const FAILURES: u32 = 2;
+
+/// An apiserver that has begun to listen lets nobody do anything before it knows its rules (RBAC), and one whose rules let
+/// nobody ask for `/readyz` answers the same for ever: so long after the first such answer it is the latter. One that has
+/// no rules by then ends itself (pkg/registry/rbac/rest/storage_rbac.go, `EnsureRBACPolicy`).
+const RULES: Duration = Duration::from_secs(30);
+
+/// What a check found, and in what words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A client's request would find this.
+    State(Upstream, String),
+    /// It knows who asks, and does not let him: its rules are like that, or are not there yet.
+    Forbidden(String),
+    /// Nothing was learned: the relay itself lacks something.
+    Ours(String),
+}
+
+impl Found {
+    fn is_bad(&self) -> bool {
+        matches!(self, Self::State(Upstream::Unreachable | Upstream::Unusable, _))
+    }
+}
+
+/// Whether the port is open in that state: a client sees an apiserver that starts, or is slow, as it is.
+pub fn is_open(state: Upstream) -> bool {
+    matches!(state, Upstream::Ready | Upstream::Starting | Upstream::Overloaded)
+}
+
+/// Which state follows a check: one failure closes nothing.
+#[derive(Debug)]
+pub struct Judge {
+    /// As it is now.
+    pub state: Upstream,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Since when it lets nobody ask.
+    forbidden: Option<Instant>,
+}
+
+impl Judge {
+    /// Nothing has been asked.
+    pub fn new() -> Self {
+        Self {
+            state: Upstream::Unknown,
+            failures: 0,
+            forbidden: None,
+        }
+    }
+
+    /// Takes in what was found.
+    pub fn take(&mut self, found: &Found, now: Instant) -> Upstream {
+        match found {
+            Found::Ours(_) => {}
+            Found::Forbidden(_) => {
+                let since = *self.forbidden.get_or_insert(now);
+                self.failures = 0;
+                self.state = if now.saturating_duration_since(since) < RULES {
+                    Upstream::Starting
+                } else {
+                    Upstream::Ready
+                };
+            }
+            Found::State(state, _) => {
+                self.failures = if found.is_bad() { self.failures + 1 } else { 0 };
+                if self.failures == 0 || self.failures >= FAILURES || !is_open(self.state) {
+                    self.state = *state;
+                }
+                // One that is slow for a moment is the same with the same rules.
+                if *state != Upstream::Overloaded {
+                    self.forbidden = None;
+                }
+            }
+        }
+        self.state
+    }
+}
+
+/// What TLS says is for good; a connection that ends may be an apiserver that starts.
+pub fn failed(error: &(dyn std::error::Error + 'static), what: &str) -> Found {
+    let mut cause = Some(error);
+    let mut tls = false;
+    let mut why = what.to_owned();
+    while let Some(error) = cause {
+        why = format!("{why}: {error}");
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            tls |= error.kind() == io::ErrorKind::InvalidData;
+        }
+        cause = error.source();
+    }
+    Found::State(if tls { Upstream::Unusable } else { Upstream::Starting }, why)
+}
+
+/// What the answer to `/readyz` means.
+pub fn judged(status: http::StatusCode) -> Found {
+    let state = match status {
+        http::StatusCode::UNAUTHORIZED => {
+            let why = "it answers 401 to the front proxy's certificate (--proxy-client-cert): has it expired, is it signed \
+                       by --requestheader-client-ca-file, and is its name allowed?";
+            return Found::State(Upstream::Unusable, why.to_owned());
+        }
+        http::StatusCode::FORBIDDEN => {
+            let why = "/readyz says 403: its rules are not loaded yet, or let nobody ask (system:public-info-viewer)";
+            return Found::Forbidden(why.to_owned());
+        }
+        http::StatusCode::TOO_MANY_REQUESTS => Upstream::Overloaded,
+        // Another server than kube-apiserver, which has no such path.
+        status if status.is_success() || status.is_client_error() => Upstream::Ready,
+        _ => Upstream::Starting,
+    };
+    Found::State(state, format!("/readyz says {status}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_failure_closes_nothing_and_want_of_our_own_says_nothing() {
+        let found = |state| Found::State(state, String::new());
+        let ours = Found::Ours(String::new());
+        let mut judge = Judge::new();
+        for (found, expected) in [
+            (ours.clone(), Upstream::Unknown),
+            (found(Upstream::Unreachable), Upstream::Unreachable),
+            (found(Upstream::Ready), Upstream::Ready),
+            (found(Upstream::Unreachable), Upstream::Ready),
+            (found(Upstream::Ready), Upstream::Ready),
+            (found(Upstream::Unusable), Upstream::Ready),
+            (ours.clone(), Upstream::Ready),
+            (found(Upstream::Unreachable), Upstream::Unreachable),
+            (found(Upstream::Unusable), Upstream::Unusable),
+            (found(Upstream::Overloaded), Upstream::Overloaded),
+            (found(Upstream::Starting), Upstream::Starting),
+        ] {
+            assert_eq!(judge.take(&found, Instant::now()), expected);
+        }
+    }
+
+    #[test]
+    fn who_lets_nobody_ask_starts_and_is_ready_when_that_is_how_it_stays() {
+        let found = |state| Found::State(state, String::new());
+        let forbidden = Found::Forbidden(String::new());
+        let began = Instant::now();
+        let mut judge = Judge::new();
+        let mut takes = |found: &Found, seconds| judge.take(found, began + Duration::from_secs(seconds));
+        // An apiserver that starts: 403 before its rules are there, and then what it says.
+        assert_eq!(takes(&forbidden, 0), Upstream::Starting);
+        assert_eq!(takes(&found(Upstream::Starting), 5), Upstream::Starting);
+        assert_eq!(takes(&forbidden, 29), Upstream::Starting);
+        assert_eq!(takes(&found(Upstream::Ready), 30), Upstream::Ready);
+        // Another one behind the same address, and nobody has seen the first one end.
+        assert_eq!(takes(&forbidden, 40), Upstream::Starting);
+        // It stays like that: it is a cluster that lets nobody ask.
+        assert_eq!(takes(&forbidden, 69), Upstream::Starting);
+        assert_eq!(takes(&forbidden, 70), Upstream::Ready);
+        assert_eq!(takes(&found(Upstream::Overloaded), 80), Upstream::Overloaded);
+        assert_eq!(takes(&Found::Ours(String::new()), 81), Upstream::Overloaded);
+        assert_eq!(takes(&forbidden, 82), Upstream::Ready);
+        // It ends, and begins anew.
+        assert_eq!(
+            takes(&found(Upstream::Unreachable), 83),
+            Upstream::Ready,
+            "once is no failure"
+        );
+        assert_eq!(takes(&found(Upstream::Unreachable), 84), Upstream::Unreachable);
+        assert_eq!(takes(&forbidden, 85), Upstream::Starting);
+    }
+
+    #[test]
+    fn what_an_answer_says_of_the_apiserver() {
+        let state = |status: u16| match judged(http::StatusCode::from_u16(status).expect("a status")) {
+            Found::State(state, _) => state,
+            Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
+        };
+        assert_eq!([200, 404].map(state), [Upstream::Ready; 2]);
+        assert!(matches!(judged(http::StatusCode::FORBIDDEN), Found::Forbidden(_)));
+        assert_eq!(state(401), Upstream::Unusable);
+        assert_eq!(state(429), Upstream::Overloaded);
+        assert_eq!([500, 503].map(state), [Upstream::Starting; 2]);
+    }
+}
