@@ -48,7 +48,7 @@ pub fn check(page: &str, part: &str, made: &str) {
     assert!(
         there == made,
         "{page} does not say what the code has; to write it anew: {WRITE}=1 cargo test --package rebalancer --lib \
-         the_page_of_metrics -- --test-threads=1\n{made}"
+         the_page_of -- --test-threads=1\n{made}"
     );
 }
 

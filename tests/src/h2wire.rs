@@ -16,7 +16,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
 
-use crate::pki::{Pair, Pki, SERVER_NAME};
+use crate::{
+    pki::{Pair, Pki, SERVER_NAME},
+    process::end_at_once,
+};
 
 /// How long a scripted peer waits for an octet, or for room to write one, before the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -264,6 +267,7 @@ impl Peer {
     ///
     /// The handshake fails.
     pub fn accept(mut tls: ServerConnection, socket: TcpStream) -> anyhow::Result<Self> {
+        end_at_once();
         let socket = patient(socket)?;
         tls.complete_io(&mut &socket).context("the server's handshake")?;
         let protocol = tls.alpn_protocol().unwrap_or_default().to_vec();

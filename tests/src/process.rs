@@ -27,6 +27,27 @@ const POLL: Duration = Duration::from_millis(50);
 /// Two a client of the largest run, and room.
 const WANTED_FILES: u64 = 24_000;
 
+/// Has this process end without what libraries do then, from the first call on.
+///
+/// Scripted servers have threads that outlive a test, and one that begins a handshake while aws-lc takes its state down is
+/// ended by abort(3), with the process (crypto/fipsmodule/rand/rand.c, `rand_thread_local_state_clear_all`).
+pub fn end_at_once() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    unsafe extern "C" {
+        /// on_exit(3) of glibc: atexit(3) does not tell the status.
+        fn on_exit(run: extern "C" fn(libc::c_int, *mut libc::c_void), argument: *mut libc::c_void) -> libc::c_int;
+    }
+    extern "C" fn end(status: libc::c_int, _: *mut libc::c_void) {
+        // SAFETY: it takes a number and does not return.
+        unsafe { libc::_exit(status) }
+    }
+    ONCE.call_once(|| {
+        // SAFETY: the function lives as long as the process, and its argument is not looked at.
+        let registered = unsafe { on_exit(end, std::ptr::null_mut()) };
+        assert_eq!(registered, 0, "there is room for one function more");
+    });
+}
+
 /// A child process; it is killed when this goes, and by the kernel when the starter's thread dies.
 #[derive(Debug)]
 pub struct Process {

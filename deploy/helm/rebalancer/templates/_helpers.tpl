@@ -6,7 +6,7 @@
 {{- if or (eq $name "peer") (hasPrefix "peer-c" $name) (eq $name "peer-key") (eq $name "peers") -}}
 {{- fail (printf "agent.settings.%s: all pods of a DaemonSet have the same flags: leave it out, and they find each other by Leases" $name) -}}
 {{- end -}}
-{{- if and (eq $name "cgroup-root") (not (hasPrefix "/sys/fs/cgroup" (toString $value))) -}}{{- fail (printf "agent.settings.cgroup-root: %s: a pod has the host's cgroups at /sys/fs/cgroup: leave it out" (toString $value)) -}}{{- end -}}
+{{- if and (eq $name "cgroup-root") (not (regexMatch "^/sys/fs/cgroup(/|$)" (toString $value))) -}}{{- fail (printf "agent.settings.cgroup-root: %s: a pod has the host's cgroups at /sys/fs/cgroup: leave it out" (toString $value)) -}}{{- end -}}
 {{- if eq $name "config" -}}{{- fail "agent.settings.config: what that file names would not be in the pod: give its keys as settings" -}}{{- end -}}
 {{- end -}}
 {{- if hasKey .Values.relay.settings "metrics" -}}{{- fail "relay.settings.metrics: the chart has a value of its own for it: set relay.metrics" -}}{{- end -}}

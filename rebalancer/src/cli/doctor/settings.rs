@@ -48,7 +48,9 @@ impl Settings {
         let words = |name: &str| -> Result<Vec<String>, String> {
             let path = proc.join(name);
             let octets = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            let words = octets.split(|octet| *octet == 0).filter(|word| !word.is_empty());
+            // Each word ends with 0, and one may be empty.
+            let octets = octets.strip_suffix(b"\0").unwrap_or(&octets);
+            let words = octets.split(|octet| *octet == 0);
             Ok(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
         };
         let line = words("cmdline")?;
