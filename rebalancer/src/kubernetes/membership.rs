@@ -295,6 +295,7 @@ impl Task {
             let stays = roll.ask.get(name) == Some(endpoint);
             if !stays {
                 task.abort();
+                self.manners.forget(name);
             }
             stays
         });

@@ -70,6 +70,11 @@ impl Manners {
             .insert(peer.clone(), manner);
     }
 
+    /// That one is followed no more.
+    pub fn forget(&self, peer: &ApiserverName) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(peer);
+    }
+
     /// What a peer showed, if anything.
     pub fn of(&self, peer: &str) -> Manner {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
