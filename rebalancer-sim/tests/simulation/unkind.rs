@@ -58,7 +58,10 @@ fn a_restart_of_an_agent_changes_the_cost_by_less_than_a_tenth() {
                 }
                 let run = run(&world, seed);
                 // Who landed while nobody counted is not waited for.
-                assert!(run.to_balance.is_some(), "{balancer}, seed {seed}: it stops above the target");
+                assert!(
+                    run.to_balance.is_some(),
+                    "{balancer}, seed {seed}: it stops above the target"
+                );
                 run.goaways_total
             });
             runs.sum::<u64>() as f64 / count as f64
