@@ -2,22 +2,31 @@
 
 use super::*;
 
-/// One agent without peers, whose operator had the first of two connections told, by a shim that answered `Pending`.
-fn with_a_pending_victim(at: Timestamp) -> Agent {
-    let mut policy = Policy::new(ApiserverName::new("n"), BTreeSet::new());
-    policy.shim = ShimKind::Steer;
-    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
-    let socket = |id: u64| Socket {
+/// The connection of that number.
+fn socket(id: u64) -> Socket {
+    Socket {
         id: ConnectionId(id),
         local: "10.0.0.1:6443".parse().expect("an address"),
         remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
         bytes_in: 0,
         bytes_out: 0,
-    };
-    let sockets = vec![socket(1), socket(2)];
-    let listener = Some(ConnectionId(9));
-    let list = Input::Observations(vec![Observation::Resync { sockets, listener }]);
-    agent.handle(Timestamp::default(), list);
+    }
+}
+
+/// The list of two of them.
+fn two_connections() -> Input {
+    Input::Observations(vec![Observation::Resync {
+        sockets: vec![socket(1), socket(2)],
+        listener: Some(ConnectionId(9)),
+    }])
+}
+
+/// One agent without peers, whose operator had the first of two connections told, by a shim that answered `Pending`.
+fn with_a_pending_victim(at: Timestamp) -> Agent {
+    let mut policy = Policy::new(ApiserverName::new("n"), BTreeSet::new());
+    policy.shim = ShimKind::Steer;
+    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
+    agent.handle(Timestamp::default(), two_connections());
     let report = ShimReport {
         abilities: crate::shim::Abilities::AT_REQUEST,
         ..ShimReport::default()
@@ -106,23 +115,11 @@ fn with_a_heavy_client(rate: f64) -> Agent {
     policy.shim = ShimKind::Relay;
     policy.goaway_rate = crate::policy::GoawayRate::PerSecond(rate);
     let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
-    let remote = |id: u64| format!("10.1.0.1:{}", 1000 + id).parse().expect("an address");
-    let local = "10.0.0.1:6443".parse().expect("an address");
-    let socket = |id: u64| Socket {
-        id: ConnectionId(id),
-        local,
-        remote: remote(id),
-        bytes_in: 0,
-        bytes_out: 0,
-    };
-    let sockets = vec![socket(1), socket(2)];
-    let listener = Some(ConnectionId(9));
-    let list = Input::Observations(vec![Observation::Resync { sockets, listener }]);
-    agent.handle(Timestamp::default(), list);
+    agent.handle(Timestamp::default(), two_connections());
     let shown = |(id, open_watches): (u64, u32)| ShimConnection {
         id: ConnectionId(id),
-        client: remote(id),
-        local,
+        client: socket(id).remote,
+        local: socket(id).local,
         protocol: Protocol::H2Selected,
         can_be_told: true,
         age: None,

@@ -4,7 +4,8 @@
 //! take for something else than the relay does: what a server refuses without keeping it in mind could come again.
 
 use super::{
-    error::ConnectionError,
+    error::{ConnectionError, ErrorCode},
+    frame::{self, FrameHeader, flag, kind},
     hpack::{self, Coding, Encoder, FieldList},
 };
 use crate::wire::rewrite::{FORWARDED_FOR, Fate, Policy, Rewrite};
@@ -193,6 +194,24 @@ impl Allowance {
             ))?
             .min(ALLOWANCE);
         Ok(())
+    }
+}
+
+/// Appends an answer of the relay's own, which leaves the client's table as it is: a status, and no body.
+pub fn write_status(stream: u32, end_stream: bool, status: [u8; 3], out: &mut Vec<u8>) {
+    // A literal that no table keeps, with the name of the static table's field 8 (RFC 7541, section 6.2.2, appendix A).
+    let fields = [&[0x08, 3][..], &status].concat();
+    FrameHeader {
+        length: fields.len() as u32,
+        kind: kind::HEADERS,
+        flags: flag::END_HEADERS | flag::END_STREAM,
+        stream,
+    }
+    .write(out);
+    out.extend_from_slice(&fields);
+    if !end_stream {
+        // The body is not wanted (RFC 9113, section 8.1).
+        frame::write_reset(stream, ErrorCode::NoError, out);
     }
 }
 

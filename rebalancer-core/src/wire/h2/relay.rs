@@ -403,7 +403,7 @@ impl Relay {
             Err(status) => {
                 self.glitches.refused();
                 self.streams.refuse(block.stream);
-                write_status(block, *status, self.server.own());
+                messages::write_status(block.stream, block.end_stream, *status, self.server.own());
                 return self.server.bound_own();
             }
         };
@@ -576,24 +576,6 @@ impl Relay {
             self.own_to_server = Vec::new();
         }
         self.server.flush(&mut out.to_client);
-    }
-}
-
-/// Appends an answer of the relay's own, which leaves the client's table as it is: a status, and no body.
-fn write_status(block: &Block, status: [u8; 3], out: &mut Vec<u8>) {
-    // A literal that no table keeps, with the name of the static table's field 8 (RFC 7541, section 6.2.2, appendix A).
-    let fields = [&[0x08, 3][..], &status].concat();
-    FrameHeader {
-        length: fields.len() as u32,
-        kind: kind::HEADERS,
-        flags: flag::END_HEADERS | flag::END_STREAM,
-        stream: block.stream,
-    }
-    .write(out);
-    out.extend_from_slice(&fields);
-    if !block.end_stream {
-        // The body is not wanted (RFC 9113, section 8.1).
-        frame::write_reset(block.stream, ErrorCode::NoError, out);
     }
 }
 
