@@ -35,7 +35,7 @@ struct Live {
 const CHAOS: Live = Live {
     part: "chaos",
     pages: &[("--page", "faults.md")],
-    leaves_out: &["--quick", "--only", "--alone"],
+    leaves_out: &["--quick", "--only", "--alone", "--page"],
 };
 
 const SOAK: Live = Live {
@@ -62,6 +62,7 @@ impl Live {
         ebpf::build(Arch::host())?;
         let packages = ["--package", "rebalancer", "--package", "rebalancer-tests"];
         run(cargo(["build", "--bin", "rebalancer", "--bin", "rebalancer-demo"]).args(packages))?;
+        run(&mut cargo(["build", "--package", "rebalancer-clock-step"]))?;
         let program = target().join("debug/rebalancer-demo");
         let mut command = if is_root() {
             Command::new(&program)

@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
-use super::limits::{self, Files};
+use super::{
+    clock,
+    limits::{self, Files},
+};
 use crate::{
     demo::cluster::Cluster,
     netns::{Namespace, Network},
@@ -25,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Connections of the flood, none of which says a word.
 const STRANGERS: usize = 600;
+
+/// How far a clock jumps: further than any Lease, token or cool-down lasts.
+const A_DAY_S: i64 = 86_400;
 
 /// Restarts of the apiserver that flaps.
 const FLAPS: usize = 3;
@@ -56,11 +62,12 @@ pub enum Fault {
     CertificatesRenewed,
     AuthorityAdded,
     LeasesLost,
+    ClockStepped,
     Strangers,
 }
 
 /// All of them, in the order they are played in.
-pub const ALL: [Fault; 25] = [
+pub const ALL: [Fault; 26] = [
     Fault::AgentKilled,
     Fault::AgentStopped,
     Fault::AgentReplaced,
@@ -85,6 +92,7 @@ pub const ALL: [Fault; 25] = [
     Fault::CertificatesRenewed,
     Fault::AuthorityAdded,
     Fault::LeasesLost,
+    Fault::ClockStepped,
     Fault::Strangers,
 ];
 
@@ -116,6 +124,7 @@ impl Fault {
             Self::CertificatesRenewed => "certificates-renewed",
             Self::AuthorityAdded => "authority-added",
             Self::LeasesLost => "leases-lost",
+            Self::ClockStepped => "clock-stepped",
             Self::Strangers => "strangers",
         }
     }
@@ -147,6 +156,7 @@ impl Fault {
             Self::CertificatesRenewed => "all certificates are renewed with new keys",
             Self::AuthorityAdded => "another authority comes into the clients' bundle",
             Self::LeasesLost => "all Leases of agents and apiservers are deleted",
+            Self::ClockStepped => "the wall clock of a node's agent and relay jumps a day ahead, and back",
             Self::Strangers => "six hundred strangers connect and say nothing",
         }
     }
@@ -156,7 +166,7 @@ impl Fault {
         Duration::from_secs(match self {
             Self::NodeApart | Self::NodeApartOneWay | Self::AgentsApart | Self::AgentsApartOneWay => 15,
             Self::AgentStopped | Self::EtcdStopped => 12,
-            Self::CertificatesRenewed | Self::AuthorityAdded | Self::DiskFull => 12,
+            Self::CertificatesRenewed | Self::AuthorityAdded | Self::DiskFull | Self::ClockStepped => 12,
             _ => 6,
         })
     }
@@ -176,6 +186,7 @@ impl Fault {
             | Self::CertificatesRenewed
             | Self::AuthorityAdded
             | Self::LeasesLost
+            | Self::ClockStepped
             | Self::Strangers
             | Self::NoPorts => true,
             Self::RelayKilled
@@ -277,6 +288,7 @@ impl Fault {
             Self::CertificatesRenewed => cluster.pki().renew()?,
             Self::AuthorityAdded => cluster.pki().add_authority()?,
             Self::LeasesLost => lose_leases(cluster, index)?,
+            Self::ClockStepped => clock::step(cluster, index, A_DAY_S)?,
             Self::Strangers => made.strangers = strangers(cluster, index)?,
         }
         Ok(made)
@@ -320,6 +332,7 @@ impl Made {
             }
             Fault::DiskFull => fs::remove_file(disk(cluster, index).join("filling")).context("the filling")?,
             Fault::NoPorts => ports(cluster.namespace(index), "32768 60999")?,
+            Fault::ClockStepped => clock::step(cluster, index, 0)?,
             Fault::RelayReplaced
             | Fault::BalancerKilled
             | Fault::NoDescriptors

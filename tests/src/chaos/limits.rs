@@ -3,6 +3,7 @@
 //! Must never touch a process the caller did not start.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
     process,
@@ -17,17 +18,18 @@ pub struct Files {
 }
 
 impl Files {
-    /// Sets the limit to what is open.
+    /// Sets the limit to the lowest number that is free: one that is open stays open whatever its number is.
     ///
     /// # Errors
     ///
     /// The process is gone.
     pub fn no_more(id: u32) -> anyhow::Result<Self> {
-        let highest = descriptors(id)?.into_iter().max().unwrap_or(0);
+        let open: BTreeSet<u64> = descriptors(id)?.into_iter().collect();
         let before = limit(id, None).context("prlimit")?;
         let now = libc::rlimit {
-            // The limit is one more than the highest number that may be had (getrlimit(2)); numbers below may be free.
-            rlim_cur: highest + 1,
+            // The limit is one more than the highest number that may be had (getrlimit(2)), and the lowest free one is had
+            // first (open(2)).
+            rlim_cur: (0..).find(|number| !open.contains(number)).unwrap_or_default(),
             rlim_max: before.rlim_max,
         };
         limit(id, Some(&now)).context("prlimit")?;
@@ -89,6 +91,8 @@ pub fn resident(id: u32) -> anyhow::Result<u64> {
 /// A cgroup with a limit of memory; its process goes back where it came from when this goes.
 pub struct Group {
     path: PathBuf,
+    /// Where the process came from.
+    from: PathBuf,
     id: u32,
 }
 
@@ -99,11 +103,14 @@ impl Group {
     ///
     /// There is no memory controller, or it takes root.
     pub fn new(id: u32, more: u64) -> anyhow::Result<Self> {
-        let (root, file) = controller().context("no cgroup with a memory controller is mounted")?;
-        let path = root.join(format!("rebalancer-chaos-{}", process::id()));
+        let controller = controller().context("no cgroup with a memory controller is mounted")?;
+        let path = controller.root.join(format!("rebalancer-chaos-{}", process::id()));
+        let from = controller.of(id)?;
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let group = Self { path, id };
-        fs::write(group.path.join(file), (resident(id)? + more).to_string())?;
+        let group = Self { path, from, id };
+        // What a process uses stays counted where it was when it is moved (cgroup-v2.rst, "Memory Ownership"; memory.txt
+        // of version 1, "Move charges at task migration", which is off): only what comes is counted here.
+        fs::write(group.path.join(controller.limit), more.to_string())?;
         fs::write(group.path.join("cgroup.procs"), id.to_string())?;
         Ok(group)
     }
@@ -112,28 +119,55 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         // The process may have ended: then its group is empty.
-        if let Some(root) = self.path.parent() {
-            let _ = fs::write(root.join("cgroup.procs"), self.id.to_string());
-        }
+        let _ = fs::write(self.from.join("cgroup.procs"), self.id.to_string());
         let _ = fs::remove_dir(&self.path);
     }
 }
 
-/// Where memory is limited, and by which file: version 1's own hierarchy, else version 2's root.
-fn controller() -> Option<(PathBuf, &'static str)> {
+/// A hierarchy that limits memory.
+struct Controller {
+    root: PathBuf,
+    /// The file that limits it.
+    limit: &'static str,
+    /// What a process's line of it begins with after its number (cgroups(7), `/proc/PID/cgroup`).
+    of_processes: &'static str,
+}
+
+impl Controller {
+    /// The directory of a process's group.
+    fn of(&self, id: u32) -> anyhow::Result<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{id}/cgroup")).with_context(|| format!("process {id}"))?;
+        let path = text.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            let is_it = controllers == self.of_processes || controllers.split(',').any(|one| one == self.of_processes);
+            is_it.then_some(path)
+        });
+        let path = path.with_context(|| format!("process {id} is in no group"))?;
+        Ok(self.root.join(path.trim_start_matches('/')))
+    }
+}
+
+/// Where memory is limited: version 1's own hierarchy, else version 2.
+fn controller() -> Option<Controller> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     let mut of = mounts.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(1);
-        let (path, kind, options) = (words.next()?, words.next()?, words.next()?);
-        match kind {
-            "cgroup" if options.split(',').any(|option| option == "memory") => {
-                Some((PathBuf::from(path), "memory.limit_in_bytes"))
+        let (root, kind, options) = (words.next()?, words.next()?, words.next()?);
+        let (limit, of_processes) = match kind {
+            "cgroup" if options.split(',').any(|option| option == "memory") => ("memory.limit_in_bytes", "memory"),
+            "cgroup2" => {
+                let names = fs::read_to_string(Path::new(root).join("cgroup.subtree_control")).ok()?;
+                names.split_whitespace().find(|name| *name == "memory")?;
+                ("memory.max", "")
             }
-            "cgroup2" => fs::read_to_string(Path::new(path).join("cgroup.subtree_control"))
-                .is_ok_and(|names| names.split_whitespace().any(|name| name == "memory"))
-                .then(|| (PathBuf::from(path), "memory.max")),
-            _ => None,
-        }
+            _ => return None,
+        };
+        let root = PathBuf::from(root);
+        Some(Controller {
+            root,
+            limit,
+            of_processes,
+        })
     });
     of.next()
 }
@@ -181,7 +215,8 @@ mod tests {
         assert!(resident(process::id()).expect("memory") > 1 << 20);
         let before = limit(id, None).expect("a limit");
         let files = Files::no_more(id).expect("a limit");
-        assert!(limit(id, None).expect("a limit").rlim_cur < before.rlim_cur);
+        let now = limit(id, None).expect("a limit").rlim_cur;
+        assert!(now < before.rlim_cur && !descriptors(id).expect("files").contains(&now));
         files.as_before().expect("a limit");
         assert_eq!(limit(id, None).expect("a limit").rlim_cur, before.rlim_cur);
         child.kill().expect("it runs");

@@ -5,6 +5,7 @@
 //! moment, so that what it breaks by itself is not taken for ours.
 //! Must never call a fault harmless that was not seen to be there.
 
+mod clock;
 pub mod command;
 mod fault;
 pub(crate) mod limits;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
-use super::limits;
+use super::{clock, limits};
 use crate::{
     balancer::{Front, Policy},
     binary,
@@ -83,7 +83,7 @@ impl Side {
             fixture: Some(make.fixture.clone()),
             shim: if make.with_us { Shim::Relay } else { Shim::None },
             peers: Finding::Kubernetes,
-            rebalancer: binary(),
+            rebalancer: clock::started_with(binary(), &make.directory)?,
             // Years of faults come within half an hour: by the usual cool-down nobody would be left who may be told.
             agent_flags: vec!["--client-cooldown=30s".to_owned()],
             client_flags: make.client_flags,
