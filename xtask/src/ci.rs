@@ -20,6 +20,16 @@ pub fn run() -> anyhow::Result<ExitCode> {
         "-D",
         "warnings",
     ]))?;
+    // What the demo is made of.
+    run::run(&mut cargo([
+        "clippy",
+        "--package",
+        "rebalancer",
+        "--no-default-features",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     fuzz::run_fuzz(&fuzz::Arguments::smoke())?;
     // All of it, and its tests in a VM, take as long as everything else: `cargo xtask test --arch arm64 --kernel 6.12 kernel`.
     ebpf::build(Arch::Arm64)?;

@@ -55,6 +55,10 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         "--bin",
         "rebalancer-demo",
     ]);
+    // kube and its types are a minute of a first build, and are for this one flag.
+    if !release && !flags.iter().any(|flag| flag.contains("kubernetes")) {
+        build.arg("--no-default-features");
+    }
     run(build.args(profile))?;
     let demo = target().join(built).join("rebalancer-demo");
     let mut command = if is_root() {

@@ -22,6 +22,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
     kernel::{Classify, KernelLog, Options, SourceKind},
+    kubernetes,
     local::SocketPath,
     span::Span,
     sys,
@@ -346,6 +347,7 @@ impl Raw {
         }
         let listen = self.peer_listen.unwrap_or(SocketAddr::new([0_u16; 8].into(), 9443));
         let peers = if self.peers == Some(Discovery::Kubernetes) {
+            can_ask_kubernetes(kubernetes::IS_BUILT_IN)?;
             for (flag, is_given) in [
                 ("--peer", !self.peer.is_empty()),
                 ("--peer-cert", self.peer_cert.is_some()),
@@ -480,6 +482,16 @@ impl Raw {
 /// Where the local API is unless said otherwise.
 pub fn default_api() -> SocketPath {
     SocketPath("/run/rebalancer/agent.sock".into())
+}
+
+/// What is built in is taken by argument, so that both are tried.
+fn can_ask_kubernetes(is_built_in: bool) -> anyhow::Result<()> {
+    ensure!(
+        is_built_in,
+        "--peers kubernetes: {}, or name the peers by --peer",
+        kubernetes::ABSENT
+    );
+    Ok(())
 }
 
 fn from_yaml<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {

@@ -10,7 +10,7 @@ use crate::{
         run,
         wire::{agreement, shim_name},
     },
-    kubernetes::credentials,
+    kubernetes::cluster_url,
     service, sys,
 };
 
@@ -49,10 +49,9 @@ fn check(config: &Config) -> Result<(), Failure> {
             said += &format!(", peers {}", names.join(", "));
         }
         Some(Peering::Kubernetes(peers)) => {
-            let credentials = credentials(peers.kubeconfig.as_deref());
-            let credentials = runtime()?.block_on(credentials).map_err(Failure::Configuration)?;
-            let (namespace, url) = (&peers.namespace, credentials.cluster_url);
-            said += &format!(", peers by Leases in {namespace} of {url}");
+            let url = cluster_url(peers.kubeconfig.as_deref());
+            let url = runtime()?.block_on(url).map_err(Failure::Configuration)?;
+            said += &format!(", peers by Leases in {} of {url}", peers.namespace);
         }
     }
     said += "\nthe same for all agents:";

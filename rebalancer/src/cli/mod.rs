@@ -50,9 +50,14 @@ struct Arguments {
 /// What `--version` says; `-V` says its first line.
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "{}\ncommit: {}\nkernel programs: {}\nsnapshots between agents: version {}\nbuilt for: {}",
+        "{}\ncommit: {}\nfeatures: {}\nkernel programs: {}\nsnapshots between agents: version {}\nbuilt for: {}",
         env!("CARGO_PKG_VERSION"),
         option_env!("REBALANCER_COMMIT").unwrap_or("a work tree, no release"),
+        if cfg!(feature = "kubernetes") {
+            "kubernetes"
+        } else {
+            "none"
+        },
         env!("REBALANCER_PROGRAMS"),
         crate::agent::wire::SNAPSHOT_VERSION,
         std::env::consts::ARCH,

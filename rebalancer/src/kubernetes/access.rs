@@ -17,11 +17,9 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
-};
 use tokio::time::timeout;
+
+use super::parts::{RequestLabels, Requests};
 
 /// How long one attempt may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -37,18 +35,6 @@ const REREAD: Duration = Duration::from_secs(5);
 
 /// Where a pod finds who it is.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
-
-/// What requests came to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct RequestLabels {
-    /// What was asked for.
-    pub verb: &'static str,
-    /// What came of it.
-    pub result: &'static str,
-}
-
-/// Requests to the Kubernetes API, counted.
-pub type Requests = Family<RequestLabels, Counter>;
 
 /// One apiserver, or the load balancer before all of them.
 struct Way {
@@ -285,12 +271,16 @@ pub struct Asked<'a> {
     pub namespace: &'a str,
 }
 
-/// The URL the credentials name; whether they can be read at all.
+/// The URL the credentials name.
 ///
 /// # Errors
 ///
 /// There are none, or they cannot be used.
-pub async fn credentials(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
+pub async fn cluster_url(kubeconfig: Option<&Path>) -> anyhow::Result<Uri> {
+    Ok(credentials(kubeconfig).await?.cluster_url)
+}
+
+async fn credentials(kubeconfig: Option<&Path>) -> anyhow::Result<Config> {
     let mut config = match kubeconfig {
         Some(path) => {
             // Read here, so that a missing file is told as one.

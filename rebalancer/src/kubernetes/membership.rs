@@ -24,8 +24,8 @@ use rebalancer_core::{
     agent::Input,
     ids::ApiserverName,
     membership::{
-        AGENT_LABEL, AgentLease, ApiserverLease, Endpoint, IDENTITY_LABEL, KeyHash, Membership, OwnLease, Roll, Seen,
-        Shown, can_be_reached, lease_name,
+        AGENT_LABEL, AgentLease, ApiserverLease, Endpoint, IDENTITY_LABEL, Membership, OwnLease, Roll, Seen, Shown,
+        can_be_reached, lease_name,
     },
     policy::Policy,
     view::{PeerFault, ServerState},
@@ -38,15 +38,16 @@ use tokio::{
 };
 
 use super::{
-    access::{self, Access, Asked, Failed, LEASES, Requests},
+    access::{self, Access, Asked, Failed, LEASES},
     events,
     leases::{self, Kind, Reading, Wanted},
+    parts::Parts,
 };
 use crate::{
     agent::{
-        config::{KubernetesConfig, PeerAddress},
-        handle::{AgentHandle, Clock},
-        peers::{self, Answer, Manners, Target, pin::Identity, tls::PeerTls},
+        config::PeerAddress,
+        handle::Clock,
+        peers::{self, Answer, Manners, Target, tls::PeerTls},
         wire,
     },
     sys,
@@ -64,32 +65,6 @@ const MANAGER: &str = "rebalancer";
 /// Where identity Leases are (kubernetes, pkg/controlplane/apiserver/server.go).
 const SYSTEM: &str = "kube-system";
 
-/// What the task works with.
-pub struct Parts {
-    /// Who this agent is.
-    pub policy: Arc<Policy>,
-    /// The port of its apiserver.
-    pub apiserver_port: u16,
-    /// Where the way in is.
-    pub config: KubernetesConfig,
-    /// The clock of the loop.
-    pub clock: Clock,
-    /// Requests, counted.
-    pub requests: Requests,
-    /// Who may ask.
-    pub tls: Arc<PeerTls>,
-    /// What peers show beside their snapshots.
-    pub manners: Manners,
-    /// This process's key.
-    pub key: KeyHash,
-    /// Names this process.
-    pub instance: u64,
-    /// To the loop.
-    pub inputs: mpsc::Sender<Input>,
-    /// Whose decisions are told of.
-    pub agent: AgentHandle,
-}
-
 /// Checks what an operator can mend, and starts the task; answers with the way to the API.
 ///
 /// # Errors
@@ -97,11 +72,11 @@ pub struct Parts {
 /// There are no credentials, or this node has no address that others reach it by.
 pub async fn start(parts: Parts) -> anyhow::Result<Access> {
     let config = &parts.config;
-    let credentials = access::credentials(config.kubeconfig.as_deref()).await?;
+    let cluster = access::cluster_url(config.kubeconfig.as_deref()).await?;
     let address = match config.advertise {
         Some(address) => address,
         None if can_be_reached(config.listen.ip()) => config.listen.ip(),
-        None => outgoing(&credentials.cluster_url)
+        None => outgoing(&cluster)
             .context("--peer-advertise is not given, and the address that others reach this node by is not found")?,
     };
     let host = sys::host_name();
@@ -421,15 +396,4 @@ async fn write(access: &Access, namespace: &str, lease: Lease) -> Renewed {
     };
     let written = access.ask(asked, ask).await?;
     Ok(written.metadata.resource_version.unwrap_or_default())
-}
-
-/// Makes this process's key, and TLS that knows nobody yet.
-///
-/// # Errors
-///
-/// The system gives no randomness.
-pub fn identity() -> anyhow::Result<(PeerTls, KeyHash)> {
-    let identity = Identity::make()?;
-    let key = identity.hash;
-    Ok((PeerTls::Pinned(peers::pin::PinnedTls::new(identity)?), key))
 }

@@ -88,6 +88,15 @@ fn a_node_whose_name_no_lease_can_have_is_refused() {
 }
 
 #[test]
+fn who_cannot_ask_kubernetes_says_so_by_the_flag() {
+    can_ask_kubernetes(true).expect("it can");
+    let said = can_ask_kubernetes(false).expect_err("it cannot").to_string();
+    for part in ["--peers kubernetes", "feature `kubernetes`", "--version", "--peer"] {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
 fn a_user_is_a_name_with_or_without_commas() {
     #[derive(clap::Parser)]
     struct Line {
