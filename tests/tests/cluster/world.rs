@@ -192,6 +192,7 @@ impl World {
                     "peer_unknown",
                     "snapshot_stale",
                     "apiserver_starting",
+                    "apiserver_overloaded",
                 ];
                 (view.len() == 3
                     && membership["set_from"] == "identity_leases"
