@@ -319,7 +319,7 @@ impl fmt::Display for Hold {
             ),
             Self::SlowStart { left } => write!(
                 f,
-                "fewer land elsewhere than at first: the load balancer starts an apiserver slowly; next in {}",
+                "fewer land elsewhere than expected: does the load balancer start an apiserver slowly? next in {}",
                 spoken(*left)
             ),
             Self::Futile { told, left } => write!(

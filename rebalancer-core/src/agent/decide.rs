@@ -121,7 +121,7 @@ impl Agent {
     /// Whether a rebalancing would begin with clients who came here a moment ago. (Where loads are measured it takes several
     /// looks in any case.)
     fn begins_on_news(&self, after: &Rebalancing, look: &Look, now: Timestamp) -> bool {
-        let begins = self.rebalancing.course().is_none() && after.course().is_some();
+        let begins = self.rebalancing.begins(after);
         let heard = |since| self.peers.were_heard_since(since);
         let growth = self.growth_at(look, now);
         begins && self.policy.weight.is_counted() && growth.is_news(self.policy.interval, heard, now)
@@ -289,7 +289,9 @@ impl Agent {
     /// one of them to land elsewhere, if the balancer chose evenly.
     pub(super) fn probe_of(&self, balance: &Balance) -> usize {
         let least = share_out(probe_of_all(balance), balance, &self.policy.node) as f64;
-        let part = if balance.per_connection > 0.0 {
+        // After one in vain the others are no larger than they must be: moving may not help at all.
+        let (_, in_vain) = self.ramp.tried();
+        let part = if balance.per_connection > 0.0 && in_vain == 0 {
             balance.surplus * balance.surplus_part / balance.per_connection / PROBE_PART
         } else {
             0.0

@@ -68,6 +68,7 @@ impl Agent {
                     even: even_of(&balance),
                     part: balance.surplus_part,
                     probe: self.probe_of(&balance),
+                    interval: self.policy.interval,
                 };
                 if self.ramp.landed(moves.landed, moves.elsewhere(&donors), tellers, now) {
                     self.drop_unsent();

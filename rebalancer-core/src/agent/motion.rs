@@ -16,7 +16,7 @@ use crate::{
     ids::{ApiserverName, Timestamp},
     planner::Transit,
     policy::Weight,
-    view::{Snapshot, View},
+    view::{Entry, ServerState, Snapshot, View},
 };
 
 /// Totals of one apiserver at an instant; another instance of its agent starts anew.
@@ -51,13 +51,14 @@ impl Totals {
         }
     }
 
-    /// How many have landed since. Another instance takes those that are there when it begins for older than they may be: who
-    /// it has more than the last one had landed between the two.
-    fn landings_until(self, new: Self) -> u64 {
+    /// How many have landed since, where `in_transit` are on their way. Another instance takes those that are there when it
+    /// begins for older than they may be: who it has more than the last one had landed between the two, or came for reasons
+    /// of his own, for it may have been away for long.
+    fn landings_until(self, new: Self, in_transit: u64) -> u64 {
         if self.instance == new.instance {
             new.accepted.saturating_sub(self.accepted)
         } else {
-            new.connections.saturating_sub(self.connections)
+            new.connections.saturating_sub(self.connections).min(in_transit)
         }
     }
 }
@@ -152,10 +153,16 @@ impl Motion {
         let mut moves = Moves::default();
         let mut others = 0;
         let mean = mean_load(view);
-        for (name, entry) in &view.entries {
+        let mut in_transit = self.in_transit();
+        // What an agent knows that has not seen its connections yet is no total.
+        let known = |(_, entry): &(&ApiserverName, &Entry)| entry.snapshot.state != ServerState::Unknown;
+        for (name, entry) in view.entries.iter().filter(known) {
             let new = Totals::of(&entry.snapshot);
             let old = self.last.insert(name.clone(), new).unwrap_or(new);
-            let landings = old.landings_until(new);
+            let landings = old.landings_until(new, in_transit);
+            if old.instance != new.instance {
+                in_transit -= landings;
+            }
             let old = if old.instance == new.instance { old } else { new };
             let left = new.left.saturating_sub(old.left);
             // What they weighed before: now they drain, and weigh nothing there any more.
@@ -295,7 +302,7 @@ impl Strangers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::{Entry, Part, ServerState};
+    use crate::view::Part;
 
     const SETTLE: Duration = Duration::from_secs(10);
 

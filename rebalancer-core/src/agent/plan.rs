@@ -8,7 +8,13 @@ use std::{
     time::Duration,
 };
 
-use super::{Agent, Effect, Rehearsed, decide::probe_of_all, look::Look, motion::Moves, ramp::Seen};
+use super::{
+    Agent, Effect, Rehearsed,
+    decide::probe_of_all,
+    look::Look,
+    motion::Moves,
+    ramp::{Ramp, Seen},
+};
 use crate::{
     decision::{Decision, Fate, Outcomes},
     ids::{ApiserverName, ConnectionId, Timestamp},
@@ -90,7 +96,10 @@ impl Plan {
     pub fn saw(&mut self, moves: &Moves, donors: &[ApiserverName], own: &ApiserverName) {
         self.seen.told += moves.told;
         self.seen.landed += moves.landed;
-        self.seen.elsewhere += moves.elsewhere(donors);
+        if !donors.is_empty() {
+            // Without donors every landing would be elsewhere: that says nothing.
+            self.seen.elsewhere += moves.elsewhere(donors);
+        }
         let others: Vec<_> = moves
             .landings
             .iter()
@@ -336,12 +345,12 @@ impl Agent {
         self.outcomes_total.moved += moved;
         self.outcomes_total.returned += returned;
         self.outcomes_total.lost += lost;
+        let probe = probe_of_all(&look.balance);
+        let settled = |ramp: &mut Ramp| ramp.settled(plan.told.len(), plan.seen, probe, now);
         if !plan.is_ordered
-            && self
-                .ramp
-                .settled(plan.told.len(), plan.seen, probe_of_all(&look.balance), now)
+            && let Some(in_vain) = settled(&mut self.ramp)
         {
-            self.rebalancing.in_vain(plan.seen.told);
+            self.rebalancing.in_vain(in_vain);
             self.memory_changes += 1;
         }
         let decided = self

@@ -37,9 +37,12 @@ const GROWTH: usize = 4;
 /// Once somebody was seen to land elsewhere, it takes so many times the landings of a probe without one to doubt it again.
 const DOUBT: u64 = 3;
 
-/// And so long: a landing counts at an age that each apiserver's agent learns, up to five seconds, and is told in its next
-/// snapshot. So those that are elsewhere may be seen after others that came later.
-const HEARD: Duration = Duration::from_secs(6);
+/// A snapshot tells a landing at most so long after it counts. It counts at an age that each apiserver's agent learns, up to
+/// an interval; so those that are elsewhere may be seen as much later than others, and for so long nothing is doubted.
+const TOLD: Duration = Duration::from_secs(1);
+
+/// Landings that are so long ago belong to another rebalancing. Where loads are measured, plans are some looks apart.
+const LONG_AGO: Duration = Duration::from_secs(60);
 
 /// So many landings elsewhere are no accident: what was in vain before is forgotten.
 const CERTAIN: u64 = 3;
@@ -92,6 +95,30 @@ pub(super) struct Tellers {
     pub part: f64,
     /// How many it tells to find out.
     pub probe: usize,
+    /// The longest time from one apiserver's landings until those of the same moment count on another.
+    pub interval: Duration,
+}
+
+/// What is known by now to have been in vain, of all apiservers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Vain {
+    /// GOAWAYs.
+    pub told: u64,
+    /// Clients that landed, all on donors.
+    pub landed: u64,
+}
+
+/// Landings since one was elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unheard {
+    /// When the first of them was seen.
+    since: Timestamp,
+    /// And the last.
+    last: Timestamp,
+    landed: u64,
+    /// Told by plans that settled meanwhile and said nothing: by this agent, and by all.
+    told: u64,
+    told_by_all: u64,
 }
 
 /// What the next plan may be.
@@ -113,8 +140,7 @@ pub(super) struct Ramp {
     wait: Duration,
     /// Told in vain since somebody landed elsewhere.
     in_vain: u64,
-    /// Landings since one was elsewhere, and when the first of them was seen.
-    unheard: Option<(Timestamp, u64)>,
+    unheard: Option<Unheard>,
     /// When the set of apiservers last changed.
     since: Timestamp,
     /// When somebody first landed elsewhere since then.
@@ -210,10 +236,31 @@ impl Ramp {
             self.unheard = None;
             self.helped(elsewhere, tellers.probe);
         } else {
-            let (_, unheard) = self.unheard.get_or_insert((now, 0));
-            *unheard += landed;
+            self.unheard_of(landed, now);
         }
         self.notice(landed, elsewhere, now)
+    }
+
+    fn unheard_of(&mut self, landed: u64, now: Timestamp) {
+        let new = Unheard {
+            since: now,
+            last: now,
+            landed: 0,
+            told: 0,
+            told_by_all: 0,
+        };
+        let before = self.unheard.filter(|unheard| now.since(unheard.last) < LONG_AGO);
+        let unheard = before.unwrap_or(new);
+        self.unheard = Some(Unheard {
+            last: now,
+            landed: unheard.landed + landed,
+            ..unheard
+        });
+    }
+
+    /// From one apiserver's landings until those of the same moment are heard of on another.
+    fn heard(&self) -> Duration {
+        self.tellers.interval + TOLD
     }
 
     fn helped(&mut self, elsewhere: u64, probe: usize) {
@@ -228,11 +275,11 @@ impl Ramp {
     }
 
     /// A plan of this agent that told `told` has settled; a probe of all donors together would have told `probe`. Returns
-    /// whether it was in vain.
-    pub fn settled(&mut self, told: usize, seen: Seen, probe: u64, now: Timestamp) -> bool {
+    /// what was in vain, if that is known by now.
+    pub fn settled(&mut self, told: usize, seen: Seen, probe: u64, now: Timestamp) -> Option<Vain> {
         if told == 0 || seen.landed == 0 {
             // Nobody has landed anywhere: that says nothing.
-            return false;
+            return None;
         }
         if seen.elsewhere > 0 {
             let before = match self.next {
@@ -244,15 +291,19 @@ impl Ramp {
             } else {
                 Next::UpTo(before.max(told * GROWTH))
             };
-            return false;
+            return None;
         }
         let is_known = self.is_slow || matches!(self.next, Next::UpTo(_));
         if is_known && !self.is_doubted(probe, now) {
-            return false;
+            if let Some(unheard) = &mut self.unheard {
+                unheard.told += told as u64;
+                unheard.told_by_all += seen.told;
+            }
+            return None;
         }
-        self.unheard = None;
+        let before = self.unheard.take();
         self.is_slow = false;
-        self.in_vain += told as u64;
+        self.in_vain += told as u64 + before.map_or(0, |before| before.told);
         let longest = if now.since(self.since) < FRESH {
             FRESH_WAIT
         } else {
@@ -260,13 +311,16 @@ impl Ramp {
         };
         self.wait = (self.wait * 2).max(FIRST_WAIT).min(longest.max(self.wait));
         self.next = Next::After(now + self.wait);
-        true
+        Some(Vain {
+            told: seen.told + before.map_or(0, |before| before.told_by_all),
+            landed: before.map_or(seen.landed, |before| before.landed),
+        })
     }
 
-    /// Whether so many landed on donors alone, and for so long, that it is neither chance nor what is not heard of yet.
+    /// Whether so many landed on donors alone, and for so long.
     fn is_doubted(&self, probe: u64, now: Timestamp) -> bool {
         self.unheard
-            .is_some_and(|(since, landed)| landed >= DOUBT * probe && now.since(since) >= HEARD)
+            .is_some_and(|unheard| unheard.landed >= DOUBT * probe && now.since(unheard.since) >= self.heard())
     }
 
     /// What landed since the last look: whether an apiserver is seen by it to start slowly, which was not known before.

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::motion::Moves;
+use super::{motion::Moves, ramp::Vain};
 use crate::{
     ids::{ApiserverName, Timestamp},
     planner::{self, Balance, Server},
@@ -55,6 +55,9 @@ pub(super) enum Rebalancing {
     Off(u32),
     /// It is on its course.
     On(Course),
+    /// It is over for this agent. Until then it may be the others' still, and goes on here where they push somebody above the
+    /// target again: at what it has cost so far.
+    Over(Course, Timestamp),
     /// It cost what it may and did not reach the target: what is left is left until then, whatever the peers still do.
     Spent(Timestamp),
 }
@@ -99,24 +102,24 @@ impl Signs {
 impl Rebalancing {
     /// Counts GOAWAYs, of all apiservers.
     pub fn told(&mut self, goaways: u64) {
-        if let Self::On(course) = self {
+        if let Self::On(course) | Self::Over(course, _) = self {
             course.told += goaways;
         }
     }
 
     /// Follows where those who were told landed.
     pub fn landed(&mut self, moves: &Moves) {
-        if let Self::On(course) = self {
+        if let Self::On(course) | Self::Over(course, _) = self {
             course.landed += moves.landed as f64;
             course.elsewhere += moves.part_elsewhere(&course.donors);
         }
     }
 
     /// Those GOAWAYs were in vain: they found something out, and count for nothing.
-    pub fn in_vain(&mut self, goaways: u64) {
-        if let Self::On(course) = self {
-            course.told = course.told.saturating_sub(goaways);
-            course.landed = (course.landed - goaways as f64).max(course.elsewhere);
+    pub fn in_vain(&mut self, vain: Vain) {
+        if let Self::On(course) | Self::Over(course, _) = self {
+            course.told = course.told.saturating_sub(vain.told);
+            course.landed = (course.landed - vain.landed as f64).max(course.elsewhere);
         }
     }
 
@@ -140,20 +143,40 @@ impl Rebalancing {
                     Self::Spent(now + REST)
                 }
             }
+            // A skew of its own that has come since is another's.
+            Self::Over(course, until)
+                if now < *until && course.is_of(balance) && signs.others && signs.is_unfinished =>
+            {
+                Self::On(course.joined(balance))
+            }
+            Self::Over(course, until) if now < *until && course.is_of(balance) && !signs.starts => self.clone(),
             Self::Spent(until) if now < *until && (signs.starts || signs.others && signs.is_unfinished) => self.clone(),
             Self::Off(before) if signs.starts && before + 1 < looks => Self::Off(before + 1),
-            Self::Spent(_) if signs.starts && looks > 1 => Self::Off(1),
-            Self::Off(_) | Self::Spent(_) if signs.starts => begin(),
-            Self::Off(_) if signs.others && signs.is_unfinished => begin(),
-            Self::Off(_) | Self::On(_) | Self::Spent(_) => Self::Off(0),
+            Self::Spent(_) | Self::Over(..) if signs.starts && looks > 1 => Self::Off(1),
+            Self::Off(_) | Self::Spent(_) | Self::Over(..) if signs.starts => begin(),
+            Self::Off(_) | Self::Over(..) if signs.others && signs.is_unfinished => begin(),
+            Self::On(course) if course.is_of(balance) => Self::Over(course.clone(), now + REST),
+            Self::Off(_) | Self::On(_) | Self::Spent(_) | Self::Over(..) => Self::Off(0),
         }
+    }
+
+    /// Whether `after` is one that begins.
+    pub fn begins(&self, after: &Self) -> bool {
+        let resumed = match self {
+            Self::On(course) | Self::Over(course, _) => Some(course.began),
+            Self::Off(_) | Self::Spent(_) => None,
+        };
+        after.course().is_some_and(|course| {
+            let is_on = self.course().is_some();
+            !is_on && resumed != Some(course.began)
+        })
     }
 
     /// The course it is on.
     pub fn course(&self) -> Option<&Course> {
         match self {
             Self::On(course) => Some(course),
-            Self::Off(_) | Self::Spent(_) => None,
+            Self::Off(_) | Self::Spent(_) | Self::Over(..) => None,
         }
     }
 }
@@ -278,13 +301,17 @@ mod tests {
         match rebalancing {
             Rebalancing::Off(looks) => format!("off {looks}"),
             Rebalancing::On(course) => format!("on since {}", course.began.as_millis() / 1_000),
+            Rebalancing::Over(course, until) => {
+                let seconds = |at: Timestamp| at.as_millis() / 1_000;
+                format!("over until {}, since {}", seconds(*until), seconds(course.began))
+            }
             Rebalancing::Spent(until) => format!("spent until {}", until.as_millis() / 1_000),
         }
     }
 
     #[test]
     fn it_begins_goes_on_rests_and_ends() {
-        use Rebalancing::{Off, Spent};
+        use Rebalancing::{Off, Over, Spent};
         let now = at(100);
         let starts = Signs {
             starts: true,
@@ -309,6 +336,7 @@ mod tests {
         };
         // By an even choice 282 are needed, and a quarter more may be told.
         let (some, all) = (on(280), on(360));
+        let over = |until| Over(some.course().expect("it is on").clone(), at(until));
         for (before, signs, looks, expected) in [
             (Off(0), NOTHING_TO_SEE, 1, "off 0"),
             (Off(0), starts, 1, "on since 100"),
@@ -328,7 +356,13 @@ mod tests {
             ),
             (some.clone(), unfinished, 1, "on since 5"),
             (some.clone(), landing, 1, "on since 5"),
-            (some.clone(), NOTHING_TO_SEE, 1, "off 0"),
+            (some.clone(), NOTHING_TO_SEE, 1, "over until 160, since 5"),
+            (over(101), others, 1, "on since 5"),
+            (over(101), NOTHING_TO_SEE, 1, "over until 101, since 5"),
+            (over(101), starts, 1, "on since 100"),
+            (over(101), starts, 3, "off 1"),
+            (over(100), others, 1, "on since 100"),
+            (over(100), NOTHING_TO_SEE, 1, "off 0"),
             (all.clone(), unfinished, 1, "spent until 160"),
             (all.clone(), starts, 1, "spent until 160"),
             (all.clone(), moving, 1, "on since 5"),
@@ -356,7 +390,8 @@ mod tests {
         let mut rebalancing = on(40);
         let left = |rebalancing: &Rebalancing| rebalancing.course().expect("it is on").left(&Rho::default());
         let before = left(&rebalancing);
-        rebalancing.in_vain(40);
+        let vain = Vain { told: 40, landed: 40 };
+        rebalancing.in_vain(vain);
         assert!((left(&rebalancing) - before - 40.0).abs() < 1e-6);
         let signs = Signs {
             is_unfinished: true,

@@ -12,6 +12,7 @@ const TELLERS: Tellers = Tellers {
     even: 1.0 / 3.0,
     part: 0.5,
     probe: 3,
+    interval: Duration::from_secs(5),
 };
 
 fn seen(told: u64, elsewhere: u64) -> Seen {
@@ -33,17 +34,25 @@ fn each_plan_that_helps_makes_the_next_four_times_as_large() {
     let mut ramp = Ramp::new(at(0));
     assert_eq!(ramp.limit(3, at(0)), Ok(3));
     for (told, next) in [(3, 12), (12, 48), (48, 192), (5, 192)] {
-        assert!(!ramp.settled(told, seen(told as u64, 1 + told as u64 / 3), PROBE, at(1)));
+        assert_eq!(
+            ramp.settled(told, seen(told as u64, 1 + told as u64 / 3), PROBE, at(1)),
+            None
+        );
         assert_eq!(ramp.limit(3, at(1)), Ok(next), "after {told}");
     }
     let mut in_vain = |second, landed| {
         ramp.landed(landed, 0, TELLERS, at(second));
         ramp.settled(6, VAIN, PROBE, at(second))
     };
-    assert!(!in_vain(2, 6), "six may all come back by chance");
-    assert!(!in_vain(9, 6), "and twelve");
-    assert!(in_vain(9, 3), "what is no chance ends it");
-    assert_eq!(ramp.limit(3, at(9)), Err(FIRST_WAIT));
+    let all = |told, landed| Some(Vain { told, landed });
+    assert_eq!(in_vain(2, 6), None, "six may all come back by chance");
+    assert_eq!(in_vain(6, 6), None, "and twelve");
+    assert_eq!(
+        in_vain(9, 3),
+        all(18, 15),
+        "what is no chance ends it, with all that was told meanwhile"
+    );
+    assert_eq!((ramp.limit(3, at(9)), ramp.tried().1), (Err(FIRST_WAIT), 18));
 }
 
 /// A donor's landings count after half a second, those on the recipient after five: a plan that settles between the two has
@@ -57,7 +66,7 @@ fn landings_that_are_heard_of_later_are_no_doubt() {
     let in_vain = |seconds: std::ops::Range<u64>, ramp: &mut Ramp| {
         seconds.into_iter().any(|second| {
             ramp.landed(2, 0, TELLERS, at(second));
-            ramp.settled(3, VAIN, few, at(second))
+            ramp.settled(3, VAIN, few, at(second)).is_some()
         })
     };
     assert!(!in_vain(2..8, &mut ramp), "{ramp:?}");
@@ -75,7 +84,7 @@ fn waits_stay_short_while_an_apiserver_may_not_be_admitted_and_double_to_hours_t
     let mut now = at(0);
     let mut waits = Vec::new();
     for _ in 0..31 {
-        assert!(ramp.settled(3, VAIN, PROBE, now));
+        assert!(ramp.settled(3, VAIN, PROBE, now).is_some());
         let left = ramp.limit(3, now).expect_err("it waits");
         waits.push(left.as_secs());
         assert_eq!(ramp.is_futile(), left >= FUTILE_WAIT);
@@ -182,15 +191,11 @@ fn an_even_choice_is_no_slow_start() {
 #[test]
 fn nobody_who_has_landed_yet_says_nothing() {
     let mut ramp = Ramp::new(at(0));
-    assert!(!ramp.settled(
-        3,
-        Seen {
-            told: 3,
-            ..Seen::default()
-        },
-        PROBE,
-        at(10)
-    ));
+    let nobody = Seen {
+        told: 3,
+        ..Seen::default()
+    };
+    assert_eq!(ramp.settled(3, nobody, PROBE, at(10)), None);
     assert_eq!(ramp.limit(3, at(10)), Ok(3));
 }
 
