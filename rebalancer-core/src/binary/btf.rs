@@ -9,6 +9,9 @@ const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 /// Anonymous members nest; the kernel's deepest is far below this.
 const DEEPEST: usize = 16;
+/// So many members are looked at for one offset: the kernel's largest structure has some hundreds, those of its anonymous
+/// members included. In a damaged blob a structure may hold itself many times over.
+const MOST_MEMBERS: u32 = 16_384;
 
 /// Why an offset cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -106,23 +109,26 @@ impl<'a> Btf<'a> {
     ///
     /// [`BtfError::Missing`].
     pub fn bits(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
+        let mut left = MOST_MEMBERS;
         let found = self
             .structures
             .get(structure.as_bytes())
-            .and_then(|id| self.find(*id, member.as_bytes(), 0));
+            .and_then(|id| self.find(*id, member.as_bytes(), 0, &mut left));
         found.ok_or_else(|| BtfError::Missing {
             structure: structure.to_owned(),
             member: member.to_owned(),
         })
     }
 
-    fn find(&self, id: usize, member: &[u8], depth: usize) -> Option<u32> {
+    /// Looks at `left` members at most.
+    fn find(&self, id: usize, member: &[u8], depth: usize, left: &mut u32) -> Option<u32> {
         let at = *self.types.get(id).filter(|_| id != 0 && depth < DEEPEST)?;
         let info = word(self.bytes, at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) {
             return None;
         }
         (0..info as usize & 0xffff).find_map(|index| {
+            *left = left.checked_sub(1)?;
             let entry = at + 12 + index * 12;
             let name = self.name(word(self.bytes, entry)?)?;
             let mut offset = word(self.bytes, entry + 8)?;
@@ -133,7 +139,7 @@ impl<'a> Btf<'a> {
             if name == member {
                 Some(offset)
             } else if name.is_empty() {
-                let inner = self.find(word(self.bytes, entry + 4)? as usize, member, depth + 1)?;
+                let inner = self.find(word(self.bytes, entry + 4)? as usize, member, depth + 1, left)?;
                 offset.checked_add(inner)
             } else {
                 None
@@ -190,6 +196,23 @@ mod tests {
         // The first type's kind is in the upper octet of its second word.
         newer[24 + 7] = 25;
         assert_eq!(Btf::parse(&newer).err(), Some(BtfError::UnknownKind(25)));
+    }
+
+    /// A structure that holds itself sixty times over: sixty to the power of sixteen ways, none of which leads anywhere.
+    #[test]
+    fn a_structure_that_holds_itself_is_no_endless_walk() {
+        let members = 60_u32;
+        let strings = b"\0loop\0";
+        let mut types = vec![1, STRUCT << 24 | members, 8];
+        types.extend((0..members).flat_map(|_| [0, 1, 0]));
+        let length = types.len() as u32 * 4;
+        let mut blob = vec![0x9f, 0xeb, 1, 0];
+        for word in [24, 0, length, length, strings.len() as u32].into_iter().chain(types) {
+            blob.extend_from_slice(&word.to_le_bytes());
+        }
+        blob.extend_from_slice(strings);
+        let btf = Btf::parse(&blob).expect("BTF");
+        assert!(btf.offset("loop", "a").is_err());
     }
 
     proptest! {
