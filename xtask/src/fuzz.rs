@@ -28,6 +28,9 @@ const SMOKE_RUNS: u32 = 100_000;
 /// The longest input.
 const LONGEST: u32 = 4096;
 
+/// Seconds that one input may take, on a machine that is busy: more is an endless walk.
+const SLOWEST: u32 = 60;
+
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Only these targets [default: all]
@@ -120,6 +123,7 @@ pub fn run_fuzz(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         command
             .arg(format!("-artifact_prefix={}/", found.display()))
             .arg(format!("-max_len={LONGEST}"))
+            .arg(format!("-timeout={SLOWEST}"))
             .arg("-print_final_stats=1")
             .arg("-verbosity=1");
         if arguments.smoke {
