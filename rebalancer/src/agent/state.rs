@@ -142,64 +142,56 @@ struct Seen {
     connections: u64,
 }
 
+impl From<Totals> for Seen {
+    fn from(totals: Totals) -> Self {
+        Self {
+            instance: totals.instance,
+            goaways: totals.goaways,
+            left: totals.left,
+            accepted: totals.accepted,
+            told_load: totals.told_load,
+            each: totals.each,
+            connections: totals.connections,
+        }
+    }
+}
+
+impl From<Seen> for Totals {
+    fn from(seen: Seen) -> Self {
+        Self {
+            instance: seen.instance,
+            goaways: seen.goaways,
+            left: seen.left,
+            accepted: seen.accepted,
+            told_load: seen.told_load,
+            each: seen.each,
+            connections: seen.connections,
+        }
+    }
+}
+
 impl Transit {
     fn of(transit: &RememberedTransit) -> Self {
-        let seen = |(name, totals): &(ApiserverName, Totals)| {
-            let Totals {
-                instance,
-                goaways,
-                left,
-                accepted,
-                told_load,
-                each,
-                connections,
-            } = *totals;
-            let seen = Seen {
-                instance,
-                goaways,
-                left,
-                accepted,
-                told_load,
-                each,
-                connections,
-            };
-            (name.as_str().to_owned(), seen)
-        };
+        let seen = transit.seen.iter();
         Self {
             told: transit.told,
             landed: transit.landed,
             told_load: transit.told_load,
-            seen: transit.seen.iter().map(seen).collect(),
+            seen: seen
+                .map(|(name, totals)| (name.as_str().to_owned(), (*totals).into()))
+                .collect(),
         }
     }
 
     fn remembered(self) -> RememberedTransit {
-        let totals = |(name, seen): (String, Seen)| {
-            let Seen {
-                instance,
-                goaways,
-                left,
-                accepted,
-                told_load,
-                each,
-                connections,
-            } = seen;
-            let totals = Totals {
-                instance,
-                goaways,
-                left,
-                accepted,
-                told_load,
-                each,
-                connections,
-            };
-            (ApiserverName::new(name), totals)
-        };
+        let seen = self.seen.into_iter();
         RememberedTransit {
             told: self.told,
             landed: self.landed,
             told_load: self.told_load,
-            seen: self.seen.into_iter().map(totals).collect(),
+            seen: seen
+                .map(|(name, seen)| (ApiserverName::new(name), seen.into()))
+                .collect(),
         }
     }
 }
