@@ -10,6 +10,8 @@ pub mod steer;
 pub const KIND_OPENED: u32 = 1;
 /// [`Event::kind`]: a connection is no longer established.
 pub const KIND_CLOSED: u32 = 2;
+/// [`Event::kind`]: a connection was accepted that joined others, as a subflow of MPTCP.
+pub const KIND_JOINED: u32 = 3;
 
 /// How many octets of a packet one [`HelloRecord`] holds at most: it is as long as what came.
 pub const HELLO_OCTETS: usize = 4096;
@@ -36,14 +38,14 @@ pub struct Event {
     pub turn: u64,
     /// The socket's cookie.
     pub cookie: u64,
-    /// [`KIND_OPENED`] or [`KIND_CLOSED`].
+    /// [`KIND_OPENED`], [`KIND_CLOSED`] or [`KIND_JOINED`].
     pub kind: u32,
     /// The peer's port, host order; of an opening.
     pub remote_port: u32,
     /// As [`SocketRecord::token`]; of an opening.
     pub token: u32,
-    /// As [`SocketRecord::joined`]; of an opening.
-    pub joined: u32,
+    /// As [`SocketRecord::start`]; of an opening.
+    pub start: u32,
     /// Of an opening own address and the peer's, as in [`SocketRecord`]; of a close `bytes_received` and `bytes_acked`.
     pub told: [u64; 4],
 }
@@ -72,8 +74,8 @@ pub struct SocketRecord {
     pub joined: u32,
     /// The TCP state (include/net/tcp_states.h).
     pub state: u32,
-    /// Nothing.
-    pub unused: u32,
+    /// TCP sequence number of the client's first octet: with both addresses, it names the connection and no earlier one.
+    pub start: u32,
 }
 
 const _: () = {
@@ -101,14 +103,20 @@ pub struct HelloRecord {
     pub remote: [u8; 16],
     /// The client's port, where there is no cookie, host order.
     pub remote_port: u32,
+    /// As [`SocketRecord::start`], where there is no cookie.
+    pub start: u32,
     /// The program's own.
     pub scratch: u32,
+    /// Nothing.
+    pub unused: u32,
     /// The octets.
     pub data: [u8; HELLO_OCTETS],
 }
 
 /// Size of a [`HelloRecord`] without its data.
-pub const HELLO_HEADER: usize = size_of::<HelloRecord>() - HELLO_OCTETS;
+pub const HELLO_HEADER: usize = core::mem::offset_of!(HelloRecord, data);
+
+const _: () = assert!(size_of::<HelloRecord>() == HELLO_HEADER + HELLO_OCTETS);
 
 /// What the kernel programs keep with a socket whose first octets they look at.
 #[repr(C)]
@@ -172,6 +180,8 @@ pub struct Offsets {
     pub token: u32,
     /// `tcp_request_sock.rcv_isn`
     pub rcv_isn: u32,
+    /// `tcp_sock.rcv_nxt`
+    pub rcv_nxt: u32,
     /// The watched port.
     pub port: u32,
     /// The watched network namespace (inode number of /proc/self/ns/net).

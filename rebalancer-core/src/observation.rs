@@ -24,6 +24,8 @@ pub struct Socket {
     pub bytes_in: u64,
     /// Bytes the client has acknowledged so far.
     pub bytes_out: u64,
+    /// TCP sequence number of the client's first octet; 0 where the source does not tell.
+    pub start: u32,
 }
 
 /// How a ClientHello was lost: its connection stays unknown until a shim names its protocol.

@@ -162,6 +162,7 @@ fn read_socket(message: &[u8], port: u16, found: &mut List) -> Option<()> {
                 remote: SocketAddr::new(remote, remote_port),
                 bytes_in: u64_at(info, BYTES_RECEIVED).unwrap_or(0),
                 bytes_out: u64_at(info, BYTES_ACKED).unwrap_or(0),
+                start: 0,
             };
             let (token, joined) = group(attributes);
             found.sockets.push(Subflow { socket, token, joined });

@@ -127,6 +127,7 @@ mod tests {
                 remote: format!("10.1.0.1:{}", 1_000 + id).parse().expect("an address"),
                 bytes_in: 10,
                 bytes_out: 20,
+                start: 0,
             },
             token,
             joined,

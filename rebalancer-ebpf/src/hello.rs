@@ -213,7 +213,7 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
     let skb: *mut __sk_buff = ctx.skb.skb;
     let ports_at = if segment.is_v6 { 8 } else { 2 };
     // SAFETY: the helper copies into an array that has room for so many words, or fails; the lookup takes the same.
-    let offset = unsafe {
+    let place = unsafe {
         let into = ends.as_mut_ptr();
         if segment.is_v6 {
             let failed = bpf_skb_load_bytes(skb.cast(), 8, into.cast(), 32)
@@ -233,11 +233,12 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
             }
         }
     };
-    let (Some(offset), Some(scratch)) = (offset, SCRATCH.get_ptr_mut(0)) else {
+    let (Some((start, offset)), Some(scratch)) = (place, SCRATCH.get_ptr_mut(0)) else {
         return;
     };
     // SAFETY: the scratch is this CPU's, where nothing else runs meanwhile.
     let record = unsafe { &mut (*scratch).record };
+    record.start = start;
     let ports = ends[ports_at].to_ne_bytes();
     record.remote_port = u32::from(u16::from_be_bytes([ports[0], ports[1]]));
     if segment.is_v6 {
@@ -254,14 +255,14 @@ fn before_connection(ctx: &SkBuffContext, segment: &Segment) {
     hand_over(ctx, segment, 0, offset, &mut nobodys);
 }
 
-/// Where in its client's stream a packet begins that ends a TCP handshake; `None` for one that ends none, which anyone can
-/// send under any address, and while the kernel keeps no handshakes (SYN cookies).
+/// Where the stream of its client begins and where in it a packet does that ends a TCP handshake; `None` for one that ends
+/// none, which anyone can send under any address, and while the kernel keeps no handshakes (SYN cookies).
 ///
 /// # Safety
 ///
 /// The first `size` octets of `ends` are a `bpf_sock_tuple` of that size.
 #[inline(always)]
-unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, segment: &Segment) -> Option<u32> {
+unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, segment: &Segment) -> Option<(u32, u32)> {
     // SAFETY: the helpers take the context and what the caller says; the socket is checked for null, and given back once,
     // after all that is read of it.
     unsafe {
@@ -273,16 +274,17 @@ unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, s
         let is_handshake = core::ptr::read_volatile(&raw const (*socket).state) == NEW_SYN_RECV;
         let request = bpf_skc_to_tcp_request_sock(socket.cast()) as *const u8;
         // The kernel does not say it where listeners are for MPTCP: there what looks like the first one is taken for it.
-        let offset = if !request.is_null() {
-            let begin = read::direct::<u32>(request, offset!(rcv_isn)).wrapping_add(1);
-            segment.sequence.wrapping_sub(begin)
+        let start = if !request.is_null() {
+            Some(read::direct::<u32>(request, offset!(rcv_isn)).wrapping_add(1))
         } else if begins(ctx, segment) {
-            0
+            Some(segment.sequence)
         } else {
-            u32::MAX
+            None
         };
         bpf_sk_release(socket.cast());
-        (is_handshake && offset <= LONGEST).then_some(offset)
+        let start = start.filter(|_| is_handshake)?;
+        let offset = segment.sequence.wrapping_sub(start);
+        (offset <= LONGEST).then_some((start, offset))
     }
 }
 

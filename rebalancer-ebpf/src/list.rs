@@ -64,7 +64,7 @@ pub unsafe extern "C" fn list_sockets(ctx: *mut IteratorContext) -> i32 {
             token: ends.token,
             joined: ends.joined,
             state: u32::from(state),
-            unused: 0,
+            start: ends.start,
         };
         bpf_seq_write(
             seq,

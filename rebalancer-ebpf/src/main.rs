@@ -40,6 +40,7 @@ static OFFSETS: Global<Offsets> = Global::new(Offsets {
     mp_join_bit: 0,
     token: 0,
     rcv_isn: 0,
+    rcv_nxt: 0,
     port: 0,
     netns: 0,
 });

@@ -132,6 +132,20 @@ unsafe fn group(tcp: *const u8) -> (u32, u32) {
     }
 }
 
+/// TCP sequence number of the first octet of an established connection's client: no FIN has come there, which is one more.
+///
+/// # Safety
+///
+/// `tcp` is a `tcp_sock` that the verifier knows.
+#[inline(always)]
+unsafe fn start(tcp: *const u8) -> u32 {
+    // SAFETY: see `direct`.
+    unsafe {
+        let received = direct::<u64>(tcp, offset!(bytes_received)) as u32;
+        direct::<u32>(tcp, offset!(rcv_nxt)).wrapping_sub(received)
+    }
+}
+
 /// Whose connection a socket is.
 #[derive(Clone, Copy)]
 pub struct Ends {
@@ -140,6 +154,7 @@ pub struct Ends {
     pub remote_port: u32,
     pub token: u32,
     pub joined: u32,
+    pub start: u32,
 }
 
 /// The ends of a socket's connection. Every member is a word that was just read, so that it goes straight to where it is
@@ -167,6 +182,7 @@ pub unsafe fn ends(common: *const u8, tcp: *const u8) -> Ends {
             remote_port: u32::from(u16::from_be(direct(common, offset!(dport)))),
             token,
             joined,
+            start: start(tcp),
         }
     }
 }

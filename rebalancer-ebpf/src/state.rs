@@ -10,7 +10,7 @@ use aya_ebpf::{
     programs::BtfTracePointContext,
 };
 use aya_log_ebpf::{debug, warn};
-use rebalancer_common::{EVENTS as ROOM, Event, KIND_CLOSED, KIND_OPENED, LOST_EVENTS};
+use rebalancer_common::{EVENTS as ROOM, Event, KIND_CLOSED, KIND_JOINED, KIND_OPENED, LOST_EVENTS};
 
 use crate::{EVENTS, LISTENERS, TURNS, lost, offset, read};
 
@@ -54,10 +54,11 @@ pub fn socket_state(ctx: BtfTracePointContext) -> i32 {
             write_volatile(&raw mut (*event).cookie, cookie);
             if is_open {
                 let ends = read::ends(common, tcp);
-                write_volatile(&raw mut (*event).kind, KIND_OPENED);
+                let kind = if ends.joined == 0 { KIND_OPENED } else { KIND_JOINED };
+                write_volatile(&raw mut (*event).kind, kind);
                 write_volatile(&raw mut (*event).remote_port, ends.remote_port);
                 write_volatile(&raw mut (*event).token, ends.token);
-                write_volatile(&raw mut (*event).joined, ends.joined);
+                write_volatile(&raw mut (*event).start, ends.start);
                 write_volatile(&raw mut (*event).told[0], ends.local[0]);
                 write_volatile(&raw mut (*event).told[1], ends.local[1]);
                 write_volatile(&raw mut (*event).told[2], ends.remote[0]);

@@ -313,6 +313,7 @@ fn socket(index: usize, connection: &Connection) -> Socket {
         remote: remote(index, connection),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     }
 }
 

@@ -98,6 +98,7 @@ impl World {
             remote: (std::net::Ipv4Addr::new(10, 1, (id >> 16) as u8, 1), port).into(),
             bytes_in: 0,
             bytes_out: 0,
+            start: 0,
         }
     }
 

@@ -87,6 +87,7 @@ mod tests {
             remote: "10.1.0.1:1000".parse().expect("an address"),
             bytes_in: 0,
             bytes_out: 0,
+            start: 0,
         };
         let list = Observation::Resync {
             sockets: vec![socket],

@@ -256,6 +256,7 @@ mod tests {
             remote: format!("10.1.0.1:{}", 1_000 + id % 60_000).parse().expect("an address"),
             bytes_in: 0,
             bytes_out: 0,
+            start: 0,
         };
         let connection = Connection::new(&socket, Arc::new(local), Timestamp::from_millis(id), Shown::Opened);
         let key = Key::of(&connection, NodeLocal::Exclude);

@@ -13,6 +13,7 @@ fn socket(id: u64) -> Socket {
         remote: format!("10.0.1.1:{}", 1024 + id).parse().expect("an address"),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     }
 }
 

@@ -17,8 +17,9 @@ use crate::{
     },
 };
 
-/// Own address and the client's: names a connection that has no socket yet.
-type Ends = (SocketAddr, SocketAddr);
+/// Own address, the client's, and the TCP sequence number of the client's first octet: names a connection that has no socket
+/// yet, and no earlier one of the same addresses, whose end may have been missed.
+pub type Ends = (SocketAddr, SocketAddr, u32);
 
 /// So many whole hellos wait for their connection.
 const WAITING: usize = 4_096;
@@ -44,18 +45,10 @@ impl Hellos {
     }
 
     /// A part of a stream whose connection is not there yet.
-    pub fn before_connection(
-        &mut self,
-        local: SocketAddr,
-        remote: SocketAddr,
-        offset: usize,
-        piece: &[u8],
-        now: Timestamp,
-    ) {
+    pub fn before_connection(&mut self, ends: Ends, offset: usize, piece: &[u8], now: Timestamp) {
         if offset == 0 && !may_begin(piece) {
             return;
         }
-        let ends = (local, remote);
         match self.before.add(ends, offset, piece, now) {
             None | Some(Protocol::Unknown) => {}
             Some(protocol) => {
@@ -70,7 +63,7 @@ impl Hellos {
 
     /// A connection opened: what came for it before.
     pub fn opened(&mut self, socket: &Socket, now: Timestamp) -> Option<Protocol> {
-        let ends = (socket.local, socket.remote);
+        let ends = (socket.local, socket.remote, socket.start);
         if let Some((_, protocol)) = self.whole.remove(&ends) {
             self.unfinished.forget(socket.id);
             return Some(protocol);
@@ -153,7 +146,12 @@ mod tests {
             remote: format!("10.1.0.1:{}", 1_000 + id % 60_000).parse().expect("an address"),
             bytes_in: 0,
             bytes_out: 0,
+            start: id as u32,
         }
+    }
+
+    fn ends(socket: &Socket) -> Ends {
+        (socket.local, socket.remote, socket.start)
     }
 
     fn at(ms: u64) -> Timestamp {
@@ -164,14 +162,14 @@ mod tests {
     fn what_came_with_the_handshake_is_the_connections() {
         let mut hellos = Hellos::default();
         let (one, two) = (socket(1), socket(2));
-        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(0));
+        hellos.before_connection(ends(&one), 0, HTTP1, at(0));
         assert_eq!(hellos.opened(&two, at(1)), None);
         assert_eq!(hellos.opened(&one, at(1)), Some(Protocol::Http1));
         assert_eq!(hellos.opened(&one, at(1)), None, "once");
         // The rest comes before it is known whose the beginning was, in the other ring.
         let record = [&[22, 3, 1, 0, 4, 1, 0, 0, 40][..], &[22, 3, 1, 0, 40], &[0; 40]].concat();
         let (first, rest) = record.split_at(12);
-        hellos.before_connection(two.local, two.remote, 0, first, at(2));
+        hellos.before_connection(ends(&two), 0, first, at(2));
         assert_eq!(hellos.piece(two.id, 12, rest, at(2)), None);
         assert_eq!(hellos.unfinished.len(), 1);
         hellos.opened(&two, at(2));
@@ -195,8 +193,8 @@ mod tests {
         let record = record();
         let (first, second) = record.split_at(20);
         // As the kernel places it, and as it cannot where it does not say where the stream begins.
-        hellos.before_connection(one.local, one.remote, 20, second, at(0));
-        hellos.before_connection(one.local, one.remote, 0, second, at(0));
+        hellos.before_connection(ends(&one), 20, second, at(0));
+        hellos.before_connection(ends(&one), 0, second, at(0));
         assert_eq!(hellos.opened(&one, at(1)), None);
         let said = hellos.piece(one.id, 0, first, at(1));
         assert_eq!(said, Some(Protocol::Http1), "both parts together");
@@ -207,7 +205,7 @@ mod tests {
         let mut hellos = Hellos::default();
         let (one, two) = (socket(1), socket(2));
         assert_eq!(hellos.listed(&[one.clone(), two.clone()], at(0)), []);
-        hellos.before_connection(two.local, two.remote, 0, HTTP1, at(0));
+        hellos.before_connection(ends(&two), 0, HTTP1, at(0));
         assert_eq!(
             hellos.listed(&[one.clone(), two.clone()], at(1)),
             [(two.id, Protocol::Http1)]
@@ -215,17 +213,36 @@ mod tests {
         assert_eq!(hellos.listed(&[one, two], at(2)), []);
     }
 
+    /// Events were lost: nobody has told that the first one ended.
+    #[test]
+    fn what_came_for_an_earlier_connection_is_not_the_next_ones_who_has_the_address() {
+        let mut hellos = Hellos::default();
+        let earlier = socket(1);
+        let next = Socket {
+            id: ConnectionId(2),
+            start: earlier.start + 1,
+            ..earlier.clone()
+        };
+        hellos.before_connection(ends(&earlier), 0, HTTP1, at(0));
+        let record = record();
+        hellos.before_connection(ends(&earlier), 0, &record[..20], at(0));
+        assert_eq!(hellos.opened(&next, at(1)), None);
+        assert_eq!(hellos.listed(std::slice::from_ref(&next), at(1)), []);
+        assert_eq!(hellos.unfinished.len(), 0, "nor is its beginning");
+        assert_eq!(hellos.opened(&earlier, at(2)), Some(Protocol::Http1));
+    }
+
     #[test]
     fn what_nobody_came_for_is_not_the_next_ones_who_has_the_address() {
         let mut hellos = Hellos::default();
         let one = socket(1);
-        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(0));
+        hellos.before_connection(ends(&one), 0, HTTP1, at(0));
         hellos.expire(at(0) + OLDEST);
         assert_eq!(hellos.opened(&one, at(10_001)), None);
         assert_eq!((hellos.given_up(), hellos.order.len()), (0, 0));
         // One that comes again is as old as it is then.
-        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(20_000));
-        hellos.before_connection(one.local, one.remote, 0, HTTP1, at(25_000));
+        hellos.before_connection(ends(&one), 0, HTTP1, at(20_000));
+        hellos.before_connection(ends(&one), 0, HTTP1, at(25_000));
         hellos.expire(at(20_000) + OLDEST);
         assert_eq!(hellos.opened(&one, at(30_001)), Some(Protocol::Http1));
     }
@@ -238,7 +255,7 @@ mod tests {
         assert!(hellos.cut_off(one.id));
         assert!(!hellos.cut_off(one.id), "once");
         // It was whole with the end of the handshake, and more came after it.
-        hellos.before_connection(two.local, two.remote, 0, HTTP1, at(0));
+        hellos.before_connection(ends(&two), 0, HTTP1, at(0));
         assert_eq!(hellos.opened(&two, at(0)), Some(Protocol::Http1));
         assert_eq!(hellos.piece(two.id, 400, HTTP1, at(0)), None);
         assert!(!hellos.cut_off(two.id));
@@ -250,7 +267,7 @@ mod tests {
         let mut hellos = Hellos::default();
         for id in 0..3 * WAITING as u64 {
             let stranger = socket(id);
-            hellos.before_connection(stranger.local, stranger.remote, 0, HTTP1, at(0));
+            hellos.before_connection(ends(&stranger), 0, HTTP1, at(0));
             assert!(hellos.whole.len() <= WAITING && hellos.order.len() <= WAITING);
         }
         assert_eq!(hellos.given_up(), 2 * WAITING as u64);

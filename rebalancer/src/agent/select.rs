@@ -243,6 +243,7 @@ mod tests {
                 remote: client,
                 bytes_in: 0,
                 bytes_out: 0,
+                start: 0,
             };
             let known = ShimConnection {
                 id: ConnectionId(id),

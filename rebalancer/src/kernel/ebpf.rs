@@ -20,7 +20,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rebalancer_common::{
-    KIND_CLOSED, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_STORAGE, Offsets, SocketRecord,
+    KIND_CLOSED, KIND_JOINED, KIND_OPENED, LOST_COUNTERS, LOST_EVENTS, LOST_HELLOS, LOST_STORAGE, Offsets, SocketRecord,
 };
 use rebalancer_core::{
     ids::{ConnectionId, Protocol, Timestamp},
@@ -445,8 +445,9 @@ impl Programs {
             };
             if hello.id.0 == 0 {
                 let local = SocketAddr::new(hello.local, self.port);
+                let ends = (local, hello.remote, hello.start);
                 self.hellos_begun
-                    .before_connection(local, hello.remote, hello.offset, hello.payload, now);
+                    .before_connection(ends, hello.offset, hello.payload, now);
             } else if hello.payload.is_empty() {
                 self.cut_off += u64::from(self.hellos_begun.cut_off(hello.id));
             } else if let Some(protocol) = self.hellos_begun.piece(hello.id, hello.offset, hello.payload, now) {
@@ -455,7 +456,7 @@ impl Programs {
         }
         for event in events {
             match event.kind {
-                KIND_OPENED => {
+                KIND_OPENED | KIND_JOINED => {
                     // One more subflow of a client that is there is none of its own.
                     let Some(socket) = self.subflows.opened(opened(&event, self.port)) else {
                         continue;

@@ -160,15 +160,15 @@ fn event(words: [u64; WORDS]) -> Event {
         let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
         [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
     };
-    let [turn, cookie, kind_and_port, token_and_joined, told @ ..] = words;
-    let ([kind, remote_port], [token, joined]) = (halves(kind_and_port), halves(token_and_joined));
+    let [turn, cookie, kind_and_port, token_and_start, told @ ..] = words;
+    let ([kind, remote_port], [token, start]) = (halves(kind_and_port), halves(token_and_start));
     Event {
         turn,
         cookie,
         kind,
         remote_port,
         token,
-        joined,
+        start,
         told,
     }
 }
@@ -223,7 +223,7 @@ mod tests {
             kind: 1,
             remote_port: 443,
             token: 5,
-            joined: 1,
+            start: 1,
             told: [11, 12, 13, 1],
         };
         if cfg!(target_endian = "little") {

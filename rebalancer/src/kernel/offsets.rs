@@ -45,6 +45,7 @@ pub fn offsets(blob: &[u8], options: &Options) -> Result<Offsets, EbpfError> {
         mp_join_bit: mp_join_bit.unwrap_or(0),
         token: token.unwrap_or(0),
         rcv_isn: btf.offset("tcp_request_sock", "rcv_isn")?,
+        rcv_nxt: tcp("rcv_nxt")?,
         port: u32::from(options.port),
         netns: u32::try_from(netns.ino()).unwrap_or(0),
     })

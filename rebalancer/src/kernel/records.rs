@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use rebalancer_common::{Event, HelloRecord, SocketRecord};
+use rebalancer_common::{Event, HelloRecord, KIND_JOINED, SocketRecord};
 use rebalancer_core::{ids::ConnectionId, observation::Socket, subflows::Subflow};
 
 /// Reads a record of the list; `None` when it is not whole.
@@ -26,7 +26,7 @@ pub fn record(bytes: &[u8]) -> Option<SocketRecord> {
         token: half(mem::offset_of!(SocketRecord, token))?,
         joined: half(mem::offset_of!(SocketRecord, joined))?,
         state: half(mem::offset_of!(SocketRecord, state))?,
-        unused: half(mem::offset_of!(SocketRecord, unused))?,
+        start: half(mem::offset_of!(SocketRecord, start))?,
     })
 }
 
@@ -37,6 +37,7 @@ pub struct Hello<'a> {
     pub payload: &'a [u8],
     pub local: IpAddr,
     pub remote: SocketAddr,
+    pub start: u32,
 }
 
 /// Reads a hello; `None` when it is not whole.
@@ -55,6 +56,7 @@ pub fn hello(bytes: &[u8]) -> Option<Hello<'_>> {
             ip(mem::offset_of!(HelloRecord, remote))?,
             u16::try_from(remote_port).unwrap_or(0),
         ),
+        start: half(mem::offset_of!(HelloRecord, start))?,
     })
 }
 
@@ -78,6 +80,7 @@ pub fn subflow(record: &SocketRecord) -> Subflow {
         remote: SocketAddr::new(address(octets(record.remote)), port(record.remote_port)),
         bytes_in: record.bytes_in,
         bytes_out: record.bytes_out,
+        start: record.start,
     };
     Subflow {
         socket,
@@ -96,7 +99,8 @@ pub fn opened(event: &Event, port: u16) -> Subflow {
         local_port: u32::from(port),
         remote_port: event.remote_port,
         token: event.token,
-        joined: event.joined,
+        joined: u32::from(event.kind == KIND_JOINED),
+        start: event.start,
         ..SocketRecord::default()
     })
 }
@@ -127,12 +131,15 @@ mod tests {
         let ([a, b], [c, d]) = (mapped(1), mapped(7));
         let event = Event {
             cookie: 9,
+            kind: KIND_JOINED,
             remote_port: 40_000,
+            token: 3,
+            start: 5,
             told: [a, b, c, d],
             ..Event::default()
         };
         let Subflow { socket, token, joined } = opened(&event, 6443);
-        assert_eq!((socket.id, token, joined), (ConnectionId(9), 0, false));
+        assert_eq!((socket.id, token, joined, socket.start), (ConnectionId(9), 3, true, 5));
         assert_eq!(socket.local, "192.0.2.1:6443".parse().expect("an address"));
         assert_eq!(socket.remote, "192.0.2.7:40000".parse().expect("an address"));
         assert_eq!((socket.bytes_in, socket.bytes_out), (0, 0));

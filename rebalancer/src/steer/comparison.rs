@@ -149,6 +149,7 @@ mod tests {
             remote: at(client),
             bytes_in: *bytes_in,
             bytes_out: 0,
+            start: 0,
         };
         let resync = Observation::Resync {
             sockets: connections.iter().map(socket).collect(),

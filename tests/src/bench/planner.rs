@@ -235,6 +235,7 @@ fn socket(id: u64) -> Socket {
         remote: address(id),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     }
 }
 

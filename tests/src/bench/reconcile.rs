@@ -75,6 +75,7 @@ fn socket(id: u64) -> Socket {
         )),
         bytes_in: 1_000 + id,
         bytes_out: 2_000 + id,
+        start: 0,
     }
 }
 

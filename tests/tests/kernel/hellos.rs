@@ -11,11 +11,19 @@ use std::{
 use rebalancer_tests::{process::wait_for, skip};
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, option, protocols};
+use crate::{
+    ends::{End, crowd},
+    storm::FLOOD,
+    world::{Host, InNamespace as _, PATIENCE, client_hello, ebpf_or_skip, option, protocols},
+};
 
 /// Connects so that the packet that ends the TCP handshake waits for data to carry (tcp(7), TCP_QUICKACK).
 pub fn lazy(to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
+    lazy_from(socket, to)
+}
+
+fn lazy_from(socket: Socket, to: SocketAddr) -> TcpStream {
     let off: libc::c_int = 0;
     // SAFETY: the pointer is to an integer that lives through the call, whose size is given.
     let failed = unsafe {
@@ -79,6 +87,68 @@ fn a_hello_that_comes_with_the_end_of_the_handshake_is_seen() {
     for kind in ["pieces", "unfinished", "ring"] {
         let name = format!("rebalancer_bpf_hellos_lost_total{{kind=\"{kind}\"}}");
         assert_eq!(host.find_metric(&name).unwrap_or(0), 0, "{kind}");
+    }
+}
+
+/// Nobody has told that the earlier one ended, for its events were overwritten; what it said is in another ring, and is there.
+#[test]
+fn what_an_earlier_client_said_is_not_said_by_the_next_one_on_its_port() {
+    /// None of those that the kernel chooses from.
+    const FROM: u16 = 20_000;
+    if !ebpf_or_skip() {
+        return;
+    }
+    let mut host = Host::new("ebpf");
+    host.start_agent();
+    let listener = host.listen("0.0.0.0");
+    let to = host.address();
+    // Of the next one's opening an event tells, or only a list.
+    for (floods, from) in [(1, FROM), (2, FROM + 1)] {
+        let agent = host.agent.as_ref().expect("it runs");
+        agent.signal(libc::SIGSTOP);
+        let connect = |hello: Vec<u8>| {
+            let length = hello.len();
+            let client = Host::inside(&host.network.hub, move || {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+                socket.set_reuse_address(true).expect("an option");
+                let from = SocketAddr::from(([0, 0, 0, 0], from));
+                socket.bind(&from.into()).expect("the port is free again");
+                let mut client = lazy_from(socket, to);
+                client.write_all(&hello).expect("a hello");
+                client
+            });
+            let (mut accepted, _) = listener.accept().expect("a connection");
+            accepted.read_exact(&mut vec![0; length]).expect("it arrives");
+            (client, accepted)
+        };
+        let flood = || {
+            for _ in 0..FLOOD / 250 {
+                // By RST, so that no client's port is kept for a minute.
+                for (client, accepted) in crowd(&host, to, &listener, 250) {
+                    End::ResetByClient.carry_out(client, accepted);
+                }
+            }
+        };
+        let (client, accepted) = connect(client_hello(&["h2"]));
+        End::ResetByClient.carry_out(client, accepted);
+        flood();
+        // One octet of a hello says nothing yet.
+        let (client, accepted) = connect(vec![22]);
+        (1..floods).for_each(|_| flood());
+        agent.signal(libc::SIGCONT);
+        let seen = host.expect("the next client", |list| {
+            list.len() == 1
+                && list[0]["client"]
+                    .as_str()
+                    .is_some_and(|text| text.ends_with(&format!(":{from}")))
+        });
+        assert_eq!(protocols(&seen), ["unknown"], "{seen:?}");
+        assert!(
+            host.metric("rebalancer_bpf_events_lost_total") > 0,
+            "the flood was too small"
+        );
+        End::ResetByClient.carry_out(client, accepted);
+        host.expect("nobody", <[_]>::is_empty);
     }
 }
 

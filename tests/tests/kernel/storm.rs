@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Connections that open and end while nobody takes events: more than there is room for.
-const FLOOD: usize = 10_000;
+pub const FLOOD: usize = 10_000;
 
 /// The same where there are no events: the socket list is polled.
 const FLOOD_WITHOUT_EVENTS: usize = 1_000;

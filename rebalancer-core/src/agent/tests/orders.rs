@@ -10,6 +10,7 @@ fn socket(id: u64) -> Socket {
         remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     }
 }
 
@@ -197,6 +198,7 @@ fn what_was_told_drains_over_a_restart_whatever_the_shim_knows() {
         remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     });
     let policy = agent.policy().clone();
     let mut next = Agent::with_memory(policy, 2, Timestamp::default(), &memory, Duration::from_secs(1));

@@ -20,6 +20,7 @@ fn socket(id: u64) -> Socket {
         remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
         bytes_in: 0,
         bytes_out: 0,
+        start: 0,
     }
 }
 

@@ -92,6 +92,7 @@ mod tests {
             remote: format!("10.1.0.1:{}", 1_000 + id).parse().expect("an address"),
             bytes_in: 0,
             bytes_out: 0,
+            start: 0,
         };
         let sockets = (0..100).map(socket).collect();
         let listener = None;
