@@ -108,6 +108,41 @@ pub(super) struct Vain {
     pub landed: u64,
 }
 
+/// Landings, and what they would have been by a choice: who is a donor changes, and where somebody should have landed is
+/// where that was so when he did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Landings {
+    all: f64,
+    /// Those of them that were elsewhere.
+    elsewhere: f64,
+    /// As many as an even choice would have sent elsewhere.
+    even: f64,
+    /// As many as the better of two chosen by chance would have.
+    better_of_two: f64,
+}
+
+impl Landings {
+    fn of(landed: u64, elsewhere: u64, even: f64) -> Self {
+        let all = landed as f64;
+        let even = even.max(0.01);
+        Self {
+            all,
+            elsewhere: elsewhere as f64,
+            even: even * all,
+            better_of_two: (1.0 - (1.0 - even).powi(2)) * all,
+        }
+    }
+
+    fn and(self, more: Self) -> Self {
+        Self {
+            all: self.all + more.all,
+            elsewhere: self.elsewhere + more.elsewhere,
+            even: self.even + more.even,
+            better_of_two: self.better_of_two + more.better_of_two,
+        }
+    }
+}
+
 /// Landings since one was elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Unheard {
@@ -147,13 +182,13 @@ pub(super) struct Ramp {
     admitted: Option<Timestamp>,
     /// Whether all who landed did so elsewhere, once since then: the balancer seeks the emptiest.
     takes_all: bool,
-    /// What landed lately: when, how many, and how many of them elsewhere.
-    window: VecDeque<(Timestamp, u64, u64)>,
+    /// What landed lately, and when.
+    window: VecDeque<(Timestamp, Landings)>,
     /// Whether an apiserver seems to start slowly.
     is_slow: bool,
-    /// What landed since it does: how many, and how many of them elsewhere. `None` while those land who were told before that
-    /// was seen: they say nothing of what it takes.
-    meanwhile: Option<(f64, f64)>,
+    /// What landed since it does. `None` while those land who were told before that was seen: they say nothing of what it
+    /// takes.
+    meanwhile: Option<Landings>,
     /// Who told, at the last landing.
     tellers: Tellers,
 }
@@ -325,29 +360,27 @@ impl Ramp {
 
     /// What landed since the last look: whether an apiserver is seen by it to start slowly, which was not known before.
     fn notice(&mut self, landed: u64, elsewhere: u64, now: Timestamp) -> bool {
-        self.window.push_back((now, landed, elsewhere));
-        while self.window.front().is_some_and(|(at, ..)| now.since(*at) >= WINDOW) {
+        let new = Landings::of(landed, elsewhere, self.tellers.even);
+        self.window.push_back((now, new));
+        while self.window.front().is_some_and(|(at, _)| now.since(*at) >= WINDOW) {
             self.window.pop_front();
         }
-        if let Some((all, there)) = &mut self.meanwhile {
-            *all += landed as f64;
-            *there += elsewhere as f64;
-        }
-        let (landed, elsewhere) = self.lately();
-        if landed >= FEW && elsewhere >= ALL * landed || self.seeks_the_emptiest() {
+        self.meanwhile = self.meanwhile.map(|before| before.and(new));
+        let lately = self.lately();
+        if lately.all >= FEW && lately.elsewhere >= ALL * lately.all || self.seeks_the_emptiest() {
             self.takes_all = true;
         }
-        let expected = self.expected();
+        let expected = self.expected(lately);
         if self.is_slow {
-            let is_enough = landed >= FEW && self.meanwhile.is_some_and(|(all, _)| all >= ENOUGH);
-            let is_over = is_enough && elsewhere >= FAST * expected * landed;
+            let is_enough = lately.all >= FEW && self.meanwhile.is_some_and(|since| since.all >= ENOUGH);
+            let is_over = is_enough && lately.elsewhere >= FAST * expected;
             self.is_slow = !is_over && self.is_fresh(now);
             return false;
         }
         // Snapshots are of different instants: while the rate changes, what is seen of it is askew.
-        let is_even = (2.0..=3.0).contains(&(5.0 * self.older(now) / landed));
+        let is_even = (2.0..=3.0).contains(&(5.0 * self.older(now) / lately.all));
         // Chance makes a few less.
-        let is_short = elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < SLOW * expected * landed;
+        let is_short = lately.elsewhere + 2.0 * (lately.elsewhere + 1.0).sqrt() < SLOW * expected;
         self.is_slow = is_short && is_even && self.is_fresh(now) && matches!(self.next, Next::UpTo(_));
         if self.is_slow {
             self.meanwhile = None;
@@ -359,33 +392,30 @@ impl Ramp {
     /// Whether more landed elsewhere while few were told than an even choice or the better of two sends there, though an
     /// apiserver starts slowly: then it gets as many as it takes, and more told are no more taken.
     fn seeks_the_emptiest(&self) -> bool {
-        let Some((landed, elsewhere)) = self.meanwhile.filter(|_| self.is_slow) else {
+        let Some(since) = self.meanwhile.filter(|_| self.is_slow) else {
             return false;
         };
-        let better_of_two = 1.0 - (1.0 - self.tellers.even).powi(2);
-        landed >= 2.0 * FEW && elsewhere - elsewhere.sqrt() > EMPTIEST * better_of_two * landed
+        since.all >= 2.0 * FEW && since.elsewhere - since.elsewhere.sqrt() > EMPTIEST * since.better_of_two
     }
 
-    /// Landings in the window, and those of them that were elsewhere.
-    fn lately(&self) -> (f64, f64) {
-        let sum = |of: fn(&(Timestamp, u64, u64)) -> u64| self.window.iter().map(of).sum::<u64>() as f64;
-        (sum(|(_, landed, _)| *landed), sum(|(.., elsewhere)| *elsewhere))
+    /// Landings in the window.
+    fn lately(&self) -> Landings {
+        self.sum(|_| true)
     }
 
-    /// Landings in the older half of the window.
+    /// As many in the older half of the window.
     fn older(&self, now: Timestamp) -> f64 {
-        let is_older = |at: Timestamp| now.since(at) >= WINDOW / 2;
-        let older = self.window.iter().filter(|(at, ..)| is_older(*at));
-        older.map(|(_, landed, _)| *landed).sum::<u64>() as f64
+        self.sum(|at| now.since(at) >= WINDOW / 2).all
     }
 
-    /// The share of landings that should be elsewhere: all where that was so before, else an even choice's.
-    fn expected(&self) -> f64 {
-        if self.takes_all {
-            1.0
-        } else {
-            self.tellers.even.max(0.01)
-        }
+    fn sum(&self, is_then: impl Fn(Timestamp) -> bool) -> Landings {
+        let them = self.window.iter().filter(|(at, _)| is_then(*at));
+        them.fold(Landings::default(), |sum, (_, landings)| sum.and(*landings))
+    }
+
+    /// How many of these should have been elsewhere: all where that was so before, else an even choice's.
+    fn expected(&self, landings: Landings) -> f64 {
+        if self.takes_all { landings.all } else { landings.even }
     }
 
     fn is_fresh(&self, now: Timestamp) -> bool {
@@ -400,10 +430,14 @@ impl Ramp {
             self.next = if self.is_slow {
                 // The first after it was seen shows what kind of balancer it is: as many as one is sure to get that seeks the
                 // emptiest, which is fewer than another one needs.
-                let expected = if self.meanwhile.is_none() { 1.0 } else { self.expected() };
+                let share = if self.meanwhile.is_none() || self.takes_all {
+                    1.0
+                } else {
+                    self.tellers.even.max(0.01)
+                };
                 self.meanwhile.get_or_insert_default();
-                let (_, elsewhere) = self.lately();
-                Next::UpTo((CAUTION * elsewhere / expected * self.tellers.part).ceil() as usize)
+                let taken = self.lately().elsewhere;
+                Next::UpTo((CAUTION * taken / share * self.tellers.part).ceil() as usize)
             } else {
                 Next::Probe
             };

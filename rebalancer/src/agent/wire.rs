@@ -112,6 +112,7 @@ pub fn decision(decision: &Decision, clock: &Clock) -> Value {
                 "unmovable": rounded(entry.snapshot.unmovable),
                 "node_local": entry.snapshot.node_local,
                 "draining": entry.snapshot.draining,
+                "rebalancing": entry.snapshot.rebalancing,
                 "age_ms": millis(entry.age),
             })
         })

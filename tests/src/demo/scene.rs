@@ -262,11 +262,16 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// Whether no agent has a plan in flight or would start one.
+    /// Whether no agent has a plan in flight, would start one, or waits for somebody who may push it above the target again.
     fn at_rest(&self) -> anyhow::Result<bool> {
         for node in &self.cluster.nodes {
-            let hold = &node.status()?["hold"]["reason"];
+            let status = node.status()?;
+            let hold = &status["hold"]["reason"];
             if hold != "below_threshold" && hold != "noise" {
+                return Ok(false);
+            }
+            let view = status["view"].as_array().context("the status has no view")?;
+            if view.iter().any(|entry| entry["rebalancing"] != false) {
                 return Ok(false);
             }
         }

@@ -17,7 +17,8 @@ use rebalancer_tests::{
 
 use super::operator::{ask, done, end, until};
 
-const CLIENTS: u64 = 45;
+/// So many that one apiserver without any is more than chance makes, whatever the agents have learned of the balancer.
+const CLIENTS: u64 = 150;
 const LB_PORT: u16 = 9480;
 
 fn evacuable() -> Cluster {
@@ -137,7 +138,7 @@ fn an_evacuated_apiserver_has_nobody_until_it_is_returned_or_restarted() {
     assert!(heard(&cluster, 0, "").starts_with("ready up "));
     let level = |cluster: &Cluster| {
         let loads = cluster.loads().ok()?;
-        (loads.iter().all(|load| (9..=21).contains(load)) && loads.iter().sum::<u64>() >= CLIENTS).then_some(())
+        (loads.iter().all(|load| (30..=70).contains(load)) && loads.iter().sum::<u64>() >= CLIENTS).then_some(())
     };
     until("clients on all three", || level(&cluster));
 

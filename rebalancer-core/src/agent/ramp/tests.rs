@@ -188,6 +188,22 @@ fn an_even_choice_is_no_slow_start() {
     }
 }
 
+/// One donor of two is none for a moment: half as many are expected elsewhere by that, and none of what landed before.
+#[test]
+fn a_donor_less_for_a_moment_makes_no_slow_start() {
+    let alone = Tellers {
+        even: 2.0 / 3.0,
+        ..TELLERS
+    };
+    let mut ramp = Ramp::new(at(0));
+    ramp.landed(5, 2, TELLERS, at(1));
+    ramp.settled(12, seen(5, 2), PROBE, at(1));
+    for second in [5, 6, 7] {
+        assert!(!ramp.landed(27, 9, TELLERS, at(second)), "{ramp:?}");
+    }
+    assert!(!ramp.landed(6, 4, alone, at(8)), "{ramp:?}");
+}
+
 #[test]
 fn nobody_who_has_landed_yet_says_nothing() {
     let mut ramp = Ramp::new(at(0));
