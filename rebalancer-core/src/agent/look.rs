@@ -6,7 +6,6 @@
 
 use super::{
     Agent,
-    decide::even_of,
     motion::Moves,
     ramp::Tellers,
     rebalancing::{Rebalancing, Signs},
@@ -56,27 +55,28 @@ impl Agent {
         let donors_now = planner::donors(&view, &self.policy, transit);
         let mut donors = std::mem::replace(&mut self.donors, donors_now.clone());
         if donors.is_empty() {
-            donors = donors_now;
+            donors.clone_from(&donors_now);
         }
+        let tellers = self.lately_donors(&donors_now, apiservers, now);
         if expected + moves.told > 0 {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
             self.rebalancing.landed(&moves);
             // Without donors every landing is elsewhere: that says nothing.
             if !donors.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
-                let tellers = Tellers {
-                    even: even_of(&balance),
+                let known = Tellers {
+                    even: 1.0 - tellers.len() as f64 / apiservers.max(1) as f64,
                     part: balance.surplus_part,
                     probe: self.probe_of(&balance),
                     interval: self.policy.interval,
                 };
-                if self.ramp.landed(moves.landed, moves.elsewhere(&donors), tellers, now) {
+                if self.ramp.landed(moves.landed, moves.elsewhere(&tellers), known, now) {
                     self.drop_unsent();
                 }
             }
         }
         if let Some(plan) = &mut self.plan {
-            plan.saw(&moves, &donors, &self.policy.node);
+            plan.saw(&moves, &tellers, &self.policy.node);
         }
         let look = self.seen(view, moves, transit, now);
         let ready: Vec<(ApiserverName, u64)> = {
@@ -150,5 +150,21 @@ impl Agent {
         self.ready = ready;
         self.rho = crate::rho::Rho::default();
         self.donors.clear();
+        self.were_donors.clear();
+    }
+
+    /// Who is a donor, or was one within the settle time: those whom it told come back until then, while without them it may be
+    /// none. Where that is everybody, those who are donors now.
+    fn lately_donors(&mut self, donors: &[ApiserverName], apiservers: usize, now: Timestamp) -> Vec<ApiserverName> {
+        for name in donors {
+            self.were_donors.insert(name.clone(), now);
+        }
+        let settle = self.policy.settle;
+        self.were_donors.retain(|_, at| now.since(*at) < settle);
+        if self.were_donors.len() < apiservers {
+            self.were_donors.keys().cloned().collect()
+        } else {
+            donors.to_vec()
+        }
     }
 }

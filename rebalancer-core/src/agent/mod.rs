@@ -25,7 +25,10 @@ mod switch;
 mod tests;
 mod upgrade;
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 pub use advice::Advice;
 pub use command::{Answer, Command, Pause};
@@ -146,6 +149,8 @@ pub struct Agent {
     ready: Vec<ApiserverName>,
     /// The donors at the last look.
     donors: Vec<ApiserverName>,
+    /// When each was one last.
+    were_donors: BTreeMap<ApiserverName, Timestamp>,
     /// When somebody was told or landed last, anywhere.
     moved: Timestamp,
     growth: Growth,
@@ -224,6 +229,7 @@ impl Agent {
             unmovable: Unmovable::default(),
             ready: Vec::new(),
             donors: Vec::new(),
+            were_donors: BTreeMap::new(),
             moved: now,
             growth: Growth::default(),
             sampled: None,

@@ -44,6 +44,16 @@ const TOLD: Duration = Duration::from_secs(1);
 /// Landings that are so long ago belong to another rebalancing. Where loads are measured, plans are some looks apart.
 const LONG_AGO: Duration = Duration::from_secs(60);
 
+/// When fewer than this part of those who should land elsewhere do, moving is in vain: those few come for reasons of their own.
+/// It is far less than any balancer sends to the least of its apiservers, unless one starts slowly.
+const HOPELESS: f64 = 0.3;
+
+/// That is judged by the last landings, of which so many weigh as one each, and older ones half as much.
+const EVIDENCE: f64 = 120.0;
+
+/// After it was judged so, what was seen weighs as so many landings: one good try is enough to go on.
+const OLD_EVIDENCE: f64 = 30.0;
+
 /// So many landings elsewhere are no accident: what was in vain before is forgotten.
 const CERTAIN: u64 = 3;
 
@@ -133,6 +143,17 @@ impl Landings {
         }
     }
 
+    /// The same, weighing no more than so many.
+    fn at_most(self, most: f64) -> Self {
+        let part = (most / self.all.max(1.0)).min(1.0);
+        Self {
+            all: self.all * part,
+            elsewhere: self.elsewhere * part,
+            even: self.even * part,
+            better_of_two: self.better_of_two * part,
+        }
+    }
+
     fn and(self, more: Self) -> Self {
         Self {
             all: self.all + more.all,
@@ -191,6 +212,8 @@ pub(super) struct Ramp {
     meanwhile: Option<Landings>,
     /// Who told, at the last landing.
     tellers: Tellers,
+    /// What landed while no apiserver was seen to start slowly.
+    evidence: Landings,
 }
 
 impl Ramp {
@@ -208,6 +231,7 @@ impl Ramp {
             is_slow: false,
             meanwhile: None,
             tellers: Tellers::default(),
+            evidence: Landings::default(),
         }
     }
 
@@ -266,6 +290,11 @@ impl Ramp {
             return false;
         }
         self.tellers = tellers;
+        let new = Landings::of(landed, elsewhere, tellers.even);
+        self.evidence = self.evidence.and(new);
+        if self.evidence.all >= 2.0 * EVIDENCE {
+            self.evidence = self.evidence.at_most(EVIDENCE);
+        }
         if elsewhere > 0 {
             self.admitted.get_or_insert(now);
             self.unheard = None;
@@ -273,7 +302,13 @@ impl Ramp {
         } else {
             self.unheard_of(landed, now);
         }
-        self.notice(landed, elsewhere, now)
+        self.notice(new, now)
+    }
+
+    /// Whether hardly anybody lands elsewhere. Chance makes a few less than are expected.
+    fn is_hopeless(&self) -> bool {
+        let Landings { elsewhere, even, .. } = self.evidence;
+        !self.is_slow && elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < HOPELESS * even
     }
 
     fn unheard_of(&mut self, landed: u64, now: Timestamp) {
@@ -299,6 +334,9 @@ impl Ramp {
     }
 
     fn helped(&mut self, elsewhere: u64, probe: usize) {
+        if self.is_hopeless() {
+            return;
+        }
         if elsewhere >= CERTAIN {
             self.wait = Duration::ZERO;
             self.in_vain = 0;
@@ -316,7 +354,7 @@ impl Ramp {
             // Nobody has landed anywhere: that says nothing.
             return None;
         }
-        if seen.elsewhere > 0 {
+        if seen.elsewhere > 0 && !self.is_hopeless() {
             let before = match self.next {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
@@ -329,7 +367,7 @@ impl Ramp {
             return None;
         }
         let is_known = self.is_slow || matches!(self.next, Next::UpTo(_));
-        if is_known && !self.is_doubted(probe, now) {
+        if is_known && !self.is_doubted(probe, now) && !self.is_hopeless() {
             if let Some(unheard) = &mut self.unheard {
                 unheard.told += told as u64;
                 unheard.told_by_all += seen.told;
@@ -337,6 +375,7 @@ impl Ramp {
             return None;
         }
         let before = self.unheard.take();
+        self.evidence = self.evidence.at_most(OLD_EVIDENCE);
         self.is_slow = false;
         self.in_vain += told as u64 + before.map_or(0, |before| before.told);
         let longest = if now.since(self.since) < FRESH {
@@ -359,8 +398,7 @@ impl Ramp {
     }
 
     /// What landed since the last look: whether an apiserver is seen by it to start slowly, which was not known before.
-    fn notice(&mut self, landed: u64, elsewhere: u64, now: Timestamp) -> bool {
-        let new = Landings::of(landed, elsewhere, self.tellers.even);
+    fn notice(&mut self, new: Landings, now: Timestamp) -> bool {
         self.window.push_back((now, new));
         while self.window.front().is_some_and(|(at, _)| now.since(*at) >= WINDOW) {
             self.window.pop_front();
@@ -375,6 +413,7 @@ impl Ramp {
             let is_enough = lately.all >= FEW && self.meanwhile.is_some_and(|since| since.all >= ENOUGH);
             let is_over = is_enough && lately.elsewhere >= FAST * expected;
             self.is_slow = !is_over && self.is_fresh(now);
+            self.evidence = Landings::default();
             return false;
         }
         // Snapshots are of different instants: while the rate changes, what is seen of it is askew.
@@ -383,6 +422,7 @@ impl Ramp {
         let is_short = lately.elsewhere + 2.0 * (lately.elsewhere + 1.0).sqrt() < SLOW * expected;
         self.is_slow = is_short && is_even && self.is_fresh(now) && matches!(self.next, Next::UpTo(_));
         if self.is_slow {
+            self.evidence = Landings::default();
             self.meanwhile = None;
             self.next = Next::After(now + PAUSE);
         }
