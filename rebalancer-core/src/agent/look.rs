@@ -62,7 +62,7 @@ impl Agent {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
             self.rebalancing.landed(&moves);
             // Without donors every landing is elsewhere: that says nothing.
-            if !donors.is_empty() {
+            if !tellers.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
                 let known = Tellers {
                     even: 1.0 - tellers.len() as f64 / apiservers.max(1) as f64,

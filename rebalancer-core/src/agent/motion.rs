@@ -102,6 +102,8 @@ pub(super) struct Motion {
     has_begun: bool,
     told: u64,
     landed: u64,
+    /// Since when more have landed than were told.
+    ahead: Option<Timestamp>,
     draining: u64,
     draining_streams: u64,
     /// What those who were told weighed.
@@ -183,9 +185,9 @@ impl Motion {
         let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
         self.looked = Some(now);
         if self.told > 0 || is_busy {
-            // A landing may be seen before its GOAWAY is: the snapshots of two apiservers are of two instants.
             moves.landed = self.strangers.taken_off(moves.all(), passed);
             self.landed += moves.landed;
+            self.settle_ahead(now);
         } else {
             self.strangers.learn(moves.all(), passed);
         }
@@ -193,6 +195,17 @@ impl Motion {
             (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
         moves
+    }
+
+    /// A landing may be seen before its GOAWAY is: the snapshots of two apiservers are of two instants. Whose GOAWAY is not seen
+    /// by and by was not told, and pays for nobody who is told later.
+    fn settle_ahead(&mut self, now: Timestamp) {
+        if self.landed <= self.told {
+            self.ahead = None;
+        } else if now.since(*self.ahead.get_or_insert(now)) >= AHEAD {
+            self.landed = self.told;
+            self.ahead = None;
+        }
     }
 
     /// The first complete view: the peers that were there before know who is in transit; when none was, everybody who
@@ -250,6 +263,9 @@ fn mean_load(view: &View) -> f64 {
         snapshots().map(|snapshot| snapshot.connections).sum(),
     )
 }
+
+/// A landing is seen so long before its GOAWAY at most.
+const AHEAD: Duration = Duration::from_secs(2);
 
 /// A window in which those who come anyway are counted.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -408,6 +424,28 @@ mod tests {
             landed <= 1 && motion.in_transit() >= 29,
             "{landed} landed of 30 who drain"
         );
+    }
+
+    /// Plan follows plan, so that nobody is ever seen to be level; clients come for reasons of their own meanwhile.
+    #[test]
+    fn who_comes_while_nobody_is_on_the_way_pays_for_nobody_who_is_told_later() {
+        let busy = |goaways, accepted, draining| {
+            let mut view = view(&[("a", 1, goaways, accepted, draining, 0)]);
+            let a = view.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
+            a.snapshot.plan_in_flight = true;
+            view
+        };
+        let mut motion = Motion::default();
+        motion.look(&busy(0, 0, 0), 1, SETTLE, at(0));
+        motion.look(&busy(2, 0, 2), 1, SETTLE, at(1));
+        motion.look(&busy(2, 12, 0), 1, SETTLE, at(2));
+        assert_eq!(motion.in_transit(), 0);
+        // One landing is seen before its GOAWAY.
+        motion.look(&busy(5, 13, 2), 1, SETTLE, at(3));
+        assert_eq!(motion.in_transit(), 0);
+        motion.look(&busy(5, 13, 2), 1, SETTLE, at(5));
+        motion.look(&busy(9, 13, 4), 1, SETTLE, at(6));
+        assert_eq!(motion.in_transit(), 4);
     }
 
     /// A relay that hands over tells everybody: they are on their way, and no plan's cost.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rebalancer_core::policy::Weight;
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
@@ -165,6 +166,34 @@ fn strangers_do_not_hide_that_moving_is_futile() {
     for run in runs {
         assert!(run.holds.contains_key("futile"), "{:?}", run.holds);
         assert!(run.goaways_total <= 400, "{} GOAWAYs", run.goaways_total);
+    }
+}
+
+/// Clients that restart land on other apiservers than those who tell: they are nobody who was told either, and no reason to go
+/// on telling those who come straight back.
+#[test]
+fn clients_that_come_and_go_do_not_hide_that_moving_is_futile() {
+    let count = seeds(2);
+    for weight in [Weight::Connections, Weight::Requests] {
+        for churn in [0.2, 1.2, 4.0] {
+            let mut setup = loads(&[136, 101, 54], LoadBalancer::Affinity, default_policy());
+            setup.policy.weight = weight;
+            setup.churn_per_hour = churn;
+            setup.horizon = Horizon::Fixed(Duration::from_secs(2 * 3_600));
+            setup.groups[0].requests = Spread::Lognormal {
+                median: 1.0,
+                sigma: 1.5,
+            };
+            let most = (0..count)
+                .map(|seed| run(&setup, seed).goaways_total)
+                .max()
+                .unwrap_or(0);
+            say(&format!(
+                "(136,101,54), affinity, {weight:?}, each client restarts {churn} times an hour, two hours, {count} seeds: at most \
+                 {most} GOAWAYs (800 are allowed)"
+            ));
+            assert!(most <= 800, "{weight:?}, {churn}: {most} GOAWAYs");
+        }
     }
 }
 
