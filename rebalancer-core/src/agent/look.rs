@@ -147,6 +147,10 @@ impl Agent {
             self.ramp.renew(now);
             self.memory_changes += 1;
         }
+        let own = &self.policy.node;
+        if ready.contains(own) && !self.ready.contains(own) {
+            self.table.apiserver_is_back();
+        }
         self.ready = ready;
         self.rho = crate::rho::Rho::default();
         self.donors.clear();

@@ -104,6 +104,12 @@ impl ConnectionTable {
         self.young.old_enough().max(self.young.patience())
     }
 
+    /// The apiserver was gone and is back. All its clients' connections ended, however young they were, and were no short calls:
+    /// what was learned of those is learned anew.
+    pub fn apiserver_is_back(&mut self) {
+        self.young.forget();
+    }
+
     /// Counts those that are old enough now.
     pub fn age(&mut self, now: Timestamp) {
         while let Some(id) = self.young.pop(now) {

@@ -101,6 +101,11 @@ impl Young {
         self.later_fates <<= 1;
     }
 
+    /// What became of others says nothing of those who come.
+    pub fn forget(&mut self) {
+        (self.fates, self.later_fates) = (0, 0);
+    }
+
     /// A client's connection ended at that age.
     pub fn ended(&mut self, age: Duration) {
         if age < self.patience && age >= self.patience / QUICK {
@@ -148,6 +153,17 @@ mod tests {
             young.lasted();
         }
         assert_eq!(young.old_enough(), quick);
+    }
+
+    #[test]
+    fn what_a_crash_ended_is_forgotten() {
+        let mut young = Young::new(Duration::from_millis(1_500));
+        for _ in 0..64 {
+            young.ended(Duration::from_millis(2_900));
+        }
+        assert_eq!(young.old_enough(), Duration::from_secs(5));
+        young.forget();
+        assert_eq!(young.old_enough(), Duration::from_millis(500));
     }
 
     #[test]
