@@ -336,12 +336,13 @@ impl Agent {
 
 /// How many all donors together tell to find out where they land.
 pub(super) fn probe_of_all(balance: &Balance) -> u64 {
-    ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even_of(balance)).ln()).ceil() as u64
+    let even = even_of(balance.donors.len(), balance.servers.len());
+    ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even).ln()).ceil() as u64
 }
 
-/// Which part of those who are told an even choice sends to apiservers that are no donors.
-pub(super) fn even_of(balance: &Balance) -> f64 {
-    1.0 - (balance.donors.len() as f64 / balance.servers.len().max(1) as f64).clamp(0.01, 0.99)
+/// Which part of those who are told an even choice sends to apiservers that are none of so many donors.
+pub(super) fn even_of(donors: usize, apiservers: usize) -> f64 {
+    1.0 - (donors as f64 / apiservers.max(1) as f64).clamp(0.01, 0.99)
 }
 
 /// One donor's part of so many, by its part of the surplus. The parts of all add up: each is the difference of two rounded

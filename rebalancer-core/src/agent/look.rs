@@ -6,6 +6,7 @@
 
 use super::{
     Agent,
+    decide::even_of,
     motion::Moves,
     ramp::Tellers,
     rebalancing::{Rebalancing, Signs},
@@ -57,7 +58,7 @@ impl Agent {
         if donors.is_empty() {
             donors.clone_from(&donors_now);
         }
-        let tellers = self.lately_donors(&donors_now, apiservers, now);
+        let tellers = self.lately_donors(&donors_now, now);
         if expected + moves.told > 0 {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
             self.rebalancing.landed(&moves);
@@ -65,7 +66,7 @@ impl Agent {
             if !tellers.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
                 let known = Tellers {
-                    even: 1.0 - tellers.len() as f64 / apiservers.max(1) as f64,
+                    even: even_of(tellers.len(), balance.servers.len()),
                     part: balance.surplus_part,
                     probe: self.probe_of(&balance),
                     interval: self.policy.interval,
@@ -158,14 +159,14 @@ impl Agent {
     }
 
     /// Who is a donor, or was one within the settle time: those whom it told come back until then, while without them it may be
-    /// none. Where that is everybody, those who are donors now.
-    fn lately_donors(&mut self, donors: &[ApiserverName], apiservers: usize, now: Timestamp) -> Vec<ApiserverName> {
+    /// none. Where that is everybody who is ready, those who are donors now.
+    fn lately_donors(&mut self, donors: &[ApiserverName], now: Timestamp) -> Vec<ApiserverName> {
         for name in donors {
             self.were_donors.insert(name.clone(), now);
         }
         let settle = self.policy.settle;
         self.were_donors.retain(|_, at| now.since(*at) < settle);
-        if self.were_donors.len() < apiservers {
+        if self.were_donors.len() < self.ready.len() {
             self.were_donors.keys().cloned().collect()
         } else {
             donors.to_vec()

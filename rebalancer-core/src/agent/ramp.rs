@@ -134,7 +134,7 @@ struct Landings {
 impl Landings {
     fn of(landed: u64, elsewhere: u64, even: f64) -> Self {
         let all = landed as f64;
-        let even = even.max(0.01);
+        debug_assert!((0.0..1.0).contains(&even) && even > 0.0, "a part of {even}");
         Self {
             all,
             elsewhere: elsewhere as f64,

@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
     process::Command,
 };
@@ -21,6 +21,24 @@ use crate::{
 pub fn lazy(to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
     lazy_from(socket, to)
+}
+
+/// A client that says this with the end of its TCP handshake, and its connection as it is accepted, where all has arrived.
+pub fn says_at_once(
+    host: &Host,
+    listener: &TcpListener,
+    octets: &[u8],
+    connect: impl FnOnce() -> TcpStream + Send + 'static,
+) -> (TcpStream, TcpStream) {
+    let said = octets.to_vec();
+    let client = Host::inside(&host.network.hub, move || {
+        let mut client = connect();
+        client.write_all(&said).expect("a hello");
+        client
+    });
+    let (mut accepted, _) = listener.accept().expect("a connection");
+    accepted.read_exact(&mut vec![0; octets.len()]).expect("it arrives");
+    (client, accepted)
 }
 
 fn lazy_from(socket: Socket, to: SocketAddr) -> TcpStream {
@@ -57,15 +75,7 @@ fn a_hello_that_comes_with_the_end_of_the_handshake_is_seen() {
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
     ] {
         for _ in 0..4 {
-            let sent = hello.clone();
-            let client = Host::inside(&host.network.hub, move || {
-                let mut client = lazy(to);
-                client.write_all(&sent).expect("a hello");
-                client
-            });
-            let (mut accepted, _) = listener.accept().expect("a connection");
-            accepted.read_exact(&mut vec![0; hello.len()]).expect("it arrives");
-            open.push((client, accepted));
+            open.push(says_at_once(&host, &listener, &hello, move || lazy(to)));
         }
     }
     let expected = [["http/1.1"; 8].as_slice(), &["offered"; 4]].concat();
@@ -106,20 +116,14 @@ fn what_an_earlier_client_said_is_not_said_by_the_next_one_on_its_port() {
     for (floods, from) in [(1, FROM), (2, FROM + 1)] {
         let agent = host.agent.as_ref().expect("it runs");
         agent.signal(libc::SIGSTOP);
-        let connect = |hello: Vec<u8>| {
-            let length = hello.len();
-            let client = Host::inside(&host.network.hub, move || {
+        let connect = |hello: &[u8]| {
+            says_at_once(&host, &listener, hello, move || {
                 let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
                 socket.set_reuse_address(true).expect("an option");
                 let from = SocketAddr::from(([0, 0, 0, 0], from));
                 socket.bind(&from.into()).expect("the port is free again");
-                let mut client = lazy_from(socket, to);
-                client.write_all(&hello).expect("a hello");
-                client
-            });
-            let (mut accepted, _) = listener.accept().expect("a connection");
-            accepted.read_exact(&mut vec![0; length]).expect("it arrives");
-            (client, accepted)
+                lazy_from(socket, to)
+            })
         };
         let flood = || {
             for _ in 0..FLOOD / 250 {
@@ -129,11 +133,11 @@ fn what_an_earlier_client_said_is_not_said_by_the_next_one_on_its_port() {
                 }
             }
         };
-        let (client, accepted) = connect(client_hello(&["h2"]));
+        let (client, accepted) = connect(&client_hello(&["h2"]));
         End::ResetByClient.carry_out(client, accepted);
         flood();
         // One octet of a hello says nothing yet.
-        let (client, accepted) = connect(vec![22]);
+        let (client, accepted) = connect(&[22]);
         (1..floods).for_each(|_| flood());
         agent.signal(libc::SIGCONT);
         let seen = host.expect("the next client", |list| {

@@ -16,7 +16,7 @@ use socket2::SockRef;
 
 use crate::{
     ends::{End, crowd, destroy, dual},
-    hellos::lazy,
+    hellos::{lazy, says_at_once},
     world::{Host, PATIENCE, client_hello, ebpf_or_skip, established, has_cgroup2, is_mptcp},
 };
 
@@ -162,15 +162,8 @@ impl Storm {
     fn blow_at_once(&mut self, count: usize) {
         for _ in 0..count {
             let said = &self.greetings[self.dice.below(4)];
-            let (to, octets, protocol) = (self.addresses[self.dice.below(2)], said.octets.clone(), said.protocol);
-            let length = octets.len();
-            let client = Host::inside(&self.host.network.hub, move || {
-                let mut client = lazy(to);
-                client.write_all(&octets).expect("a greeting");
-                client
-            });
-            let (mut accepted, _) = self.listener.accept().expect("a connection");
-            accepted.read_exact(&mut vec![0; length]).expect("it arrives");
+            let (to, protocol) = (self.addresses[self.dice.below(2)], said.protocol);
+            let (client, accepted) = says_at_once(&self.host, &self.listener, &said.octets, move || lazy(to));
             self.opened += 1;
             self.open.push(Open {
                 client,
