@@ -24,6 +24,9 @@ pub struct Subflow {
 struct Group {
     /// The socket by which the connection is known, which may be gone.
     name: ConnectionId,
+    /// Whether it was told of. Where only subflows that joined are seen, the first is about to be: a list is no instant, and
+    /// may lack it; and its client goes by the address that it came from.
+    is_told: bool,
     subflows: BTreeSet<ConnectionId>,
 }
 
@@ -38,10 +41,11 @@ pub struct Subflows {
 }
 
 impl Subflows {
-    /// A socket opened: the connection it is, or `None` when it is one more subflow of a connection that is there.
+    /// A socket opened: the connection it is, or `None` when it is one more subflow of a connection that is there, or of one
+    /// whose first is not seen yet.
     pub fn opened(&mut self, subflow: Subflow) -> Option<Socket> {
-        let id = subflow.socket.id;
-        (subflow.token == 0 || self.add(id, subflow.token) == id).then_some(subflow.socket)
+        let is_new = subflow.token == 0 || self.add(&subflow);
+        is_new.then_some(subflow.socket)
     }
 
     /// A socket closed: the connection that ended with it, if one did.
@@ -55,14 +59,15 @@ impl Subflows {
         if !group.subflows.is_empty() {
             return None;
         }
-        let name = group.name;
+        let Group { name, is_told, .. } = *group;
         self.groups.remove(&token);
         self.named.remove(&name);
-        Some(name)
+        is_told.then_some(name)
     }
 
     /// A list of sockets, as a list of connections. What a `complete` one lacks is gone; another may lack what closes
-    /// meanwhile.
+    /// meanwhile. What happened before the list was begun is told by then: a connection whose first subflow is missing here as
+    /// well lives on by those that joined it.
     pub fn listed(&mut self, mut subflows: Vec<Subflow>, complete: bool) -> Vec<Socket> {
         if complete {
             let listed: HashSet<ConnectionId> = subflows.iter().map(|subflow| subflow.socket.id).collect();
@@ -71,16 +76,25 @@ impl Subflows {
                 self.closed(id);
             }
         }
+        let waited: HashSet<u32> = self.waiting().collect();
         // A connection that is new goes by its first subflow's name.
         subflows.sort_by_key(|subflow| subflow.joined);
         let mut places: HashMap<u32, usize> = HashMap::new();
         let mut connections: Vec<Socket> = Vec::with_capacity(subflows.len());
-        for Subflow { mut socket, token, .. } in subflows {
-            if token == 0 {
-                connections.push(socket);
+        for subflow in subflows {
+            if subflow.token == 0 {
+                connections.push(subflow.socket);
                 continue;
             }
-            let name = self.add(socket.id, token);
+            self.add(&subflow);
+            let Subflow { mut socket, token, .. } = subflow;
+            let Some(group) = self.groups.get_mut(&token) else {
+                continue;
+            };
+            group.is_told |= waited.contains(&token);
+            if !group.is_told {
+                continue;
+            }
             match places.get(&token).and_then(|place| connections.get_mut(*place)) {
                 Some(connection) => {
                     connection.bytes_in += socket.bytes_in;
@@ -88,7 +102,7 @@ impl Subflows {
                 }
                 None => {
                     places.insert(token, connections.len());
-                    socket.id = name;
+                    socket.id = group.name;
                     connections.push(socket);
                 }
             }
@@ -96,20 +110,36 @@ impl Subflows {
         connections
     }
 
-    /// The name of the connection it is of from now on.
-    fn add(&mut self, id: ConnectionId, token: u32) -> ConnectionId {
+    /// The connections that are not told of: no first subflow of theirs was seen.
+    fn waiting(&self) -> impl Iterator<Item = u32> {
+        self.groups
+            .iter()
+            .filter(|(_, group)| !group.is_told)
+            .map(|(token, _)| *token)
+    }
+
+    /// One more subflow: whether the connection is to be told of now, by this one.
+    fn add(&mut self, subflow: &Subflow) -> bool {
+        let id = subflow.socket.id;
+        let token = subflow.token;
         let group = self.groups.entry(token).or_insert_with(|| {
             self.named.insert(id, token);
             Group {
                 name: id,
+                is_told: false,
                 subflows: BTreeSet::new(),
             }
         });
         group.subflows.insert(id);
-        let name = group.name;
         self.of.insert(id, token);
+        let is_first = !group.is_told && !subflow.joined;
+        if is_first {
+            self.named.remove(&group.name);
+            self.named.insert(id, token);
+            (group.name, group.is_told) = (id, true);
+        }
         debug_assert!(self.of.len() >= self.groups.len() && self.named.len() == self.groups.len());
-        name
+        is_first
     }
 }
 
@@ -159,7 +189,7 @@ mod tests {
     fn a_list_names_by_the_first_and_adds_up() {
         let mut subflows = Subflows::default();
         let listed = subflows.listed(
-            vec![subflow(2, 7, true), subflow(1, 7, false), subflow(9, 8, true)],
+            vec![subflow(2, 7, true), subflow(1, 7, false), subflow(9, 8, false)],
             true,
         );
         assert_eq!(ids(&listed), [1, 9]);
@@ -175,6 +205,38 @@ mod tests {
             "known as that, and alive by another"
         );
         assert_eq!(subflows.closed(ConnectionId(2)), Some(ConnectionId(1)));
+    }
+
+    /// The list is read bucket by bucket: it may have a subflow that joined while it was read and not the first.
+    #[test]
+    fn a_subflow_that_joined_waits_for_its_first() {
+        for complete in [false, true] {
+            // The event of the first comes after the list.
+            let mut subflows = Subflows::default();
+            assert_eq!(ids(&subflows.listed(vec![subflow(2, 7, true)], complete)), []);
+            let first = subflows.opened(subflow(1, 7, false)).expect("it is told now");
+            assert_eq!(first.remote.port(), 1_001);
+            assert!(subflows.opened(subflow(2, 7, true)).is_none());
+            let both = vec![subflow(2, 7, true), subflow(1, 7, false)];
+            assert_eq!(ids(&subflows.listed(both.clone(), complete)), [1]);
+            assert_eq!(subflows.closed(ConnectionId(1)), None);
+            assert_eq!(subflows.closed(ConnectionId(2)), Some(ConnectionId(1)));
+            // It was there before events were told, and the next list has it.
+            assert!(subflows.opened(subflow(2, 7, true)).is_none());
+            assert_eq!(ids(&subflows.listed(both, complete)), [1]);
+            // It is gone for good: the connection lives by the one that joined.
+            let mut subflows = Subflows::default();
+            assert!(subflows.opened(subflow(3, 7, true)).is_none());
+            let listed = subflows.listed(vec![subflow(3, 7, true), subflow(4, 7, true)], complete);
+            assert_eq!(ids(&listed), [3]);
+            assert_eq!(listed[0].bytes_in, 20);
+            assert_eq!(subflows.closed(ConnectionId(3)), None);
+            assert_eq!(subflows.closed(ConnectionId(4)), Some(ConnectionId(3)));
+            // It came and went before anybody knew whose it was.
+            assert!(subflows.opened(subflow(5, 7, true)).is_none());
+            assert_eq!(subflows.closed(ConnectionId(5)), None);
+            assert!(subflows.groups.is_empty() && subflows.of.is_empty() && subflows.named.is_empty());
+        }
     }
 
     proptest! {

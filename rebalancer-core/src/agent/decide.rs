@@ -5,7 +5,12 @@
 
 use std::time::Duration;
 
-use super::{Agent, growth::Growth, look::Look, rebalancing::Rebalancing};
+use super::{
+    Agent,
+    growth::Growth,
+    look::Look,
+    rebalancing::{NOTHING, Rebalancing},
+};
 use crate::{
     decision::{Decision, Derivation, Outcomes, Victim},
     hold::Hold,
@@ -213,11 +218,10 @@ impl Agent {
                 });
             }
         };
-        // This apiserver's part of what the rebalancing may still cost: as its need is of all donors' together.
-        let allowance = course.left(&self.rho) * balance.needed_part;
+        let allowance = course.allowance(balance, &self.rho);
         // What is a moment away is a matter of pace; a client with a thousand watches is paid for a while.
         let is_in_debt = self.bucket.affords_at(1.0, now).since(now) >= self.policy.interval;
-        if is_in_debt || allowance < 0.5 {
+        if is_in_debt || allowance < NOTHING {
             return Err(Hold::BudgetSpent {
                 tokens: self.bucket.tokens(now),
                 allowance,

@@ -22,7 +22,7 @@ const ALLOWANCE: f64 = 1.25;
 const PRIOR: f64 = 2.0;
 
 /// Less than half a GOAWAY is none.
-const NOTHING: f64 = 0.5;
+pub(super) const NOTHING: f64 = 0.5;
 
 /// When nothing moves for a while, nobody waits for less of another apiserver: what it has to tell it reckons by what it has
 /// seen itself, which is not quite what was seen here.
@@ -75,6 +75,8 @@ pub(super) struct Signs {
     pub others: bool,
     /// Clients are about to land.
     pub is_landing: bool,
+    /// Nobody has been told or has landed for a while.
+    pub stands_still: bool,
 }
 
 impl Signs {
@@ -95,6 +97,7 @@ impl Signs {
             is_moving,
             others: view.entries.values().any(|entry| entry.snapshot.rebalancing),
             is_landing: landing > 0,
+            stands_still,
         }
     }
 }
@@ -137,7 +140,10 @@ impl Rebalancing {
             Self::On(course) if course.is_of(balance) && signs.is_landing => Self::On(course.joined(balance)),
             Self::On(course) if signs.is_unfinished => {
                 let course = course.joined(balance);
-                if signs.is_moving || course.left(rho) >= NOTHING {
+                // What is left to all may be nothing to each of them: when all stands still, nobody waits for the others.
+                let is_nothing = course.left(rho) < NOTHING
+                    || signs.stands_still && balance.quota > 0.0 && course.allowance(balance, rho) < NOTHING;
+                if signs.is_moving || !is_nothing {
                     Self::On(course)
                 } else {
                     Self::Spent(now + REST)
@@ -235,6 +241,11 @@ impl Course {
     pub fn left(&self, rho: &Rho) -> f64 {
         (ALLOWANCE * self.needed(rho) - self.told as f64).max(0.0)
     }
+
+    /// This apiserver's part of that: as its need is of all donors' together.
+    pub fn allowance(&self, balance: &Balance, rho: &Rho) -> f64 {
+        self.left(rho) * balance.needed_part
+    }
 }
 
 #[cfg(test)]
@@ -247,6 +258,7 @@ mod tests {
         is_moving: false,
         others: false,
         is_landing: false,
+        stands_still: false,
     };
 
     fn at(seconds: u64) -> Timestamp {
@@ -382,6 +394,35 @@ mod tests {
         for (signs, expected) in [(unfinished, "on since 100"), (landing, "off 0")] {
             let after = some.after(&balance(&[150.0, 50.0]), signs, &Rho::default(), 1, now);
             assert_eq!(words(&after), expected, "{signs:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_less_than_one_to_each_of_them_is_nothing_once_all_stands_still() {
+        let unfinished = Signs {
+            is_unfinished: true,
+            ..NOTHING_TO_SEE
+        };
+        // 282 are needed by an even choice and 352.5 allowed, of which 351 are told.
+        for (part, stands_still, quota, expected) in [
+            (0.3, false, 10.0, "on since 5"),
+            (0.3, true, 10.0, "spent until 160"),
+            // Who has nothing to tell waits for those who have.
+            (0.3, true, 0.0, "on since 5"),
+            (0.4, true, 10.0, "on since 5"),
+        ] {
+            let mut balance = balance(&[120.0, 120.0, 60.0]);
+            (balance.quota, balance.needed_part) = (quota, part);
+            let signs = Signs {
+                stands_still,
+                ..unfinished
+            };
+            let rebalancing = on(351);
+            let course = rebalancing.course().expect("it is on");
+            let allowance = course.allowance(&balance, &Rho::default());
+            assert!((allowance - 1.5 * part).abs() < 0.01, "{allowance}");
+            let after = rebalancing.after(&balance, signs, &Rho::default(), 1, at(100));
+            assert_eq!(words(&after), expected, "{part} {stands_still} {quota}");
         }
     }
 

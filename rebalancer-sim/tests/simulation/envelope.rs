@@ -3,11 +3,12 @@
 //! The rules are restated here from what was sent, not from what the agents say of themselves. Unkind is: a balancer that
 //! admits late and starts slowly, health checks, kubelets' probes and short calls, agents that restart at any instant or stand
 //! still and see the clock jump, clocks that NTP slews and that differ, relays that are replaced, peers that only try, are paused or have no shim, apiservers that
-//! come and go, clients that come and go. `REBALANCER_CASES` says how many worlds each rule is tried in.
+//! come and go, clients that come and go. Each rule is tried in the same few worlds each time, and in so many others by
+//! `REBALANCER_CASES`.
 
 use std::{collections::BTreeMap, time::Duration};
 
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::RngSeed};
 use rebalancer_core::policy::{GoawayRate, Weight};
 use rebalancer_sim::{
     balancer::LoadBalancer,
@@ -106,12 +107,19 @@ fn cases() -> ProptestConfig {
     let cases = std::env::var("REBALANCER_CASES")
         .ok()
         .and_then(|cases| cases.parse().ok());
+    // The same worlds each time, or others when so many are asked for.
+    let rng_seed = if cases.is_some() {
+        RngSeed::Random
+    } else {
+        RngSeed::Fixed(1)
+    };
     let cases = cases.unwrap_or(40);
     crate::say(&format!(
         "the envelope: a rule in {cases} arbitrary worlds, a seed each"
     ));
     ProptestConfig {
         cases,
+        rng_seed,
         ..ProptestConfig::default()
     }
 }
@@ -250,7 +258,16 @@ proptest! {
         let others = setup.policy.goaway_rate.per_second(0).max(1.0) * fastest * 2.0 * setup.apiservers as f64;
         let churned = 2.0 * (setup.churn_per_hour * clients as f64 / 3_600.0 + setup.strangers.calls);
         if setup.policy.weight == Weight::Connections {
-            for mark in &run.marks {
+            // All clients of a relay that is replaced look for another apiserver at once, and are seen when they have landed.
+            let settle = setup.policy.settle.as_secs_f64();
+            let replaced: Vec<f64> = setup
+                .incidents
+                .iter()
+                .filter(|(_, one)| matches!(one, Incident::ReplaceRelay(_)))
+                .map(|(at, _)| at.as_secs_f64())
+                .collect();
+            let is_calm = |at: f64| !replaced.iter().any(|then| (0.0..settle).contains(&(at - then)));
+            for mark in run.marks.iter().filter(|mark| is_calm(mark.at)) {
                 let lowest = -(others + churned) / setup.apiservers as f64 - 1.0;
                 prop_assert!(mark.above_mean >= lowest, "{mark:?}, {lowest} is allowed");
             }
@@ -260,6 +277,10 @@ proptest! {
         let moved = setup.incidents.iter().filter(|(_, one)| matches!(one, Incident::ReplaceRelay(_))).count();
         let allowed = if setup.policy.weight == Weight::Connections { 1 } else { setup.apiservers as u64 };
         let allowed = allowed + (moved * setup.apiservers) as u64;
+        // Where the balancer counts the sockets of those who drain, whoever restarts in those minutes goes to the others,
+        // whatever agents do: each apiserver may get that many too many, and has to give them back.
+        let drawn = setup.balancer == LoadBalancer::LeastconnSockets && churned > 0.0;
+        let allowed = allowed + if drawn { setup.apiservers as u64 } else { 0 };
         prop_assert!(run.swings <= allowed, "{} swings, {allowed} are allowed", run.swings);
     }
 
@@ -295,6 +316,8 @@ proptest! {
                 "cooling_down" => 2.0 * setup.policy.client_cooldown.as_secs_f64() + 60.0,
                 // A plan of a minute at the budget's pace, and what its clients take to land.
                 "plan_in_flight" => 300.0,
+                // It rests twice for a minute; and while the others' plans go on, who has none left holds by that.
+                "budget_spent" => 130.0 + run.longest_holds.get("plan_in_flight").copied().unwrap_or(0.0),
                 // Each apiserver may begin anew as the one before is waited for.
                 "upgrade_in_progress" => {
                     setup.policy.upgrade_patience.as_secs_f64() / 3.0 * setup.apiservers as f64
