@@ -11,6 +11,7 @@ mod decide;
 mod evacuation;
 mod growth;
 mod guard;
+mod landings;
 mod look;
 mod memory;
 mod motion;

@@ -13,7 +13,10 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use super::memory::RememberedTries;
+use super::{
+    landings::{Evidence, Landings},
+    memory::RememberedTries,
+};
 use crate::ids::Timestamp;
 
 /// The wait after the first plan in vain.
@@ -43,16 +46,6 @@ const TOLD: Duration = Duration::from_secs(1);
 
 /// Landings that are so long ago belong to another rebalancing. Where loads are measured, plans are some looks apart.
 const LONG_AGO: Duration = Duration::from_secs(60);
-
-/// When fewer than this part of those who should land elsewhere do, moving is in vain: those few come for reasons of their own.
-/// It is far less than any balancer sends to the least of its apiservers, unless one starts slowly.
-const HOPELESS: f64 = 0.3;
-
-/// That is judged by the last landings, of which so many weigh as one each, and older ones half as much.
-const EVIDENCE: f64 = 120.0;
-
-/// After it was judged so, what was seen weighs as so many landings: one good try is enough to go on.
-const OLD_EVIDENCE: f64 = 30.0;
 
 /// So many landings elsewhere are no accident: what was in vain before is forgotten.
 const CERTAIN: u64 = 3;
@@ -118,52 +111,6 @@ pub(super) struct Vain {
     pub landed: u64,
 }
 
-/// Landings, and what they would have been by a choice: who is a donor changes, and where somebody should have landed is
-/// where that was so when he did.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Landings {
-    all: f64,
-    /// Those of them that were elsewhere.
-    elsewhere: f64,
-    /// As many as an even choice would have sent elsewhere.
-    even: f64,
-    /// As many as the better of two chosen by chance would have.
-    better_of_two: f64,
-}
-
-impl Landings {
-    fn of(landed: u64, elsewhere: u64, even: f64) -> Self {
-        let all = landed as f64;
-        debug_assert!((0.0..1.0).contains(&even) && even > 0.0, "a part of {even}");
-        Self {
-            all,
-            elsewhere: elsewhere as f64,
-            even: even * all,
-            better_of_two: (1.0 - (1.0 - even).powi(2)) * all,
-        }
-    }
-
-    /// The same, weighing no more than so many.
-    fn at_most(self, most: f64) -> Self {
-        let part = (most / self.all.max(1.0)).min(1.0);
-        Self {
-            all: self.all * part,
-            elsewhere: self.elsewhere * part,
-            even: self.even * part,
-            better_of_two: self.better_of_two * part,
-        }
-    }
-
-    fn and(self, more: Self) -> Self {
-        Self {
-            all: self.all + more.all,
-            elsewhere: self.elsewhere + more.elsewhere,
-            even: self.even + more.even,
-            better_of_two: self.better_of_two + more.better_of_two,
-        }
-    }
-}
-
 /// Landings since one was elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Unheard {
@@ -213,7 +160,7 @@ pub(super) struct Ramp {
     /// Who told, at the last landing.
     tellers: Tellers,
     /// What landed while no apiserver was seen to start slowly.
-    evidence: Landings,
+    evidence: Evidence,
 }
 
 impl Ramp {
@@ -231,7 +178,7 @@ impl Ramp {
             is_slow: false,
             meanwhile: None,
             tellers: Tellers::default(),
-            evidence: Landings::default(),
+            evidence: Evidence::default(),
         }
     }
 
@@ -291,24 +238,20 @@ impl Ramp {
         }
         self.tellers = tellers;
         let new = Landings::of(landed, elsewhere, tellers.even);
-        self.evidence = self.evidence.and(new);
-        if self.evidence.all >= 2.0 * EVIDENCE {
-            self.evidence = self.evidence.at_most(EVIDENCE);
-        }
+        self.evidence.add(new, self.heard(), now);
         if elsewhere > 0 {
             self.admitted.get_or_insert(now);
             self.unheard = None;
-            self.helped(elsewhere, tellers.probe);
+            self.helped(elsewhere, tellers.probe, now);
         } else {
             self.unheard_of(landed, now);
         }
         self.notice(new, now)
     }
 
-    /// Whether hardly anybody lands elsewhere. Chance makes a few less than are expected.
-    fn is_hopeless(&self) -> bool {
-        let Landings { elsewhere, even, .. } = self.evidence;
-        !self.is_slow && elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < HOPELESS * even
+    /// Whether hardly anybody lands elsewhere.
+    fn is_hopeless(&self, now: Timestamp) -> bool {
+        !self.is_slow && self.evidence.is_hopeless(now)
     }
 
     fn unheard_of(&mut self, landed: u64, now: Timestamp) {
@@ -333,8 +276,8 @@ impl Ramp {
         self.tellers.interval + TOLD
     }
 
-    fn helped(&mut self, elsewhere: u64, probe: usize) {
-        if self.is_hopeless() {
+    fn helped(&mut self, elsewhere: u64, probe: usize, now: Timestamp) {
+        if self.is_hopeless(now) {
             return;
         }
         if elsewhere >= CERTAIN {
@@ -354,7 +297,7 @@ impl Ramp {
             // Nobody has landed anywhere: that says nothing.
             return None;
         }
-        if seen.elsewhere > 0 && !self.is_hopeless() {
+        if seen.elsewhere > 0 && !self.is_hopeless(now) {
             let before = match self.next {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
@@ -367,7 +310,7 @@ impl Ramp {
             return None;
         }
         let is_known = self.is_slow || matches!(self.next, Next::UpTo(_));
-        if is_known && !self.is_doubted(probe, now) && !self.is_hopeless() {
+        if is_known && !self.is_doubted(probe, now) && !self.is_hopeless(now) {
             if let Some(unheard) = &mut self.unheard {
                 unheard.told += told as u64;
                 unheard.told_by_all += seen.told;
@@ -375,7 +318,7 @@ impl Ramp {
             return None;
         }
         let before = self.unheard.take();
-        self.evidence = self.evidence.at_most(OLD_EVIDENCE);
+        self.evidence.was_used();
         self.is_slow = false;
         self.in_vain += told as u64 + before.map_or(0, |before| before.told);
         let longest = if now.since(self.since) < FRESH {
@@ -413,7 +356,7 @@ impl Ramp {
             let is_enough = lately.all >= FEW && self.meanwhile.is_some_and(|since| since.all >= ENOUGH);
             let is_over = is_enough && lately.elsewhere >= FAST * expected;
             self.is_slow = !is_over && self.is_fresh(now);
-            self.evidence = Landings::default();
+            self.evidence.forget();
             return false;
         }
         // Snapshots are of different instants: while the rate changes, what is seen of it is askew.
@@ -422,7 +365,7 @@ impl Ramp {
         let is_short = lately.elsewhere + 2.0 * (lately.elsewhere + 1.0).sqrt() < SLOW * expected;
         self.is_slow = is_short && is_even && self.is_fresh(now) && matches!(self.next, Next::UpTo(_));
         if self.is_slow {
-            self.evidence = Landings::default();
+            self.evidence.forget();
             self.meanwhile = None;
             self.next = Next::After(now + PAUSE);
         }
