@@ -74,6 +74,8 @@ pub struct Snapshot {
     pub refused: u64,
     /// Landings since its agent started (see [`crate::table::ConnectionTable::accepted_total`]).
     pub accepted_total: u64,
+    /// From which age on connections should count, by how long short calls last there; the longest of all is gone by.
+    pub counts_after: Duration,
     /// Clients that its agent takes to be in transit, those of all apiservers.
     pub in_transit: u64,
     /// The size of the apiserver relative to the others'.

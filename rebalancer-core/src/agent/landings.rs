@@ -17,6 +17,9 @@ const ENOUGH: f64 = 120.0;
 /// After it was judged so, what was seen weighs as so many landings: one good try is enough to go on.
 const OLD: f64 = 30.0;
 
+/// Where an even choice sends more than this part elsewhere, fewer weigh as much.
+const EVEN: f64 = 1.0 / 3.0;
+
 /// Landings, and what they would have been by a choice: who is a donor changes, and where somebody should have landed is
 /// where that was so when he did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -98,13 +101,14 @@ impl Evidence {
         elsewhere + 2.0 * (elsewhere + 1.0).sqrt() < HOPELESS * even
     }
 
-    /// It was judged by.
+    /// It was judged by. Where there is one donor, the next try is of one or two, and the old ones weigh as much less.
     pub fn was_used(&mut self) {
         let all = self
             .lately
             .drain(..)
             .fold(self.old, |sum, (_, landings)| sum.and(landings));
-        self.old = all.at_most(OLD);
+        let even = all.even / all.all.max(1.0);
+        self.old = all.at_most(OLD * (EVEN / even.max(EVEN)));
     }
 
     /// It says nothing any more.
@@ -160,13 +164,19 @@ mod tests {
         }
     }
 
+    /// However many there are: a probe finds out with some certainty, and is of one where nearly all land elsewhere.
     #[test]
     fn one_good_try_is_enough_to_go_on() {
-        let mut evidence = Evidence::default();
-        flow(&mut evidence, 1_200, 0.0, 0, 20);
-        assert!(evidence.is_hopeless(at(20_000)));
-        evidence.was_used();
-        evidence.add(Landings::of(15, 5, 1.0 / 3.0), HEARD, at(60_000));
-        assert!(!evidence.is_hopeless(at(60_000)));
+        for (even, probe) in [(0.2, 9), (1.0 / 3.0, 5), (0.5, 3), (2.0 / 3.0, 2), (0.9, 1), (0.97, 1)] {
+            let mut evidence = Evidence::default();
+            for second in 0..60 {
+                evidence.add(Landings::of(10, 0, even), HEARD, at(1_000 * second));
+            }
+            assert!(evidence.is_hopeless(at(60_000)));
+            evidence.was_used();
+            evidence.add(Landings::of(probe, probe, even), HEARD, at(120_000));
+            assert!(!evidence.is_hopeless(at(120_000)), "{even}");
+            assert!(!evidence.is_hopeless(at(130_000)), "{even}, later");
+        }
     }
 }

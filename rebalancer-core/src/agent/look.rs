@@ -37,6 +37,13 @@ impl Agent {
     /// Looks, and learns from what happened since the last look.
     pub(super) fn look(&mut self, now: Timestamp) -> Look {
         let view = self.peers.view(self.snapshot(now), now);
+        // What an apiserver's end broke off is no short call.
+        let ready = view
+            .entries
+            .values()
+            .filter(|entry| entry.snapshot.state == ServerState::Ready);
+        let patience = ready.map(|entry| entry.snapshot.counts_after).max();
+        self.table.peers_count_after(patience.unwrap_or_default());
         let apiservers = self.peers.names().len();
         let expected = self.motion.in_transit();
         let figures = self.motion.figures();
@@ -171,5 +178,79 @@ impl Agent {
         } else {
             donors.to_vec()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        agent::{Input, Policy},
+        ids::{ConnectionId, ShimKind},
+        observation::{Observation, Socket},
+        shim::ShimReport,
+        view::Part,
+    };
+
+    /// Two donors and one that takes are ready, a fourth is down: an even choice sends a third elsewhere, not half. So 28 % are
+    /// no slow start, while of a half they would be.
+    #[test]
+    fn who_is_down_is_no_place_to_which_an_even_choice_sends_anybody() {
+        let name = |index: usize| ApiserverName::new(format!("n{index}"));
+        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
+        let mut policy = Policy::new(name(0), (1..4).map(name).collect());
+        policy.shim = ShimKind::Relay;
+        let mut agent = Agent::new(policy, 1, at(0));
+        let socket = |id: u64| Socket {
+            id: ConnectionId(id),
+            local: "10.0.0.1:6443".parse().expect("an address"),
+            remote: format!("10.1.0.1:{}", 1_000 + id).parse().expect("an address"),
+            bytes_in: 0,
+            bytes_out: 0,
+            start: 0,
+        };
+        let list = Observation::Resync {
+            sockets: (1..=3_000).map(socket).collect(),
+            listener: Some(ConnectionId(9_999)),
+        };
+        agent.handle(at(0), Input::Observations(vec![list]));
+        let report = ShimReport {
+            upstream_ready: Some(true),
+            ..ShimReport::default()
+        };
+        agent.handle(at(0), Input::Shim(report));
+
+        // What the peers say: the load of each, GOAWAYs, and landings.
+        let mut hear = |second: u64, peers: &[(usize, u64, u64, u64)]| {
+            for (peer, load, goaways, landings) in peers {
+                let snapshot = crate::view::Snapshot {
+                    apiserver: name(*peer),
+                    state: if *peer == 3 {
+                        ServerState::Down
+                    } else {
+                        ServerState::Ready
+                    },
+                    part: Part::Acts,
+                    plan_in_flight: *peer == 1,
+                    connections: *load,
+                    load: *load as f64,
+                    draining: *goaways,
+                    goaways_total: *goaways,
+                    accepted_total: *landings,
+                    ..agent.snapshot(at(second))
+                };
+                agent.handle(at(second), Input::Peer(name(*peer), Ok(snapshot)));
+            }
+            agent.handle(at(second), Input::Tick);
+            agent.ramp.is_slow()
+        };
+        hear(10, &[(3, 0, 0, 0), (2, 100, 0, 0), (1, 3_000, 0, 0)]);
+        hear(11, &[(2, 100, 0, 0), (1, 3_000, 500, 0)]);
+        hear(12, &[(2, 100, 0, 2), (1, 3_000, 500, 4)]);
+        hear(20, &[(1, 3_000, 500, 111), (2, 100, 0, 45)]);
+        let is_slow = hear(22, &[(2, 100, 0, 87), (1, 3_000, 500, 219)]);
+        assert_eq!(agent.ready, [name(0), name(1), name(2)]);
+        assert_eq!(agent.donors, [name(0), name(1)]);
+        assert!(!is_slow, "{:?}", agent.ramp);
     }
 }

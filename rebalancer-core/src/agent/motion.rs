@@ -152,6 +152,9 @@ impl Motion {
         if !self.has_begun && view.entries.len() == apiservers {
             self.begin(view);
         }
+        if view.entries.len() == apiservers {
+            self.last.retain(|name, _| view.entries.contains_key(name));
+        }
         let mut moves = Moves::default();
         let mut others = 0;
         let mean = mean_load(view);
@@ -343,6 +346,7 @@ mod tests {
                     refused: 0,
                     node_local: 0,
                     accepted_total: *accepted,
+                    counts_after: Duration::ZERO,
                     in_transit: *in_transit,
                     capacity: 1.0,
                     part: Part::Acts,

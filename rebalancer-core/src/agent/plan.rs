@@ -274,7 +274,7 @@ impl Agent {
             };
             if told {
                 plan.outcomes.draining += 1;
-                self.cooldowns.told(&key, now + self.policy.client_cooldown);
+                self.cooldowns.told(key.clone(), now + self.policy.client_cooldown);
                 plan.told.push((*id, key, now));
             } else {
                 plan.outcomes.lost += 1;
@@ -284,7 +284,7 @@ impl Agent {
                 } else {
                     // It is there and did not hear: to ask it again at once, before others, would be in vain as well.
                     plan.fates.insert(*id, Fate::NotTold);
-                    self.cooldowns.told(&key, now + self.policy.client_cooldown);
+                    self.cooldowns.told(key, now + self.policy.client_cooldown);
                 }
             }
             debug_assert!(
@@ -300,6 +300,9 @@ impl Agent {
             return;
         };
         let (table, weight) = (&self.table, self.policy.weight);
+        // Who is asked still weighs here, and is about to go.
+        let load = |id: &ConnectionId| table.connection(*id).map_or(0.0, |connection| connection.load(weight));
+        room -= plan.asked.iter().map(load).sum::<f64>();
         if weight.is_counted() && plan.unsent.len() as f64 <= room + 1e-6 {
             // Nobody weighs more than 1: there is room for all, whoever has left meanwhile.
             return;

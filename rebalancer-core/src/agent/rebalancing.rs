@@ -58,7 +58,8 @@ pub(super) enum Rebalancing {
     /// It is over for this agent. Until then it may be the others' still, and goes on here where they push somebody above the
     /// target again: at what it has cost so far.
     Over(Course, Timestamp),
-    /// It cost what it may and did not reach the target: what is left is left until then, whatever the peers still do.
+    /// It cost what it may and did not reach the target: what is left is left until then, as long as somebody is above the
+    /// trigger or a peer goes on.
     Spent(Timestamp),
 }
 

@@ -53,14 +53,17 @@ impl Cooldowns {
             *entry = begun();
         }
         entry.told += 1;
-        entry.until = until;
     }
 
-    /// A client that was noted has been told: its cool-down counts from then.
-    pub fn told(&mut self, key: &ClientKey, until: Timestamp) {
-        if let Some(cooldown) = self.told.get_mut(key) {
-            cooldown.until = cooldown.until.max(until);
-        }
+    /// A client that was noted has been told: its cool-down counts from then, also where that of the note is over.
+    pub fn told(&mut self, key: ClientKey, until: Timestamp) {
+        let noted = Cooldown {
+            until,
+            told: 1,
+            allowed: 1,
+        };
+        let cooldown = self.told.entry(key).or_insert(noted);
+        cooldown.until = cooldown.until.max(until);
     }
 
     /// Forgets who may be told again.
@@ -148,5 +151,31 @@ mod tests {
         assert_eq!(cooldowns.left(&client, at(4)), 0);
         cooldowns.expire(at(8));
         assert!(cooldowns.is_empty());
+    }
+
+    #[test]
+    fn a_note_that_is_taken_back_changes_nothing() {
+        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
+        let client = ClientKey::User("a".into());
+        let mut cooldowns = Cooldowns::default();
+        cooldowns.note(client.clone(), || 2, at(0), at(600));
+        cooldowns.told(client.clone(), at(600));
+        let before = cooldowns.resting(at(590))[0].left;
+        cooldowns.note(client.clone(), || 2, at(590), at(1_190));
+        cooldowns.forget(&client);
+        assert_eq!(cooldowns.resting(at(590))[0].left, before);
+    }
+
+    /// A plan may be longer than the cool-down.
+    #[test]
+    fn who_is_told_long_after_the_note_rests_as_well() {
+        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
+        let client = ClientKey::User("a".into());
+        let mut cooldowns = Cooldowns::default();
+        cooldowns.note(client.clone(), || 1, at(0), at(600));
+        cooldowns.expire(at(700));
+        cooldowns.told(client.clone(), at(1_800));
+        assert_eq!(cooldowns.left(&client, at(1_799)), 0);
+        assert_eq!(cooldowns.left(&client, at(1_800)), usize::MAX);
     }
 }

@@ -104,6 +104,17 @@ impl ConnectionTable {
         self.young.old_enough().max(self.young.patience())
     }
 
+    /// The same as learned from who ended here, for the peers: short calls come to all, and who goes by them alone hears of
+    /// landings later than the others do.
+    pub fn counts_after(&self) -> Duration {
+        self.young.learned()
+    }
+
+    /// Peers say that connections should not count before that age.
+    pub fn peers_count_after(&mut self, age: Duration) {
+        self.young.peers_wait(age);
+    }
+
     /// The apiserver was gone and is back. All its clients' connections ended, however young they were, and were no short calls:
     /// what was learned of those is learned anew.
     pub fn apiserver_is_back(&mut self) {

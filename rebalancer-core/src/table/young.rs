@@ -35,6 +35,8 @@ pub(super) struct Young {
     fates: u64,
     /// The same of those that were open for all of it.
     later_fates: u64,
+    /// How old is old enough to the most patient of the peers.
+    peers: Duration,
 }
 
 impl Young {
@@ -56,8 +58,18 @@ impl Young {
         self.patience
     }
 
-    /// From which age on a connection counts.
+    /// From which age on a connection counts: nowhere sooner than elsewhere, for landings here and there are compared.
     pub fn old_enough(&self) -> Duration {
+        self.learned().max(self.peers)
+    }
+
+    /// The peers wait until connections are that old; nobody has to wait longer than whoever learned the most.
+    pub fn peers_wait(&mut self, age: Duration) {
+        self.peers = age.min(self.long());
+    }
+
+    /// The same by what became of those that ended here.
+    pub fn learned(&self) -> Duration {
         if self.later_fates.count_ones() > SHORT_CALLS {
             self.long()
         } else if self.fates.count_ones() > SHORT_CALLS {
@@ -164,6 +176,21 @@ mod tests {
         assert_eq!(young.old_enough(), Duration::from_secs(5));
         young.forget();
         assert_eq!(young.old_enough(), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn it_is_as_patient_as_the_most_patient_of_the_peers() {
+        let mut young = Young::new(Duration::from_millis(1_500));
+        let learned = young.learned();
+        for (peers, expected) in [(0, 500), (1_500, 1_500), (5_000, 5_000), (3_600_000, 5_000), (0, 500)] {
+            young.peers_wait(Duration::from_millis(peers));
+            assert_eq!(young.old_enough(), Duration::from_millis(expected), "{peers} ms");
+            assert_eq!(young.learned(), learned, "what peers say is not told on");
+        }
+        // With no patience each counts at once, whatever they say.
+        let mut none = Young::new(Duration::ZERO);
+        none.peers_wait(Duration::from_secs(5));
+        assert_eq!(none.old_enough(), Duration::ZERO);
     }
 
     #[test]

@@ -133,20 +133,21 @@ fn without_victims_nobody_is_told_and_after_the_agent_the_lottery_is_back() {
 
     assert_eq!(
         first_octet(&world),
-        INT3,
+        BREAKPOINT,
         "the probe is a breakpoint at the function's entry"
     );
     let mut agent = world.agent.take().expect("an agent");
     assert!(agent.terminate(PATIENCE).is_some_and(|status| status.success()));
     // The kernel takes it away when it has closed the agent's descriptors, a moment after the agent's end.
     world.wait("the instruction is back", |world| {
-        (first_octet(world) != INT3).then_some(())
+        (first_octet(world) != BREAKPOINT).then_some(())
     });
     assert!(world.lottery(SURELY), "after the agent there is a lottery");
 }
 
-/// The instruction a uprobe puts in the place of another on x86_64.
-const INT3: u8 = 0xcc;
+/// The first octet of the instruction that a uprobe puts in the place of another: `int3`, or `brk` with the number that is the
+/// kernel's own for it (arch/arm64/include/asm/debug-monitors.h).
+const BREAKPOINT: u8 = if cfg!(target_arch = "aarch64") { 0xa0 } else { 0xcc };
 
 /// What the server's memory has at the function's entry.
 fn first_octet(world: &World) -> u8 {

@@ -216,3 +216,140 @@ fn what_was_told_drains_over_a_restart_whatever_the_shim_knows() {
     assert_eq!((next.table().active(), next.table().draining()), (1, 1));
     assert_eq!(next.memory(Timestamp::default()).draining, [ConnectionId(1)]);
 }
+
+/// Who is asked and has not heard yet still weighs here: there is no room for them twice.
+#[test]
+fn who_is_asked_takes_room() {
+    let mut policy = Policy::new(ApiserverName::new("n0"), BTreeSet::from([ApiserverName::new("n1")]));
+    policy.shim = ShimKind::Steer;
+    policy.goaway_rate = crate::policy::GoawayRate::PerSecond(10.0);
+    policy.goaway_share = 1.0;
+    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
+    let list = Observation::Resync {
+        sockets: (1..=90).map(socket).collect(),
+        listener: Some(ConnectionId(999)),
+    };
+    agent.handle(Timestamp::default(), Input::Observations(vec![list]));
+    let shown = |id: u64| ShimConnection {
+        id: ConnectionId(id),
+        client: socket(id).remote,
+        local: socket(id).local,
+        protocol: Protocol::H2Selected,
+        can_be_told: true,
+        age: None,
+        state: ConnectionState::Active,
+        user: None,
+        user_agent: None,
+        counters: Counters::default(),
+    };
+    let report = ShimReport {
+        abilities: crate::shim::Abilities::AT_REQUEST,
+        connections: (1..=90).map(shown).collect(),
+        upstream_ready: Some(true),
+        ..ShimReport::default()
+    };
+    agent.handle(Timestamp::default(), Input::Shim(report.clone()));
+    let all = ramp::Seen {
+        told: 100,
+        landed: 100,
+        elsewhere: 100,
+    };
+    agent.ramp.settled(100, all, 5, Timestamp::default());
+    let mut asked = BTreeSet::new();
+    let mut left = false;
+    let mut told = 0;
+    for ms in (0..40_000).step_by(250) {
+        let now = Timestamp::from_millis(60_000 + ms);
+        let peer = Snapshot {
+            apiserver: ApiserverName::new("n1"),
+            connections: 0,
+            load: 0.0,
+            state: ServerState::Ready,
+            plan_in_flight: false,
+            rebalancing: false,
+            ..agent.snapshot(now)
+        };
+        let mut effects = agent.handle(now, Input::Peer(ApiserverName::new("n1"), Ok(peer)));
+        effects.extend(agent.handle(now, Input::Tick));
+        for effect in effects {
+            if let Effect::SendGoaway(order) = effect {
+                asked.extend(order.victims.iter().copied());
+                agent.handle(
+                    now,
+                    Input::GoawayAnswered(order.victims.iter().map(|id| (*id, GoawayResult::Pending)).collect()),
+                );
+            }
+        }
+        if !left && asked.len() >= 10 {
+            left = true;
+            // Others leave: for reasons of their own, none of the plan.
+            let of_plan: BTreeSet<_> = agent
+                .plan
+                .as_ref()
+                .expect("a plan")
+                .unsent
+                .iter()
+                .copied()
+                .chain(asked.iter().copied())
+                .collect();
+            let gone: Vec<_> = (1..=90)
+                .map(ConnectionId)
+                .filter(|id| !of_plan.contains(id))
+                .take(20)
+                .collect();
+            assert_eq!(gone.len(), 20);
+            let closed = gone.iter().map(|id| Observation::Closed {
+                id: *id,
+                bytes_in: 0,
+                bytes_out: 0,
+            });
+            agent.handle(now, Input::Observations(closed.collect()));
+        }
+        told = told.max(asked.len());
+    }
+    assert!(left);
+    // 70 are left, so the mean is 35, and no more than 35 may be told.
+    assert!(
+        told <= 35,
+        "{told} are asked: {} would be left where the mean is 35",
+        70 - told
+    );
+}
+
+/// Who is told late in a long order has its cool-down as well.
+#[test]
+fn who_is_told_late_rests() {
+    let mut policy = Policy::new(ApiserverName::new("n"), BTreeSet::new());
+    policy.shim = ShimKind::Relay;
+    let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
+    agent.handle(Timestamp::default(), two_connections());
+    agent.handle(Timestamp::default(), Input::Shim(ShimReport::default()));
+    let order = Command::Goaway {
+        connections: vec![ConnectionId(1), ConnectionId(2)],
+        force: true,
+        over: Some(Duration::from_secs(3_600)),
+    };
+    let mut effects = agent.handle(Timestamp::from_millis(60_000), Input::Command(order));
+    let mut told = Vec::new();
+    for second in 60..2_000 {
+        let now = Timestamp::from_millis(1_000 * second);
+        for effect in std::mem::take(&mut effects) {
+            if let Effect::SendGoaway(order) = effect {
+                told.push((second, order.victims.clone()));
+                agent.handle(
+                    now,
+                    Input::GoawayAnswered(order.victims.iter().map(|id| (*id, GoawayResult::Sent)).collect()),
+                );
+            }
+        }
+        effects = agent.handle(now, Input::Tick);
+    }
+    assert_eq!(told.len(), 2, "{told:?}");
+    let now = Timestamp::from_millis(2_000_000);
+    assert_eq!(
+        agent.cooldowns.resting(now).len(),
+        1,
+        "{told:?}: told {} s ago, the cool-down is 600 s",
+        2_000 - told[1].0
+    );
+}

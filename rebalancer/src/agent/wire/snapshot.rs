@@ -48,6 +48,9 @@ pub struct WireSnapshot {
     pub goaways_total: u64,
     /// Connections accepted since then.
     pub accepted_total: u64,
+    /// From which age on connections should count there, in milliseconds; 0 from agents that do not tell.
+    #[serde(default)]
+    pub counts_after_ms: u64,
     /// Clients that its agent takes to be on their way, those of all apiservers.
     pub in_transit: u64,
     /// Its size relative to the others'.
@@ -271,6 +274,7 @@ impl WireSnapshot {
             goaways_total: snapshot.goaways_total,
             node_local: snapshot.node_local,
             accepted_total: snapshot.accepted_total,
+            counts_after_ms: millis(snapshot.counts_after),
             in_transit: snapshot.in_transit,
             capacity: snapshot.capacity,
             part: snapshot.part.into(),
@@ -357,6 +361,7 @@ impl WireSnapshot {
             goaways_total: self.goaways_total,
             node_local: self.node_local,
             accepted_total: self.accepted_total,
+            counts_after: Duration::from_millis(self.counts_after_ms),
             in_transit: self.in_transit,
             capacity: self.capacity,
             part: self.part.into(),
