@@ -185,9 +185,9 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::{
-        agent::{Input, Policy},
+        agent::{Input, Policy, tests::socket},
         ids::{ConnectionId, ShimKind},
-        observation::{Observation, Socket},
+        observation::Observation,
         shim::ShimReport,
         view::Part,
     };
@@ -201,14 +201,6 @@ mod tests {
         let mut policy = Policy::new(name(0), (1..4).map(name).collect());
         policy.shim = ShimKind::Relay;
         let mut agent = Agent::new(policy, 1, at(0));
-        let socket = |id: u64| Socket {
-            id: ConnectionId(id),
-            local: "10.0.0.1:6443".parse().expect("an address"),
-            remote: format!("10.1.0.1:{}", 1_000 + id).parse().expect("an address"),
-            bytes_in: 0,
-            bytes_out: 0,
-            start: 0,
-        };
         let list = Observation::Resync {
             sockets: (1..=3_000).map(socket).collect(),
             listener: Some(ConnectionId(9_999)),

@@ -39,6 +39,34 @@ struct World {
     abilities: Abilities,
 }
 
+/// The connection of that number.
+pub(in crate::agent) fn socket(id: u64) -> Socket {
+    Socket {
+        id: ConnectionId(id),
+        local: "10.0.0.1:6443".parse().expect("an address"),
+        remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
+        bytes_in: 0,
+        bytes_out: 0,
+        start: 0,
+    }
+}
+
+/// That connection as a shim shows it.
+fn shown(socket: &Socket) -> ShimConnection {
+    ShimConnection {
+        id: socket.id,
+        client: socket.remote,
+        local: socket.local,
+        protocol: Protocol::H2Selected,
+        can_be_told: true,
+        age: None,
+        state: ConnectionState::Active,
+        user: None,
+        user_agent: None,
+        counters: Counters::default(),
+    }
+}
+
 /// How long a told client takes to its next request, and so to its new connection.
 const RETURN_MS: u64 = 700;
 
@@ -115,21 +143,8 @@ impl World {
 
     /// The shim says who that is.
     fn introduce(&mut self, index: usize, id: u64) {
-        let Socket { local, remote, .. } = self.socket(index, id);
-        let known = ShimConnection {
-            id: ConnectionId(id),
-            client: remote,
-            local,
-            protocol: Protocol::H2Selected,
-            can_be_told: true,
-            age: None,
-            state: ConnectionState::Active,
-            user: None,
-            user_agent: None,
-            counters: Counters::default(),
-        };
         let report = ShimReport {
-            connections: vec![known],
+            connections: vec![shown(&self.socket(index, id))],
             upstream_ready: Some(true),
             abilities: self.abilities,
             ..ShimReport::default()

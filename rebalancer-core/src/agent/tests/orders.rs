@@ -2,19 +2,7 @@
 
 use super::*;
 
-/// The connection of that number.
-fn socket(id: u64) -> Socket {
-    Socket {
-        id: ConnectionId(id),
-        local: "10.0.0.1:6443".parse().expect("an address"),
-        remote: format!("10.1.0.1:{}", 1000 + id).parse().expect("an address"),
-        bytes_in: 0,
-        bytes_out: 0,
-        start: 0,
-    }
-}
-
-/// The list of two of them.
+/// The list of two connections.
 fn two_connections() -> Input {
     Input::Observations(vec![Observation::Resync {
         sockets: vec![socket(1), socket(2)],
@@ -118,19 +106,11 @@ fn with_a_heavy_client(rate: f64) -> Agent {
     let mut agent = Agent::new(policy.checked().expect("a policy"), 1, Timestamp::default());
     agent.handle(Timestamp::default(), two_connections());
     let shown = |(id, open_watches): (u64, u32)| ShimConnection {
-        id: ConnectionId(id),
-        client: socket(id).remote,
-        local: socket(id).local,
-        protocol: Protocol::H2Selected,
-        can_be_told: true,
-        age: None,
-        state: ConnectionState::Active,
-        user: None,
-        user_agent: None,
         counters: Counters {
             open_watches,
             ..Counters::default()
         },
+        ..shown(&socket(id))
     };
     let report = ShimReport {
         connections: [(1, 1_000), (2, 0)].map(shown).to_vec(),
@@ -230,21 +210,9 @@ fn who_is_asked_takes_room() {
         listener: Some(ConnectionId(999)),
     };
     agent.handle(Timestamp::default(), Input::Observations(vec![list]));
-    let shown = |id: u64| ShimConnection {
-        id: ConnectionId(id),
-        client: socket(id).remote,
-        local: socket(id).local,
-        protocol: Protocol::H2Selected,
-        can_be_told: true,
-        age: None,
-        state: ConnectionState::Active,
-        user: None,
-        user_agent: None,
-        counters: Counters::default(),
-    };
     let report = ShimReport {
         abilities: crate::shim::Abilities::AT_REQUEST,
-        connections: (1..=90).map(shown).collect(),
+        connections: (1..=90).map(|id| shown(&socket(id))).collect(),
         upstream_ready: Some(true),
         ..ShimReport::default()
     };
