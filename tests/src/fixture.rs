@@ -29,12 +29,17 @@ fn module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("go")
 }
 
+/// Where what was built for this machine is.
 fn cache() -> anyhow::Result<PathBuf> {
+    cache_of("")
+}
+
+fn cache_of(suffix: &str) -> anyhow::Result<PathBuf> {
     let base = env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
         .context("neither XDG_CACHE_HOME nor HOME is set: no place for the built binaries")?;
-    Ok(base.join("rebalancer").join(format!("apiserver-{VERSION}")))
+    Ok(base.join("rebalancer").join(format!("apiserver-{VERSION}{suffix}")))
 }
 
 fn on_path(program: &str) -> Option<PathBuf> {
@@ -89,7 +94,7 @@ impl Fixture {
             }
             let path = cache.join(program);
             if Self::is_stale(&cache, program) {
-                build(program, &path, &say)?;
+                build(program, None, &path, &say)?;
             }
             Ok(path)
         };
@@ -99,6 +104,24 @@ impl Fixture {
             apiserver: get(Some("KUBE_APISERVER"), "kube-apiserver")?,
         })
     }
+}
+
+/// Builds kube-apiserver and etcd for another processor, of Go's name for it, where they are not built; a VM carries them.
+/// `say` hears each step before it begins.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn control_plane_for(processor: &str, say: impl Fn(&str)) -> anyhow::Result<()> {
+    let cache = cache_of(&format!("-{processor}"))?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    for program in ["etcd", "kube-apiserver"] {
+        let path = cache.join(program);
+        if !path.is_file() {
+            build(program, Some(processor), &path, &say)?;
+        }
+    }
+    Ok(())
 }
 
 /// The small server on the apiserver's own goaway filter: named, or where a VM carries it.
@@ -220,7 +243,7 @@ pub fn node_programs(say: impl Fn(&str)) -> anyhow::Result<PathBuf> {
             say(&format!(
                 "building {program} {VERSION} from its Go modules, once; all of them take about 15 minutes on 2 cores"
             ));
-            build_package(package, &module().join("node"), &to)?;
+            build_package(package, &module().join("node"), None, &to)?;
         }
     }
     Ok(directory)
@@ -250,21 +273,24 @@ pub fn openapi() -> anyhow::Result<serde_json::Value> {
     serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))
 }
 
-fn build(program: &str, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
+fn build(program: &str, processor: Option<&str>, to: &Path, say: impl Fn(&str)) -> anyhow::Result<()> {
     if on_path("go").is_none() {
         bail!(
             "there is no `go` on PATH to build {program} {VERSION} with: install Go 1.26 or later, \
              or name binaries by KUBE_APISERVER and ETCD"
         );
     }
+    let of = processor
+        .map(|processor| format!(" for {processor}"))
+        .unwrap_or_default();
     say(&format!(
-        "building {program} {VERSION} from its Go modules, once; kube-apiserver takes 5 to 10 minutes on 2 cores"
+        "building {program} {VERSION}{of} from its Go modules, once; kube-apiserver takes 5 to 10 minutes on 2 cores"
     ));
-    build_package(&format!("./cmd/{program}"), &module(), to)
+    build_package(&format!("./cmd/{program}"), &module(), processor, to)
 }
 
-/// Builds a program that says it is of the release: kubeadm compares versions.
-fn build_package(package: &str, directory: &Path, to: &Path) -> anyhow::Result<()> {
+/// Builds a program that says it is of the release: kubeadm compares versions. Without a processor it is for this one.
+fn build_package(package: &str, directory: &Path, processor: Option<&str>, to: &Path) -> anyhow::Result<()> {
     let Some(go) = on_path("go") else {
         bail!("there is no `go` on PATH to build {package} {VERSION} with: install Go 1.26 or later");
     };
@@ -278,7 +304,11 @@ fn build_package(package: &str, directory: &Path, to: &Path) -> anyhow::Result<(
         set("gitMajor", major),
         set("gitMinor", minor),
     ];
-    let status = Command::new(go)
+    let mut command = Command::new(go);
+    if let Some(processor) = processor {
+        command.env("GOARCH", processor);
+    }
+    let status = command
         .current_dir(directory)
         .env("CGO_ENABLED", "0")
         .args(["build", "-trimpath", "-ldflags"])

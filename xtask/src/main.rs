@@ -12,6 +12,7 @@ mod fuzz;
 mod release;
 mod run;
 mod sbom;
+mod scratch;
 mod standard;
 mod test;
 mod vm;

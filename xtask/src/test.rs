@@ -18,6 +18,7 @@ use crate::debian;
 use crate::ebpf;
 use crate::release;
 use crate::run::{cargo, is_root, programs, root, run, shown, target};
+use crate::scratch::Scratch;
 use crate::vm::{self, Machine, Mode};
 
 #[derive(clap::Args)]
@@ -178,6 +179,14 @@ struct Run {
     only: Vec<String>,
 }
 
+impl Run {
+    /// Whether it starts kube-apiserver in the VM.
+    fn has_real_apiserver(&self) -> bool {
+        let real = "real::a_real_apiserver";
+        self.group == Group::Steer && (self.only.is_empty() || self.only.iter().any(|only| real.contains(&**only)))
+    }
+}
+
 /// Everything there is, within CI's time: all of counting on the oldest of Debian's kernels that can, and what differs
 /// between kernels on the others, one of them locked down and one too old; steer's answer on two. All else is a matter of
 /// `--kernel`.
@@ -300,11 +309,27 @@ fn run_selected(groups: &[Group], runs: &[Run], walked: Option<&Path>) -> anyhow
         }
     }
 
+    let scratch = Scratch::make()?;
     let total = if groups.is_empty() || runs.is_empty() {
-        run_groups(groups, &skips, walked, build_apiserver)? + run_in_vms(runs, &skips)?
+        let real: Vec<_> = runs.iter().filter(|run| run.has_real_apiserver()).collect();
+        if !real.is_empty() && !beyond_core {
+            programs(&[])?;
+        }
+        for run in real {
+            build_apiserver(run.machine.arch);
+        }
+        let here = Here {
+            skips: &skips,
+            scratch: scratch.path(),
+            walked,
+        };
+        here.run(groups, || build_apiserver(Arch::host()))? + run_in_vms(runs, &skips)?
     } else {
-        side_by_side(groups, runs, &skips)?
+        side_by_side(groups, runs, &skips, scratch.path())?
     };
+    if total.failed > 0 {
+        println!("what the tests wrote, until the next run: {}", scratch.keep().display());
+    }
 
     let reasons = fs::read_to_string(&skips).with_context(|| format!("cannot read {}", skips.display()))?;
     let skipped = reasons.lines().count();
@@ -323,46 +348,97 @@ fn run_selected(groups: &[Group], runs: &[Run], walked: Option<&Path>) -> anyhow
 
 /// Groups here wait for most of their time, and a VM has one processor: run at the same moment they take half as long.
 /// The real apiserver is built beside both, and waited for by those that need it.
-fn side_by_side(groups: &[Group], runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
+fn side_by_side(groups: &[Group], runs: &[Run], skips: &Path, scratch: &Path) -> anyhow::Result<Counts> {
     let needs_apiserver = groups.iter().any(|group| group.has_real_apiservers());
     let (built, is_built) = mpsc::channel();
     thread::scope(|scope| {
         if needs_apiserver {
             scope.spawn(move || {
-                build_apiserver();
+                build_apiserver(Arch::host());
                 // Nobody listens where the groups have failed already.
                 let _ = built.send(());
             });
         }
         let beside = scope.spawn(move || run_in_vms(runs, skips));
         // It can only fail when the other has ended, whose panic is shown below.
-        let here = run_groups(groups, skips, None, || is_built.recv().unwrap_or_default());
+        let here = Here {
+            skips,
+            scratch,
+            walked: None,
+        };
+        let here = here.run(groups, || is_built.recv().unwrap_or_default());
         let there = beside.join().expect("the thread that runs VMs does not panic");
         Ok(here? + there?)
     })
 }
 
-/// Builds kube-apiserver, etcd and the client-go swarm where they are not at hand; tests that lack them say so.
-fn build_apiserver() {
-    if let Err(error) = run(Command::new(target().join("debug/rebalancer-demo")).arg("prepare")) {
+/// Builds kube-apiserver and etcd where they are not at hand, and for this machine the client-go swarm; tests that lack
+/// them say so.
+fn build_apiserver(arch: Arch) {
+    let mut command = Command::new(target().join("debug/rebalancer-demo"));
+    command.arg("prepare");
+    if !arch.is_host() {
+        command.args(["--processor", arch.debian()]);
+    }
+    if let Err(error) = run(&mut command) {
         eprintln!("there is no real apiserver to test with: {error:#}");
     }
 }
 
-/// Runs groups here, one after the other; `ready` returns when the real apiserver is there.
-fn run_groups(groups: &[Group], skips: &Path, walked: Option<&Path>, ready: impl Fn()) -> anyhow::Result<Counts> {
-    let mut total = Counts::default();
-    let mut is_ready = false;
-    for group in groups {
-        if group.has_real_apiservers() && !is_ready {
-            ready();
-            is_ready = true;
+/// Runs on this machine.
+#[derive(Clone, Copy)]
+struct Here<'a> {
+    /// The file that tests which skip themselves write a line to.
+    skips: &'a Path,
+    /// Where they write.
+    scratch: &'a Path,
+    /// The image that the group deploy walks through with.
+    walked: Option<&'a Path>,
+}
+
+impl Here<'_> {
+    /// Runs groups, one after the other; `ready` returns when the real apiserver is there.
+    fn run(self, groups: &[Group], ready: impl Fn()) -> anyhow::Result<Counts> {
+        let mut total = Counts::default();
+        let mut is_ready = false;
+        for group in groups {
+            if group.has_real_apiservers() && !is_ready {
+                ready();
+                is_ready = true;
+            }
+            let began = Instant::now();
+            total = total + self.run_group(*group)?;
+            eprintln!("the group `{}` took {} s", group.name(), began.elapsed().as_secs());
         }
-        let began = Instant::now();
-        total = total + run_group(*group, skips, walked)?;
-        eprintln!("the group `{}` took {} s", group.name(), began.elapsed().as_secs());
+        Ok(total)
     }
-    Ok(total)
+
+    fn run_group(self, group: Group) -> anyhow::Result<Counts> {
+        let mut command = cargo(["test", "--no-fail-fast"]);
+        if group != Group::Core {
+            command.args(["--package", "rebalancer-tests", "--test", &group.name()]);
+            // One at a time: these tests own namespaces, ports and kernel hooks.
+            command.args(["--", "--test-threads=1"]);
+            if !is_root() {
+                eprintln!("the group `{}` needs root: its tests run under sudo", group.name());
+                command.env(runner_variable(), "sudo -E");
+            }
+        }
+        if group == Group::Steer
+            && let Some(server) = vm::extras::goaway_server(Arch::host())?
+        {
+            command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
+        }
+        if group == Group::Deploy {
+            command.env("REBALANCER_PROMTOOL", absolute(&promtool()?)?);
+            if let Some(image) = self.walked {
+                command.env("REBALANCER_IMAGE", absolute(image)?);
+            }
+        }
+        command.env("REBALANCER_SKIPS", absolute(self.skips)?);
+        command.env("TMPDIR", self.scratch);
+        counted(&mut command, self.skips, "")
+    }
 }
 
 /// Runs groups in VMs, one after the other.
@@ -385,32 +461,6 @@ fn run_in_vms(runs: &[Run], skips: &Path) -> anyhow::Result<Counts> {
         total = total + counts;
     }
     Ok(total)
-}
-
-fn run_group(group: Group, skips: &Path, walked: Option<&Path>) -> anyhow::Result<Counts> {
-    let mut command = cargo(["test", "--no-fail-fast"]);
-    if group != Group::Core {
-        command.args(["--package", "rebalancer-tests", "--test", &group.name()]);
-        // One at a time: these tests own namespaces, ports and kernel hooks.
-        command.args(["--", "--test-threads=1"]);
-        if !is_root() {
-            eprintln!("the group `{}` needs root: its tests run under sudo", group.name());
-            command.env(runner_variable(), "sudo -E");
-        }
-    }
-    if group == Group::Steer
-        && let Some(server) = vm::extras::goaway_server(Arch::host())?
-    {
-        command.env("REBALANCER_GOAWAY_SERVER", absolute(&server)?);
-    }
-    if group == Group::Deploy {
-        command.env("REBALANCER_PROMTOOL", absolute(&promtool()?)?);
-        if let Some(image) = walked {
-            command.env("REBALANCER_IMAGE", absolute(image)?);
-        }
-    }
-    command.env("REBALANCER_SKIPS", absolute(skips)?);
-    counted(&mut command, skips, "")
 }
 
 /// Prometheus' tool for rules: on PATH, or out of Debian's package, which is not installed, since it would start a server.

@@ -14,7 +14,7 @@ use rebalancer_tests::{
         scene::{Event, Rolling, Scene},
         screen::Screen,
     },
-    fixture::Fixture,
+    fixture::{self, Fixture},
     node::{Finding, Shim},
     pki::Pair,
     process::{log_directory, open_files},
@@ -44,7 +44,11 @@ enum Part {
     Swarm(Swarm),
     /// Builds kube-apiserver, etcd and the client-go clients where they are not at hand, and ends
     #[command(hide = true)]
-    Prepare,
+    Prepare {
+        /// For this processor, by Go's name for it, and only kube-apiserver and etcd
+        #[arg(long)]
+        processor: Option<String>,
+    },
     /// Faults on live clusters, and what clients notice of each
     #[command(hide = true)]
     Chaos(chaos::command::Arguments),
@@ -207,7 +211,14 @@ fn main() -> ExitCode {
     let outcome = match arguments.part {
         Some(Part::Standin(options)) => run_standin(options).map(|()| ExitCode::SUCCESS),
         Some(Part::Swarm(options)) => run_swarm(options).map(|()| ExitCode::SUCCESS),
-        Some(Part::Prepare) => Fixture::get(|step| eprintln!("{step}")).map(|_| ExitCode::SUCCESS),
+        Some(Part::Prepare { processor }) => {
+            let say = |step: &str| eprintln!("{step}");
+            let built = match processor {
+                Some(processor) => fixture::control_plane_for(&processor, say),
+                None => Fixture::get(say).map(drop),
+            };
+            built.map(|()| ExitCode::SUCCESS)
+        }
         Some(Part::Chaos(options)) => chaos::command::run(&options),
         Some(Part::Soak(options)) => soak::command::run(&options),
         None => run_demo(&arguments.demo),
