@@ -288,14 +288,27 @@ unsafe fn place_in_stream(ctx: &SkBuffContext, ends: &mut [u32; 9], size: u32, s
     }
 }
 
-/// Whether a payload begins as a TLS record of TLS 1.0 or later does (RFC 8446, section 5.1), or a PROXY protocol header:
-/// the middle of a hello, taken for a beginning, would be a protocol of its own.
+/// Whether a payload begins as a TLS record of TLS 1.0 or later does (RFC 8446, section 5.1), a PROXY protocol header, or a
+/// request without TLS (RFC 9110, section 9.3; RFC 9113, section 3.4): the middle of a hello, taken for a beginning, would be
+/// a protocol of its own.
 #[inline(always)]
 fn begins(ctx: &SkBuffContext, segment: &Segment) -> bool {
-    let mut head = [0_u8; 2];
-    // SAFETY: the helper copies into an array of the given length, or fails.
-    let failed = unsafe { bpf_skb_load_bytes(ctx.skb.skb.cast(), segment.payload_at, head.as_mut_ptr().cast(), 2) };
-    failed == 0 && matches!(&head, [HANDSHAKE, 3] | b"PR" | b"\r\n")
+    let (mut head, mut word) = ([0_u8; 2], [0_u8; 4]);
+    let skb: *mut c_void = ctx.skb.skb.cast();
+    // SAFETY: the helper copies into arrays of the given length, or fails: a payload may be shorter than a word.
+    let (no_head, no_word) = unsafe {
+        (
+            bpf_skb_load_bytes(skb, segment.payload_at, head.as_mut_ptr().cast(), 2) != 0,
+            bpf_skb_load_bytes(skb, segment.payload_at, word.as_mut_ptr().cast(), 4) != 0,
+        )
+    };
+    let speaks = !no_head && matches!(&head, [HANDSHAKE, 3] | b"PR" | b"\r\n");
+    let asks = !no_word
+        && matches!(
+            &word,
+            b"GET " | b"HEAD" | b"POST" | b"PUT " | b"DELE" | b"CONN" | b"OPTI" | b"TRAC" | b"PATC"
+        );
+    speaks || asks
 }
 
 /// The octets of four words.
