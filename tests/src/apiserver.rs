@@ -2,25 +2,40 @@
 //!
 //! Input: binaries, certificates, namespaces. Output: running processes.
 
-use std::{fs, net::SocketAddr, os::fd::OwnedFd, path::Path, process::Command, sync::Arc};
+use std::{
+    fs,
+    net::{SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+    path::Path,
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
 
 use crate::{
     fixture::Fixture,
+    netns::Namespace,
     pki::Pki,
-    process::{Process, on_host},
+    process::{Process, on_host, tail, wait_for},
 };
 
-/// Starts etcd on that client address (plain HTTP), with its data in `directory`.
+/// How long etcd may take to listen, on a machine that is emulated and busy.
+const LISTENS: Duration = Duration::from_secs(180);
+
+/// Starts etcd on that client address (plain HTTP), with its data in `directory`, and waits until it listens: an apiserver
+/// that does not reach it within twenty seconds gives up.
 ///
 /// # Errors
 ///
-/// It cannot be started.
+/// It cannot be started, or ends.
 pub fn start_etcd(
     fixture: &Fixture,
     client: SocketAddr,
     peer: SocketAddr,
     directory: &Path,
-    namespace: Option<&Arc<OwnedFd>>,
+    namespace: Option<&Namespace>,
 ) -> anyhow::Result<Process> {
     let mut command = Command::new(&fixture.etcd);
     command
@@ -31,7 +46,21 @@ pub fn start_etcd(
         .arg(format!("--initial-advertise-peer-urls=http://{peer}"))
         .arg(format!("--initial-cluster=default=http://{peer}"))
         .args(["--unsafe-no-fsync", "--log-level=warn"]);
-    Process::start("etcd", command, namespace, directory)
+    let reaches = |address| {
+        namespace.map_or_else(
+            || TcpStream::connect(address).is_ok(),
+            |namespace| namespace.reaches(address),
+        )
+    };
+    let mut etcd = Process::start("etcd", command, namespace.map(Namespace::fd), directory)?;
+    let listening = wait_for(LISTENS, || {
+        if let Err(ended) = etcd.is_running() {
+            return Some(Err(ended));
+        }
+        reaches(client).then_some(Ok(()))
+    });
+    listening.with_context(|| format!("etcd does not listen on {client}:\n{}", tail(&etcd.log())))??;
+    Ok(etcd)
 }
 
 /// What one kube-apiserver is started with.

@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
@@ -60,6 +60,13 @@ impl Namespace {
             return Err(std::io::Error::last_os_error()).context("cannot enter a network namespace");
         }
         Ok(())
+    }
+
+    /// Whether somebody listens there, as it is seen from in it.
+    pub fn reaches(&self, address: SocketAddr) -> bool {
+        let look = || self.enter().is_ok() && TcpStream::connect(address).is_ok();
+        // A thread of its own: a namespace is entered for good.
+        thread::scope(|scope| scope.spawn(look).join().unwrap_or(false))
     }
 
     /// Runs `ip ARGUMENTS` in it.

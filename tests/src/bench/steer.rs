@@ -221,7 +221,7 @@ fn start_real(
         swarm: PathBuf::new(),
     };
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(namespace.fd()))?;
+    let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(namespace))?;
     let settings = Settings {
         fixture: &fixture,
         pki,

@@ -1,10 +1,9 @@
 //! The demo's control plane: namespaces, certificates, apiservers, relays, agents, load balancer, clients.
 
 use std::{
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
-    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -117,7 +116,7 @@ impl Cluster {
                     ETCD,
                     ETCD_PEER,
                     &options.directory,
-                    Some(network.hub.fd()),
+                    Some(&network.hub),
                 )?)
             }
             None => None,
@@ -227,8 +226,7 @@ impl Cluster {
             if let Err(ended) = apiserver.is_running() {
                 return Some(Err(ended));
             }
-            let connect = || hub.enter().is_ok() && TcpStream::connect(address).is_ok();
-            thread::scope(|scope| scope.spawn(connect).join().unwrap_or(false)).then_some(Ok(()))
+            hub.reaches(address).then_some(Ok(()))
         });
         connected.with_context(|| format!("nobody listens on {address}"))?
     }
@@ -446,8 +444,14 @@ impl Cluster {
         let Some(fixture) = &self.options.fixture else {
             return Ok(());
         };
-        let (directory, hub) = (&self.options.directory, self.network.hub.fd());
-        self.etcd = Some(start_etcd(fixture, ETCD, ETCD_PEER, directory, Some(hub))?);
+        let directory = &self.options.directory;
+        self.etcd = Some(start_etcd(
+            fixture,
+            ETCD,
+            ETCD_PEER,
+            directory,
+            Some(&self.network.hub),
+        )?);
         Ok(())
     }
 

@@ -36,7 +36,7 @@ fn a_real_apiserver_tells_only_the_victims() {
         swarm: PathBuf::new(),
     };
     let at = |port| SocketAddr::new([127, 0, 0, 1].into(), port);
-    let _etcd = start_etcd(&fixture, at(2379), at(2380), &world.directory, Some(world.node().fd())).expect("etcd");
+    let _etcd = start_etcd(&fixture, at(2379), at(2380), &world.directory, Some(world.node())).expect("etcd");
     let settings = Settings {
         fixture: &fixture,
         pki: &world.pki,

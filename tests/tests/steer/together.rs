@@ -288,8 +288,14 @@ fn other_tools_probes_are_borne_or_refused() {
     let mut asked = 0;
     world.wait("the agent holds", |world| {
         if asked < 20 {
-            let mut client = Client::connect(&world.pki, world.hub(), world.address());
-            client.get("/");
+            let asking = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                Client::connect(&world.pki, world.hub(), world.address()).get("/");
+            }));
+            assert!(
+                asking.is_ok(),
+                "request {asked}; the server's log:\n{}",
+                world.server_log()
+            );
             asked += 1;
         }
         says(world, "on the return of the decider")

@@ -100,7 +100,7 @@ impl World {
         let pki = Pki::new(&[IpAddr::V4(Ipv4Addr::LOCALHOST)])?;
         let flooder = pki.client("flooder", FLOODER, &GROUPS)?;
         let bystander = pki.client("bystander", "system:node:bystander", &["system:nodes"])?;
-        let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(namespace.fd()))?;
+        let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(&namespace))?;
         let world = Self {
             namespace,
             pki,

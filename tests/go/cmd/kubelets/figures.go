@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// stall is how long a request takes that a person would notice.
+const stall = time.Second
+
+// keptTexts is how many messages of errors are kept.
+const keptTexts = 20
+
+// counters count from the start.
+type counters struct {
+	// Ready counts kubelets all of whose watches are open.
+	Ready int64 `json:"ready"`
+	// Requests that were answered, watches excluded.
+	Requests int64 `json:"requests"`
+	// Errors: requests that failed, or were answered by a status that a kubelet does not expect.
+	Errors int64 `json:"errors"`
+	// Dials: connections that were opened. Open: those that are.
+	Dials int64 `json:"dials"`
+	Open  int64 `json:"open"`
+}
+
+// times are those of requests since "measure", in milliseconds.
+type times struct {
+	Count   int     `json:"count"`
+	Average float64 `json:"average"`
+	P50     float64 `json:"p50"`
+	P90     float64 `json:"p90"`
+	P95     float64 `json:"p95"`
+	P99     float64 `json:"p99"`
+	Max     float64 `json:"max"`
+	// Stalls took more than a second.
+	Stalls int `json:"stalls"`
+	// Fresh opened their connection.
+	Fresh  int      `json:"fresh"`
+	Errors int      `json:"errors"`
+	Texts  []string `json:"error_texts"`
+}
+
+// figures are those of one group.
+type figures struct {
+	ready, requests, errors, dials, open atomic.Int64
+
+	mutex  sync.Mutex
+	taken  []float64
+	fresh  int
+	failed int
+	texts  []string
+}
+
+func newFigures() *figures { return &figures{} }
+
+func (f *figures) counters() counters {
+	return counters{
+		Ready: f.ready.Load(), Requests: f.requests.Load(), Errors: f.errors.Load(),
+		Dials: f.dials.Load(), Open: f.open.Load(),
+	}
+}
+
+func (f *figures) forget() {
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.taken, f.fresh, f.failed, f.texts = nil, 0, 0, nil
+}
+
+func (f *figures) took(d time.Duration, fresh bool) {
+	f.requests.Add(1)
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.taken = append(f.taken, float64(d)/float64(time.Millisecond))
+	if fresh {
+		f.fresh++
+	}
+}
+
+func (f *figures) fail(format string, args ...any) {
+	f.errors.Add(1)
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.failed++
+	if len(f.texts) < keptTexts {
+		f.texts = append(f.texts, fmt.Sprintf(format, args...))
+	}
+}
+
+func (f *figures) times() times {
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	sorted := slices.Clone(f.taken)
+	slices.Sort(sorted)
+	t := times{Count: len(sorted), Fresh: f.fresh, Errors: f.failed, Texts: slices.Clone(f.texts)}
+	if len(sorted) == 0 {
+		return t
+	}
+	sum := 0.0
+	for _, ms := range sorted {
+		sum += ms
+		if ms > float64(stall/time.Millisecond) {
+			t.Stalls++
+		}
+	}
+	at := func(share float64) float64 { return sorted[min(int(share*float64(len(sorted))), len(sorted)-1)] }
+	t.Average = sum / float64(len(sorted))
+	t.P50, t.P90, t.P95, t.P99, t.Max = at(0.5), at(0.9), at(0.95), at(0.99), sorted[len(sorted)-1]
+	return t
+}
+
+// watches is how many each kubelet has open.
+const watches = 5
+
+// timer is above a kubelet's HTTP transport: each request is timed until its answer has been read, and watches are counted.
+type timer struct {
+	next    http.RoundTripper
+	figures *figures
+	open    *atomic.Int32
+}
+
+func (t *timer) RoundTrip(request *http.Request) (*http.Response, error) {
+	if request.URL.Query().Get("watch") == "true" {
+		return t.watch(request)
+	}
+	var fresh atomic.Bool
+	trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { fresh.Store(!got.Reused) }}
+	began := time.Now()
+	response, err := t.next.RoundTrip(request.WithContext(httptrace.WithClientTrace(request.Context(), trace)))
+	if err != nil {
+		t.figures.fail("%s %s: %v", request.Method, request.URL.Path, err)
+		return response, err
+	}
+	// Not found and conflict are what a kubelet asks about.
+	if response.StatusCode >= http.StatusBadRequest && response.StatusCode != http.StatusNotFound && response.StatusCode != http.StatusConflict {
+		t.figures.fail("%s %s: answered %s", request.Method, request.URL.Path, response.Status)
+		return response, nil
+	}
+	response.Body = &timedBody{ReadCloser: response.Body, done: func() { t.figures.took(time.Since(began), fresh.Load()) }}
+	return response, nil
+}
+
+func (t *timer) watch(request *http.Request) (*http.Response, error) {
+	response, err := t.next.RoundTrip(request)
+	if err != nil {
+		if request.Context().Err() == nil {
+			t.figures.fail("watch %s: %v", request.URL.Path, err)
+		}
+		return response, err
+	}
+	if response.StatusCode != http.StatusOK {
+		t.figures.fail("watch %s: answered %s", request.URL.Path, response.Status)
+		return response, nil
+	}
+	if t.open.Add(1) == watches {
+		t.figures.ready.Add(1)
+	}
+	response.Body = &timedBody{ReadCloser: response.Body, done: func() {
+		if t.open.Add(-1) == watches-1 {
+			t.figures.ready.Add(-1)
+		}
+	}}
+	return response, nil
+}
+
+// timedBody says once that it has ended.
+type timedBody struct {
+	io.ReadCloser
+	once sync.Once
+	done func()
+}
+
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.once.Do(b.done)
+	}
+	return n, err
+}
+
+func (b *timedBody) Close() error {
+	b.once.Do(b.done)
+	return b.ReadCloser.Close()
+}
+
+// connection counts itself.
+type connection struct {
+	net.Conn
+	once    sync.Once
+	figures *figures
+}
+
+func (f *figures) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	raw, err := (&net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	f.dials.Add(1)
+	f.open.Add(1)
+	return &connection{Conn: raw, figures: f}, nil
+}
+
+func (c *connection) Close() error {
+	c.once.Do(func() { c.figures.open.Add(-1) })
+	return c.Conn.Close()
+}
