@@ -53,7 +53,7 @@ impl World {
         let pki = Pki::new(&[&addresses[..], &[Network::HUB]].concat()).expect("certificates");
         let directory = log_directory("rebalancer-membership-").expect("a directory");
         let at = |port| SocketAddr::new(Network::HUB, port);
-        let etcd = start_etcd(&fixture, at(2379), at(2380), &directory, Some(network.hub.fd())).expect("etcd");
+        let etcd = start_etcd(&fixture, at(2379), at(2380), &directory, Some(&network.hub)).expect("etcd");
         let mut world = Self {
             fixture,
             pki,
