@@ -180,6 +180,15 @@ fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathB
     Ok(to)
 }
 
+/// The light kubelets (tests/go/cmd/kubelets), built whenever their source has changed.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn kubelets() -> anyhow::Result<PathBuf> {
+    small("kubelets", &module(), "./cmd/kubelets")
+}
+
 /// Whether there is Go to build anything with.
 pub fn has_go() -> bool {
     on_path("go").is_some()

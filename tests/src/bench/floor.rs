@@ -15,15 +15,23 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{pki::SERVER_NAME, process::open_files};
 
-/// Copies for as long as the process lives, on one thread; without certificates, what passes is TLS still.
+/// Copies for as long as the process lives, on one thread; without certificates, what passes is TLS still. With the name of
+/// one of them, the server is shown that one, whoever the client is.
 ///
 /// # Errors
 ///
 /// The certificates or the address cannot be used.
-pub fn run(listen: SocketAddr, upstream: SocketAddr, certificates: Option<&Path>) -> anyhow::Result<()> {
+pub fn run(
+    listen: SocketAddr,
+    upstream: SocketAddr,
+    certificates: Option<&Path>,
+    identity: Option<&str>,
+) -> anyhow::Result<()> {
     // More than its fair share of descriptors is not needed: what may be had is had.
     open_files()?;
-    let ends = certificates.map(Ends::read).transpose()?;
+    let ends = certificates
+        .map(|directory| Ends::read(directory, identity))
+        .transpose()?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
@@ -42,7 +50,7 @@ struct Ends {
 }
 
 impl Ends {
-    fn read(directory: &Path) -> anyhow::Result<Self> {
+    fn read(directory: &Path, identity: Option<&str>) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let chain = CertificateDer::pem_file_iter(directory.join("apiserver.crt"))?.collect::<Result<Vec<_>, _>>()?;
         let key = PrivateKeyDer::from_pem_file(directory.join("apiserver.key"))?;
@@ -55,8 +63,15 @@ impl Ends {
         roots.add(CertificateDer::from_pem_slice(&fs::read(directory.join("ca.crt"))?)?)?;
         let client = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+            .with_root_certificates(roots);
+        let client = match identity {
+            None => client.with_no_client_auth(),
+            Some(stem) => {
+                let file = |kind: &str| directory.join(format!("{stem}.{kind}"));
+                let chain = CertificateDer::pem_file_iter(file("crt"))?.collect::<Result<Vec<_>, _>>()?;
+                client.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(file("key"))?)?
+            }
+        };
         let connectors = PROTOCOLS.map(|protocol| {
             let mut client = client.clone();
             client.alpn_protocols = vec![protocol.to_vec()];

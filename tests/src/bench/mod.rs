@@ -9,6 +9,7 @@ pub mod crowd;
 pub mod flood;
 pub mod floor;
 pub mod kernel;
+pub mod kubemark;
 pub mod load;
 pub mod machine;
 pub mod peers;

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use rebalancer_tests::{
     bench::{
-        abuse, crowd, flood, floor, kernel,
+        abuse, crowd, flood, floor, kernel, kubemark,
         peers::Programs,
         planner, reconcile,
         relay::{self, Effort},
@@ -40,6 +40,8 @@ enum Command {
     SteerFind(SteerFind),
     /// Slow readers of large LISTs on a real kube-apiserver, and what holds them
     Flood(FloodArguments),
+    /// Light kubelets on real kube-apiservers
+    Kubemark(KubemarkArguments),
     /// The byte-for-byte relay
     #[command(hide = true)]
     Floor(Floor),
@@ -131,6 +133,17 @@ struct FloodArguments {
 }
 
 #[derive(Args)]
+struct KubemarkArguments {
+    #[command(flatten)]
+    programs: kubemark::Programs,
+    #[command(flatten)]
+    effort: kubemark::Effort,
+    /// Where the page goes
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
 struct Floor {
     #[arg(long)]
     listen: SocketAddr,
@@ -138,6 +151,9 @@ struct Floor {
     upstream: SocketAddr,
     #[arg(long)]
     certificates: Option<PathBuf>,
+    /// Which certificate of theirs is shown to the server
+    #[arg(long, requires = "certificates")]
+    identity: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -158,7 +174,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Ok(directory)
     };
     let (json, page, path) = match command {
-        Command::Floor(floor) => return floor::run(floor.listen, floor.upstream, floor.certificates.as_deref()),
+        Command::Floor(floor) => {
+            let identity = floor.identity.as_deref();
+            return floor::run(floor.listen, floor.upstream, floor.certificates.as_deref(), identity);
+        }
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };
             let figures = relay::run(&arguments.programs, effort, &directory()?, say)?;
@@ -200,6 +219,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Flood(arguments) => {
             let figures = flood::run(&arguments.rebalancer, &arguments.effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Kubemark(arguments) => {
+            let figures = kubemark::run(&arguments.programs, &arguments.effort, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
         }
         Command::SteerFind(arguments) => {

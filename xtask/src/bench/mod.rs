@@ -4,6 +4,7 @@
 
 mod flood;
 mod kernel;
+mod kubemark;
 mod page;
 mod planner;
 mod relay;
@@ -31,6 +32,8 @@ enum Bench {
     Flood(flood::Arguments),
     /// What the kernel programs cost for an event and a packet
     Kernel(kernel::Arguments),
+    /// Light kubelets on real kube-apiservers: what the lottery costs, and what rebalancer does
+    Kubemark(kubemark::Arguments),
     /// What a plan over 64 apiservers takes, and what a table of a million connections holds
     Planner(planner::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
@@ -44,6 +47,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
         Bench::Flood(arguments) => flood::run_bench(arguments),
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
+        Bench::Kubemark(arguments) => kubemark::run_bench(arguments),
         Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
         Bench::Steer(arguments) => steer::run_bench(arguments),

@@ -151,7 +151,7 @@ fn link_libraries(tree: &Path, into: &Path) -> anyhow::Result<()> {
 }
 
 /// Envoy on PATH, or the one in the Python package: a plain program that needs no Python to run.
-fn envoy(directory: &Path) -> anyhow::Result<PathBuf> {
+pub fn envoy(directory: &Path) -> anyhow::Result<PathBuf> {
     if let Some(found) = on_path("envoy") {
         eprintln!("envoy: {}", found.display());
         return Ok(found);

@@ -1,0 +1,365 @@
+//! Light kubelets on real apiservers: how long requests take with nothing, with a lottery, with proxies, with rebalancer.
+//!
+//! Job: all variants at the same moment, each with apiservers of its own and one etcd for all, in several runs that rotate
+//! who gets which addresses and ports; `none` is there twice, so that what chance does is a line of the table.
+//! Must never compare figures of different runs, nor call a difference a finding that is no larger than that line.
+
+mod kubelets;
+mod report;
+mod world;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use self::{
+    kubelets::{Counters, Group, Kubelets, Times},
+    world::{Used, World},
+};
+use crate::{demo::scene::check_interrupt, fixture::Fixture, process::wait_for};
+
+/// How large, and for how long.
+#[derive(Args, Clone, Debug)]
+pub struct Effort {
+    /// Kubelets of each apiserver
+    #[arg(long, default_value_t = 167)]
+    pub kubelets: usize,
+    /// Runs, each with new processes
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+    /// Seconds of each run that are measured
+    #[arg(long, default_value_t = 240)]
+    pub seconds: u64,
+}
+
+/// What is run beside what is in the fixture.
+#[derive(Args, Clone, Debug)]
+pub struct Programs {
+    /// The `rebalancer` binary
+    #[arg(long)]
+    pub rebalancer: PathBuf,
+    /// Envoy
+    #[arg(long)]
+    pub envoy: PathBuf,
+}
+
+/// What stands between kubelets and etcd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Variant {
+    /// The apiserver itself.
+    None,
+    /// The same once more: what is between the two is chance.
+    NoneAgain,
+    /// `--goaway-chance 0.001`.
+    Low,
+    /// `--goaway-chance 0.01`.
+    High,
+    /// What any proxy that holds the certificates costs at least.
+    Hop,
+    /// Envoy.
+    Envoy,
+    /// Three apiservers with relays and agents, one of which is killed.
+    Rebalancer,
+}
+
+/// In the order of the table.
+pub const VARIANTS: [Variant; 7] = [
+    Variant::None,
+    Variant::NoneAgain,
+    Variant::Low,
+    Variant::High,
+    Variant::Hop,
+    Variant::Envoy,
+    Variant::Rebalancer,
+];
+
+impl Variant {
+    /// In the figures' object, and of its kubelets.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::NoneAgain => "none-again",
+            Self::Low => "chance-0.001",
+            Self::High => "chance-0.01",
+            Self::Hop => "hop",
+            Self::Envoy => "envoy",
+            Self::Rebalancer => "rebalancer",
+        }
+    }
+
+    /// In a table.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::NoneAgain => "none, again",
+            Self::Low => "`--goaway-chance 0.001`",
+            Self::High => "`--goaway-chance 0.01`",
+            Self::Hop => "a hop that ends TLS and copies octets",
+            Self::Envoy => "Envoy before it",
+            Self::Rebalancer => "rebalancer, relay before each of three, one killed",
+        }
+    }
+
+    fn apiservers(self) -> usize {
+        if self == Self::Rebalancer { 3 } else { 1 }
+    }
+
+    /// Whether something stands before its apiserver.
+    fn has_front(self) -> bool {
+        matches!(self, Self::Hop | Self::Envoy | Self::Rebalancer)
+    }
+
+    fn goaway_chance(self) -> f64 {
+        match self {
+            Self::Low => 0.001,
+            Self::High => 0.01,
+            _ => 0.0,
+        }
+    }
+}
+
+/// One variant in one run.
+#[derive(Clone, Debug, Default)]
+pub struct Row {
+    /// How many there are.
+    pub kubelets: usize,
+    /// Of their requests.
+    pub times: Times,
+    /// Connections that were opened while it was measured.
+    pub reconnects: u64,
+    /// Of these after our load was level again.
+    pub reconnects_after: u64,
+    /// Connections that are open at the end.
+    pub open: u64,
+    /// Processor time while it was measured, and memory at the end.
+    pub used: Used,
+    /// That agents ordered while it was measured.
+    pub goaways: u64,
+    /// Of these after the load was level again.
+    pub goaways_after: u64,
+    /// Sockets of each apiserver at the end, as the load balancer counts them.
+    pub loads: Vec<usize>,
+}
+
+/// One run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// What was seen of each.
+    pub rows: BTreeMap<Variant, Row>,
+    /// Seconds from the moment the apiserver is killed until the load is level again.
+    pub level_after: Option<f64>,
+    /// Seconds that were measured after that.
+    pub rest_s: f64,
+}
+
+/// All runs.
+#[derive(Debug)]
+pub struct Figures {
+    effort: Effort,
+    runs: Vec<Run>,
+    version: String,
+}
+
+/// Within which all kubelets come.
+const RAMP: Duration = Duration::from_secs(30);
+
+/// How long they may take to have their watches.
+const READY: Duration = Duration::from_secs(300);
+
+/// How long it is measured before an apiserver is killed, and for how long that is gone.
+const CALM: Duration = Duration::from_secs(10);
+const GONE: Duration = Duration::from_secs(5);
+
+/// At rest is who says so in so many looks, one a second.
+const LOOKS: usize = 8;
+
+/// Measures; `say` hears what is being done.
+///
+/// # Errors
+///
+/// Not root, no apiserver, or something does not start.
+pub fn run(
+    programs: &Programs,
+    effort: &Effort,
+    directory: &Path,
+    say: impl Fn(&str) + Copy,
+) -> anyhow::Result<Figures> {
+    let _interrupts = crate::demo::interrupts()?;
+    crate::process::open_files()?;
+    let fixture = Fixture::get(say)?;
+    let kubelets = crate::fixture::kubelets()?;
+    let mut runs = Vec::new();
+    for turn in 0..effort.runs {
+        say(&format!("run {} of {}: nine apiservers start", turn + 1, effort.runs));
+        let logs = directory.join(format!("run-{}", turn + 1));
+        let mut world = World::start(programs, &fixture, turn * 2, &logs)?;
+        let measured = measure(&mut world, &kubelets, effort, &logs, say);
+        world.end();
+        runs.push(measured.with_context(|| format!("run {}; logs: {}", turn + 1, logs.display()))?);
+    }
+    Ok(Figures {
+        effort: effort.clone(),
+        runs,
+        version: crate::fixture::VERSION.to_owned(),
+    })
+}
+
+/// What is known of each group at one moment.
+struct Moment {
+    counters: BTreeMap<String, Counters>,
+    goaways: u64,
+}
+
+fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say: impl Fn(&str)) -> anyhow::Result<Run> {
+    let groups: Vec<Group<'_>> = world
+        .running
+        .iter()
+        .map(|running| Group {
+            name: running.variant.key(),
+            server: running.server,
+            count: effort.kubelets * running.variant.apiservers(),
+        })
+        .collect();
+    let mut kubelets = Kubelets::start(program, &groups, world.pki.path(), RAMP, &world.network.hub, logs)?;
+    let wanted: BTreeMap<&str, u64> = groups.iter().map(|group| (group.name, group.count as u64)).collect();
+    say(&format!("{} kubelets come", wanted.values().sum::<u64>()));
+    until(READY, "not all kubelets have their watches", || {
+        let counters = kubelets.counters()?;
+        let all_ready = wanted
+            .iter()
+            .all(|(name, count)| counters.get(*name).is_some_and(|counters| counters.ready >= *count));
+        Ok(all_ready && world.ours()?.is_at_rest())
+    })?;
+
+    let moment = |world: &mut World, kubelets: &mut Kubelets| -> anyhow::Result<Moment> {
+        Ok(Moment {
+            counters: kubelets.counters()?,
+            goaways: world.ours()?.goaways(),
+        })
+    };
+    say(&format!("{} s are measured", effort.seconds));
+    kubelets.measure()?;
+    let began = Instant::now();
+    let before: Vec<Used> = world
+        .running
+        .iter()
+        .map(|running| running.used())
+        .collect::<anyhow::Result<_>>()?;
+    let first = moment(world, &mut kubelets)?;
+    let (mut killed, mut restarted, mut rested) = (None, false, 0);
+    let mut level: Option<(Instant, Moment)> = None;
+    while began.elapsed() < Duration::from_secs(effort.seconds) {
+        check_interrupt()?;
+        // This is how long it is measured, and no wait for a state.
+        thread::park_timeout(Duration::from_secs(1));
+        match killed {
+            None if began.elapsed() >= CALM => {
+                world.kill()?;
+                killed = Some(Instant::now());
+            }
+            Some(since) if !restarted && since.elapsed() >= GONE => {
+                world.restart()?;
+                restarted = true;
+            }
+            _ if restarted && level.is_none() => {
+                let ours = world.ours()?;
+                let is_level = ours.balancer.healthy().iter().all(|up| *up) && ours.is_at_rest();
+                rested = if is_level { rested + 1 } else { 0 };
+                if rested == LOOKS {
+                    level = Some((Instant::now(), moment(world, &mut kubelets)?));
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut times = kubelets.times()?;
+    let last = moment(world, &mut kubelets)?;
+    let ended = Instant::now();
+    let mut rows = BTreeMap::new();
+    for (running, before) in world.running.iter().zip(before) {
+        let key = running.variant.key();
+        let of = |moment: &Moment| moment.counters.get(key).copied().unwrap_or_default();
+        let used = running.used()?;
+        let since_level = level
+            .as_ref()
+            .map_or(0, |(_, moment)| of(&last).dials - of(moment).dials);
+        let is_ours = running.variant == Variant::Rebalancer;
+        let goaways = |earlier: &Moment| {
+            if is_ours {
+                last.goaways.saturating_sub(earlier.goaways)
+            } else {
+                0
+            }
+        };
+        rows.insert(
+            running.variant,
+            Row {
+                kubelets: effort.kubelets * running.variant.apiservers(),
+                times: times.remove(key).context("a group's times")?,
+                reconnects: of(&last).dials - of(&first).dials,
+                reconnects_after: since_level,
+                open: of(&last).open,
+                used: Used {
+                    apiservers_ns: used.apiservers_ns - before.apiservers_ns,
+                    front_ns: used.front_ns - before.front_ns,
+                    agents_ns: used.agents_ns - before.agents_ns,
+                    ..used
+                },
+                goaways: goaways(&first),
+                goaways_after: level.as_ref().map_or(0, |(_, moment)| goaways(moment)),
+                loads: running.balancer.sockets(),
+            },
+        );
+    }
+    let run = Run {
+        rows,
+        level_after: level
+            .as_ref()
+            .zip(killed)
+            .map(|((at, _), since)| at.duration_since(since).as_secs_f64()),
+        rest_s: level
+            .as_ref()
+            .map_or(0.0, |(at, _)| ended.duration_since(*at).as_secs_f64()),
+    };
+    for (variant, row) in &run.rows {
+        say(&format!(
+            "{}: n {}, average {:.1} ms, P50 {:.1}, P99 {:.1}, {} stalls, {} errors, {} reconnects, {} after; {:?}",
+            variant.name(),
+            row.times.count,
+            row.times.average,
+            row.times.p50,
+            row.times.p99,
+            row.times.stalls,
+            row.times.errors,
+            row.reconnects,
+            row.reconnects_after,
+            row.times
+                .error_texts
+                .as_deref()
+                .unwrap_or_default()
+                .iter()
+                .take(2)
+                .collect::<Vec<_>>(),
+        ));
+    }
+    say(&format!(
+        "level again after {:?} s, {} s were left",
+        run.level_after, run.rest_s as u64
+    ));
+    Ok(run)
+}
+
+fn until(patience: Duration, otherwise: &str, mut look: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let done = wait_for(patience, || match check_interrupt().and_then(|()| look()) {
+        Ok(true) => Some(Ok(())),
+        Ok(false) => None,
+        Err(error) => Some(Err(error)),
+    });
+    done.with_context(|| otherwise.to_owned())?
+}

@@ -1,0 +1,272 @@
+//! The figures as one JSON object, and docs/kubemark.md.
+//!
+//! Must never call a difference a finding that is no larger than that between the two who have nothing.
+
+use std::fmt::Write as _;
+
+use serde_json::{Map, Value, json};
+
+use super::{Figures, Row, Run, VARIANTS, Variant};
+use crate::bench::machine::{kernel_release, processor};
+
+/// The table of the article, in milliseconds: average, P50, P90, P95, P99
+/// (kubemark, 1,000 nodes; palark.com/blog/kubernetes-api-flow-control-management names its source).
+const ARTICLE: [(&str, [u32; 5]); 3] = [
+    ("none", [44, 29, 65, 96, 426]),
+    ("0.01", [48, 30, 80, 125, 419]),
+    ("0.001", [46, 30, 59, 90, 540]),
+];
+
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+/// The middle one.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        count if count % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
+/// What one of a row's times is.
+type Of = fn(&Row) -> f64;
+
+const AVERAGE: Of = |row| row.times.average;
+const P50: Of = |row| row.times.p50;
+const TIMES: [(&str, Of); 5] = [
+    ("average", AVERAGE),
+    ("P50", P50),
+    ("P90", |row| row.times.p90),
+    ("P95", |row| row.times.p95),
+    ("P99", |row| row.times.p99),
+];
+
+impl Run {
+    fn row(&self, variant: Variant) -> &Row {
+        &self.rows[&variant]
+    }
+
+    /// One of a variant's times over the mean of the two who have nothing.
+    fn ratio(&self, variant: Variant, of: Of) -> f64 {
+        let nothing = f64::midpoint(of(self.row(Variant::None)), of(self.row(Variant::NoneAgain)));
+        of(self.row(variant)) / nothing
+    }
+
+    /// How far the two who have nothing are from each other: the larger over the smaller.
+    fn spread(&self, of: Of) -> f64 {
+        let (one, other) = (of(self.row(Variant::None)), of(self.row(Variant::NoneAgain)));
+        one.max(other) / one.min(other)
+    }
+}
+
+impl Figures {
+    fn median(&self, of: impl Fn(&Run) -> f64) -> f64 {
+        median(self.runs.iter().map(of).collect())
+    }
+
+    fn sum(&self, variant: Variant, of: impl Fn(&Row) -> u64) -> u64 {
+        self.runs.iter().map(|run| of(run.row(variant))).sum()
+    }
+
+    /// The largest spread of any run.
+    fn spread(&self, of: Of) -> f64 {
+        self.runs.iter().map(|run| run.spread(of)).fold(1.0, f64::max)
+    }
+
+    /// The object of figures.
+    pub fn json(&self) -> Value {
+        let each = |of: &dyn Fn(Variant) -> Value| -> Value {
+            let pairs: Map<String, Value> = VARIANTS
+                .into_iter()
+                .map(|variant| (variant.key().to_owned(), of(variant)))
+                .collect();
+            Value::Object(pairs)
+        };
+        json!({
+            "aa_ratio": rounded(self.spread(P50)),
+            "aa_average_ratio": rounded(self.spread(AVERAGE)),
+            "p50_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, P50))))),
+            "average_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, AVERAGE))))),
+            "p99_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, |row| row.times.p99))))),
+            "stalls": each(&|variant| json!(self.sum(variant, |row| row.times.stalls))),
+            "reconnects": each(&|variant| json!(self.sum(variant, |row| row.reconnects))),
+            "reconnects_after_balance": each(&|variant| json!(self.sum(variant, |row| row.reconnects_after))),
+            "errors": each(&|variant| json!(self.sum(variant, |row| row.times.errors))),
+            "requests": each(&|variant| json!(self.sum(variant, |row| row.times.count))),
+            "goaways": self.sum(Variant::Rebalancer, |row| row.goaways),
+            "goaways_after_balance": self.sum(Variant::Rebalancer, |row| row.goaways_after),
+            "level_after_s": self.runs.iter().map(|run| run.level_after.map(rounded)).collect::<Vec<_>>(),
+            "runs": self.runs.len(),
+            "kubelets": self.runs.first().map_or(0, |run| run.rows.values().map(|row| row.kubelets).sum()),
+        })
+    }
+
+    /// docs/kubemark.md.
+    pub fn page(&self) -> String {
+        let first = &self.runs[0];
+        let all: usize = first.rows.values().map(|row| row.kubelets).sum();
+        let mut page = format!(
+            "# A thousand kubelets, and what the lottery costs\n\n\
+             Written by `cargo xtask bench kubemark`: {} light kubelets on nine kube-apiservers ({}) of one etcd, all at the \
+             same moment, on {} with Linux {}, in {} runs of {} s each.\n\n\
+             A light kubelet is a client-go client with a connection and a certificate of its own that asks what a hollow \
+             kubelet (k8s.io/kubernetes/cmd/kubemark) was seen to ask: five watches, its Lease each ten seconds, its status \
+             each five minutes, in protobuf. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
+             mode before them; `none` is there twice. Which addresses, ports and turn at the start a variant has changes with \
+             each run. Ten seconds into each run one of rebalancer's three apiservers is killed, and started again five \
+             seconds later; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
+             for all, so the apiserver has less to ask before it lets a request pass.\n\n\
+             ## How long a request takes\n\n\
+             Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n\
+             | | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | failed |\n\
+             |---|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+            all,
+            self.version,
+            processor(),
+            kernel_release(),
+            self.runs.len(),
+            self.effort.seconds,
+            self.effort.kubelets,
+        );
+        for variant in VARIANTS {
+            let _ = write!(
+                page,
+                "| {} | {} |",
+                variant.name(),
+                self.sum(variant, |row| row.times.count)
+            );
+            for (_, of) in TIMES {
+                let _ = write!(page, " {:.1} |", self.median(|run| of(run.row(variant))));
+            }
+            let _ = writeln!(
+                page,
+                " {} | {} |",
+                self.sum(variant, |row| row.times.stalls),
+                self.sum(variant, |row| row.times.errors)
+            );
+        }
+        page += "\nOver the mean of the two who have nothing, each run for itself, the median of the runs (least to most):\n\n\
+                 | | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
+        for variant in VARIANTS.into_iter().skip(2) {
+            let _ = write!(page, "| {} |", variant.name());
+            for (_, of) in TIMES {
+                let ratios: Vec<f64> = self.runs.iter().map(|run| run.ratio(variant, of)).collect();
+                let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+                let most = ratios.iter().copied().fold(0.0, f64::max);
+                let _ = write!(page, " {:.2} ({least:.2} to {most:.2}) |", median(ratios));
+            }
+            page.push('\n');
+        }
+        page += "| *the two who have nothing, the larger over the smaller, at most* |";
+        for (_, of) in TIMES {
+            let _ = write!(page, " {:.2} |", self.spread(of));
+        }
+        page += "\n\nWhat is within the last line of this table is what chance does.\n\n## What can be counted\n\n\
+                 | | requests that opened a connection | connections opened | of these after the load was level again | open at \
+                 the end, for so many kubelets | GOAWAYs | of these after |\n|---|--:|--:|--:|--:|--:|--:|\n";
+        for variant in VARIANTS {
+            let count = self.sum(variant, |row| row.times.count).max(1);
+            let fresh = self.sum(variant, |row| row.times.fresh) as f64 / count as f64 * 100.0;
+            let (told, after) = if variant == Variant::Rebalancer {
+                let told = self.sum(variant, |row| row.goaways);
+                (told.to_string(), self.sum(variant, |row| row.goaways_after).to_string())
+            } else {
+                ("-".to_owned(), "-".to_owned())
+            };
+            let _ = writeln!(
+                page,
+                "| {} | {fresh:.2} % | {} | {} | {:.0} for {} | {told} | {after} |",
+                variant.name(),
+                self.sum(variant, |row| row.reconnects),
+                self.sum(variant, |row| row.reconnects_after),
+                self.median(|run| run.row(variant).open as f64),
+                first.row(variant).kubelets,
+            );
+        }
+        let seconds: Vec<String> = self
+            .runs
+            .iter()
+            .map(|run| match run.level_after {
+                Some(after) => format!("{after:.0} s, {:.0} s before the end", run.rest_s),
+                None => "never".to_owned(),
+            })
+            .collect();
+        let loads: Vec<String> = self
+            .runs
+            .iter()
+            .map(|run| format!("{:?}", run.row(Variant::Rebalancer).loads))
+            .collect();
+        let _ = write!(
+            page,
+            "\nThe load was level again after the restart, agents at rest: {}. Sockets of its apiservers at the end, as haproxy \
+             counts them: {}.\n\n## Processor and memory\n\n\
+             | | apiserver, ms of processor a second | in front of it | agents | apiserver, MiB | in front | agents |\n\
+             |---|--:|--:|--:|--:|--:|--:|\n",
+            seconds.join("; "),
+            loads.join(", "),
+        );
+        for variant in VARIANTS {
+            let share = variant.apiservers() as f64;
+            let ms = |of: fn(&Row) -> u64| {
+                self.median(|run| of(run.row(variant)) as f64) / 1e6 / self.effort.seconds as f64 / share
+            };
+            let mib = |of: fn(&Row) -> u64| self.median(|run| of(run.row(variant)) as f64) / 1024.0 / share;
+            let _ = writeln!(
+                page,
+                "| {} | {:.1} | {:.1} | {:.1} | {:.0} | {:.1} | {:.1} |",
+                variant.name(),
+                ms(|row| row.used.apiservers_ns),
+                ms(|row| row.used.front_ns),
+                ms(|row| row.used.agents_ns),
+                mib(|row| row.used.apiservers_kib),
+                mib(|row| row.used.front_kib),
+                mib(|row| row.used.agents_kib),
+            );
+        }
+        page += "\nEach for one apiserver; rebalancer's killed one counts with what it used until then.\n\n\
+                 ## The article's table\n\n\
+                 What it measured on a cluster of 1,000 hollow nodes, in milliseconds:\n\n\
+                 | `--goaway-chance` | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
+        for (name, times) in ARTICLE {
+            let _ = writeln!(page, "| {name} | {} |", times.map(|time| time.to_string()).join(" | "));
+        }
+        page
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_of_an_even_number_lies_between_two() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(Vec::new()).is_nan());
+    }
+
+    #[test]
+    fn a_ratio_is_to_the_mean_of_both_who_have_nothing_and_the_spread_is_at_least_one() {
+        let row = |p50| {
+            let mut row = Row::default();
+            row.times.p50 = p50;
+            row
+        };
+        let rows = [
+            (Variant::None, row(2.0)),
+            (Variant::NoneAgain, row(4.0)),
+            (Variant::High, row(6.0)),
+        ];
+        let run = Run {
+            rows: rows.into_iter().collect(),
+            level_after: None,
+            rest_s: 0.0,
+        };
+        assert_eq!(run.ratio(Variant::High, P50), 2.0);
+        assert_eq!(run.spread(P50), 2.0);
+    }
+}

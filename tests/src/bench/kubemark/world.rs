@@ -1,0 +1,391 @@
+//! One run's processes: etcd, and for each variant its apiservers, what stands before them, and a load balancer.
+//!
+//! Must never start two variants differently in anything but what they are compared by.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+
+use super::{Programs, VARIANTS, Variant};
+use crate::{
+    apiserver::{Settings, start_apiserver, start_etcd},
+    balancer::{Haproxy, Policy},
+    bench::machine::{cpu_ns, rss_kib},
+    fixture::Fixture,
+    kube::Admin,
+    netns::Network,
+    node::{APISERVER, Finding, Node, PORT, Shared, Shim},
+    pki::{Pki, SERVER_NAME},
+    process::{Process, wait_for},
+};
+
+/// How long a machine of two processors may take for nine apiservers.
+const START: Duration = Duration::from_secs(300);
+
+/// The first of the load balancers' ports.
+const FRONT: u16 = 7_001;
+
+/// A variant that runs.
+pub struct Running {
+    pub variant: Variant,
+    /// Where its kubelets go.
+    pub server: SocketAddr,
+    apiservers: Vec<Process>,
+    /// What stands before an apiserver and is not ours.
+    fronts: Vec<Process>,
+    /// Nodes of ours: apiserver, relay and agent.
+    pub nodes: Vec<Node>,
+    pub balancer: Haproxy,
+    /// Processor time of apiservers that have ended.
+    ended_ns: u64,
+    settings: Vec<Place>,
+}
+
+/// Where an apiserver is.
+#[derive(Clone, Copy)]
+struct Place {
+    node: usize,
+    listen: SocketAddr,
+}
+
+/// What a variant's parts have used so far: processor time in nanoseconds, and memory in KiB.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Used {
+    pub apiservers_ns: u64,
+    pub front_ns: u64,
+    pub agents_ns: u64,
+    pub apiservers_kib: u64,
+    pub front_kib: u64,
+    pub agents_kib: u64,
+}
+
+/// All of a run.
+pub struct World {
+    pub network: Network,
+    pub pki: Pki,
+    pub running: Vec<Running>,
+    fixture: Fixture,
+    directory: PathBuf,
+    _etcd: Process,
+}
+
+impl World {
+    /// Starts everything but the kubelets; `turn` says who gets which addresses and ports.
+    pub fn start(programs: &Programs, fixture: &Fixture, turn: usize, directory: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(directory)?;
+        let count = VARIANTS.iter().map(|variant| variant.apiservers()).sum();
+        let network = Network::new(count)?;
+        let mut addresses: Vec<IpAddr> = (0..count).map(Network::node_address).collect();
+        addresses.extend([Network::HUB, APISERVER.ip()]);
+        let pki = Pki::new(&addresses)?;
+        // What a hop that reads nothing can present is one certificate for all.
+        pki.client("hop", "hop", &["system:masters"])?;
+        let at = |port| SocketAddr::new(Network::HUB, port);
+        let etcd = start_etcd(fixture, at(2379), at(2380), directory, Some(&network.hub))?;
+        let mut world = Self {
+            network,
+            pki,
+            running: Vec::new(),
+            fixture: fixture.clone(),
+            directory: directory.to_owned(),
+            _etcd: etcd,
+        };
+        let mut next = 0;
+        for index in 0..VARIANTS.len() {
+            let variant = VARIANTS[(index + turn) % VARIANTS.len()];
+            let nodes: Vec<usize> = (next..next + variant.apiservers()).collect();
+            next += nodes.len();
+            let running = world.variant(programs, variant, &nodes, FRONT + index as u16)?;
+            world.running.push(running);
+        }
+        world.wait()?;
+        Ok(world)
+    }
+
+    fn variant(&self, programs: &Programs, variant: Variant, nodes: &[usize], port: u16) -> anyhow::Result<Running> {
+        let directory = self.directory.join(variant.key());
+        fs::create_dir_all(&directory)?;
+        let backends: Vec<SocketAddr> = nodes
+            .iter()
+            .map(|node| SocketAddr::new(Network::node_address(*node), PORT))
+            .collect();
+        let server = SocketAddr::new(Network::HUB, port);
+        let balancer = Haproxy::start(
+            server,
+            "node",
+            &backends,
+            Policy::Roundrobin,
+            "inter 1s fall 2 rise 2",
+            self.network.hub.fd(),
+            &directory,
+        )?;
+        let mut running = Running {
+            variant,
+            server,
+            apiservers: Vec::new(),
+            fronts: Vec::new(),
+            nodes: Vec::new(),
+            balancer,
+            ended_ns: 0,
+            settings: Vec::new(),
+        };
+        let names: Vec<(String, IpAddr)> = nodes
+            .iter()
+            .enumerate()
+            .map(|(index, node)| (format!("node-{}", index + 1), Network::node_address(*node)))
+            .collect();
+        for (index, node) in nodes.iter().enumerate() {
+            let listen = if variant.has_front() {
+                APISERVER
+            } else {
+                backends[index]
+            };
+            let place = Place { node: *node, listen };
+            running.settings.push(place);
+            let apiserver = self.apiserver(variant, place)?;
+            let namespace = &self.network.nodes[*node];
+            match variant {
+                Variant::Rebalancer => {
+                    let shared = Shared {
+                        rebalancer: &programs.rebalancer,
+                        shim: Shim::Relay,
+                        peers: Finding::Static,
+                        pki: &self.pki,
+                        nodes: &names,
+                        directory: &directory,
+                        own_disk: false,
+                        agent_flags: &[],
+                        relay_flags: &["--watch-handover=5s".to_owned()],
+                    };
+                    running.nodes.push(Node::start(&shared, index, namespace, apiserver)?);
+                    continue;
+                }
+                Variant::Hop => {
+                    let mut command = Command::new(std::env::current_exe()?);
+                    command
+                        .args(["floor", "--identity=hop", "--certificates"])
+                        .arg(self.pki.path())
+                        .arg(format!("--listen={}", backends[index]))
+                        .arg(format!("--upstream={APISERVER}"));
+                    let hop = Process::start("hop", command, Some(namespace.fd()), &directory)?;
+                    running.fronts.push(hop);
+                }
+                Variant::Envoy => {
+                    let file = directory.join("envoy.json");
+                    let configuration = envoy(&self.pki, backends[index]);
+                    fs::write(&file, serde_json::to_vec_pretty(&configuration)?)?;
+                    let mut command = Command::new(&programs.envoy);
+                    command.arg("-c").arg(file).args([
+                        "--concurrency",
+                        "1",
+                        "--disable-hot-restart",
+                        "--log-level",
+                        "warn",
+                    ]);
+                    let envoy = Process::start("envoy", command, Some(namespace.fd()), &directory)?;
+                    running.fronts.push(envoy);
+                }
+                Variant::None | Variant::NoneAgain | Variant::Low | Variant::High => {}
+            }
+            running.apiservers.push(apiserver);
+        }
+        Ok(running)
+    }
+
+    fn apiserver(&self, variant: Variant, place: Place) -> anyhow::Result<Process> {
+        let settings = Settings {
+            fixture: &self.fixture,
+            pki: &self.pki,
+            etcd: SocketAddr::new(Network::HUB, 2379),
+            listen: place.listen,
+            advertise: Network::node_address(place.node),
+            count: VARIANTS.iter().map(|variant| variant.apiservers()).sum(),
+            directory: &self.directory,
+            name: &format!("apiserver-{}", place.node + 1),
+            goaway_chance: variant.goaway_chance(),
+            host: Some(&format!("node-{}", place.node + 1)),
+            extra: &[],
+        };
+        start_apiserver(&settings, Some(self.network.nodes[place.node].fd()))
+    }
+
+    /// Waits until each apiserver is ready, and each load balancer sends to all of its own.
+    fn wait(&mut self) -> anyhow::Result<()> {
+        for running in &mut self.running {
+            for place in &running.settings {
+                let admin = Admin::new(&self.pki, &self.network.nodes[place.node], place.listen)?;
+                wait_for(START, || {
+                    (admin.ask_text("GET", "/readyz", None).ok()?.0 == 200).then_some(())
+                })
+                .with_context(|| format!("an apiserver of `{}` is not ready", running.variant.name()))?;
+            }
+            wait_for(START, || running.balancer.healthy().iter().all(|up| *up).then_some(()))
+                .with_context(|| format!("the load balancer of `{}` does not send to all", running.variant.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Kills our first apiserver.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        let ours = self.ours()?;
+        if let Some(mut apiserver) = ours.nodes[0].apiserver.take() {
+            ours.ended_ns += cpu_ns(apiserver.id())?;
+            apiserver.kill();
+        }
+        Ok(())
+    }
+
+    /// Starts it again.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        let place = self.ours()?.settings[0];
+        let apiserver = self.apiserver(Variant::Rebalancer, place)?;
+        self.ours()?.nodes[0].apiserver = Some(apiserver);
+        Ok(())
+    }
+
+    /// The variant that is ours.
+    pub fn ours(&mut self) -> anyhow::Result<&mut Running> {
+        let mut all = self.running.iter_mut();
+        all.find(|running| running.variant == Variant::Rebalancer)
+            .context("rebalancer runs")
+    }
+
+    /// Ends everything, agents first.
+    pub fn end(&mut self) {
+        for running in &mut self.running {
+            running.nodes.iter_mut().for_each(Node::end);
+        }
+    }
+}
+
+impl Running {
+    /// What its parts have used so far.
+    pub fn used(&self) -> anyhow::Result<Used> {
+        let mut used = Used {
+            apiservers_ns: self.ended_ns,
+            ..Used::default()
+        };
+        let of_nodes = self.nodes.iter().filter_map(|node| node.apiserver.as_ref());
+        for apiserver in self.apiservers.iter().chain(of_nodes) {
+            used.apiservers_ns += cpu_ns(apiserver.id())?;
+            used.apiservers_kib += rss_kib(apiserver.id()).unwrap_or_default();
+        }
+        let relays = self.nodes.iter().filter_map(Node::relay_id);
+        for front in self.fronts.iter().map(Process::id).chain(relays) {
+            used.front_ns += cpu_ns(front)?;
+            used.front_kib += rss_kib(front).unwrap_or_default();
+        }
+        for node in &self.nodes {
+            used.agents_ns += cpu_ns(node.agent_id())?;
+            used.agents_kib += rss_kib(node.agent_id()).unwrap_or_default();
+        }
+        Ok(used)
+    }
+
+    /// GOAWAYs its agents have had told so far.
+    pub fn goaways(&self) -> u64 {
+        let told = self.nodes.iter().filter_map(|node| node.told().ok());
+        told.sum()
+    }
+
+    /// Whether none of its agents would do anything.
+    pub fn is_at_rest(&self) -> bool {
+        self.nodes.iter().all(|node| {
+            node.status().is_ok_and(|status| {
+                let reason = &status["hold"]["reason"];
+                reason == "below_threshold" || reason == "noise"
+            })
+        })
+    }
+}
+
+/// Envoy before one apiserver: it ends TLS, and says by the front-proxy certificate who the client is, as the relay does.
+fn envoy(pki: &Pki, listen: SocketAddr) -> Value {
+    let file = |name: &str| json!({"filename": pki.file(name)});
+    let address = |at: SocketAddr| json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}});
+    let typed = |name: &str| json!(format!("type.googleapis.com/envoy.extensions.{name}"));
+    let who = r#"
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  headers:remove("x-remote-user"); headers:remove("x-remote-group"); headers:remove("x-remote-uid")
+  local tls = handle:streamInfo():downstreamSslConnection()
+  if tls == nil or not tls:peerCertificateValidated() then return end
+  local subject = tls:subjectPeerCertificate()
+  headers:add("x-remote-user", string.match(subject, "CN=([^,]+)"))
+  for group in string.gmatch(subject, "O=([^,]+)") do headers:add("x-remote-group", group) end
+end
+"#;
+    let unbounded = u32::MAX;
+    json!({"static_resources": {
+        "listeners": [{
+            "name": "clients",
+            "address": address(listen),
+            "filter_chains": [{
+                "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": {
+                    "@type": typed("transport_sockets.tls.v3.DownstreamTlsContext"),
+                    "require_client_certificate": false,
+                    "common_tls_context": {
+                        "alpn_protocols": ["h2", "http/1.1"],
+                        "tls_certificates": [{"certificate_chain": file("apiserver.crt"), "private_key": file("apiserver.key")}],
+                        "validation_context": {"trusted_ca": file("ca.crt")},
+                    },
+                }},
+                "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": {
+                    "@type": typed("filters.network.http_connection_manager.v3.HttpConnectionManager"),
+                    "stat_prefix": "clients",
+                    "stream_idle_timeout": "0s",
+                    "use_remote_address": true,
+                    "route_config": {"virtual_hosts": [{
+                        "name": "all",
+                        "domains": ["*"],
+                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "apiserver", "timeout": "0s"}}],
+                    }]},
+                    "http_filters": [
+                        {"name": "who", "typed_config": {
+                            "@type": typed("filters.http.lua.v3.Lua"),
+                            "default_source_code": {"inline_string": who},
+                        }},
+                        {"name": "envoy.filters.http.router", "typed_config": {"@type": typed("filters.http.router.v3.Router")}},
+                    ],
+                }}],
+            }],
+        }],
+        "clusters": [{
+            "name": "apiserver",
+            "type": "STATIC",
+            "connect_timeout": "10s",
+            "circuit_breakers": {"thresholds": [{
+                "max_connections": unbounded, "max_pending_requests": unbounded, "max_requests": unbounded,
+            }]},
+            "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": typed("upstreams.http.v3.HttpProtocolOptions"),
+                // Fewer than Go's own bound of 250: what Envoy sends beyond it waits behind watches.
+                "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 100}},
+            }},
+            "load_assignment": {"cluster_name": "apiserver", "endpoints": [{"lb_endpoints": [{
+                "endpoint": {"address": address(APISERVER)},
+            }]}]},
+            "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": {
+                "@type": typed("transport_sockets.tls.v3.UpstreamTlsContext"),
+                "sni": SERVER_NAME,
+                "common_tls_context": {
+                    "tls_certificates": [{
+                        "certificate_chain": file("front-proxy-client.crt"),
+                        "private_key": file("front-proxy-client.key"),
+                    }],
+                    "validation_context": {
+                        "trusted_ca": file("ca.crt"),
+                        "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": SERVER_NAME}}],
+                    },
+                },
+            }},
+        }],
+    }})
+}

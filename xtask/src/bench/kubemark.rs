@@ -1,0 +1,52 @@
+//! `bench kubemark`: light kubelets on real apiservers, with nothing, with a lottery, with proxies, with rebalancer;
+//! docs/kubemark.md is its page.
+
+use std::fs;
+
+use anyhow::Context as _;
+
+use crate::{
+    debian,
+    run::{root, target},
+};
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// One JSON object on stdout, all else on stderr
+    #[arg(long)]
+    json: bool,
+    /// One run of two minutes with a quarter of the kubelets; docs/kubemark.md stays as it is
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Fetches, builds, measures, shows, and writes the page.
+pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
+    debian::install("haproxy", "haproxy")?;
+    let directory = target().join("bench");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let envoy = super::relay::envoy(&directory)?;
+    crate::ebpf::build(crate::arch::Arch::host())?;
+    super::build()?;
+    let outcome = super::measure("kubemark", true, |command| {
+        command.arg("--rebalancer").arg(super::rebalancer());
+        command.arg("--envoy").arg(&envoy);
+        if arguments.quick {
+            command.args(["--kubelets=40", "--runs=1", "--seconds=120"]);
+        }
+    })?;
+    if arguments.json {
+        eprint!("{}", outcome.tables);
+        print!("{}", outcome.json);
+    } else {
+        println!("{}\nkubemark {}", outcome.tables, outcome.json.trim_end());
+    }
+    if arguments.quick {
+        eprintln!("a quick run: docs/kubemark.md stays as it is");
+        return Ok(());
+    }
+    let path = root().join("docs/kubemark.md");
+    fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("the page is {}", path.display());
+    Ok(())
+}
