@@ -24,8 +24,10 @@ pub const ANSWER_TAKEN: u32 = 8;
 pub const ANSWER_RETURN_PROBE: u32 = 9;
 /// Index into the map `ANSWERED`: there was no room to count the connection's requests.
 pub const ANSWER_UNCOUNTED: u32 = 10;
+/// Index into the map `ANSWERED`: the agent only says what it would do, so the function itself ran.
+pub const ANSWER_REHEARSED: u32 = 11;
 /// How many counters the map `ANSWERED` has.
-pub const ANSWERS: u32 = 11;
+pub const ANSWERS: u32 = 12;
 
 /// The counters' names, as metrics have them.
 pub const ANSWER_NAMES: [&str; ANSWERS as usize] = [
@@ -40,6 +42,7 @@ pub const ANSWER_NAMES: [&str; ANSWERS as usize] = [
     "taken",
     "return_probe",
     "uncounted",
+    "rehearsed",
 ];
 
 /// How many victims there may be at once.
@@ -97,6 +100,10 @@ pub struct Place {
     pub proto: u32,
     /// Where `RemoteAddr` lies in it.
     pub remote_address: u32,
+    /// 1 when requests are counted and nothing is answered, whoever asks: the function itself runs.
+    pub rehearses: u32,
+    /// Zero.
+    pub padding: u32,
     /// Where the kernel keeps who else has a probe at the place.
     pub consumers: Consumers,
 }
@@ -126,5 +133,5 @@ pub struct Consumers {
 const _: () = {
     assert!(size_of::<ClientKey>() == TEXT_OCTETS);
     assert!(size_of::<Victim>() == 24);
-    assert!(size_of::<Place>() == 48);
+    assert!(size_of::<Place>() == 56);
 };

@@ -42,10 +42,12 @@ pub struct Subflows {
 
 impl Subflows {
     /// A socket opened: the connection it is, or `None` when it is one more subflow of a connection that is there, or of one
-    /// whose first is not seen yet.
+    /// whose first is not seen yet. A list that was read before this event was taken may have had it: it is told all the same.
     pub fn opened(&mut self, subflow: Subflow) -> Option<Socket> {
-        let is_new = subflow.token == 0 || self.add(&subflow);
-        is_new.then_some(subflow.socket)
+        let is_its_name = |group: &Group| group.is_told && group.name == subflow.socket.id;
+        let is_told =
+            subflow.token == 0 || self.add(&subflow) || self.groups.get(&subflow.token).is_some_and(is_its_name);
+        is_told.then_some(subflow.socket)
     }
 
     /// A socket closed: the connection that ended with it, if one did.
@@ -205,6 +207,17 @@ mod tests {
             "known as that, and alive by another"
         );
         assert_eq!(subflows.closed(ConnectionId(2)), Some(ConnectionId(1)));
+    }
+
+    #[test]
+    fn a_connection_that_a_list_had_before_its_event_is_told_by_the_event() {
+        let mut subflows = Subflows::default();
+        assert_eq!(ids(&subflows.listed(vec![subflow(1, 7, false)], false)), [1]);
+        assert!(
+            subflows.opened(subflow(1, 7, false)).is_some(),
+            "the list was only a look beside the events"
+        );
+        assert!(subflows.opened(subflow(2, 7, true)).is_none());
     }
 
     /// The list is read bucket by bucket: it may have a subflow that joined while it was read and not the first.

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use rebalancer_common::steer::{
     AGAIN_NS, ANSWER_EXPIRED, ANSWER_HITS, ANSWER_LEFT, ANSWER_NO, ANSWER_NO_ADDRESS, ANSWER_NOT_H2,
-    ANSWER_RETURN_PROBE, ANSWER_TAKEN, ANSWER_UNCOUNTED, ANSWER_UNREADABLE, ANSWER_YES, ANSWERS, COUNTED, ClientKey,
+    ANSWER_REHEARSED, ANSWER_RETURN_PROBE, ANSWER_TAKEN, ANSWER_UNCOUNTED, ANSWER_UNREADABLE, ANSWER_YES, ANSWERS, COUNTED, ClientKey,
     Consumers, Place, TEXT_OCTETS, VICTIMS as MOST_VICTIMS, Victim,
 };
 
@@ -31,6 +31,8 @@ static PLACE: Global<Place> = Global::new(Place {
     address: 0,
     proto: 0,
     remote_address: 0,
+    rehearses: 0,
+    padding: 0,
     consumers: Consumers {
         known: 0,
         task_utask: 0,
@@ -90,6 +92,10 @@ pub fn decide(ctx: &ProbeContext) -> Option<(u64, bool)> {
         return None;
     };
     let yes = is_victim(call::request(ctx));
+    if place!(rehearses) != 0 {
+        count(ANSWER_REHEARSED);
+        return None;
+    }
     count(if yes { ANSWER_YES } else { ANSWER_NO });
     Some((caller, yes))
 }

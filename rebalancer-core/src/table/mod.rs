@@ -143,11 +143,13 @@ impl ConnectionTable {
             Observation::Closed { id, .. } => {
                 self.doubts.closed(id);
                 self.early.closed(id);
+                // Who said nothing could never have been a landing: a stranger's silence is no short call.
                 if let Some(gone) = self.remove(id)
                     && gone.is_a_client()
+                    && gone.protocol != Protocol::Unknown
                     && !gone.seeded
                 {
-                    self.young.ended(now.since(gone.opened_at));
+                    self.young.ended(now, now.since(gone.opened_at));
                 }
             }
             Observation::Listed { sockets, listener } => {

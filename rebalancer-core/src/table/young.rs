@@ -7,7 +7,8 @@
 //! How old is old enough is learned. Whoever is told to go is on the way until its next connection counts, and while many
 //! are on their way nobody else may be told: a second of patience more makes a rebalancing a third longer. So a third of
 //! the patience will do, until connections are seen to end between that and all of it, as short calls do; and all of it, until
-//! they are seen to end soon after it, as what people and jobs ask does: then it takes three times as long and some.
+//! they are seen to end soon after it, as what people and jobs ask does: then it takes three times as long and some. Where
+//! none has been seen for [`REMEMBERED`], they are forgotten.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -22,6 +23,9 @@ const LONG: (u32, u32) = (10, 3);
 /// When more than so many of the last 64 ended young, all of it is needed, or more.
 const SHORT_CALLS: u32 = 3;
 
+/// So long it is remembered that calls were short: on an apiserver where nobody comes, nobody shows that they no longer are.
+const REMEMBERED: Duration = Duration::from_secs(600);
+
 /// Room for so many is kept while fewer wait.
 const ROOM: usize = 16_384;
 
@@ -35,6 +39,8 @@ pub(super) struct Young {
     fates: u64,
     /// The same of those that were open for all of it.
     later_fates: u64,
+    /// When the last one ended young.
+    last_short: Timestamp,
     /// How old is old enough to the most patient of the peers.
     peers: Duration,
 }
@@ -94,6 +100,9 @@ impl Young {
 
     /// The next one that is old enough by now.
     pub fn pop(&mut self, now: Timestamp) -> Option<ConnectionId> {
+        if now.since(self.last_short) > REMEMBERED {
+            self.forget();
+        }
         let old_enough = self.old_enough();
         let popped = self.waiting.pop_front_if(|(opened, _)| *opened + old_enough <= now);
         // After a storm of them the room is given back.
@@ -118,12 +127,14 @@ impl Young {
         (self.fates, self.later_fates) = (0, 0);
     }
 
-    /// A client's connection ended at that age.
-    pub fn ended(&mut self, age: Duration) {
+    /// A client's connection ended now, at that age.
+    pub fn ended(&mut self, now: Timestamp, age: Duration) {
         if age < self.patience && age >= self.patience / QUICK {
             self.fates = self.fates << 1 | 1;
+            self.last_short = now;
         } else if age < self.long() && age >= self.patience {
             self.later_fates = self.later_fates << 1 | 1;
+            self.last_short = now;
         }
     }
 }
@@ -143,12 +154,12 @@ mod tests {
         // Health checks are over long before; who stayed long is no short call.
         for age in [5, 50, 499, 5_000, 60_000] {
             for _ in 0..64 {
-                young.ended(Duration::from_millis(age));
+                young.ended(at(0), Duration::from_millis(age));
             }
             assert_eq!(young.old_enough(), quick, "{age} ms");
         }
         for _ in 0..=SHORT_CALLS {
-            young.ended(Duration::from_millis(700));
+            young.ended(at(0), Duration::from_millis(700));
         }
         assert_eq!(young.old_enough(), Duration::from_millis(1_500));
         for _ in 0..64 {
@@ -157,8 +168,8 @@ mod tests {
         assert_eq!(young.old_enough(), quick, "they are few among many who stay");
         // Calls that last for some seconds, whatever the shorter ones do.
         for _ in 0..=SHORT_CALLS {
-            young.ended(Duration::from_millis(2_900));
-            young.ended(Duration::from_millis(700));
+            young.ended(at(0), Duration::from_millis(2_900));
+            young.ended(at(0), Duration::from_millis(700));
         }
         assert_eq!(young.old_enough(), Duration::from_secs(5));
         for _ in 0..64 {
@@ -171,11 +182,23 @@ mod tests {
     fn what_a_crash_ended_is_forgotten() {
         let mut young = Young::new(Duration::from_millis(1_500));
         for _ in 0..64 {
-            young.ended(Duration::from_millis(2_900));
+            young.ended(at(0), Duration::from_millis(2_900));
         }
         assert_eq!(young.old_enough(), Duration::from_secs(5));
         young.forget();
         assert_eq!(young.old_enough(), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn short_calls_of_long_ago_are_forgotten_where_nobody_comes() {
+        let mut young = Young::new(Duration::from_millis(1_500));
+        for _ in 0..64 {
+            young.ended(at(1_000), Duration::from_millis(2_900));
+        }
+        assert_eq!(young.pop(at(600_000)), None);
+        assert_eq!(young.learned(), Duration::from_secs(5));
+        assert_eq!(young.pop(at(601_001)), None);
+        assert_eq!(young.learned(), Duration::from_millis(500));
     }
 
     #[test]

@@ -269,7 +269,8 @@ fn start_shim(
         Shim::Steer(path) => {
             let given = path.as_ref().map_or("auto".into(), |path| path.display().to_string());
             let answers = metrics.steer_answers();
-            let steer = Steer::start(config.apiserver_port, path.clone(), answers).map_err(|error| {
+            let rehearses = config.policy.mode == Mode::DryRun;
+            let steer = Steer::start(config.apiserver_port, path.clone(), rehearses, answers).map_err(|error| {
                 anyhow::anyhow!(
                     "--shim steer:{given} cannot be used: {error}. The alternative that needs nothing of kernel and \
                      binary: run `rebalancer relay` before the apiserver, and the agent with --shim relay:unix:PATH"

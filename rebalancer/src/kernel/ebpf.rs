@@ -58,6 +58,9 @@ const CHECK: Duration = Duration::from_secs(1);
 /// How often the complete list is read beside: it brings the byte counters, and repairs what events missed.
 const LIST_EVERY: u32 = 5;
 
+/// So many lists are read at once where the kernel left runs of the program out: one finds, the next one repairs.
+const LOOKS_FOR_MISSED: u32 = 2;
+
 /// How often lost hellos are worth a line.
 const SAY_EVERY: u32 = 10;
 
@@ -97,6 +100,8 @@ pub struct Programs {
     resync: bool,
     confirm: bool,
     listener_moved: bool,
+    /// So many lists are still to be read because runs of the program were left out.
+    looks_for_missed: u32,
 }
 
 impl Programs {
@@ -184,6 +189,7 @@ impl Programs {
             resync: true,
             confirm: false,
             listener_moved: false,
+            looks_for_missed: 0,
             ebpf,
         })
     }
@@ -366,12 +372,18 @@ impl Programs {
         let misses = self.misses();
         let missed = misses.saturating_sub(mem::replace(&mut self.counted_misses, misses));
         observations.extend(self.overwritten());
-        let events = newly[LOST_EVENTS as usize] + missed;
+        // Any socket of the machine may have been what they were run for: two lists beside the events say whether it was one
+        // of ours, and repair what it was.
+        self.looks_for_missed = if missed > 0 {
+            LOOKS_FOR_MISSED
+        } else {
+            self.looks_for_missed
+        };
+        let events = newly[LOST_EVENTS as usize];
         if events > 0 {
             tracing::warn!(
-                no_room = newly[LOST_EVENTS as usize],
-                not_run = missed,
-                "socket events were lost: asking for the complete list"
+                events,
+                "there was no room for socket events: asking for the complete list"
             );
             observations.push(Observation::Lost { events });
         }
@@ -380,7 +392,8 @@ impl Programs {
         }
         if mem::take(&mut self.listener_moved) {
             observations.extend(self.complete()?);
-        } else if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) {
+        } else if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) || self.looks_for_missed > 0 {
+            self.looks_for_missed = self.looks_for_missed.saturating_sub(1);
             observations.extend(self.listed()?);
         }
         Ok(observations)

@@ -29,19 +29,24 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Finds the process that listens on the port, and the place in its binary, and puts the probe there.
+    /// Finds the process that listens on the port, and the place in its binary, and puts the probe there; one that rehearses
+    /// counts requests and leaves the answer to the apiserver.
     ///
     /// # Errors
     ///
     /// Whatever is not certain.
-    pub fn new(port: u16, path: Option<&Path>) -> Result<Self, SteerError> {
+    pub fn new(port: u16, path: Option<&Path>, rehearses: bool) -> Result<Self, SteerError> {
         let sockets = process::listeners(port)?;
         let (process, point) = located(port, path)?;
         process.check_goaway_chance()?;
         process.check_shadow_stack()?;
         let lock = lock::take(&process)?;
         let address = untouched(&process, &point)?;
-        let mut program = Program::load(Part::STEER, place(&point, address))?;
+        let place = Place {
+            rehearses: u32::from(rehearses),
+            ..place(&point, address)
+        };
+        let mut program = Program::load(Part::STEER, place)?;
         program.attach(process.pid, &process.binary_path(), point.file_offset)?;
         // The number may have become another process's, or the process another program, between the looks.
         if !process.is_the_same() {

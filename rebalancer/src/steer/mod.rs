@@ -229,9 +229,13 @@ impl SteerError {
         matches!(self, Self::NobodyListens { .. } | Self::Changed { .. })
     }
 
-    /// Whether it may be what an agent has left that has just ended: the kernel takes a moment to clear up.
-    fn is_anothers(&self) -> bool {
-        matches!(self, Self::AnotherAgent { .. } | Self::ForeignProbe { .. })
+    /// Whether it may be what somebody has left that has just ended, an agent or the apiserver itself: the kernel takes a
+    /// moment to clear up, and a process that ends holds its sockets longer than its memory.
+    fn may_be_left_over(&self) -> bool {
+        matches!(
+            self,
+            Self::AnotherAgent { .. } | Self::ForeignProbe { .. } | Self::ProcessNotFound { .. }
+        )
     }
 
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {

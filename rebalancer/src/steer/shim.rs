@@ -41,7 +41,7 @@ const GRACE: Duration = Duration::from_millis(100);
 /// How long a victim that was told is told again.
 const AGAIN: Duration = Duration::from_nanos(AGAIN_NS);
 
-/// How long what an agent has left that has just ended may take to go.
+/// How long what somebody has left that has just ended may take to go.
 const PREDECESSOR: Duration = Duration::from_secs(3);
 
 /// After so many reports without its connection an address is forgotten.
@@ -63,6 +63,8 @@ struct Marked {
 pub struct Steer {
     port: u16,
     path: Option<PathBuf>,
+    /// Nobody is to be told: the apiserver's own lottery goes on.
+    rehearses: bool,
     attached: Option<Attachment>,
     /// Why there is no attachment.
     fault: String,
@@ -83,17 +85,18 @@ pub struct Steer {
 }
 
 impl Steer {
-    /// Puts the probe on the apiserver that listens on the port, or waits for one that does.
+    /// Puts the probe on the apiserver that listens on the port, or waits for one that does. In a rehearsal it answers nothing.
     ///
     /// # Errors
     ///
     /// Whatever is not certain, now, at the start: later it is waited for.
-    pub fn start(port: u16, path: Option<PathBuf>, answers: Answers) -> Result<Self, SteerError> {
+    pub fn start(port: u16, path: Option<PathBuf>, rehearses: bool, answers: Answers) -> Result<Self, SteerError> {
         // First what no restart of the apiserver mends.
         super::trial_load()?;
         let mut steer = Self {
             port,
             path,
+            rehearses,
             attached: None,
             fault: String::new(),
             instance: random::u64(),
@@ -108,13 +111,13 @@ impl Steer {
         };
         let patience = Instant::now() + PREDECESSOR;
         loop {
-            match Attachment::new(port, steer.path.as_deref()) {
+            match Attachment::new(port, steer.path.as_deref(), rehearses) {
                 Ok(attachment) => steer.attach(attachment),
                 Err(error) if error.is_passing() => {
                     tracing::info!("no probe for now: {error}");
                     steer.fault = error.to_string();
                 }
-                Err(error) if error.is_anothers() && Instant::now() < patience => {
+                Err(error) if error.may_be_left_over() && Instant::now() < patience => {
                     thread::sleep(LOOK);
                     continue;
                 }
@@ -201,7 +204,7 @@ impl Steer {
             }
         }
         // Scanning /proc takes some milliseconds: the runtime's other tasks go on meanwhile.
-        match tokio::task::block_in_place(|| Attachment::new(self.port, self.path.as_deref())) {
+        match tokio::task::block_in_place(|| Attachment::new(self.port, self.path.as_deref(), self.rehearses)) {
             Ok(attachment) => self.attach(attachment),
             Err(error) => {
                 let fault = error.to_string();

@@ -99,6 +99,28 @@ fn only_the_victims_are_told_and_each_once() {
 }
 
 #[test]
+fn on_a_dry_run_the_lottery_goes_on_and_requests_are_counted() {
+    let Some(mut world) = World::get() else { return };
+    world.start_server(CHANCE);
+    world.start_agent("steer:auto", &["--dry-run"]);
+    world.wait_until_ready();
+    assert!(world.lottery(SURELY), "the lottery is the apiserver's own");
+    let mut clients = world.clients(3);
+    world.wait_until_known(&clients);
+    let answers = |world: &mut World, answer: &str| {
+        world.metric("rebalancer_steer_answers_total", &format!("answer=\"{answer}\""))
+    };
+    world.wait("they are counted", |world| {
+        (answers(world, "rehearsed") > Some(0.0)).then_some(())
+    });
+    assert_eq!(
+        (answers(&mut world, "yes"), answers(&mut world, "no")),
+        (Some(0.0), Some(0.0))
+    );
+    clients.iter_mut().for_each(|client| client.get("/"));
+}
+
+#[test]
 fn without_victims_nobody_is_told_and_after_the_agent_the_lottery_is_back() {
     let Some(mut world) = World::get() else { return };
     world.start_server(CHANCE);

@@ -175,6 +175,8 @@ pub fn agreement(policy: &Policy) -> BTreeMap<String, String> {
         ("--skew-threshold", policy.skew_threshold.to_string()),
         ("--skew-target", policy.skew_target.to_string()),
         ("--client-cooldown", format!("{:?}", policy.client_cooldown)),
+        // Landings are counted from an age that follows from it, here and there from the same.
+        ("--interval", format!("{:?}", policy.interval)),
     ]
     .map(|(flag, value)| (flag.to_owned(), value))
     .into()

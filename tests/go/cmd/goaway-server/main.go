@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -26,6 +27,27 @@ func (n *nowhere) Header() http.Header         { return n.header }
 func (n *nowhere) Write(b []byte) (int, error) { return len(b), nil }
 func (n *nowhere) WriteHeader(int)             {}
 
+// withRoom has a request's stack grow before next is called: one that has grown stays so until a garbage collection.
+//
+// Go moves a stack when it grows, and ends the program where a return address of it is not one of its own, as the kernel's
+// is that a probe on a return puts there.
+func withRoom(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		grow(16)
+		next.ServeHTTP(w, r)
+	})
+}
+
+//go:noinline
+func grow(left int) byte {
+	var room [4096]byte
+	room[left] = byte(left)
+	if left > 0 {
+		return room[left] + grow(left-1)
+	}
+	return room[0]
+}
+
 func main() {
 	listen := flag.String("listen", "127.0.0.1:6443", "address and port")
 	certificate := flag.String("tls-cert-file", "", "certificate (PEM)")
@@ -34,6 +56,7 @@ func main() {
 	origin := flag.Int64("origin-ms", 0, "milliseconds since 1970 of the first resourceVersion")
 	period := flag.Duration("period", time.Second, "time between two changes of the object")
 	chance := flag.Float64("goaway-chance", 0, "as kube-apiserver's flag")
+	roomy := flag.Bool("roomy-stacks", false, "let each request's stack grow before the filter is asked, and never again")
 	ask := flag.Bool("ask", true, "ask the filter for each request; else it is there and never asked")
 	flag.Parse()
 
@@ -50,6 +73,10 @@ func main() {
 	filtered := http.Handler(routes)
 	if *chance > 0 && *ask {
 		filtered = filters.WithProbabilisticGoaway(routes, *chance)
+	}
+	if *roomy {
+		debug.SetGCPercent(-1)
+		filtered = withRoom(filtered)
 	}
 	empty := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
 	asked := filters.WithProbabilisticGoaway(empty, *chance)

@@ -341,6 +341,8 @@ end
                     "@type": typed("filters.network.http_connection_manager.v3.HttpConnectionManager"),
                     "stat_prefix": "clients",
                     "stream_idle_timeout": "0s",
+                    // haproxy's health checks are HTTP/1.0, which knows no Host.
+                    "http_protocol_options": {"accept_http_10": true, "default_host_for_http_10": SERVER_NAME},
                     "use_remote_address": true,
                     "route_config": {"virtual_hosts": [{
                         "name": "all",
