@@ -117,7 +117,9 @@ fn on_a_dry_run_the_lottery_goes_on_and_requests_are_counted() {
         (answers(&mut world, "yes"), answers(&mut world, "no")),
         (Some(0.0), Some(0.0))
     );
-    clients.iter_mut().for_each(|client| client.get("/"));
+    for client in &mut clients {
+        client.get("/");
+    }
 }
 
 #[test]
