@@ -176,6 +176,11 @@ pub enum Hold {
         /// How many were lost since the start.
         total: u64,
     },
+    /// Several services listen on the port: whose the connections are is not known.
+    PortShared {
+        /// Who listens where, and what to do.
+        why: String,
+    },
     /// More of the load than the band is wide is of connections whose protocol is not known.
     UnknownProtocols {
         /// How many.
@@ -254,6 +259,7 @@ impl Hold {
             Self::ApiserverStarting { .. } => "apiserver_starting",
             Self::ApiserverOverloaded { .. } => "apiserver_overloaded",
             Self::LostEvents { .. } => "lost_events",
+            Self::PortShared { .. } => "port_shared",
             Self::UnknownProtocols { .. } => "unknown_protocols",
             Self::Paused { .. } => "paused",
             Self::Evacuating { .. } => "evacuating",
@@ -395,6 +401,7 @@ impl fmt::Display for Hold {
                 "apiserver {apiserver} is overloaded, it answers too late, with {connections} clients connected: who floods it \
                  would flood another; `rebalancer flows` there shows who, `rebalancer advise` what holds them"
             ),
+            Self::PortShared { why } => f.write_str(why),
             Self::LostEvents { total } => write!(f, "{total} kernel events were lost: waiting for the complete list"),
             Self::UnknownProtocols { unknown, active, limit } => write!(
                 f,

@@ -116,6 +116,8 @@ pub enum Observation {
     },
     /// Why no ClientHello is read, or `None`: protocols are known from a shim then, or not at all.
     Blind(Option<Arc<str>>),
+    /// Why it is not known whose connections on the port are the apiserver's, or `None`: they are.
+    SharedPort(Option<Arc<str>>),
     /// The kernel's complete list of live connections, and whether anyone listens on the port.
     Resync {
         /// Every live connection on the watched port.

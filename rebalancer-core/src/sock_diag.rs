@@ -71,6 +71,43 @@ pub struct List {
     pub listener: Option<ConnectionId>,
     /// The cgroups of all sockets that listen, by id.
     pub cgroups: BTreeSet<u64>,
+    /// All of them.
+    pub listening: Vec<Listening>,
+}
+
+/// A socket that listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listening {
+    /// Its cookie.
+    pub id: ConnectionId,
+    /// Where.
+    pub address: IpAddr,
+    /// The id of its cgroup; 0 where the kernel does not say.
+    pub cgroup: u64,
+}
+
+/// Why it is not known which of those that listen on a port is the apiserver: there are services of their own at addresses
+/// of their own, as a load balancer's virtual address is. One service may have several addresses, and relays that take each
+/// other over have one.
+pub fn shared_port(listening: &[Listening]) -> Option<String> {
+    let cgroups: BTreeSet<u64> = listening.iter().map(|one| one.cgroup).collect();
+    // All addresses of a family are all of the other one as well, to whoever listens there.
+    let everywhere = |one: &Listening| {
+        one.address
+            .is_unspecified()
+            .then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+    };
+    let addresses: BTreeSet<IpAddr> = listening
+        .iter()
+        .map(|one| everywhere(one).unwrap_or_else(|| one.address.to_canonical()))
+        .collect();
+    (cgroups.len() > 1 && addresses.len() > 1).then(|| {
+        let shown: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+        format!(
+            "several services listen on the port, at {}: say by --apiserver-address which is the apiserver's",
+            shown.join(" and ")
+        )
+    })
 }
 
 /// A dump request (`struct nlmsghdr` and `struct inet_diag_req_v2`) for the sockets of a family with that local port, in
@@ -153,6 +190,11 @@ fn read_socket(message: &[u8], port: u16, found: &mut List) -> Option<()> {
             found.listener = found.listener.max(Some(id));
             let cgroup = attribute(attributes, INET_DIAG_CGROUP_ID).and_then(|value| u64_at(value, 0));
             found.cgroups.extend(cgroup);
+            found.listening.push(Listening {
+                id,
+                address: local,
+                cgroup: cgroup.unwrap_or_default(),
+            });
         }
         ESTABLISHED => {
             let info = attribute(attributes, INET_DIAG_INFO).unwrap_or_default();
@@ -229,6 +271,44 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_is_shared_by_services_at_addresses_of_their_own() {
+        let told = |listening: &[(&str, u64)]| {
+            let listening: Vec<Listening> = listening
+                .iter()
+                .map(|(address, cgroup)| Listening {
+                    id: ConnectionId(1),
+                    address: address.parse().expect("an address"),
+                    cgroup: *cgroup,
+                })
+                .collect();
+            shared_port(&listening)
+        };
+        for one in [
+            &[][..],
+            &[("::", 5)],
+            // All of one family and of the other; an address of each family; a relay that another one takes over.
+            &[("0.0.0.0", 5), ("::", 5)],
+            &[("0.0.0.0", 5), ("::", 6)],
+            &[("10.0.0.1", 5), ("fd00::1", 5)],
+            &[("10.0.0.1", 5), ("::ffff:10.0.0.1", 6)],
+            // A kernel that does not say.
+            &[("10.0.0.1", 0), ("10.0.0.100", 0)],
+        ] {
+            assert_eq!(told(one), None, "{one:?}");
+        }
+        for shared in [
+            &[("10.0.0.1", 5), ("10.0.0.100", 6)][..],
+            &[("::", 5), ("10.0.0.100", 6)],
+        ] {
+            let said = told(shared).expect("it is shared");
+            assert!(
+                said.contains("10.0.0.100") && said.contains("--apiserver-address"),
+                "{said}"
+            );
+        }
+    }
 
     #[test]
     fn malformed_answers_are_refused() {

@@ -178,6 +178,9 @@ impl Agent {
         if let Some(why) = self.shim_fault.clone() {
             return Some(Hold::ShimUnavailable { why });
         }
+        if let Some(why) = self.table.shared_port() {
+            return Some(Hold::PortShared { why: why.to_owned() });
+        }
         (!self.table.is_trusted()).then(|| Hold::LostEvents {
             total: self.table.lost_events_total(),
         })

@@ -35,6 +35,9 @@ impl Agent {
                 total: self.table.lost_events_total(),
             });
         }
+        if let Some(why) = self.table.shared_port() {
+            return Some(Hold::PortShared { why: why.to_owned() });
+        }
         if let Some(measured) = self.unmeasured(now) {
             return Some(Hold::PeerUnknown {
                 peer: self.policy.node.clone(),

@@ -355,7 +355,7 @@ impl Agent {
     }
 
     fn state(&self, now: Timestamp) -> ServerState {
-        if !self.table.is_trusted() || self.unmeasured(now).is_some() {
+        if !self.table.is_trusted() || self.table.shared_port().is_some() || self.unmeasured(now).is_some() {
             return ServerState::Unknown;
         }
         let is_overloaded = self.overload.lasts(now);

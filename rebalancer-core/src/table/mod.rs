@@ -69,6 +69,8 @@ pub struct ConnectionTable {
     lost_events_total: u64,
     hellos_lost: BTreeMap<HelloLoss, u64>,
     blind: Option<Arc<str>>,
+    /// Why it is not known whose connections these are.
+    shared_port: Option<Arc<str>>,
     doubts: Doubts,
     repairs: Repairs,
 }
@@ -163,6 +165,7 @@ impl ConnectionTable {
             Observation::Addresses(addresses) => self.know_own(addresses),
             Observation::HellosLost { how, count } => *self.hellos_lost.entry(how).or_default() += count,
             Observation::Blind(why) => self.blind = why,
+            Observation::SharedPort(why) => self.shared_port = why,
             Observation::Resync { sockets, listener } => {
                 changes.listener_changed = self.resync(sockets, listener, now);
             }
@@ -342,6 +345,11 @@ impl ConnectionTable {
             0
         };
         self.hellos_lost.get(&how).copied().unwrap_or(0) + early
+    }
+
+    /// Why it is not known whose connections these are, if it is not.
+    pub fn shared_port(&self) -> Option<&str> {
+        self.shared_port.as_deref()
     }
 
     /// Why the source reads no ClientHello, if it does not.

@@ -52,6 +52,10 @@ pub struct Raw {
     /// Port clients connect to [default: 6443]
     #[arg(long, env = "REBALANCER_APISERVER_PORT", value_name = "PORT")]
     apiserver_port: Option<u16>,
+    /// The apiserver's own address, where something else listens on the same port at another one, such as a load balancer
+    /// at a virtual address; may be given several times [default: all addresses]
+    #[arg(long, env = "REBALANCER_APISERVER_ADDRESS", value_name = "IP", value_delimiter = ',')]
+    apiserver_address: Option<Vec<IpAddr>>,
     /// Where connections are counted [default: auto]
     #[arg(long, env = "REBALANCER_SOURCE", value_enum)]
     source: Option<SourceKind>,
@@ -288,6 +292,7 @@ impl Raw {
             version: file.version,
             node_name: self.node_name.or(file.node_name),
             apiserver_port: self.apiserver_port.or(file.apiserver_port),
+            apiserver_address: self.apiserver_address.or(file.apiserver_address),
             source: self.source.or(file.source),
             kernel_log: self.kernel_log.or(file.kernel_log),
             classify: self.classify.or(file.classify),
@@ -463,6 +468,7 @@ impl Raw {
             watch: Options {
                 source: self.source.unwrap_or_default(),
                 port: apiserver_port,
+                addresses: self.apiserver_address.unwrap_or_default(),
                 kernel_log: self.kernel_log.unwrap_or_default(),
                 // A relay names the protocol of each connection; the probe hears of HTTP/2 only.
                 classify: self.classify.unwrap_or_default() == Classify::Auto && !matches!(shim, Shim::Relay(_)),

@@ -427,6 +427,7 @@ impl Loop {
                     Observation::Addresses(_) => "addresses",
                     Observation::HellosLost { .. } => "hellos_lost",
                     Observation::Blind(_) => "blind",
+                    Observation::SharedPort(_) => "shared_port",
                     Observation::Lost { .. } => "lost",
                     Observation::Resync { .. } => "resync",
                 });

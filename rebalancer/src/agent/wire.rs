@@ -322,6 +322,7 @@ pub fn hold(hold: &Hold) -> Value {
         Hold::ApiserverOverloaded { apiserver, connections } => {
             json!({"apiserver": apiserver.as_str(), "connections": connections})
         }
+        Hold::PortShared { why } => json!({"why": why}),
         Hold::LostEvents { total } => json!({"total": total}),
         Hold::UnknownProtocols { unknown, active, limit } => {
             json!({"unknown": unknown, "active": active, "limit": rounded(*limit)})

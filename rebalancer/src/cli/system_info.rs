@@ -199,6 +199,7 @@ fn options(source: SourceKind, port: u16) -> Options {
     Options {
         source,
         port,
+        addresses: Vec::new(),
         kernel_log: KernelLog::Off,
         classify: true,
         cgroup_root: None,

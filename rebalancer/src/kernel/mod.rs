@@ -8,6 +8,7 @@ mod ebpf;
 mod ebpf_error;
 mod events;
 mod hook;
+mod listeners;
 mod offsets;
 mod records;
 mod refusal;
@@ -17,6 +18,7 @@ pub mod sockdiag;
 use std::{io, net::IpAddr, path::PathBuf};
 
 use clap::ValueEnum;
+use listeners::Listeners;
 use rebalancer_core::observation::Observation;
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +78,8 @@ pub struct Options {
     pub source: SourceKind,
     /// The watched port, in this process's network namespace.
     pub port: u16,
+    /// The apiserver's addresses, where something else has the port at another one; empty for all of them.
+    pub addresses: Vec<IpAddr>,
     /// What the kernel programs log.
     pub kernel_log: KernelLog,
     /// Whether ClientHellos are read.
@@ -109,7 +113,12 @@ impl From<sockdiag::SockdiagError> for SourceError {
 }
 
 /// An open source.
-pub enum Source {
+pub struct Source {
+    kind: Kind,
+    listeners: Listeners,
+}
+
+enum Kind {
     /// The kernel programs.
     Ebpf(Box<ebpf::Programs>),
     /// The polled socket list.
@@ -124,26 +133,30 @@ impl Source {
     /// What the kernel refuses, and what to do about it.
     pub fn open(options: &Options) -> Result<Self, SourceError> {
         let sockdiag = || sockdiag::Sockdiag::open(options.port, options.classify).map(Box::new);
-        match options.source {
-            SourceKind::Ebpf => Ok(Self::Ebpf(Box::new(ebpf::Programs::open(options)?))),
-            SourceKind::Sockdiag => Ok(Self::Sockdiag(sockdiag()?)),
+        let kind = match options.source {
+            SourceKind::Ebpf => Kind::Ebpf(Box::new(ebpf::Programs::open(options)?)),
+            SourceKind::Sockdiag => Kind::Sockdiag(sockdiag()?),
             SourceKind::Auto => match ebpf::Programs::open(options) {
-                Ok(programs) => Ok(Self::Ebpf(Box::new(programs))),
+                Ok(programs) => Kind::Ebpf(Box::new(programs)),
                 Err(error) => {
                     tracing::warn!(
                         "counting by the socket list (sockdiag), because kernel programs cannot be used: {error}"
                     );
-                    Ok(Self::Sockdiag(sockdiag()?))
+                    Kind::Sockdiag(sockdiag()?)
                 }
             },
-        }
+        };
+        Ok(Self {
+            kind,
+            listeners: Listeners::new(options.port, &options.addresses),
+        })
     }
 
     /// `ebpf` or `sockdiag`.
     pub fn name(&self) -> &'static str {
-        match self {
-            Self::Ebpf(_) => "ebpf",
-            Self::Sockdiag(_) => "sockdiag",
+        match &self.kind {
+            Kind::Ebpf(_) => "ebpf",
+            Kind::Sockdiag(_) => "sockdiag",
         }
     }
 
@@ -153,33 +166,39 @@ impl Source {
     ///
     /// The source has failed for good.
     pub async fn next(&mut self) -> Result<Vec<Observation>, SourceError> {
-        match self {
-            Self::Ebpf(source) => Ok(source.next().await?),
-            Self::Sockdiag(source) => Ok(source.next().await?),
+        loop {
+            let observations = match &mut self.kind {
+                Kind::Ebpf(source) => source.next().await?,
+                Kind::Sockdiag(source) => source.next().await?,
+            };
+            let passed = self.listeners.pass(observations);
+            if !passed.is_empty() {
+                return Ok(passed);
+            }
         }
     }
 
     /// Makes the next observation a complete list.
     pub fn resync(&mut self) {
-        match self {
-            Self::Ebpf(source) => source.resync(),
-            Self::Sockdiag(source) => source.resync(),
+        match &mut self.kind {
+            Kind::Ebpf(source) => source.resync(),
+            Kind::Sockdiag(source) => source.resync(),
         }
     }
 
     /// Lists once more soon, beside the events.
     pub fn confirm(&mut self) {
-        match self {
-            Self::Ebpf(source) => source.confirm(),
-            Self::Sockdiag(source) => source.confirm(),
+        match &mut self.kind {
+            Kind::Ebpf(source) => source.confirm(),
+            Kind::Sockdiag(source) => source.confirm(),
         }
     }
 
     /// Where ClientHellos are read, or why they are not; `None` when they are not to be, or nobody has looked yet.
     pub fn reading(&self) -> Option<Result<String, String>> {
-        match self {
-            Self::Ebpf(source) => source.reading().cloned(),
-            Self::Sockdiag(_) => Some(Err(sockdiag::BLIND.to_owned())),
+        match &self.kind {
+            Kind::Ebpf(source) => source.reading().cloned(),
+            Kind::Sockdiag(_) => Some(Err(sockdiag::BLIND.to_owned())),
         }
     }
 }

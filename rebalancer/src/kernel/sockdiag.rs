@@ -16,7 +16,7 @@ use super::addresses;
 use rebalancer_core::{
     ids::ConnectionId,
     observation::Observation,
-    sock_diag::{AF_INET, AF_INET6, ESTABLISHED, Fault, LISTEN, List, Progress, read, request},
+    sock_diag::{AF_INET, AF_INET6, ESTABLISHED, Fault, LISTEN, List, Listening, Progress, read, request},
     subflows::Subflows,
 };
 use socket2::{Domain, Protocol, Type};
@@ -74,6 +74,15 @@ pub fn list(port: u16) -> Result<List, SockdiagError> {
 /// See [`SockdiagError`].
 pub fn listeners(port: u16) -> Result<BTreeSet<u64>, SockdiagError> {
     Ok(all(port, 1 << LISTEN)?.cgroups)
+}
+
+/// All sockets that listen on a port.
+///
+/// # Errors
+///
+/// See [`SockdiagError`].
+pub fn listening(port: u16) -> Result<Vec<Listening>, SockdiagError> {
+    Ok(all(port, 1 << LISTEN)?.listening)
 }
 
 /// The cookie of the socket that listens on a port; of several the newest.

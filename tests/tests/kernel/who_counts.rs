@@ -1,11 +1,13 @@
 //! Who is load and who is not: the node's own connections, and those that only call.
 
 use std::{
+    collections::BTreeSet,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
 };
 
-use rebalancer_tests::{netns::Network, process::wait_for};
+use rebalancer_tests::{cgroup::Cgroup, netns::Network, process::wait_for, skip};
+use serde_json::Value;
 
 use crate::world::{Host, PATIENCE, PORT, client_hello, ebpf_or_skip};
 
@@ -60,6 +62,82 @@ fn the_nodes_own_connections_are_counted_apart_unless_told_otherwise() {
             assert_eq!(local, 3);
         }
     }
+}
+
+/// A load balancer at a virtual address of the node has the apiserver's port: its clients are not the apiserver's.
+#[test]
+fn who_listens_on_the_port_at_another_address_is_not_counted() {
+    for source in ["ebpf", "sockdiag"] {
+        if source == "ebpf" && !ebpf_or_skip() {
+            continue;
+        }
+        let mut host = Host::new(source);
+        host.node().ip("addr add 10.77.0.99/24 dev eth0").expect("an address");
+        let own = host.address();
+        host.flags = vec![format!("--apiserver-address={}", own.ip())];
+        host.start_agent();
+        let apiserver = host.listen(&own.ip().to_string());
+        let balancer = host.listen("10.77.0.99");
+        let of_others: Vec<_> = (0..3)
+            .map(|_| host.connect(SocketAddr::new([10, 77, 0, 99].into(), PORT), &balancer))
+            .collect();
+        let of_ours: Vec<_> = (0..2).map(|_| host.connect(own, &apiserver)).collect();
+        let ours: BTreeSet<String> = of_ours
+            .iter()
+            .map(|(client, _)| client.local_addr().expect("an address").to_string())
+            .collect();
+        let clients = |list: &[Value]| -> BTreeSet<String> {
+            list.iter()
+                .filter_map(|one| one["client"].as_str().map(str::to_owned))
+                .collect()
+        };
+        host.expect("only the apiserver's", |list| clients(list) == ours);
+        // It is reloaded; lists that were read since say the same.
+        drop(balancer);
+        let balancer = host.listen("10.77.0.99");
+        let lists = |host: &Host| {
+            host.find_metric("rebalancer_bpf_events_total{kind=\"listed\"}")
+                .unwrap_or_default()
+        };
+        let before = lists(&host);
+        wait_for(PATIENCE, || (lists(&host) >= before + 2).then_some(())).expect("two more lists");
+        host.expect("only the apiserver's", |list| clients(list) == ours);
+        drop((of_others, of_ours, balancer));
+    }
+}
+
+#[test]
+fn two_services_on_the_port_are_a_hold_until_it_is_said_which_is_the_apiserver() {
+    if !ebpf_or_skip() {
+        return;
+    }
+    let Some(cgroup) = Cgroup::new("balancer").expect("a cgroup") else {
+        skip("no cgroup2 is mounted");
+        return;
+    };
+    let mut host = Host::new("ebpf");
+    host.node().ip("addr add 10.77.0.99/24 dev eth0").expect("an address");
+    host.start_agent();
+    let own = host.address().ip().to_string();
+    let apiserver = host.listen(&own);
+    let balancer = cgroup.within(|| host.listen("10.77.0.99")).expect("this process moves");
+    let reason = |host: &mut Host| host.ask("/v1/status").map(|status| status["hold"].clone());
+    wait_for(PATIENCE, || {
+        let hold = reason(&mut host)?;
+        let said = hold["text"]
+            .as_str()
+            .or(hold["why"].as_str())
+            .unwrap_or_default()
+            .to_owned();
+        (hold["reason"] == "port_shared").then_some(said)
+    })
+    .unwrap_or_else(|| panic!("never a hold: {:#}", host.ask("/v1/status").unwrap_or_default()));
+    drop(balancer);
+    wait_for(PATIENCE, || {
+        (reason(&mut host)?["reason"] != "port_shared").then_some(())
+    })
+    .expect("it ends with the other service");
+    drop(apiserver);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use clap::ValueEnum as _;
 
 use crate::{
     arch::Arch,
@@ -105,7 +106,6 @@ pub fn control_plane() -> Option<[PathBuf; 2]> {
 /// Another processor's are those that were named or built for it: `KUBE_APISERVER_ARM64`, `apiserver-VERSION-arm64`.
 fn fixture(name: &str, variable: &str, arch: Arch) -> Option<PathBuf> {
     let is_host = arch.is_host();
-    let suffix = format!("-{}", arch.debian());
     let named = if is_host {
         env::var_os(variable)
     } else {
@@ -119,7 +119,15 @@ fn fixture(name: &str, variable: &str, arch: Arch) -> Option<PathBuf> {
         let built = fs::read_dir(cache.join("rebalancer")).ok()?.flatten();
         built
             .map(|entry| entry.path())
-            .filter(|path| path.to_string_lossy().ends_with(&suffix) != is_host)
+            .filter(|path| {
+                // What was built for this machine has no processor in its name.
+                let of = |arch: &Arch| path.to_string_lossy().ends_with(&format!("-{}", arch.debian()));
+                if is_host {
+                    !Arch::value_variants().iter().any(of)
+                } else {
+                    of(&arch)
+                }
+            })
             .map(|path| path.join(name))
             .filter(|path| path.is_file())
             .max()

@@ -316,7 +316,10 @@ function envoy_on_request(handle)
   local headers = handle:headers()
   headers:remove("x-remote-user"); headers:remove("x-remote-group"); headers:remove("x-remote-uid")
   local tls = handle:streamInfo():downstreamSslConnection()
-  if tls == nil or not tls:peerCertificateValidated() then return end
+  if tls == nil or not tls:peerCertificateValidated() then
+    headers:add("x-remote-user", "system:anonymous"); headers:add("x-remote-group", "system:unauthenticated")
+    return
+  end
   local subject = tls:subjectPeerCertificate()
   headers:add("x-remote-user", string.match(subject, "CN=([^,]+)"))
   for group in string.gmatch(subject, "O=([^,]+)") do headers:add("x-remote-group", group) end
