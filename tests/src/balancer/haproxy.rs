@@ -97,6 +97,11 @@ impl Haproxy {
         self.wait()
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        self.process.signal(signal);
+    }
+
     /// Until it answers.
     fn wait(&mut self) -> anyhow::Result<()> {
         let ready = wait_for(START, || {

@@ -50,11 +50,13 @@ pub enum Fault {
     EtcdKilled,
     EtcdStopped,
     BalancerKilled,
+    BalancerStopped,
     AgentsApart,
     AgentsApartOneWay,
     NodeApart,
     NodeApartOneWay,
     PacketsLost,
+    PacketsLate,
     DiskFull,
     NoDescriptors,
     NoPorts,
@@ -67,7 +69,7 @@ pub enum Fault {
 }
 
 /// All of them, in the order they are played in.
-pub const ALL: [Fault; 26] = [
+pub const ALL: [Fault; 28] = [
     Fault::AgentKilled,
     Fault::AgentStopped,
     Fault::AgentReplaced,
@@ -80,11 +82,13 @@ pub const ALL: [Fault; 26] = [
     Fault::EtcdKilled,
     Fault::EtcdStopped,
     Fault::BalancerKilled,
+    Fault::BalancerStopped,
     Fault::AgentsApart,
     Fault::AgentsApartOneWay,
     Fault::NodeApart,
     Fault::NodeApartOneWay,
     Fault::PacketsLost,
+    Fault::PacketsLate,
     Fault::DiskFull,
     Fault::NoDescriptors,
     Fault::NoPorts,
@@ -112,11 +116,13 @@ impl Fault {
             Self::EtcdKilled => "etcd-killed",
             Self::EtcdStopped => "etcd-stopped",
             Self::BalancerKilled => "balancer-killed",
+            Self::BalancerStopped => "balancer-stopped",
             Self::AgentsApart => "agents-apart",
             Self::AgentsApartOneWay => "agents-apart-one-way",
             Self::NodeApart => "node-apart",
             Self::NodeApartOneWay => "node-apart-one-way",
             Self::PacketsLost => "packets-lost",
+            Self::PacketsLate => "packets-late",
             Self::DiskFull => "disk-full",
             Self::NoDescriptors => "no-descriptors",
             Self::NoPorts => "no-ports",
@@ -144,11 +150,13 @@ impl Fault {
             Self::EtcdKilled => "etcd is killed, and starts again",
             Self::EtcdStopped => "etcd stands still (SIGSTOP)",
             Self::BalancerKilled => "the load balancer is killed, and starts again",
+            Self::BalancerStopped => "the load balancer stands still (SIGSTOP)",
             Self::AgentsApart => "a node and the other nodes do not reach each other",
             Self::AgentsApartOneWay => "a node does not hear the other nodes",
             Self::NodeApart => "a node reaches nobody, and nobody reaches it",
             Self::NodeApartOneWay => "a node does not hear load balancer and etcd",
             Self::PacketsLost => "a node loses one packet of twenty",
+            Self::PacketsLate => "what a node sends waits for up to a second and a half",
             Self::DiskFull => "the disk of state file and decision log is full",
             Self::NoDescriptors => "a relay may open no more files",
             Self::NoPorts => "a node has sixteen ports for connections of its own",
@@ -199,7 +207,9 @@ impl Fault {
             | Self::BalancerKilled
             | Self::NodeApart
             | Self::NodeApartOneWay
-            | Self::PacketsLost => false,
+            | Self::BalancerStopped
+            | Self::PacketsLost
+            | Self::PacketsLate => false,
         }
     }
 
@@ -257,6 +267,7 @@ impl Fault {
             Self::EtcdStopped => cluster.etcd().context("etcd")?.signal(libc::SIGSTOP),
             // It is there again at once: nothing else serves clients.
             Self::BalancerKilled => cluster.restart_balancer()?,
+            Self::BalancerStopped => cluster.signal_balancer(libc::SIGSTOP)?,
             Self::AgentsApart => {
                 for other in others {
                     deaf(cluster.namespace(index), &from(other))?;
@@ -274,6 +285,7 @@ impl Fault {
                 cluster.namespace(index),
                 "! -i lo -m statistic --mode random --probability 0.05",
             )?,
+            Self::PacketsLate => queue(cluster.namespace(index), "add", LATE)?,
             Self::DiskFull => fill(&disk(cluster, index))?,
             Self::NoDescriptors => {
                 let id = cluster.nodes[index].relay_id().context("a relay")?;
@@ -330,6 +342,8 @@ impl Made {
                     iptables(cluster.namespace(node), "-F INPUT")?;
                 }
             }
+            Fault::BalancerStopped => cluster.signal_balancer(libc::SIGCONT)?,
+            Fault::PacketsLate => queue(cluster.namespace(index), "del", "")?,
             Fault::DiskFull => fs::remove_file(disk(cluster, index).join("filling")).context("the filling")?,
             Fault::NoPorts => ports(cluster.namespace(index), "32768 60999")?,
             Fault::ClockStepped => clock::step(cluster, index, 0)?,
@@ -368,6 +382,14 @@ fn signal_apiserver(cluster: &Cluster, index: usize, signal: i32) {
 /// Packets that match never arrive there: nobody is told, as where a cable is cut.
 fn deaf(namespace: &Namespace, to: &str) -> anyhow::Result<()> {
     iptables(namespace, &format!("-A INPUT {to} -j DROP"))
+}
+
+/// A line so narrow that packets wait in its queue (tc-tbf(8)): not every kernel can be told to delay each of them.
+const LATE: &str = "tbf rate 2mbit burst 8kb latency 1500ms";
+
+/// Changes the queue of what the node sends.
+fn queue(namespace: &Namespace, verb: &str, what: &str) -> anyhow::Result<()> {
+    namespace.run("tc", format!("qdisc {verb} dev eth0 root {what}").trim_end())
 }
 
 fn iptables(namespace: &Namespace, arguments: &str) -> anyhow::Result<()> {

@@ -472,6 +472,19 @@ impl Cluster {
         }
     }
 
+    /// Sends haproxy a signal; the demo's own load balancer is part of this process.
+    ///
+    /// # Errors
+    ///
+    /// It is the demo's own.
+    pub fn signal_balancer(&self, signal: i32) -> anyhow::Result<()> {
+        match &self.balancer {
+            Running::Own(_) => anyhow::bail!("the demo's own load balancer cannot be signalled"),
+            Running::Haproxy(haproxy) => haproxy.signal(signal),
+        }
+        Ok(())
+    }
+
     /// An administrator of that node's apiserver, past load balancer and relay.
     ///
     /// # Errors
