@@ -452,6 +452,13 @@ mod tests {
                 },
                 ["--client-cooldown", "60s", "600s"],
             ),
+            (
+                Policy {
+                    interval: Duration::from_secs(1),
+                    ..b()
+                },
+                ["--interval", "1s", "5s"],
+            ),
         ] {
             let said = disagrees(&answer(&theirs));
             for part in parts {
@@ -462,7 +469,6 @@ mod tests {
         let theirs = Policy {
             mode: Mode::DryRun,
             goaway_rate: rebalancer_core::policy::GoawayRate::PerSecond(1.0),
-            interval: Duration::from_secs(1),
             ..b()
         };
         assert!(read(&answer(&theirs)).is_ok());
