@@ -26,6 +26,7 @@ pub mod shim;
 pub mod sock_diag;
 pub mod subflows;
 pub mod table;
+pub mod unseen;
 pub mod view;
 pub mod weight;
 pub mod wire;

@@ -409,7 +409,7 @@ pub async fn run(question: Question) -> Result<(), Failure> {
         Question::Approve { id, .. } => client::post(socket, &format!("/v1/approve/{id}"), &json!({})).await?,
     };
     let text = match common.output {
-        Output::Json => serde_json::to_string_pretty(&answer).map_err(anyhow::Error::from)? + "\n",
+        Output::Json => super::json(&answer)?,
         Output::Table => match question {
             Question::Status { cluster: true, .. } => show::cluster(&answer),
             Question::Status { .. } => show::status(&answer),

@@ -31,7 +31,7 @@ pub async fn run(common: &Common, limit: usize, since: Option<u64>) -> Result<()
     let socket = common.api.path();
     let shown = |decision: &Value| match common.output {
         Output::Table => show::line(decision),
-        Output::Json => format!("{decision}\n"),
+        Output::Json => super::escaped(&decision.to_string()) + "\n",
     };
     // The stream first: what is made while the past is read waits in it.
     let answer = client::send(socket, Method::GET, "/v1/decisions/stream", Bytes::new()).await?;

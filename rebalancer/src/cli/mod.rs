@@ -7,6 +7,8 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
+use rebalancer_core::unseen::is_unseen;
+
 use crate::log::{self, Format};
 
 mod advise;
@@ -229,6 +231,28 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
         .map_err(|error| Failure::Job(anyhow::Error::new(error).context("cannot start the async runtime")))
 }
 
+/// An answer as JSON, a line at its end.
+fn json(answer: &impl serde::Serialize) -> Result<String, Failure> {
+    let text = serde_json::to_string_pretty(answer).map_err(anyhow::Error::from)?;
+    Ok(escaped(&text) + "\n")
+}
+
+/// The same JSON, but what nobody sees and a terminal obeys is written as an escape: names in it are strangers' own.
+fn escaped(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    for c in json.chars() {
+        // Outside of strings there is nothing of the kind but ends of lines, which are escaped inside.
+        if c == '\n' || !is_unseen(c) {
+            plain.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            plain.push_str(&format!("\\u{unit:04x}"));
+        }
+    }
+    plain
+}
+
 /// Writes an answer to stdout; a reader that has gone away (`| head`) is no failure.
 fn print(text: &str) -> Result<(), Failure> {
     use std::io::Write as _;
@@ -246,6 +270,18 @@ mod tests {
 
     use super::*;
     use crate::reference;
+
+    #[test]
+    fn json_commands_no_terminal_and_says_the_same() {
+        let answer = serde_json::json!({"user": "a\u{9b}2J\u{7f}\u{202e}\u{2066}\u{2028}\n\u{1b}\u{e0041}\u{feff}ü", "n": [1, {}]});
+        let text = json(&answer).expect("JSON");
+        assert!(text.chars().all(|c| c == '\n' || !is_unseen(c)), "{text:?}");
+        assert!(
+            text.contains("a\\u009b2J\\u007f\\u202e") && text.contains('ü'),
+            "{text}"
+        );
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).expect("JSON"), answer);
+    }
 
     #[test]
     fn the_page_of_commands_in_the_docs_is_what_the_program_takes() {

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::table::Table;
+use super::table::{Table, clean};
 use crate::span::Short;
 
 pub fn text(value: &Value) -> String {
@@ -164,11 +164,6 @@ fn paused(answer: &Value) -> String {
         words += &shown(who, &switch["pause"], left);
     }
     words
-}
-
-/// Without control characters: a terminal is not for whoever wrote the text to command.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// How old what is known of a peer is.

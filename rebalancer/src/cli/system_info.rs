@@ -134,7 +134,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
                     (check.name.to_owned(), shown)
                 })
                 .collect();
-            serde_json::to_string_pretty(&features).map_err(anyhow::Error::from)? + "\n"
+            super::json(&features)?
         }
         Output::Table => {
             let mut table = Table::new(&["FEATURE", "", "FOUND"]);

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use rebalancer_core::unseen::is_unseen;
+
 /// Rows of text under a head.
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -15,11 +17,16 @@ impl Table {
         }
     }
 
-    /// Adds a row. Control characters, which a client may have put into its user agent, are shown as `?`.
+    /// Adds a row; see [`clean`].
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        let clean = |cell: String| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-        self.rows.push(cells.into_iter().map(clean).collect());
+        self.rows.push(cells.iter().map(|cell| clean(cell)).collect());
     }
+}
+
+/// What somebody else wrote, such as a client's user agent, for a terminal: characters that command it, turn the direction of
+/// writing or end a line are shown as `?`.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if is_unseen(c) { '?' } else { c }).collect()
 }
 
 impl fmt::Display for Table {
@@ -52,5 +59,8 @@ mod tests {
         let mut table = Table::new(&["A", "LONG"]);
         table.row(["wide\u{1b}[2J".to_owned(), "x".to_owned()]);
         assert_eq!(table.to_string(), "A         LONG\nwide?[2J  x\n");
+        let mut table = Table::new(&["A"]);
+        table.row(["a\u{9b}2J\u{202e}b\u{2066}\u{2028}\u{2029}\u{200b}\u{feff}ü".to_owned()]);
+        assert_eq!(table.to_string(), "A\na?2J?b?????ü\n");
     }
 }

@@ -76,7 +76,7 @@ pub fn run(arguments: &Arguments) -> Result<u8, Failure> {
     }
     let worst = findings.iter().map(|finding| finding.gravity).max();
     let text = match arguments.common.output {
-        Output::Json => serde_json::to_string_pretty(&as_json(&findings)).map_err(anyhow::Error::from)? + "\n",
+        Output::Json => super::json(&as_json(&findings))?,
         Output::Table => as_table(&findings),
     };
     print(&text)?;
