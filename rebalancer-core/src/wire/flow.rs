@@ -87,6 +87,8 @@ pub struct Figures {
     pub refused: u64,
     /// Streams open now: answered and not ended. Without a flow: also those that wait for their answer.
     pub open: u32,
+    /// Of them, watches: a watch takes what a LIST does only until its initial events are sent.
+    pub watches: u32,
 }
 
 impl Figures {
@@ -96,12 +98,24 @@ impl Figures {
         self.octets += other.octets;
         self.refused += other.refused;
         self.open += other.open;
+        self.watches += other.watches;
     }
 }
 
-/// The place of a flow among a connection's.
+/// The place of a stream: of which flow among a connection's, and whether it is a watch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Slot(u8);
+pub struct Slot {
+    /// One more than the flow's index; zero for none.
+    flow: u8,
+    is_watch: bool,
+}
+
+impl Slot {
+    /// Where a request stands that is not answered.
+    pub fn waiting(is_watch: bool) -> Self {
+        Self { flow: 0, is_watch }
+    }
+}
 
 /// The flows of one connection.
 #[derive(Clone, Debug, Default)]
@@ -123,16 +137,21 @@ impl Flows {
         self.named.is_empty()
     }
 
-    /// A request is passed on.
-    pub fn opened(&mut self) {
+    /// A request is passed on; where it stands.
+    pub fn opened(&mut self, is_watch: bool) -> Slot {
         self.plain.open += 1;
+        self.plain.watches += u32::from(is_watch);
         self.changed = true;
+        Slot::waiting(is_watch)
     }
 
     /// A request that stood at `before` is answered; where it stands from now on. `is_open` says whether its stream was not
     /// ended with the answer's head.
     pub fn answered(&mut self, before: Slot, flow: Option<Flow>, refused: bool, is_open: bool) -> Slot {
-        let slot = flow.map_or(Slot::default(), |flow| self.place(flow));
+        let slot = Slot {
+            flow: flow.map_or(0, |flow| self.place(flow)),
+            is_watch: before.is_watch,
+        };
         if is_open {
             self.leave(before);
         }
@@ -140,6 +159,7 @@ impl Flows {
         figures.requests += 1;
         figures.refused += u64::from(refused);
         figures.open += u32::from(is_open);
+        figures.watches += u32::from(is_open && slot.is_watch);
         self.changed = true;
         slot
     }
@@ -160,12 +180,15 @@ impl Flows {
         let figures = self.at(slot);
         debug_assert!(figures.open > 0, "what ends has begun");
         figures.open = figures.open.saturating_sub(1);
+        figures.watches = figures.watches.saturating_sub(u32::from(slot.is_watch));
     }
 
     /// Every stream is over.
     pub fn all_ended(&mut self) {
         let named = self.named.iter_mut().map(|(_, figures)| figures);
-        named.chain([&mut self.plain]).for_each(|figures| figures.open = 0);
+        for figures in named.chain([&mut self.plain]) {
+            (figures.open, figures.watches) = (0, 0);
+        }
         self.changed = true;
     }
 
@@ -192,7 +215,7 @@ impl Flows {
         std::iter::once((None, &self.plain)).chain(named)
     }
 
-    fn place(&mut self, flow: Flow) -> Slot {
+    fn place(&mut self, flow: Flow) -> u8 {
         let found = self.named.iter().position(|(known, _)| *known == flow);
         let index = match found {
             Some(index) => index,
@@ -204,16 +227,16 @@ impl Flows {
             }
             None => {
                 self.unplaced += 1;
-                return Slot::default();
+                return 0;
             }
         };
         debug_assert!(self.named.len() <= Self::LIMIT);
-        Slot(index as u8 + 1)
+        index as u8 + 1
     }
 
     fn at(&mut self, slot: Slot) -> &mut Figures {
         match slot
-            .0
+            .flow
             .checked_sub(1)
             .and_then(|index| self.named.get_mut(usize::from(index)))
         {
@@ -259,11 +282,10 @@ mod tests {
     #[test]
     fn a_request_stands_where_its_answer_puts_it_until_it_ends() {
         let mut flows = Flows::default();
-        flows.opened();
-        flows.opened();
-        let slot = flows.answered(Slot::default(), Some(flow(1)), false, true);
+        let (list, watch) = (flows.opened(false), flows.opened(true));
+        let slot = flows.answered(list, Some(flow(1)), false, true);
         flows.add_octets(slot, 10);
-        assert_eq!(flows.answered(Slot::default(), Some(flow(1)), true, true), slot);
+        let held = flows.answered(watch, Some(flow(1)), true, true);
         flows.ended(slot);
         let shown: Vec<_> = flows.iter().map(|(flow, figures)| (flow, *figures)).collect();
         let figures = Figures {
@@ -271,8 +293,12 @@ mod tests {
             octets: 10,
             refused: 1,
             open: 1,
+            watches: 1,
         };
         assert_eq!(shown, [(None, Figures::default()), (Some(flow(1)), figures)]);
+        flows.ended(held);
+        let ended: u32 = flows.iter().map(|(_, figures)| figures.open + figures.watches).sum();
+        assert_eq!(ended, 0);
         assert!(flows.take_changed() && !flows.take_changed());
     }
 
@@ -280,7 +306,7 @@ mod tests {
     fn whatever_a_connection_carries_few_flows_are_held() {
         let mut flows = Flows::default();
         for number in 0..100 {
-            flows.opened();
+            flows.opened(false);
             let slot = flows.answered(Slot::default(), Some(flow(number)), false, true);
             flows.add_octets(slot, 1);
             flows.ended(slot);

@@ -1,15 +1,24 @@
 //! `flows`: who asks for what now, by user, user agent, FlowSchema and priority level.
 //!
 //! Input: two answers of the agent, a moment apart. Output: a table, or the second answer with what happened between them.
-//! Must never show a rate across a restart of the relay: its figures begin anew.
+//! Must never show a rate across a restart of the relay, whose figures begin anew, nor one of a row that the first answer had
+//! no room for: it may have been there all along.
 
-use std::{collections::HashMap, fmt::Write as _, path::Path, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt::Write as _,
+    path::Path,
+    time::Duration,
+};
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::{Failure, show, table::Table};
+use super::{
+    Failure, show,
+    table::{Table, clean},
+};
 use crate::local::client;
 
 /// What is largest first.
@@ -41,6 +50,7 @@ fn key(row: &Value) -> [String; 4] {
 
 fn with_rates(first: &Value, mut second: Value, over: Duration, sort: Sort, limit: usize) -> Value {
     let is_same = first["instance"] == second["instance"];
+    let was_cut = first["cut"] == true;
     let before: HashMap<_, &Value> = show::list(&first["flows"]).iter().map(|row| (key(row), row)).collect();
     let seconds = over.as_secs_f64().max(0.001);
     second["over_s"] = json!(seconds);
@@ -51,9 +61,10 @@ fn with_rates(first: &Value, mut second: Value, over: Duration, sort: Sort, limi
         let old = before.get(&key(row));
         for field in ["requests", "bytes", "refused"] {
             let count = |row: &Value| row[field].as_u64().unwrap_or_default();
-            // What was not there then has happened since.
+            // What was not there then has happened since, unless there was no room for it.
             let new = count(row).saturating_sub(old.map_or(0, |old| count(old)));
-            let rate = is_same.then(|| (new as f64 / seconds * 10.0).round() / 10.0);
+            let is_known = is_same && (old.is_some() || !was_cut);
+            let rate = is_known.then(|| (new as f64 / seconds * 10.0).round() / 10.0);
             row[format!("{field}_per_second")] = json!(rate);
         }
     }
@@ -71,8 +82,34 @@ fn with_rates(first: &Value, mut second: Value, over: Duration, sort: Sort, limi
         let ((rate_a, total_a), (rate_b, total_b)) = (size(a), size(b));
         rate_b.total_cmp(&rate_a).then(total_b.total_cmp(&total_a))
     });
-    rows.truncate(limit);
+    keep_leaders(rows, limit);
     second
+}
+
+/// At most so many rows, the first; but whoever leads by another measure stays: who is refused everything has no octets.
+fn keep_leaders(rows: &mut Vec<Value>, limit: usize) {
+    let measures = [
+        "refused_per_second",
+        "open_streams",
+        "bytes_per_second",
+        "requests_per_second",
+    ];
+    let leaders: BTreeSet<usize> = measures
+        .into_iter()
+        .filter_map(|field| {
+            let size = |row: &Value| row[field].as_f64().unwrap_or_default();
+            let (index, row) = rows.iter().enumerate().max_by(|a, b| size(a.1).total_cmp(&size(b.1)))?;
+            let shown = rows.iter().take(limit).map(size).fold(0.0, f64::max);
+            (size(row) > shown).then_some(index)
+        })
+        .take(limit)
+        .collect();
+    let first = limit.saturating_sub(leaders.len());
+    let mut index = 0;
+    rows.retain(|_| {
+        index += 1;
+        index <= first || leaders.contains(&(index - 1))
+    });
 }
 
 /// For people.
@@ -84,6 +121,7 @@ pub fn table(answer: &Value) -> String {
         "PRIORITY LEVEL",
         "CONNECTIONS",
         "STREAMS",
+        "WATCHES",
         "REQUESTS/S",
         "MB/S",
         "REFUSED/S",
@@ -107,6 +145,7 @@ pub fn table(answer: &Value) -> String {
             named("priority_level", "priority_level_uid"),
             show::text(&row["connections"]),
             show::text(&row["open_streams"]),
+            show::text(&row["open_watches"]),
             show::text(&row["requests_per_second"]),
             megabytes(&row["bytes_per_second"]),
             show::text(&row["refused_per_second"]),
@@ -127,8 +166,14 @@ pub fn table(answer: &Value) -> String {
             others["refused"]
         );
     }
+    let without_rate = show::list(&answer["flows"])
+        .iter()
+        .filter(|row| row["bytes_per_second"].is_null());
+    if let count @ 1.. = without_rate.count() {
+        let _ = writeln!(text, "without a rate, for want of figures at the first look: {count}");
+    }
     if let Some(fault) = answer["names_fault"].as_str() {
-        let _ = writeln!(text, "UIDs in place of names: {fault}");
+        let _ = writeln!(text, "UIDs in place of names: {}", clean(fault));
     }
     text
 }
@@ -174,8 +219,51 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("UIDs in place of names: nobody may ask"), "{text}");
+        // What the first look had no room for has no rate, and is not first for it.
+        let mut cut = first;
+        cut["cut"] = json!(true);
+        let got = with_rates(&cut, second.clone(), Duration::from_secs(2), Sort::Bytes, 3);
+        let rates: Vec<_> = show::list(&got["flows"])
+            .iter()
+            .map(|row| (&row["user"], &row["bytes_per_second"]))
+            .collect();
+        assert_eq!(
+            rates,
+            [
+                (&json!("flood"), &json!(2e6)),
+                (&json!("old"), &json!(0.0)),
+                (&json!("new\n"), &Value::Null)
+            ]
+        );
+        assert!(table(&got).contains("without a rate, for want of figures at the first look: 1"));
         let anew = with_rates(&answer("other", &[]), second, Duration::from_secs(2), Sort::Requests, 9);
         assert_eq!(anew["flows"][0]["requests_per_second"], Value::Null);
         assert_eq!(anew["flows"][0]["user"], "old");
+    }
+
+    #[test]
+    fn who_is_refused_everything_or_reads_nothing_is_among_few_rows_too() {
+        let users: Vec<String> = (0..50).map(|index| format!("user-{index}")).collect();
+        let mut rows: Vec<_> = users.iter().map(|user| (user.as_str(), 10, 1_000_000)).collect();
+        rows.extend([("refused", 1, 1), ("slow", 1, 0)]);
+        let mut second = answer("x", &rows);
+        second["flows"][50]["refused"] = json!(40);
+        second["flows"][51]["open_streams"] = json!(60);
+        for limit in [0, 1, 2, 5] {
+            let got = with_rates(
+                &answer("x", &[]),
+                second.clone(),
+                Duration::from_secs(1),
+                Sort::Bytes,
+                limit,
+            );
+            let shown: Vec<_> = show::list(&got["flows"])
+                .iter()
+                .filter_map(|row| row["user"].as_str())
+                .collect();
+            assert_eq!(shown.len(), limit);
+            assert!(limit < 1 || shown.contains(&"refused"), "{shown:?}");
+            assert!(limit < 2 || shown.contains(&"slow"), "{shown:?}");
+        }
     }
 }

@@ -276,6 +276,9 @@ pub struct FlowFigures {
     pub refused: u64,
     /// Streams open now; without a flow, those too that wait for their answer.
     pub open_streams: u64,
+    /// Of them, watches.
+    #[serde(default)]
+    pub open_watches: u64,
 }
 
 /// Requests of one user with one user agent and of one flow.
@@ -305,6 +308,9 @@ pub struct Flows {
     pub instance: String,
     /// Those with the most octets first.
     pub rows: Vec<FlowRow>,
+    /// Whether there are rows that are not here, for want of room: which these are may be others the next time.
+    #[serde(default)]
+    pub cut: bool,
     /// What has no row, for want of room.
     pub others: FlowFigures,
     /// Answers that are counted without their flow: their connections had too many.

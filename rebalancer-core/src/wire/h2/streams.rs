@@ -83,9 +83,8 @@ impl Streams {
         self.opened += 1;
         self.watches += u32::from(watch);
         let sends = if ended { Sends::Server } else { Sends::Both };
-        let flow = Slot::default();
+        let flow = self.flows.opened(watch);
         self.open.insert(id, Stream { watch, sends, flow });
-        self.flows.opened();
         self.check();
         Ok(())
     }

@@ -60,12 +60,14 @@ pub(super) async fn flows(State(context): State<Context>) -> Result<Json<Value>,
             "bytes": row.figures.bytes,
             "refused": row.figures.refused,
             "open_streams": row.figures.open_streams,
+            "open_watches": row.figures.open_watches,
         })
     };
     let rows: Vec<Value> = flows.rows.into_iter().map(row).collect();
     Ok(Json(json!({
         "instance": flows.instance,
         "flows": rows,
+        "cut": flows.cut,
         "others": flows.others,
         "unplaced_total": flows.unplaced_total,
         "flow_control": names.as_ref().map(|names| names.shown()),

@@ -214,14 +214,14 @@ impl Connection {
     /// A request of HTTP/1.1 begins.
     pub fn begin_request(&self, watch: bool) {
         self.set_streams(self.requests.load(Relaxed) + 1, 1, u32::from(watch));
-        self.with_flows(Flows::opened);
+        self.with_flows(|flows| flows.opened(watch));
         self.add_bytes(0, 0);
     }
 
     /// Its request goes on as a stream of octets.
     pub fn begin_stream(&self) {
         self.set_streams(self.requests.load(Relaxed), 1, 0);
-        self.with_flows(Flows::opened);
+        self.with_flows(|flows| flows.opened(false));
     }
 
     /// The head of its answer has gone out, and its body lasts.
@@ -255,7 +255,9 @@ impl Connection {
 
     /// An answer of HTTP/1.1 begins: of which flow, and whether it refuses.
     pub fn begin_answer(&self, flow: Option<Flow>, refused: bool) -> Slot {
-        self.with_flows(|flows| flows.answered(Slot::default(), flow, refused, true))
+        // Of HTTP/1.1 one request is open at a time.
+        let before = Slot::waiting(self.open_watches() > 0);
+        self.with_flows(|flows| flows.answered(before, flow, refused, true))
     }
 
     /// Looks at what each flow came to, or adds to it.

@@ -10,12 +10,15 @@ use rebalancer_core::wire::flow::{Figures, Flow, Flows as CoreFlows};
 use super::{Connection, Registry};
 use crate::shim::wire::{FlowFigures, FlowRow, Flows};
 
-/// How many rows are kept of connections that have ended, at most; when there are more, the half with the most octets stays,
-/// and the rest is summed without names.
+/// How many rows are kept of connections that have ended, at most; when there are more, half of them stay, by each measure
+/// in turn ([`leading`]), and the rest is summed without names.
 const ENDED: usize = 1_024;
 
-/// How many rows an answer has: those with the most octets.
-const SHOWN: usize = 2_048;
+/// How many octets the rows of an answer take, about: some 7,000 rows of users and user agents as they are.
+const SHOWN: usize = 2 << 20;
+
+/// What a row takes beside its names, written as JSON.
+const ROW: usize = 240;
 
 /// Octets kept of a user's name.
 const USER: usize = 1_024;
@@ -26,6 +29,14 @@ struct Key {
     user: Option<Box<str>>,
     user_agent: Option<Box<str>>,
     flow: Option<Flow>,
+}
+
+impl Key {
+    /// What its row takes in an answer, about: a name is written twice as long at most, but for one of control characters.
+    fn length(&self) -> usize {
+        let names = [&self.user, &self.user_agent];
+        ROW + names.into_iter().flatten().map(|name| name.len()).sum::<usize>()
+    }
 }
 
 /// A sum, and of how many open connections.
@@ -45,6 +56,7 @@ impl Sum {
     fn ended(self) -> Self {
         let figures = Figures {
             open: 0,
+            watches: 0,
             ..self.figures
         };
         Self {
@@ -77,15 +89,51 @@ impl Ended {
         debug_assert!(self.rows.len() <= ENDED);
     }
 
-    /// Whoever comes under a new name each time has few octets under each.
+    /// Whoever comes under a new name each time has little of anything under each.
     fn make_room(&mut self) {
-        let mut rows: Vec<(Key, Sum)> = self.rows.drain().collect();
-        rows.sort_unstable_by_key(|(_, sum)| std::cmp::Reverse(sum.figures.octets));
-        for (_, sum) in rows.drain(ENDED / 2..) {
-            self.others.add(&sum);
-        }
-        self.rows = rows.into_iter().collect();
+        let mut left = ENDED / 2;
+        let (kept, rest) = leading(self.rows.drain().collect(), |_| {
+            left = left.saturating_sub(1);
+            left > 0
+        });
+        rest.iter().for_each(|(_, sum)| self.others.add(sum));
+        self.rows = kept.into_iter().collect();
     }
+}
+
+/// Rows in some order.
+type Rows = Vec<(Key, Sum)>;
+
+/// Rows until there is no room for the next one, and the rest. By each measure in turn the heaviest is next: who is refused
+/// everything has no octets, and a slow reader's are still to come.
+fn leading(rows: Rows, mut has_room: impl FnMut(&Key) -> bool) -> (Rows, Rows) {
+    let measures: [fn(&Figures) -> u64; 4] = [
+        |figures| figures.octets,
+        |figures| figures.refused,
+        |figures| u64::from(figures.open.saturating_sub(figures.watches)),
+        |figures| figures.requests,
+    ];
+    let orders = measures.map(|measure| {
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_unstable_by(|a, b| {
+            let ((key_a, sum_a), (key_b, sum_b)) = (&rows[*a], &rows[*b]);
+            let sizes = (measure(&sum_a.figures), measure(&sum_b.figures));
+            sizes.1.cmp(&sizes.0).then_with(|| key_a.cmp(key_b))
+        });
+        order
+    });
+    let mut is_kept = vec![false; rows.len()];
+    let turns = (0..rows.len()).flat_map(|rank| orders.iter().map(move |order| order[rank]));
+    for index in turns {
+        if !is_kept[index] {
+            if !has_room(&rows[index].0) {
+                break;
+            }
+            is_kept[index] = true;
+        }
+    }
+    let mut is_kept = is_kept.into_iter();
+    rows.into_iter().partition(|_| is_kept.next().unwrap_or_default())
 }
 
 /// A connection's rows; one that has asked for nothing has none.
@@ -127,18 +175,24 @@ impl Registry {
                 sums.entry(key).or_default().add(&sum);
             }
         }
-        let mut sums: Vec<(Key, Sum)> = sums.into_iter().collect();
+        let mut room = SHOWN;
+        let (mut sums, rest) = leading(sums.into_iter().collect(), |key| match room.checked_sub(key.length()) {
+            Some(left) => {
+                room = left;
+                true
+            }
+            None => false,
+        });
         sums.sort_unstable_by(|(a, one), (b, other)| {
             (other.figures.octets, other.figures.requests)
                 .cmp(&(one.figures.octets, one.figures.requests))
                 .then_with(|| a.cmp(b))
         });
-        for (_, sum) in sums.drain(sums.len().min(SHOWN)..) {
-            others.add(&sum);
-        }
+        rest.iter().for_each(|(_, sum)| others.add(sum));
         Flows {
             instance: self.instance.clone(),
             rows: sums.into_iter().map(|(key, sum)| row(key, &sum)).collect(),
+            cut: !rest.is_empty(),
             others: shown(&others),
             unplaced_total: unplaced,
         }
@@ -161,6 +215,7 @@ fn shown(sum: &Sum) -> FlowFigures {
         octets,
         refused,
         open,
+        watches,
     } = sum.figures;
     FlowFigures {
         connections: sum.connections,
@@ -168,6 +223,7 @@ fn shown(sum: &Sum) -> FlowFigures {
         bytes: octets,
         refused,
         open_streams: u64::from(open),
+        open_watches: u64::from(watches),
     }
 }
 
@@ -223,6 +279,7 @@ mod tests {
             bytes,
             refused,
             open_streams: 0,
+            open_watches: 0,
         };
         let schema = |number| Some(flow(number).schema.to_string());
         let kubectl = Some("kubectl/v1.36".to_owned());
@@ -268,5 +325,61 @@ mod tests {
             Some("flood"),
             "who had most is named still"
         );
+    }
+
+    #[test]
+    fn who_is_refused_everything_is_named_whoever_else_there_is_and_so_is_who_reads_nothing() {
+        for ends in [true, false] {
+            let registry = Registry::new("x".into());
+            let long = "x".repeat(USER - 5);
+            for id in 0..4_000 {
+                let connection = open(&registry, id, Some(&format!("{long}{id:05}")));
+                ask(&connection, Some(flow(1)), false, 1_000_000);
+                if ends {
+                    connection.close("test");
+                }
+            }
+            let refused = open(&registry, 9_000, Some("refused"));
+            (0..50).for_each(|_| ask(&refused, Some(flow(1)), true, 10));
+            let slow = open(&registry, 9_001, Some("slow"));
+            slow.begin_request(false);
+            slow.begin_answer(Some(flow(1)), false);
+            if ends {
+                refused.close("test");
+                for id in 10_000..12_000 {
+                    let connection = open(&registry, id, Some(&format!("{long}{id:05}")));
+                    ask(&connection, Some(flow(1)), false, 1_000_000);
+                    connection.close("test");
+                }
+            }
+            let flows = registry.flows();
+            for user in ["refused", "slow"] {
+                assert!(
+                    flows.rows.iter().any(|row| row.user.as_deref() == Some(user)),
+                    "{user} {ends}"
+                );
+            }
+            assert_eq!(flows.cut, !ends, "{}", flows.rows.len());
+            let written = serde_json::to_string(&flows).expect("JSON").len();
+            assert!(written < SHOWN + SHOWN / 4, "{written}");
+        }
+    }
+
+    #[test]
+    fn watches_are_counted_apart() {
+        let registry = Registry::new("x".into());
+        let connection = open(&registry, 1, Some("a"));
+        connection.begin_request(true);
+        let open = || {
+            let rows = registry.flows().rows;
+            rows.iter()
+                .map(|row| (row.figures.open_streams, row.figures.open_watches))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(open(), [(1, 1)]);
+        connection.begin_answer(Some(flow(1)), false);
+        assert_eq!(open(), [(1, 1)]);
+        connection.end_request();
+        assert_eq!(open(), [(0, 0)]);
     }
 }

@@ -35,6 +35,7 @@ fn figures(requests: u64, octets: u64, refused: u64, open: u32) -> Figures {
         octets,
         refused,
         open,
+        watches: 0,
     }
 }
 
