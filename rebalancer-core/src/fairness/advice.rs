@@ -3,13 +3,12 @@
 //! Job: from a [`Question`] to the numbers of a FlowSchema and a PriorityLevelConfiguration. Output: [`Advice`] or
 //! [`Refused`]. Must never hold somebody who did not flood more than it says: what its rules do not name stays where it is.
 
-use std::collections::BTreeSet;
-
 use super::{
-    Level, Schema,
-    seats::{lists_at_once, nominal_seats, shares_for, widest_list},
+    Level, Schema, Subject,
+    place::place,
+    seats::{lists_at_once, nominal_seats, shares_for},
     shuffle::{Hand, crowded_out},
-    yaml,
+    words, yaml,
 };
 
 /// How many large LISTs of theirs may run at once on an apiserver.
@@ -33,13 +32,6 @@ const QUEUE_LENGTH: u32 = 50;
 /// The part of its seats that the level lends while nobody uses them.
 const LENDABLE_PERCENT: u32 = 50;
 
-/// Where service accounts' own schema is in a cluster whose schemas say nothing.
-const PRECEDENCE: u32 = 9_000;
-
-/// How long a request waits in a queue: a quarter of kube-apiserver's --request-timeout, which is 60 s by default
-/// (k8s.io/apiserver/pkg/server/config.go).
-const WAIT_S: u32 = 15;
-
 /// Verbs that a FlowSchema may name.
 const VERBS: [&str; 10] = [
     "*",
@@ -54,70 +46,21 @@ const VERBS: [&str; 10] = [
     "watch",
 ];
 
-/// Whom a schema is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Subject {
-    /// One user; a service account is `system:serviceaccount:NAMESPACE:NAME`.
-    User(String),
-    /// Everybody of a group.
-    Group(String),
-}
-
-impl Subject {
-    fn name(&self) -> &str {
-        match self {
-            Self::User(name) | Self::Group(name) => name,
-        }
-    }
-
-    fn in_words(&self) -> String {
-        match self {
-            Self::User(name) => format!("user {}", yaml::quoted(name)),
-            Self::Group(name) => format!("group {}", yaml::quoted(name)),
-        }
-    }
-
-    /// Whether a schema for `other` is for this one too, as far as names say.
-    fn is_within(&self, other: &Self) -> bool {
-        match (self, other) {
-            (_, Self::Group(group)) if group == "*" || group == "system:authenticated" => true,
-            (Self::User(user), Self::User(other)) => other == "*" || user == other,
-            (Self::Group(group), Self::Group(other)) => {
-                group == other || other == "system:serviceaccounts" && group.starts_with("system:serviceaccounts:")
-            }
-            (Self::Group(_), Self::User(other)) => other == "*",
-            (Self::User(user), Self::Group(group)) => groups_of(user).contains(group),
-        }
-    }
-}
-
-/// The groups that a user's name stands for.
-fn groups_of(user: &str) -> BTreeSet<String> {
-    let mut groups = BTreeSet::new();
-    if let Some((namespace, _)) = user
-        .strip_prefix("system:serviceaccount:")
-        .and_then(|rest| rest.split_once(':'))
-    {
-        groups.insert("system:serviceaccounts".to_owned());
-        groups.insert(format!("system:serviceaccounts:{namespace}"));
-    }
-    if user.starts_with("system:node:") {
-        groups.insert("system:nodes".to_owned());
-    }
-    groups
-}
-
 /// What was seen of who floods.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
-    /// Their streams that are open now on this apiserver.
-    pub open_streams: u64,
+    /// Whose requests these are, as a sentence begins: a user, a user agent.
+    pub whose: String,
+    /// Their streams that are open now on this apiserver and are no watches.
+    pub open_requests: u64,
+    /// Their watches that are open now.
+    pub open_watches: u64,
     /// Their answers so far, in octets.
     pub bytes: u64,
     /// Everybody's.
     pub all_bytes: u64,
-    /// The FlowSchema that most of that came by.
-    pub schema: Option<String>,
+    /// FlowSchemas that requests of the subject came by, for certain.
+    pub schemas: Vec<String>,
 }
 
 /// What an operator asks.
@@ -209,12 +152,12 @@ pub fn advise(question: &Question) -> Result<Advice, Refused> {
     let all_shares = others.saturating_add(shares);
     let seats = nominal_seats(question.server_seats, shares, all_shares);
     let lists_at_once = lists_at_once(seats, hand.size);
-    let (now, precedence) = place(question, &name)?;
+    let place = place(question, &name)?;
     let hold = Hold {
         name: name.clone(),
         subject: question.subject.clone(),
         verbs: question.verbs.clone(),
-        precedence,
+        precedence: place.precedence,
         shares,
         lendable_percent: LENDABLE_PERCENT,
         hand,
@@ -222,8 +165,8 @@ pub fn advise(question: &Question) -> Result<Advice, Refused> {
     };
     Ok(Advice {
         manifest: yaml::manifest(&hold),
-        reason: reason(question, now, others, &levels),
-        cost: cost(question, &hold, seats, lists_at_once, others, &levels),
+        reason: words::reason(question, &hold, &place, others, &levels),
+        cost: words::cost(question, &hold, seats, others, &levels),
         name,
         seats,
         lists_at_once,
@@ -292,11 +235,12 @@ fn out_of_range(flag: &str, value: u32, range: &std::ops::RangeInclusive<u32>) -
     format!("{flag} {value}: allowed is {} to {}", range.start(), range.end())
 }
 
-/// A name that an object may have, which says whom it holds: another one for each subject.
+/// A name that an object may have, which says whom it holds: another one for each subject. Of schemas with one precedence the
+/// first by name counts: by these names a user's hold comes before a group's.
 fn name_of(subject: &Subject) -> String {
     let kind = match subject {
         Subject::User(_) => "user",
-        Subject::Group(_) => "group",
+        Subject::Group(_) => "users-of",
     };
     let plain: String = subject
         .name()
@@ -338,132 +282,6 @@ fn hand_of(question: &Question) -> Result<Hand, Refused> {
             question.heavy
         ))
     })
-}
-
-/// The schema that their requests match now, and a precedence just before it: what is more particular, such as leader
-/// election and the nodes' own, still comes first.
-fn place<'q>(question: &'q Question, own: &str) -> Result<(Option<&'q Schema>, u32), Refused> {
-    let schemas = || question.schemas.iter().filter(|schema| schema.name != own);
-    let is_for = |schema: &&Schema| {
-        schema
-            .subjects
-            .iter()
-            .any(|subject| question.subject.is_within(subject))
-    };
-    let seen = question
-        .observed
-        .as_ref()
-        .and_then(|observed| observed.schema.as_deref());
-    let seen = seen.and_then(|name| schemas().find(|schema| schema.name == name));
-    let now = seen.or_else(|| {
-        let wide = schemas().filter(|schema| schema.takes_all).filter(is_for);
-        wide.min_by_key(|schema| (schema.precedence, &schema.name))
-    });
-    if let Some(schema) = now {
-        let is_exempt = |level: &&Level| level.name == schema.level && level.is_exempt;
-        if question.levels.iter().find(is_exempt).is_some() {
-            return Err(Refused(format!(
-                "{} is exempt by FlowSchema {}: change that one first",
-                question.subject.in_words(),
-                schema.name
-            )));
-        }
-    }
-    let mut precedence = now.map_or(PRECEDENCE, |schema| schema.precedence).saturating_sub(1);
-    while precedence > 2 && schemas().any(|schema| schema.precedence == precedence) {
-        precedence -= 1;
-    }
-    Ok((now, precedence.max(2)))
-}
-
-fn reason(question: &Question, now: Option<&Schema>, others: u32, levels: &[&Level]) -> Vec<String> {
-    let mut reason = Vec::new();
-    if let Some(observed) = &question.observed {
-        let part = 100.0 * observed.bytes as f64 / observed.all_bytes.max(1) as f64;
-        reason.push(format!(
-            "{}: {} requests are open now; its answers are {:.1} MB so far, {part:.0} % of everybody's.",
-            question.subject.in_words(),
-            observed.open_streams,
-            observed.bytes as f64 / 1e6
-        ));
-    }
-    let level = now.and_then(|schema| levels.iter().find(|level| level.name == schema.level));
-    if let (Some(schema), Some(level)) = (now, level) {
-        let seats = nominal_seats(question.server_seats, level.shares, others);
-        let borrows = match level.borrowing_limit_percent {
-            None => "it borrows every seat that other levels lend: its own are no bound".to_owned(),
-            Some(percent) => format!("it may borrow {percent} % more"),
-        };
-        reason.push(format!(
-            "They match FlowSchema {} and level {}, which has {seats} of {} seats; {borrows}.",
-            schema.name, level.name, question.server_seats
-        ));
-    }
-    reason.push(
-        "An answer that is read slowly is held whole in the apiserver's memory, for each request at once: the bound is on \
-         how many run."
-            .into(),
-    );
-    reason
-}
-
-fn cost(question: &Question, hold: &Hold, seats: u32, lists: u32, others: u32, levels: &[&Level]) -> Vec<String> {
-    let (server, hand) = (question.server_seats, hold.hand);
-    let verbs = hold.verbs.join(", ");
-    let mut cost = vec![format!(
-        "On each apiserver {seats} of {server} seats are for {verbs} of {}, and none are borrowed: {lists} large LISTs at \
-         once, {} seats each, or {seats} small ones. All else of theirs stays where it is.",
-        question.subject.in_words(),
-        widest_list(seats, hand.size),
-    )];
-    if lists > question.lists {
-        cost.push(format!(
-            "Fewer than {lists} cannot be had: one share of this server's seats is that many (--lists {}).",
-            question.lists
-        ));
-    }
-    let waiting = hand.size * hold.queue_length;
-    cost.push(format!(
-        "Whoever finds no seat waits: {waiting} of one user at most, {WAIT_S} s at most (a quarter of kube-apiserver's \
-         --request-timeout), and is then answered 429 with Retry-After; client-go asks again ten times, informers after \
-         that from the start."
-    ));
-    if let Some(observed) = question
-        .observed
-        .as_ref()
-        .filter(|seen| seen.open_streams > u64::from(lists))
-    {
-        cost.push(format!(
-            "Of {} that are open now {lists} large ones would run: the last begins about {:.0} times as late as if all ran \
-             at once.",
-            observed.open_streams,
-            observed.open_streams as f64 / f64::from(lists)
-        ));
-    }
-    if hand.queues > 1 {
-        cost.push(format!(
-            "A quiet user of the group is crowded out by {} heavy ones with a probability of {:.2} % ({} queues, {} in a hand).",
-            question.heavy,
-            100.0 * crowded_out(hand, question.heavy),
-            hand.queues,
-            hand.size
-        ));
-    }
-    let all = others.saturating_add(hold.shares);
-    let change = |level: &&&Level| {
-        let seats = |all| nominal_seats(server, level.shares, all);
-        let (before, after) = (seats(others), seats(all));
-        (before != after).then(|| format!("{} {before} to {after}", level.name))
-    };
-    let changes: Vec<String> = levels.iter().filter_map(|level| change(&level)).collect();
-    if !changes.is_empty() {
-        cost.push(format!("Other levels' seats: {}.", changes.join(", ")));
-    }
-    cost.push(format!(
-        "To take it back: kubectl delete flowschema,prioritylevelconfiguration {}",
-        hold.name
-    ));
-    cost
 }
 
 #[cfg(test)]

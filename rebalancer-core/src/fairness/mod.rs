@@ -7,11 +7,15 @@
 //! documentation.
 
 mod advice;
+mod place;
+mod schemas;
 mod seats;
 mod shuffle;
+mod words;
 mod yaml;
 
-pub use advice::{Advice, LISTS, Observed, Question, Refused, Subject, advise};
+pub use advice::{Advice, LISTS, Observed, Question, Refused, advise};
+pub use schemas::{Resources, Rule, Schema, Subject};
 pub use seats::{lists_at_once, nominal_seats, widest_list};
 pub use shuffle::{Hand, crowded_out};
 
@@ -26,19 +30,4 @@ pub struct Level {
     pub shares: u32,
     /// `borrowingLimitPercent`; `None` borrows every seat that others lend.
     pub borrowing_limit_percent: Option<u32>,
-}
-
-/// A FlowSchema, as far as it bears on who matches it first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Schema {
-    /// Its name.
-    pub name: String,
-    /// The level of its requests.
-    pub level: String,
-    /// `matchingPrecedence`: the lowest that matches counts.
-    pub precedence: u32,
-    /// Whom it is for.
-    pub subjects: Vec<Subject>,
-    /// Whether one of its rules is for every verb and resource.
-    pub takes_all: bool,
 }

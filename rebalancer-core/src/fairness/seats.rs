@@ -7,7 +7,7 @@
 const WIDEST_PART: f64 = 0.15;
 
 /// The most seats that a LIST from the watch cache takes: for 1 MB held at once, at 100 kB a seat (`bytesPerSeat`,
-/// `cacheWithStreamingMaxMemoryUsage`).
+/// `cacheWithStreamingMaxMemoryUsage`). One from etcd may take up to 100 (`maximumListSeatsLimit`), so that fewer run at once.
 const WIDEST: u32 = 10;
 
 /// More shares than that are not tried.
@@ -22,7 +22,7 @@ pub fn nominal_seats(server_seats: u32, shares: u32, all_shares: u32) -> u32 {
     seats.ceil() as u32
 }
 
-/// How many seats the largest LIST takes in a level of so many seats, where one flow has `hand_size` queues.
+/// How many seats the largest LIST from the watch cache takes at most in a level of so many seats, where one flow has `hand_size` queues.
 pub fn widest_list(seats: u32, hand_size: u32) -> u32 {
     let part = (f64::from(seats) * WIDEST_PART).ceil() as u32;
     part.min(seats / hand_size.max(1)).clamp(1, WIDEST)
@@ -31,6 +31,12 @@ pub fn widest_list(seats: u32, hand_size: u32) -> u32 {
 /// How many of the largest LISTs run at once in a level of so many seats that borrows none.
 pub fn lists_at_once(seats: u32, hand_size: u32) -> u32 {
     (seats / widest_list(seats, hand_size)).max(1)
+}
+
+/// How many of a level's seats others may have at most: round(seats * lendablePercent / 100).
+pub(super) fn lent(seats: u32, lendable_percent: u32) -> u32 {
+    let lent = (f64::from(seats) * f64::from(lendable_percent) / 100.0).round() as u32;
+    lent.min(seats)
 }
 
 /// The most shares beside `others` with which no more than `lists` of the largest LISTs run at once, and never half of the

@@ -4,10 +4,9 @@
 
 use std::fmt::Write as _;
 
-use super::{
-    advice::{Hold, Subject},
-    shuffle::Hand,
-};
+use crate::unseen::is_unseen;
+
+use super::{Subject, advice::Hold, shuffle::Hand};
 
 /// A string as YAML's double-quoted scalars have it, which are JSON's.
 pub(super) fn quoted(text: &str) -> String {
@@ -34,9 +33,8 @@ pub(super) fn quoted(text: &str) -> String {
 
 /// Text as a comment of one line, whatever it holds.
 pub(super) fn comment(text: &str) -> String {
-    // To YAML the last two end a line too.
-    let ends_line = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
-    let line: String = text.chars().map(|c| if ends_line(c) { ' ' } else { c }).collect();
+    // To YAML some of them end a line too.
+    let line: String = text.chars().map(|c| if is_unseen(c) { ' ' } else { c }).collect();
     format!("# {line}\n")
 }
 
@@ -109,5 +107,6 @@ mod tests {
             assert_eq!(quoted(text), expected);
         }
         assert_eq!(comment("a\nb\u{85}c\u{2028}d"), "# a b c d\n");
+        assert_eq!(comment("a\u{202e}b"), "# a b\n");
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use rebalancer_core::fairness::{Level, Schema, Subject};
+use rebalancer_core::fairness::{Level, Resources, Rule, Schema, Subject};
 use serde::{Deserialize, Serialize};
 
 /// An object's name by its UID.
@@ -32,25 +32,11 @@ impl FlowControl {
             shares: level.shares,
             borrowing_limit_percent: level.borrowing_limit_percent,
         };
-        let schema = |schema: &Schema| {
-            let (users, groups) = schema
-                .subjects
-                .iter()
-                .partition::<Vec<_>, _>(|one| matches!(one, Subject::User(_)));
-            let names = |all: Vec<&Subject>| {
-                let name = |one: &Subject| match one {
-                    Subject::User(name) | Subject::Group(name) => name.clone(),
-                };
-                all.into_iter().map(name).collect()
-            };
-            ShownSchema {
-                name: schema.name.clone(),
-                level: schema.level.clone(),
-                precedence: schema.precedence,
-                users: names(users),
-                groups: names(groups),
-                takes_all: schema.takes_all,
-            }
+        let schema = |schema: &Schema| ShownSchema {
+            name: schema.name.clone(),
+            level: schema.level.clone(),
+            precedence: schema.precedence,
+            rules: schema.rules.iter().map(shown_rule).collect(),
         };
         Shown {
             priority_levels: self.levels.iter().map(level).collect(),
@@ -79,9 +65,62 @@ struct ShownSchema {
     name: String,
     level: String,
     precedence: u32,
+    rules: Vec<ShownRule>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct ShownRule {
     users: Vec<String>,
     groups: Vec<String>,
-    takes_all: bool,
+    resources: Vec<ShownResources>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct ShownResources {
+    verbs: Vec<String>,
+    api_groups: Vec<String>,
+    resources: Vec<String>,
+    namespaces: Vec<String>,
+    cluster_scope: bool,
+}
+
+fn shown_rule(rule: &Rule) -> ShownRule {
+    let (mut users, mut groups) = (Vec::new(), Vec::new());
+    for subject in &rule.subjects {
+        match subject {
+            Subject::User(name) => users.push(name.clone()),
+            Subject::Group(name) => groups.push(name.clone()),
+        }
+    }
+    let resources = |one: &Resources| ShownResources {
+        verbs: one.verbs.clone(),
+        api_groups: one.api_groups.clone(),
+        resources: one.resources.clone(),
+        namespaces: one.namespaces.clone(),
+        cluster_scope: one.cluster_scope,
+    };
+    ShownRule {
+        users,
+        groups,
+        resources: rule.resources.iter().map(resources).collect(),
+    }
+}
+
+impl From<ShownRule> for Rule {
+    fn from(shown: ShownRule) -> Self {
+        let users = shown.users.into_iter().map(Subject::User);
+        let resources = |one: ShownResources| Resources {
+            verbs: one.verbs,
+            api_groups: one.api_groups,
+            resources: one.resources,
+            namespaces: one.namespaces,
+            cluster_scope: one.cluster_scope,
+        };
+        Self {
+            subjects: users.chain(shown.groups.into_iter().map(Subject::Group)).collect(),
+            resources: shown.resources.into_iter().map(resources).collect(),
+        }
+    }
 }
 
 impl From<Shown> for FlowControl {
@@ -96,13 +135,7 @@ impl From<Shown> for FlowControl {
             name: schema.name,
             level: schema.level,
             precedence: schema.precedence,
-            subjects: schema
-                .users
-                .into_iter()
-                .map(Subject::User)
-                .chain(schema.groups.into_iter().map(Subject::Group))
-                .collect(),
-            takes_all: schema.takes_all,
+            rules: schema.rules.into_iter().map(Rule::from).collect(),
         };
         Self {
             levels: shown.priority_levels.into_iter().map(level).collect(),

@@ -8,12 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use k8s_openapi::api::flowcontrol::v1::{FlowSchema, PriorityLevelConfiguration, Subject as ApiSubject};
+use k8s_openapi::api::flowcontrol::v1::{
+    FlowSchema, PolicyRulesWithSubjects, PriorityLevelConfiguration, ResourcePolicyRule, Subject as ApiSubject,
+};
 use kube::{
     Api, Resource,
     api::{ListParams, ObjectList},
 };
-use rebalancer_core::fairness::{Level, Schema, Subject};
+use rebalancer_core::fairness::{Level, Resources, Rule, Schema, Subject};
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::sync::Mutex;
 
@@ -166,25 +168,26 @@ fn level(level: &PriorityLevelConfiguration) -> Level {
 
 fn schema(schema: &FlowSchema) -> Schema {
     let spec = schema.spec.clone().unwrap_or_default();
-    let rules = spec.rules.unwrap_or_default();
-    let is_all = |list: &[String]| list.iter().any(|one| one == "*");
-    let takes_all = rules.iter().any(|rule| {
-        let resources = rule.resource_rules.iter().flatten();
-        resources
-            .clone()
-            .any(|rule| is_all(&rule.verbs) && is_all(&rule.api_groups) && is_all(&rule.resources))
-    });
     Schema {
         name: schema.metadata.name.clone().unwrap_or_default(),
         level: spec.priority_level_configuration.name,
         // The API's default.
         precedence: number(spec.matching_precedence, 1_000),
-        subjects: rules
-            .iter()
-            .flat_map(|rule| rule.subjects.iter())
-            .filter_map(subject)
-            .collect(),
-        takes_all,
+        rules: spec.rules.iter().flatten().map(rule).collect(),
+    }
+}
+
+fn rule(rule: &PolicyRulesWithSubjects) -> Rule {
+    let resources = |one: &ResourcePolicyRule| Resources {
+        verbs: one.verbs.clone(),
+        api_groups: one.api_groups.clone(),
+        resources: one.resources.clone(),
+        namespaces: one.namespaces.clone().unwrap_or_default(),
+        cluster_scope: one.cluster_scope.unwrap_or_default(),
+    };
+    Rule {
+        subjects: rule.subjects.iter().filter_map(subject).collect(),
+        resources: rule.resource_rules.iter().flatten().map(resources).collect(),
     }
 }
 
@@ -233,11 +236,15 @@ items:
     priorityLevelConfiguration: {name: workload-low}
     rules:
     - resourceRules:
-      - {apiGroups: ["*"], clusterScope: true, namespaces: ["*"], resources: ["*"], verbs: ["*"]}
+      - {apiGroups: [cilium.io], namespaces: [a], resources: ["*"], verbs: [list, watch]}
       subjects:
       - {kind: Group, group: {name: system:serviceaccounts}}
       - {kind: ServiceAccount, serviceAccount: {namespace: a, name: "*"}}
       - {kind: ServiceAccount, serviceAccount: {namespace: a, name: b}}
+    - nonResourceRules:
+      - {nonResourceURLs: [/readyz], verbs: [get]}
+      subjects:
+      - {kind: Group, group: {name: system:authenticated}}
 "#;
 
     #[test]
@@ -257,12 +264,26 @@ items:
             name: "service-accounts".into(),
             level: "workload-low".into(),
             precedence: 9_000,
-            subjects: vec![
-                Subject::Group("system:serviceaccounts".into()),
-                Subject::Group("system:serviceaccounts:a".into()),
-                Subject::User("system:serviceaccount:a:b".into()),
+            rules: vec![
+                Rule {
+                    subjects: vec![
+                        Subject::Group("system:serviceaccounts".into()),
+                        Subject::Group("system:serviceaccounts:a".into()),
+                        Subject::User("system:serviceaccount:a:b".into()),
+                    ],
+                    resources: vec![Resources {
+                        verbs: vec!["list".into(), "watch".into()],
+                        api_groups: vec!["cilium.io".into()],
+                        resources: vec!["*".into()],
+                        namespaces: vec!["a".into()],
+                        cluster_scope: false,
+                    }],
+                },
+                Rule {
+                    subjects: vec![Subject::Group("system:authenticated".into())],
+                    resources: Vec::new(),
+                },
             ],
-            takes_all: true,
         };
         assert_eq!(read.schemas, [schema]);
         assert_eq!(
@@ -274,9 +295,11 @@ items:
         let again = FlowControl::from(shown);
         assert_eq!(again.levels, read.levels);
         let sorted = |control: &FlowControl| {
-            let mut subjects = control.schemas[0].subjects.clone();
-            subjects.sort_by_key(|subject| format!("{subject:?}"));
-            subjects
+            let mut schemas = control.schemas.clone();
+            for rule in schemas.iter_mut().flat_map(|schema| &mut schema.rules) {
+                rule.subjects.sort_by_key(|subject| format!("{subject:?}"));
+            }
+            schemas
         };
         assert_eq!(sorted(&again), sorted(&read));
     }

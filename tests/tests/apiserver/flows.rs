@@ -73,7 +73,7 @@ fn run(arguments: &[&str]) -> Result<String, String> {
 }
 
 /// One request over HTTP/2, on a connection that stays.
-fn asks(world: &World, who: &Pair, path: &str) -> Peer {
+pub(crate) fn asks(world: &World, who: &Pair, path: &str) -> Peer {
     let mut client = Peer::connect(&world.pki, world.relay, Some(who), b"h2").expect("a handshake");
     client.begin_client(&[]);
     asks_again(&mut client, 1, path);

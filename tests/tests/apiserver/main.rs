@@ -4,6 +4,7 @@ mod conformance;
 mod differential;
 mod doctor;
 mod flows;
+mod holds;
 mod identity;
 mod manifests;
 mod overload;
