@@ -191,6 +191,14 @@ fn users_and_their_flows_are_named_as_the_apiserver_names_them() {
         "{table}"
     );
 
+    // Whose it is the operator says.
+    let advised = agent.json(&["advise", "--group=swarm-clients", "--user-agent=kubectl/"]);
+    let why = advised["reason"][0].as_str().expect("a sentence");
+    assert!(
+        why.starts_with("user agent \"kubectl/\": 0 requests and 0 watches are open now"),
+        "{advised}"
+    );
+
     let users = agent.json(&["connections", "--by=user"]);
     let of_carol = users["users"]
         .as_array()

@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context as _;
 use bytes::Bytes;
 use h2::client::SendRequest;
-use http::{Request, header};
+use http::{HeaderValue, Request, header};
 use rustls_pki_types::ServerName;
 use tokio::{
     net::TcpStream,
@@ -39,6 +39,9 @@ const EACH: Duration = Duration::from_millis(100);
 
 /// How many bystanders there are.
 const BYSTANDERS: usize = 2;
+
+/// What who floods calls itself, as Cilium's agent does.
+const USER_AGENT: &str = "cilium-agent/1.13";
 
 /// What bystanders ask for: one small object, which is not there.
 const ASKED: &str = "/api/v1/nodes/bystander";
@@ -128,11 +131,11 @@ async fn all(
     let seen = Arc::new(Mutex::new(Flood::default()));
     let mut flooders = Vec::new();
     for _ in 0..effort.clients {
-        flooders.push(connect(world, &world.flooder, address).await?);
+        flooders.push(Client::connect(world, None, address).await?);
     }
     let mut bystanders = Vec::new();
     for _ in 0..BYSTANDERS {
-        bystanders.push(connect(world, &world.bystander, address).await?);
+        bystanders.push(Client::connect(world, Some(&world.bystander), address).await?);
     }
     let calm_until = Instant::now() + CALM;
     let calm: Vec<_> = bystanders
@@ -168,60 +171,105 @@ async fn all(
     Ok(seen)
 }
 
-async fn connect(world: &World, who: &Pair, address: SocketAddr) -> anyhow::Result<SendRequest<Bytes>> {
-    let config = client_config(&world.pki, Some(who), b"h2")?;
-    let stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    let tls = TlsConnector::from(Arc::new(config))
-        .connect(ServerName::try_from(SERVER_NAME)?, stream)
-        .await?;
-    let (mut sender, connection) = h2::client::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .enable_push(false)
-        .handshake(tls)
-        .await?;
-    tokio::spawn(async move {
-        // How it ends, its requests say.
-        let _ = connection.await;
-    });
-    // It is known before the flood.
-    let answer = ask(&mut sender, "/version").await.context("a client's first request")?;
-    anyhow::ensure!(answer == 200, "/version is answered with {answer}");
-    Ok(sender)
+/// A connection, and whose requests go over it.
+#[derive(Clone)]
+struct Client {
+    sender: SendRequest<Bytes>,
+    user_agent: &'static str,
+    /// Of who has no certificate.
+    authorization: Option<HeaderValue>,
 }
 
-fn request(path: &str) -> Request<()> {
-    Request::get(format!("https://{SERVER_NAME}{path}"))
-        .header(header::USER_AGENT, "cilium-agent/1.13")
-        .header(header::ACCEPT, "application/json")
-        .body(())
-        .expect("a request")
-}
-
-/// One request, its body thrown away; the status.
-async fn ask(sender: &mut SendRequest<Bytes>, path: &str) -> anyhow::Result<u16> {
-    let mut ready = sender.clone().ready().await?;
-    let (answer, _) = ready.send_request(request(path), true)?;
-    let answer = answer.await?;
-    let status = answer.status().as_u16();
-    let mut body = answer.into_body();
-    while let Some(chunk) = body.data().await {
-        body.flow_control().release_capacity(chunk?.len())?;
+impl Client {
+    /// A node's with its certificate, or one with the token of who floods.
+    async fn connect(world: &World, certificate: Option<&Pair>, address: SocketAddr) -> anyhow::Result<Self> {
+        let config = client_config(&world.pki, certificate, b"h2")?;
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let tls = TlsConnector::from(Arc::new(config))
+            .connect(ServerName::try_from(SERVER_NAME)?, stream)
+            .await?;
+        let (sender, connection) = h2::client::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .enable_push(false)
+            .handshake(tls)
+            .await?;
+        tokio::spawn(async move {
+            // How it ends, its requests say.
+            let _ = connection.await;
+        });
+        let (user_agent, authorization) = match certificate {
+            Some(_) => ("kubelet/v1.36", None),
+            None => (
+                USER_AGENT,
+                Some(HeaderValue::try_from(format!("Bearer {}", world.token))?),
+            ),
+        };
+        let client = Self {
+            sender,
+            user_agent,
+            authorization,
+        };
+        // It is known before the flood.
+        let answer = client.ask("/version").await.context("a client's first request")?;
+        anyhow::ensure!(answer == 200, "/version is answered with {answer}");
+        Ok(client)
     }
-    Ok(status)
+
+    fn request(&self, path: &str) -> Request<()> {
+        let mut request = Request::get(format!("https://{SERVER_NAME}{path}"))
+            .header(header::USER_AGENT, self.user_agent)
+            .header(header::ACCEPT, "application/json")
+            .body(())
+            .expect("a request");
+        if let Some(authorization) = &self.authorization {
+            request
+                .headers_mut()
+                .insert(header::AUTHORIZATION, authorization.clone());
+        }
+        request
+    }
+
+    /// One request, its body thrown away; the status.
+    async fn ask(&self, path: &str) -> anyhow::Result<u16> {
+        let mut ready = self.sender.clone().ready().await?;
+        let (answer, _) = ready.send_request(self.request(path), true)?;
+        let answer = answer.await?;
+        let status = answer.status().as_u16();
+        let mut body = answer.into_body();
+        while let Some(chunk) = body.data().await {
+            body.flow_control().release_capacity(chunk?.len())?;
+        }
+        Ok(status)
+    }
+
+    /// A LIST, read at that pace; the status.
+    async fn list(&self, pace: usize) -> anyhow::Result<u16> {
+        let mut ready = self.sender.clone().ready().await?;
+        let (answer, _) = ready.send_request(self.request(LIST), true)?;
+        let answer = answer.await?;
+        let status = answer.status().as_u16();
+        let mut body = answer.into_body();
+        while let Some(chunk) = body.data().await {
+            let length = chunk?.len();
+            sleep(Duration::from_secs_f64(length as f64 / pace as f64)).await;
+            body.flow_control().release_capacity(length)?;
+        }
+        Ok(status)
+    }
 }
 
 /// A bystander: one request each [`EACH`], whatever became of the ones before.
-async fn ask_on(sender: SendRequest<Bytes>, until: Instant, seen: Arc<Mutex<Flood>>) {
+async fn ask_on(client: Client, until: Instant, seen: Arc<Mutex<Flood>>) {
     let mut due = interval(EACH);
     let mut asked = Vec::new();
     while Instant::now() < until {
         let began = due.tick().await;
-        let (mut sender, seen) = (sender.clone(), Arc::clone(&seen));
+        let (client, seen) = (client.clone(), Arc::clone(&seen));
         asked.push(tokio::spawn(async move {
             // What has no answer at the end has waited until then, at least.
-            let answer = timeout_at(until, ask(&mut sender, ASKED)).await;
+            let answer = timeout_at(until, client.ask(ASKED)).await;
             let waited = began.elapsed().as_secs_f64() * 1e3;
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             seen.waits.push(waited);
@@ -235,11 +283,11 @@ async fn ask_on(sender: SendRequest<Bytes>, until: Instant, seen: Arc<Mutex<Floo
 }
 
 /// One who floods: a LIST after the other, each read slowly; after 429 it comes again when it is told to.
-async fn list_on(sender: SendRequest<Bytes>, pace: usize, until: Instant, seen: Arc<Mutex<Flood>>) {
+async fn list_on(client: Client, pace: usize, until: Instant, seen: Arc<Mutex<Flood>>) {
     while Instant::now() < until {
-        let outcome = match timeout_at(until, list(&sender, pace)).await {
+        let outcome = match timeout_at(until, client.list(pace)).await {
             Err(_) => "cut".to_owned(),
-            Ok(Ok((status, _))) => status.to_string(),
+            Ok(Ok(status)) => status.to_string(),
             Ok(Err(_)) => "failed".to_owned(),
         };
         {
@@ -251,20 +299,4 @@ async fn list_on(sender: SendRequest<Bytes>, pace: usize, until: Instant, seen: 
             sleep(Duration::from_secs(1)).await;
         }
     }
-}
-
-async fn list(sender: &SendRequest<Bytes>, pace: usize) -> anyhow::Result<(u16, usize)> {
-    let mut ready = sender.clone().ready().await?;
-    let (answer, _) = ready.send_request(request(LIST), true)?;
-    let answer = answer.await?;
-    let status = answer.status().as_u16();
-    let mut body = answer.into_body();
-    let mut octets = 0;
-    while let Some(chunk) = body.data().await {
-        let length = chunk?.len();
-        octets += length;
-        sleep(Duration::from_secs_f64(length as f64 / pace as f64)).await;
-        body.flow_control().release_capacity(length)?;
-    }
-    Ok((status, octets))
 }

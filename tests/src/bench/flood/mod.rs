@@ -19,11 +19,11 @@ use self::{
 };
 use super::machine::{Highest, rss_kib};
 
-/// Who floods: a DaemonSet's service account, a pod a node.
+/// Who floods: a DaemonSet's service account, a pod a node, each with the account's token.
 pub const FLOODER: &str = "system:serviceaccount:d8-cni-cilium:agent";
 
-/// Its groups.
-const GROUPS: [&str; 2] = ["system:serviceaccounts", "system:serviceaccounts:d8-cni-cilium"];
+/// Its namespace and name.
+const ACCOUNT: (&str, &str) = ("d8-cni-cilium", "agent");
 
 /// How large, and for how long.
 #[derive(Args, Clone, Debug)]
@@ -68,8 +68,21 @@ pub struct Row {
     pub relay_kib: Option<u64>,
     /// What the clients saw.
     pub flood: Flood,
-    /// Who the relay says asked for most: user, FlowSchema's name, MB.
-    pub heaviest: Option<(String, String, f64)>,
+    /// Who the relay says asked for most.
+    pub heaviest: Option<Heaviest>,
+}
+
+/// The line of `flows` with the most octets.
+#[derive(Clone, Debug)]
+pub struct Heaviest {
+    /// The user that a certificate names.
+    pub user: Option<String>,
+    /// The user agent.
+    pub user_agent: String,
+    /// The FlowSchema's name.
+    pub schema: String,
+    /// Octets of answers, in MB.
+    pub megabytes: f64,
 }
 
 impl Row {

@@ -75,7 +75,7 @@ impl Figures {
 
 This page is written by `cargo xtask bench flood`.
 
-{} clients of one service account LIST {} custom resources at once, again and again for {} s, and each reads {} kB a second.
+{} clients of one service account, each with its token, LIST {} custom resources at once, again and again for {} s, and each reads {} kB a second.
 An apiserver makes each answer whole before it is read: what slow readers leave unread stays in its memory, once for each
 request that runs. That is a well-known way to lose a control plane, and no load balancing helps: each apiserver that such
 clients are moved to is next.
@@ -134,12 +134,17 @@ Only rows of one run mean anything beside each other.
                 *most as f64 / 1024.0
             );
         }
-        let heaviest = self.rows.iter().rev().find_map(|row| row.heaviest.as_ref());
-        if let Some((user, schema, megabytes)) = heaviest {
+        let heaviest = self.row(Way::Nothing, true).and_then(|row| row.heaviest.as_ref());
+        if let Some(heaviest) = heaviest {
+            let user = match &heaviest.user {
+                Some(user) => format!("user `{user}`"),
+                None => "no user, since a token names none to the relay".to_owned(),
+            };
             let _ = writeln!(
                 page,
-                "Whom to ask about was in its answers: the heaviest line of `rebalancer flows` was user `{user}`, FlowSchema \
-                 `{schema}`, {megabytes:.0} MB."
+                "With nothing that holds them, the heaviest line of `rebalancer flows` had {user}, user agent `{}`, FlowSchema \
+                 `{}`, {:.0} MB: that is whom to ask about.",
+                heaviest.user_agent, heaviest.schema, heaviest.megabytes
             );
         }
         page + &self.rest()
@@ -157,8 +162,9 @@ $ rebalancer connections --by user          # connections, open streams and octe
 
 An apiserver names the FlowSchema and the priority level of each request in its answer; the relay reads them as they pass, so
 `flows` needs no credentials of the clients. A user is named where a client certificate names one: whose a token is the relay
-does not know, and the line has the user agent and the FlowSchema. Streams that wait for their answer stand in a line without
-a FlowSchema. Names in place of UIDs take `--peers kubernetes` and one right ([membership.md](membership.md#what-it-takes)).
+does not know, and the line has the user agent and the FlowSchema: so it was in this flood, for service accounts come with
+tokens. A user agent is what a client calls itself. Streams that wait for their answer stand in a line without a FlowSchema.
+Whoever is refused most, has most streams open or asks most is among the lines too, however few octets that is. Names in place of UIDs take `--peers kubernetes` and one right ([membership.md](membership.md#what-it-takes)).
 Who asks is for whoever owns the agent's socket: it is in no metric, in no snapshot and on no page.
 
 While an apiserver answers too late the agents hold `apiserver_overloaded` ([agent.md](agent.md#holds-and-what-to-do)): its
@@ -168,6 +174,7 @@ clients are not moved onto its neighbours.
 
 ```console
 $ rebalancer advise --user {FLOODER}
+$ rebalancer advise --user {FLOODER} --user-agent cilium-agent/     # with what the relay saw of them
 $ rebalancer advise --user {FLOODER} | kubectl apply --dry-run=server -f -
 ```
 
@@ -175,14 +182,22 @@ It prints a PriorityLevelConfiguration and a FlowSchema for the user (or `--grou
 cost those clients and everybody else. Nothing is applied. The arithmetic is the documented one:
 
 - **Seats**: a level's shares of all levels' shares, of `--max-requests-inflight` and `--max-mutating-requests-inflight`
-  together, rounded up. A LIST takes up to 15 % of its level's seats, ten at most; shares are the most with which no more than
-  `--lists` (4) large ones run at once.
+  together, rounded up. A LIST from the watch cache takes 15 % of its level's seats and ten of them at most; shares are the
+  most with which at most `--lists` (4) large ones run at once.
+- **Watches**: informers of client-go 1.35 and later read what they would LIST by a watch that begins with all objects
+  (`sendInitialEvents`). APF seats it as it does a LIST until these are sent; after that, as with any other watch, it has no
+  seat. So `list` and `watch` are held unless `--verb` says otherwise, and watches wait in the same queues to begin.
 - **`borrowingLimitPercent: 0`**: without it a level takes every seat that others lend, which is nearly all of them, and its
   own shares are no bound. That is why the row in the middle of the table holds nothing.
+- **`lendablePercent: 50`**: of seats that the hold leaves free others borrow up to half, so that at first fewer LISTs run than
+  it says; each 10 s the apiserver decides anew, and gives back what is wanted.
 - **Queues**: one for one user, whose requests are one flow. For a group each user is a flow, and the fewest queues are taken
   with which a quiet user is crowded out by `--heavy` (4) flooding ones in at most one case of a hundred (shuffle sharding).
-- **`matchingPrecedence`**: just before the schema that their requests match now, so that leader election, the nodes' own
-  and whatever else is more particular still comes first. Only `list` is held unless `--verb` says otherwise.
+- **`matchingPrecedence`**: before the first schema that takes any of their requests with these verbs, whatever these are for;
+  each one that it comes before is named. Leader election asks for no list and no watch, and stays where it is. A user's hold
+  comes two before that, a group's one, and of equal ones the first by name counts: a user's hold comes before his group's,
+  whichever is asked for first. Which groups a plain user is in is not known: which schemas, such as `exempt` with
+  `system:masters`, would then come before the hold is said.
 
 Without an agent, or without that right: `kubectl get prioritylevelconfigurations,flowschemas -o json | rebalancer advise
 --user NAME --levels -`.

@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
-use super::{Effort, FLOODER, GROUPS};
+use super::{ACCOUNT, Effort, FLOODER, Heaviest};
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
     fixture::Fixture,
@@ -65,7 +65,8 @@ spec:
 pub struct World {
     pub namespace: Namespace,
     pub pki: Pki,
-    pub flooder: Pair,
+    /// The token of who floods.
+    pub token: String,
     pub bystander: Pair,
     rebalancer: PathBuf,
     directory: PathBuf,
@@ -98,13 +99,12 @@ impl World {
         let fixture = Fixture::get(say)?;
         let namespace = Namespace::new()?;
         let pki = Pki::new(&[IpAddr::V4(Ipv4Addr::LOCALHOST)])?;
-        let flooder = pki.client("flooder", FLOODER, &GROUPS)?;
         let bystander = pki.client("bystander", "system:node:bystander", &["system:nodes"])?;
         let etcd = start_etcd(&fixture, at(2379), at(2380), directory, Some(&namespace))?;
-        let world = Self {
+        let mut world = Self {
             namespace,
             pki,
-            flooder,
+            token: String::new(),
             bystander,
             rebalancer: rebalancer.to_owned(),
             directory: directory.to_owned(),
@@ -116,8 +116,28 @@ impl World {
         let running = world.start("setup", false, "")?;
         world.fill(effort.objects)?;
         world.save_levels()?;
+        let token = world.make_token()?;
         running.end()?;
+        world.token = token;
         Ok(world)
+    }
+
+    /// Makes the account that floods, and asks the apiserver for its token, as a kubelet does for a pod's.
+    fn make_token(&self) -> anyhow::Result<String> {
+        let admin = self.admin()?;
+        let (namespace, name) = ACCOUNT;
+        let of = |kind: &str, name: &str| json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}});
+        admin.make("/api/v1/namespaces", &of("Namespace", namespace))?;
+        let accounts = format!("/api/v1/namespaces/{namespace}/serviceaccounts");
+        admin.make(&accounts, &of("ServiceAccount", name))?;
+        let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+            "spec": {"expirationSeconds": 7200}});
+        let path = format!("{accounts}/{name}/token");
+        let (status, answer) = admin.ask("POST", &path, Some(&request))?;
+        let token = answer["status"]["token"].as_str();
+        token
+            .map(str::to_owned)
+            .with_context(|| format!("{path}: {status}: {answer}"))
     }
 
     fn admin(&self) -> anyhow::Result<Admin> {
@@ -299,13 +319,13 @@ impl Running<'_> {
         .with_context(|| format!("the apiserver does not take level {name}"))
     }
 
-    /// Who the relay says has had most: user, FlowSchema, MB.
-    pub fn heaviest(&self) -> anyhow::Result<Option<(String, String, f64)>> {
+    /// Who the relay says has had most.
+    pub fn heaviest(&self) -> anyhow::Result<Option<Heaviest>> {
         let flows = ask(&self.control, "/v1/flows")?;
         let row = &flows["rows"][0];
-        let Some(user) = row["user"].as_str() else {
+        if !row.is_object() {
             return Ok(None);
-        };
+        }
         let uid = row["flow_schema"].as_str().unwrap_or_default();
         let (_, schemas) = self
             .world
@@ -319,8 +339,12 @@ impl Running<'_> {
         let schema = named
             .map_or(uid, |one| one["metadata"]["name"].as_str().unwrap_or(uid))
             .to_owned();
-        let megabytes = row["bytes"].as_f64().unwrap_or_default() / 1e6;
-        Ok(Some((user.to_owned(), schema, megabytes)))
+        Ok(Some(Heaviest {
+            user: row["user"].as_str().map(str::to_owned),
+            user_agent: row["user_agent"].as_str().unwrap_or_default().to_owned(),
+            schema,
+            megabytes: row["bytes"].as_f64().unwrap_or_default() / 1e6,
+        }))
     }
 
     /// Takes the manifest away again, and ends.
