@@ -114,14 +114,13 @@ fn standing(question: &Question, hold: &Hold, place: &Place<'_>) -> Vec<String> 
                     .collect();
                 let groups: Vec<String> = groups.into_iter().map(yaml::quoted).collect();
                 format!(
-                    "Which groups {who} is in is not known here: should it be in {}, {before} takes its requests before \
-                     this does, and they are not held.",
+                    "Which groups {who} is in is not known here: should it be in {}, its requests are taken by {before} \
+                     before this, and are not held.",
                     groups.join(" or ")
                 )
             }
             Subject::Group(_) => format!(
-                "Who is in {who} is not known here: should {before} be for some of them, it takes their requests before \
-                 this does, and they are not held."
+                "Who is in {who} is not known here: whoever of them is a subject of {before} comes there before this, and is not held."
             ),
         });
     }

@@ -243,7 +243,8 @@ fn what_depends_on_groups_that_nobody_knows_is_called_so() {
     for part in [
         "Now they presumably match FlowSchema global-default",
         "should it be in \"dev\" or \"system:masters\" or ",
-        "FlowSchemas exempt, system-node-high, system-nodes, kube-system-service-accounts, dev-lists, service-accounts takes",
+        "taken by FlowSchemas exempt, system-node-high, system-nodes, kube-system-service-accounts, dev-lists, \
+         service-accounts before this, and are not held",
     ] {
         assert!(text.contains(part), "{part}:\n{text}");
     }
