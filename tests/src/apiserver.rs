@@ -85,7 +85,7 @@ pub struct Settings<'a> {
     pub goaway_chance: f64,
     /// The name of its host, where it is to have one of its own: it goes by it in its identity Lease.
     pub host: Option<&'a str>,
-    /// More flags.
+    /// More flags; one of those below replaces it.
     pub extra: &'a [String],
 }
 
@@ -118,11 +118,7 @@ pub fn start_apiserver(settings: &Settings<'_>, namespace: Option<&Arc<OwnedFd>>
         .arg(format!("--client-ca-file={}", pki("ca.crt")))
         .arg(format!("--token-auth-file={}", tokens.display()))
         .arg(format!("--requestheader-client-ca-file={}", pki("front-proxy-ca.crt")))
-        .arg("--requestheader-allowed-names=front-proxy-client")
-        .arg("--requestheader-username-headers=X-Remote-User")
-        .arg("--requestheader-group-headers=X-Remote-Group")
-        .arg("--requestheader-uid-headers=X-Remote-Uid")
-        .arg("--requestheader-extra-headers-prefix=X-Remote-Extra-")
+        .args(identity_flags(settings.extra))
         .arg(format!("--service-account-issuer=https://{}", crate::pki::SERVER_NAME))
         .arg(format!("--service-account-key-file={}", pki("sa.pub")))
         .arg(format!("--service-account-signing-key-file={}", pki("sa.key")))
@@ -136,6 +132,22 @@ pub fn start_apiserver(settings: &Settings<'_>, namespace: Option<&Arc<OwnedFd>>
         on_host(&mut command, host);
     }
     Process::start(settings.name, command, namespace, settings.directory)
+}
+
+/// The names of the identity's headers: the apiserver adds a list that is given twice to the first.
+fn identity_flags(extra: &[String]) -> impl Iterator<Item = String> {
+    let flags = [
+        ("--requestheader-allowed-names", "front-proxy-client"),
+        ("--requestheader-username-headers", "X-Remote-User"),
+        ("--requestheader-group-headers", "X-Remote-Group"),
+        ("--requestheader-uid-headers", "X-Remote-Uid"),
+        ("--requestheader-extra-headers-prefix", "X-Remote-Extra-"),
+    ];
+    let given = |flag: &str| extra.iter().any(|one| one.split('=').next() == Some(flag));
+    flags
+        .into_iter()
+        .filter(move |(flag, _)| !given(flag))
+        .map(|(flag, value)| format!("{flag}={value}"))
 }
 
 /// How many tokens `token-0` and so on there are.

@@ -161,7 +161,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (seen, mut upstream) = watch::channel(Upstream::Unknown);
     let doubt = Arc::new(Notify::new());
     tokio::spawn(upstream::watch(
-        Checks::new(Arc::clone(&target)),
+        Checks::new(Arc::clone(&target), &headers),
         Arc::clone(&workers),
         Arc::clone(&registry),
         Arc::clone(&metrics),

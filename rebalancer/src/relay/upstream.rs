@@ -34,6 +34,7 @@ use judge::{Found, Judge, failed, judged};
 use super::{
     metrics::Metrics,
     registry::Registry,
+    request_headers::RequestHeaders,
     stream::{self, ClientStream},
     tls::{Reloader, Tls},
     workers::Workers,
@@ -203,6 +204,8 @@ impl Drop for Kept {
 /// believed, and threads that serve.
 pub struct Checks {
     target: Arc<Target>,
+    /// The header that says who asks, as for clients.
+    username: String,
     kept: Option<Kept>,
     /// What it called its version last.
     version: Option<String>,
@@ -211,10 +214,12 @@ pub struct Checks {
 }
 
 impl Checks {
-    /// Of one apiserver.
-    pub fn new(target: Arc<Target>) -> Self {
+    /// Of one apiserver, which believes those headers.
+    pub fn new(target: Arc<Target>, headers: &RequestHeaders) -> Self {
+        let [username, ..] = headers.written();
         Self {
             target,
+            username,
             kept: None,
             version: None,
             listener: None,
@@ -228,7 +233,7 @@ impl Checks {
             kept.since.elapsed() < RENEW && Arc::ptr_eq(&kept.tls, &current) && !kept.sender.is_closed()
         });
         if let Some(mut kept) = self.kept.take()
-            && let Ok(Ok(status)) = timeout(CHECK, ask(&mut kept.sender, &self.target.name)).await
+            && let Ok(Ok(status)) = timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await
         {
             self.kept = Some(kept);
             return judged(status);
@@ -238,14 +243,15 @@ impl Checks {
             Ok(kept) => kept,
             Err(found) => return found,
         };
-        match timeout(CHECK, ask(&mut kept.sender, &self.target.name)).await {
+        match timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await {
             Ok(Ok(status)) => {
                 // Another process has another listening socket, and every connection with it is new.
                 self.listener = sockdiag::listener(self.target.address.port())
                     .ok()
                     .flatten()
                     .map(|id| id.0);
-                if let Ok(Some(version)) = timeout(CHECK, ask_version(&mut kept.sender, &self.target.name)).await {
+                if let Ok(Some(version)) = timeout(CHECK, ask_version(&mut kept.sender, self.request("/version"))).await
+                {
                     self.version = Some(version);
                 }
                 self.kept = Some(kept);
@@ -254,6 +260,21 @@ impl Checks {
             Ok(Err(error)) => failed(&error, "it closes the connection instead of answering"),
             Err(_) => Found::State(Upstream::Overloaded, format!("/readyz takes longer than {CHECK:?}")),
         }
+    }
+
+    fn request(&self, path: &'static str) -> http::Request<Empty<bytes::Bytes>> {
+        let mut request = http::Request::new(Empty::new());
+        *request.uri_mut() = http::Uri::from_static(path);
+        let headers = request.headers_mut();
+        if let Ok(host) = http::HeaderValue::from_str(&self.target.name.to_str()) {
+            headers.insert(http::header::HOST, host);
+        }
+        let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
+        headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
+        if let Ok(username) = http::HeaderName::try_from(&self.username) {
+            headers.insert(username, http::HeaderValue::from_static(CHECK_USER));
+        }
+        request
     }
 
     async fn open(&self, tls: Arc<Tls>) -> Result<Kept, Found> {
@@ -304,14 +325,17 @@ const LONGEST_VERSION: usize = 16 * 1024;
 
 /// What the server calls its version (`gitVersion`, k8s.io/apimachinery/pkg/version, Info); `None` when it does not say, or
 /// not to a user of no rights.
-async fn ask_version(sender: &mut SendRequest<Empty<bytes::Bytes>>, name: &ServerName<'static>) -> Option<String> {
+async fn ask_version(
+    sender: &mut SendRequest<Empty<bytes::Bytes>>,
+    request: http::Request<Empty<bytes::Bytes>>,
+) -> Option<String> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Info {
         git_version: String,
     }
     sender.ready().await.ok()?;
-    let answer = sender.send_request(request("/version", name)).await.ok()?;
+    let answer = sender.send_request(request).await.ok()?;
     let is_said = answer.status().is_success();
     let body = Limited::new(answer.into_body(), LONGEST_VERSION)
         .collect()
@@ -324,27 +348,14 @@ async fn ask_version(sender: &mut SendRequest<Empty<bytes::Bytes>>, name: &Serve
 
 async fn ask(
     sender: &mut SendRequest<Empty<bytes::Bytes>>,
-    name: &ServerName<'static>,
+    request: http::Request<Empty<bytes::Bytes>>,
 ) -> Result<http::StatusCode, hyper::Error> {
     sender.ready().await?;
-    let answer = sender.send_request(request("/readyz", name)).await?;
+    let answer = sender.send_request(request).await?;
     let status = answer.status();
     // Read to its end, so that the connection can be asked on again; one that is closed behind it is not.
     let _ = answer.into_body().collect().await;
     Ok(status)
-}
-
-fn request(path: &'static str, name: &ServerName<'static>) -> http::Request<Empty<bytes::Bytes>> {
-    let mut request = http::Request::new(Empty::new());
-    *request.uri_mut() = http::Uri::from_static(path);
-    let headers = request.headers_mut();
-    if let Ok(host) = http::HeaderValue::from_str(&name.to_str()) {
-        headers.insert(http::header::HOST, host);
-    }
-    let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
-    headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
-    headers.insert("x-remote-user", http::HeaderValue::from_static(CHECK_USER));
-    request
 }
 
 /// Follows the apiserver's state until nobody is interested.

@@ -22,7 +22,7 @@ use rebalancer_tests::{
     skip,
 };
 
-const START: Duration = Duration::from_secs(120);
+pub const START: Duration = Duration::from_secs(120);
 
 pub struct World {
     pub pki: Pki,
@@ -97,8 +97,7 @@ impl World {
                     format!("--kubelet-client-key={}", pki.file("admin.key").display()),
                     format!("--kubelet-certificate-authority={}", pki.file("ca.crt").display()),
                     "--kubelet-preferred-address-types=InternalIP".to_owned(),
-                    // Added to those of the standard flags.
-                    "--requestheader-group-headers=X-Auth-Group".to_owned(),
+                    "--requestheader-group-headers=X-Remote-Group,X-Auth-Group".to_owned(),
                 ],
             },
             None,
@@ -176,19 +175,44 @@ impl World {
 
 /// Starts a relay before the apiserver.
 pub fn start_relay(name: &str, listen: SocketAddr, control: &Path, pki: &Pki, logs: &Path) -> anyhow::Result<Process> {
+    start_relay_with(name, listen, control, pki, logs, &[])
+}
+
+/// The same, with more flags.
+pub fn start_relay_with(
+    name: &str,
+    listen: SocketAddr,
+    control: &Path,
+    pki: &Pki,
+    logs: &Path,
+    flags: &[&str],
+) -> anyhow::Result<Process> {
+    let standard = [
+        "--upstream=127.0.0.1:6444",
+        "--requestheader-group-headers=X-Remote-Group,X-Auth-Group",
+        "--requestheader-allowed-names=front-proxy-client",
+    ];
+    let ca = pki.file("front-proxy-ca.crt");
+    let ca = format!("--requestheader-client-ca-file={}", ca.display());
+    let all = [&standard[..], &[&ca], flags].concat();
+    relay_before(name, listen, control, pki, logs, &all)
+}
+
+/// Starts a relay that is told nothing but certificates and those flags.
+pub fn relay_before(
+    name: &str,
+    listen: SocketAddr,
+    control: &Path,
+    pki: &Pki,
+    logs: &Path,
+    flags: &[&str],
+) -> anyhow::Result<Process> {
     let mut relay = Command::new(binary());
     relay
-        .args(["relay", "--upstream=127.0.0.1:6444"])
+        .arg("relay")
         .arg(format!("--listen={listen}"))
         .args(pki.relay_flags())
-        .args([
-            "--requestheader-group-headers=X-Remote-Group,X-Auth-Group",
-            "--requestheader-allowed-names=front-proxy-client",
-        ])
-        .arg(format!(
-            "--requestheader-client-ca-file={}",
-            pki.file("front-proxy-ca.crt").display()
-        ))
+        .args(flags)
         .arg(format!("--control=unix:{}", control.display()))
         .env("REBALANCER_LOG", "debug");
     Process::start(name, relay, None, logs)

@@ -49,7 +49,7 @@ fn watches_end_between_events_and_others_are_left_alone() {
         (13, protobuf, &[], b"\0\0\0\x05eve\n", false),
     ];
     for (stream, content_type, more, data, _) in watches {
-        client.send(&request(stream, "/api/v1/pods?watch=true"));
+        client.send(&request(stream, "/api/v1/pods?watch=true&resourceVersion=5"));
         assert_eq!(server.expect(kind::HEADERS).stream, stream);
         server.send(&answer(stream, content_type, more));
         server.send(&frame(kind::DATA, 0, stream, data));
@@ -96,7 +96,7 @@ fn without_the_flag_and_before_goaway_every_watch_is_left_alone() {
     for flags in [&[][..], &["--watch-handover=0s"]] {
         let world = World::start(flags);
         let (mut client, mut server) = world.open(None);
-        client.send(&request(1, "/api/v1/pods?watch=true"));
+        client.send(&request(1, "/api/v1/pods?watch=true&resourceVersion=5"));
         server.expect(kind::HEADERS);
         server.send(&answer(1, "application/json", &[]));
         client.expect(kind::HEADERS);
@@ -119,7 +119,7 @@ fn without_the_flag_and_before_goaway_every_watch_is_left_alone() {
 fn a_relay_that_ends_hands_its_watches_over_first() {
     let mut world = World::start(&["--watch-handover=1s"]);
     let (mut client, mut server) = world.open(None);
-    client.send(&request(1, "/api/v1/pods?watch=true"));
+    client.send(&request(1, "/api/v1/pods?watch=true&resourceVersion=5"));
     server.expect(kind::HEADERS);
     server.send(&answer(1, "application/json", &[]));
     client.expect(kind::HEADERS);

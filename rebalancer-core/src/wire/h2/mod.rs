@@ -11,6 +11,7 @@ mod answers;
 mod client_half;
 mod drain;
 pub mod error;
+mod events;
 pub mod frame;
 mod glitches;
 pub mod hpack;

@@ -413,7 +413,7 @@ impl Relay {
         if let (Some(watches), Some(watch)) = (&mut self.server.watches, watch)
             && block.end_stream
         {
-            watches.open(block.stream, watch.initial_events);
+            watches.open(block.stream, watch.beginning);
         }
         if matches!(self.user_agent, UserAgent::Unknown)
             && let Some(value) = list.get(b"user-agent")

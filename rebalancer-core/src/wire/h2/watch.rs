@@ -9,8 +9,19 @@ use std::borrow::Cow;
 /// What a request's target says of a watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Watch {
-    /// Whether it asks for what exists before what changes (KEP-3157).
-    pub initial_events: bool,
+    /// What it begins with.
+    pub beginning: Beginning,
+}
+
+/// What a watch begins with (k8s.io/apimachinery/pkg/apis/meta/v1/types.go, `ListOptions`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    /// The changes since a version that it names: its client may resume behind every event.
+    Changes,
+    /// What exists, in the order of its names: where that ends nothing says, but a bookmark comes later.
+    State,
+    /// The same, and a bookmark says where it ends (KEP-3157).
+    MarkedState,
 }
 
 impl Watch {
@@ -28,9 +39,14 @@ impl Watch {
         if !is_watch(method, path, query) {
             return None;
         }
-        Some(Self {
-            initial_events: is_true(query, b"sendInitialEvents"),
-        })
+        let beginning = if is_true(query, b"sendInitialEvents") {
+            Beginning::MarkedState
+        } else if names_version(query) {
+            Beginning::Changes
+        } else {
+            Beginning::State
+        };
+        Some(Self { beginning })
     }
 }
 
@@ -89,6 +105,19 @@ fn trimmed(mut path: &[u8]) -> &[u8] {
 /// Whether a parameter is there and says neither `false` nor `0`: its first value counts, and an empty one is yes
 /// (k8s.io/apimachinery/pkg/runtime/conversion.go, `Convert_Slice_string_To_bool`).
 fn is_true(query: &[u8], wanted: &[u8]) -> bool {
+    first(query, wanted).is_some_and(|value| *value != *b"0" && !value.eq_ignore_ascii_case(b"false"))
+}
+
+/// Whether it names a version to begin after: none and zero ask for what exists, by any number of noughts
+/// (k8s.io/apiserver/pkg/storage/api_object_versioner.go, `ParseResourceVersion`).
+fn names_version(query: &[u8]) -> bool {
+    let version = first(query, b"resourceVersion").unwrap_or_default();
+    let digits = version.iter().all(u8::is_ascii_digit);
+    digits && version.iter().any(|digit| *digit != b'0')
+}
+
+/// A parameter's first value, as Go's net/url reads the query.
+fn first<'q>(query: &'q [u8], wanted: &[u8]) -> Option<Cow<'q, [u8]>> {
     for pair in query.split(|octet| *octet == b'&') {
         // Go's net/url leaves such a pair out.
         if pair.is_empty() || pair.contains(&b';') {
@@ -102,10 +131,10 @@ fn is_true(query: &[u8], wanted: &[u8]) -> bool {
             continue;
         };
         if *key == *wanted {
-            return *value != *b"0" && !value.eq_ignore_ascii_case(b"false");
+            return Some(value);
         }
     }
-    false
+    None
 }
 
 /// Takes the escapes out of a part of a URL, as Go's net/url does; `None` when one is malformed.

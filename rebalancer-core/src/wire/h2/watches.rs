@@ -3,148 +3,17 @@
 //! Job: follow the server's half of every watch, and say which may be ended where the stream of frames stands now.
 //! Input: the server's frame headers, the fields of its answers and its DATA, in order from the connection's first.
 //! Output: streams to end, and whether a frame of an ended one is swallowed.
-//! Must never end a watch inside an event, nor one whose encoding it does not know.
+//! Must never end a watch inside an event, nor one whose encoding it does not know, nor one whose client would not hear of
+//! everything when it resumes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
+    events::Events,
     frame::{FrameHeader, flag, kind},
     hpack::FieldList,
+    watch::Beginning,
 };
-
-/// How a watch's events are told apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Events {
-    /// The answer's header block has not come.
-    Unanswered,
-    /// JSON: each event ends in a newline, and holds none.
-    Lines {
-        /// Whether the last octet was one.
-        ended: bool,
-    },
-    /// Protobuf: each event follows its length in four octets, big endian
-    /// (k8s.io/apimachinery/pkg/util/framer/framer.go).
-    Delimited {
-        /// The length's octets so far.
-        head: [u8; 4],
-        /// How many of them there are.
-        have: u8,
-        /// Octets of the event that are to come.
-        left: u32,
-    },
-    /// Something else.
-    Opaque,
-}
-
-impl Events {
-    /// What an answer's header list says.
-    fn of(list: &FieldList) -> Self {
-        let Some(status) = list.get(b":status") else {
-            return Self::Opaque;
-        };
-        if status.starts_with(b"1") {
-            return Self::Unanswered;
-        }
-        // The length of a watch is not known, and nothing follows its last event: what says otherwise is something else.
-        if list.get(b"content-length").is_some() || list.get(b"trailer").is_some() {
-            return Self::Opaque;
-        }
-        let plain = list
-            .get(b"content-encoding")
-            .is_none_or(|coding| coding.eq_ignore_ascii_case(b"identity"));
-        if status != b"200" || !plain {
-            return Self::Opaque;
-        }
-        let kind = list.get(b"content-type").unwrap_or_default();
-        let kind = kind.split(|octet| *octet == b';').next().unwrap_or_default();
-        match kind.trim_ascii().to_ascii_lowercase().as_slice() {
-            b"application/json" => Self::Lines { ended: true },
-            b"application/vnd.kubernetes.protobuf" => Self::Delimited {
-                head: [0; 4],
-                have: 0,
-                left: 0,
-            },
-            _ => Self::Opaque,
-        }
-    }
-
-    fn take(&mut self, mut bytes: &[u8]) {
-        match self {
-            Self::Unanswered | Self::Opaque => {}
-            Self::Lines { ended } => {
-                if let Some(last) = bytes.last() {
-                    *ended = *last == b'\n';
-                }
-            }
-            Self::Delimited { head, have, left } => {
-                while let Some((first, rest)) = bytes.split_first() {
-                    if *left > 0 {
-                        let part = bytes.len().min(*left as usize);
-                        *left -= part as u32;
-                        bytes = &bytes[part..];
-                        continue;
-                    }
-                    head[usize::from(*have)] = *first;
-                    *have += 1;
-                    bytes = rest;
-                    if *have == 4 {
-                        *left = u32::from_be_bytes(*head);
-                        *have = 0;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Whether this is a place between two events.
-    fn is_between(self) -> bool {
-        match self {
-            Self::Lines { ended } => ended,
-            Self::Delimited { have, left, .. } => have == 0 && left == 0,
-            Self::Unanswered | Self::Opaque => false,
-        }
-    }
-
-    fn can_end(self) -> bool {
-        matches!(self, Self::Lines { .. } | Self::Delimited { .. })
-    }
-}
-
-/// In the annotation of the bookmark that ends a watch's initial events, in JSON as in protobuf
-/// (k8s.io/apimachinery/pkg/apis/meta/v1, `InitialEventsAnnotationKey`). Its first octet comes only once in it.
-const INITIAL_EVENTS_END: &[u8] = b"k8s.io/initial-events-end";
-
-/// One watch.
-#[derive(Clone, Copy, Debug)]
-struct Watch {
-    events: Events,
-    /// How much of [`INITIAL_EVENTS_END`] was just seen; `None` when no initial events are to come. A watch that ends
-    /// among them is begun anew by its client, which is a LIST in all but name.
-    initial: Option<usize>,
-}
-
-impl Watch {
-    fn take(&mut self, bytes: &[u8]) {
-        if let Some(mut seen) = self.initial {
-            for octet in bytes {
-                seen = if *octet == INITIAL_EVENTS_END[seen] {
-                    seen + 1
-                } else {
-                    usize::from(*octet == INITIAL_EVENTS_END[0])
-                };
-                if seen == INITIAL_EVENTS_END.len() {
-                    break;
-                }
-            }
-            self.initial = (seen < INITIAL_EVENTS_END.len()).then_some(seen);
-        }
-        self.events.take(bytes);
-    }
-
-    fn can_end(&self) -> bool {
-        self.initial.is_none() && self.events.can_end()
-    }
-}
 
 /// The watches of one connection.
 #[derive(Debug, Default)]
@@ -153,7 +22,7 @@ pub struct Watches {
     lost: bool,
     /// The watch whose DATA is coming.
     reading: Option<u32>,
-    watches: BTreeMap<u32, Watch>,
+    watches: BTreeMap<u32, Events>,
     /// Those to end at their next place between two events.
     chosen: BTreeSet<u32>,
     /// How many were ever chosen.
@@ -164,14 +33,10 @@ pub struct Watches {
 }
 
 impl Watches {
-    /// The client opened a watch, and sends no more on it; `initial` when it asks for initial events.
-    pub fn open(&mut self, stream: u32, initial: bool) {
+    /// The client opened a watch that begins like that, and sends no more on it.
+    pub fn open(&mut self, stream: u32, beginning: Beginning) {
         if !self.lost {
-            let watch = Watch {
-                events: Events::Unanswered,
-                initial: initial.then_some(0),
-            };
-            self.watches.insert(stream, watch);
+            self.watches.insert(stream, Events::new(beginning));
         }
     }
 
@@ -207,7 +72,7 @@ impl Watches {
         {
             if header.has(flag::PADDED) {
                 // Nobody pads a watch; where its octets end would have to be followed as well.
-                watch.events = Events::Opaque;
+                watch.lose();
             }
             self.reading = Some(header.stream);
         }
@@ -225,10 +90,8 @@ impl Watches {
 
     /// An answer's header block is complete.
     pub fn answered(&mut self, stream: u32, list: &FieldList) {
-        if let Some(watch) = self.watches.get_mut(&stream)
-            && watch.events == Events::Unanswered
-        {
-            watch.events = Events::of(list);
+        if let Some(watch) = self.watches.get_mut(&stream) {
+            watch.answered(list);
         }
     }
 
@@ -251,7 +114,7 @@ impl Watches {
             self.chosen.insert(*stream);
             self.chosen_total += 1;
         }
-        let between = |stream: &&u32| self.watches.get(stream).is_some_and(|watch| watch.events.is_between());
+        let between = |stream: &&u32| self.watches.get(stream).is_some_and(Events::is_between);
         let stream = *self.chosen.iter().find(between)?;
         self.close(stream);
         self.ended.insert(stream);
@@ -303,8 +166,8 @@ mod tests {
             swallowed
         }
 
-        fn open(&mut self, stream: u32, initial: bool) {
-            self.watches.open(stream, initial);
+        fn open(&mut self, stream: u32, beginning: Beginning) {
+            self.watches.open(stream, beginning);
         }
 
         fn allow(&mut self, total: u32) {
@@ -318,7 +181,7 @@ mod tests {
 
     fn watching(content_type: &str) -> Server {
         let mut server = Server::default();
-        server.open(1, false);
+        server.open(1, Beginning::Changes);
         let block = answer(&[(":status", "200"), ("content-type", content_type)]);
         server.frame(kind::HEADERS, flag::END_HEADERS, 1, &block);
         server
@@ -356,23 +219,6 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_is_left_alone_until_its_initial_events_are_over() {
-        let mut server = Server::default();
-        server.open(1, true);
-        let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
-        server.frame(kind::HEADERS, flag::END_HEADERS, 1, &block);
-        server.allow(1);
-        let added = "{\"type\":\"ADDED\"}\n";
-        let bookmark = "{\"type\":\"BOOKMARK\",\"kk8s.io/k8s.io/initial-events-end\":\"true\"}\n";
-        for octet in [added, added, &bookmark[..bookmark.len() - 1]].concat().bytes() {
-            server.frame(kind::DATA, 0, 1, &[octet]);
-            assert_eq!(server.due(), None);
-        }
-        server.frame(kind::DATA, 0, 1, b"\n");
-        assert_eq!(server.due(), Some(1));
-    }
-
-    #[test]
     fn a_quiet_watch_ends_at_once_when_its_encoding_is_known() {
         for (content_type, ends) in [
             ("application/json", true),
@@ -398,7 +244,7 @@ mod tests {
             &[json],
         ] {
             let mut server = Server::default();
-            server.open(1, false);
+            server.open(1, Beginning::Changes);
             server.frame(kind::HEADERS, flag::END_HEADERS, 1, &answer(fields));
             server.allow(1);
             assert_eq!(server.due(), None, "{fields:?}");
@@ -412,7 +258,7 @@ mod tests {
     #[test]
     fn header_blocks_are_followed_from_the_first_on() {
         let mut server = Server::default();
-        server.open(3, false);
+        server.open(3, Beginning::Changes);
         // Another stream's answer puts the content type into the table; the watch's only names it, in two frames.
         let mut first = vec![0x88, 0x5f, 16];
         first.extend(b"application/json");
@@ -428,7 +274,7 @@ mod tests {
         let lost = |kind, flags, payload: &[u8]| {
             let mut server = watching("application/json");
             server.frame(kind, flags, 5, payload);
-            server.open(7, false);
+            server.open(7, Beginning::Changes);
             server.allow(9);
             server.due()
         };
@@ -452,7 +298,7 @@ mod tests {
         let mut server = Server::default();
         let block = answer(&[(":status", "200"), ("content-type", "application/json")]);
         for stream in [5, 1, 3] {
-            server.open(stream, false);
+            server.open(stream, Beginning::Changes);
             server.frame(kind::HEADERS, flag::END_HEADERS, stream, &block);
         }
         server.allow(2);

@@ -109,7 +109,8 @@ pub fn judged(status: http::StatusCode) -> Found {
     let state = match status {
         http::StatusCode::UNAUTHORIZED => {
             let why = "it answers 401 to the front proxy's certificate (--proxy-client-cert): has it expired, is it signed \
-                       by --requestheader-client-ca-file, and is its name allowed?";
+                       by the apiserver's --requestheader-client-ca-file, is its name allowed, and is the first name of \
+                       --requestheader-username-headers one that the apiserver reads?";
             return Found::State(Upstream::Unusable, why.to_owned());
         }
         http::StatusCode::FORBIDDEN => {

@@ -1,5 +1,6 @@
 //! What RequestInfo of k8s.io/apiserver v0.36.2 says of the same requests (`NewRequestInfo` with the prefixes `api` and
 //! `apis`, and `ListOptions` of the query): method, target, whether it is a watch, whether it asks for initial events.
+//! What a watch begins with besides follows from its `resourceVersion`.
 
 use super::*;
 
@@ -109,13 +110,40 @@ const REQUEST_INFO: &[(&str, &str, bool, bool)] = &[
 #[test]
 fn a_watch_is_what_request_info_says_it_is() {
     for (method, target, is_watch, initial_events) in REQUEST_INFO {
-        let expected = is_watch.then_some(Watch {
-            initial_events: *initial_events,
-        });
-        assert_eq!(
-            Watch::of(method.as_bytes(), target.as_bytes()),
-            expected,
-            "{method} {target}"
-        );
+        let watch = Watch::of(method.as_bytes(), target.as_bytes());
+        assert_eq!(watch.is_some(), *is_watch, "{method} {target}");
+        let is_marked = watch.is_some_and(|watch| watch.beginning == Beginning::MarkedState);
+        assert_eq!(is_marked, *initial_events, "{method} {target}");
+    }
+}
+
+#[test]
+fn only_a_version_that_is_named_and_not_zero_begins_with_changes() {
+    for (query, expected) in [
+        ("", Beginning::State),
+        ("&resourceVersion", Beginning::State),
+        ("&resourceVersion=", Beginning::State),
+        ("&resourceVersion=0", Beginning::State),
+        ("&resourceVersion=00", Beginning::State),
+        ("&resourceVersion=%30", Beginning::State),
+        ("&resourceVersion=0&resourceVersion=5", Beginning::State),
+        ("&resourceVersion=x", Beginning::State),
+        ("&resourceVersion=-1", Beginning::State),
+        ("&resourceversion=5", Beginning::State),
+        ("&labelSelector=resourceVersion%3D5", Beginning::State),
+        ("&resourceVersion=0&resourceVersionMatch=NotOlderThan", Beginning::State),
+        ("&resourceVersion=5", Beginning::Changes),
+        ("&resourceVersion=%35", Beginning::Changes),
+        ("&resourceVersion=010", Beginning::Changes),
+        ("&sendInitialEvents=false&resourceVersion=5", Beginning::Changes),
+        ("&sendInitialEvents=false", Beginning::State),
+        ("&sendInitialEvents=true&resourceVersion=5", Beginning::MarkedState),
+        ("&sendInitialEvents=true", Beginning::MarkedState),
+    ] {
+        for path in ["/api/v1/pods?watch=1", "/api/v1/watch/pods?a=b"] {
+            let target = format!("{path}{query}");
+            let watch = Watch::of(b"GET", target.as_bytes()).expect("a watch");
+            assert_eq!(watch.beginning, expected, "{target}");
+        }
     }
 }

@@ -94,7 +94,7 @@ fn a_draining_connections_watches_end_between_events_and_windows_are_given_back(
         .expect("a preface");
     relay.server_bytes(&begin, &mut out).expect("settings");
     let both = [
-        request(1, &first_block("/api/v1/pods?watch=true")),
+        request(1, &first_block("/api/v1/pods?watch=true&resourceVersion=5")),
         request(3, &first_block("/a")),
     ]
     .concat();
