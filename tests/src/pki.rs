@@ -7,6 +7,7 @@ use std::{
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -200,6 +201,19 @@ impl Pki {
     /// The files cannot be written.
     pub fn proxy(&self, stem: &str) -> anyhow::Result<Pair> {
         sign(&self.front_proxy, changed(stem, |_| ()), self.path(), stem)?;
+        Ok(self.pair(stem))
+    }
+
+    /// A certificate of the front proxies' authority for the name that the apiserver believes, valid until then, in files
+    /// of that stem.
+    ///
+    /// # Errors
+    ///
+    /// The files cannot be written.
+    pub fn front_proxy_until(&self, stem: &str, until: SystemTime) -> anyhow::Result<Pair> {
+        let mut params = changed("front-proxy-client", |_| ());
+        params.not_after = rcgen::date_time_ymd(1970, 1, 1) + until.duration_since(UNIX_EPOCH)?;
+        sign(&self.front_proxy, params, self.path(), stem)?;
         Ok(self.pair(stem))
     }
 

@@ -41,6 +41,7 @@ use super::{
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
     trust::{self, Trust},
+    unix_now,
     upstream::{self, Target},
     workers::Workers,
 };
@@ -360,6 +361,9 @@ impl Door {
             self.complaints.complain(Cause::Certificate, connection.client(), error);
         } else {
             connection.set_trust(Trust::new(chain, &judgement, Arc::clone(&self.tls)));
+            if let Some(ends) = connection.certificate_ends() {
+                self.metrics.client_certificate_ends(ends, unix_now());
+            }
             // Who vouches may have changed since this handshake began, and whoever was open then has been judged again
             // without it.
             if self.tls.current().generation != tls.generation {
@@ -444,6 +448,9 @@ impl Door {
             .inspect_err(|error| self.unreachable(connection, error))
             .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
         self.metrics.connected(began.elapsed());
+        if known {
+            connection.set_front_proxy(tls.front_proxy_certificate);
+        }
         Ok(Joined {
             client,
             server,

@@ -1,6 +1,6 @@
 //! When certificates expire: as a metric, and in the log before it is too late.
 //!
-//! Input: the files of the flags. Must never fail: what cannot be read is somebody else's to say.
+//! Input: the files of the flags, and clients' certificates. Must never fail: what cannot be read is somebody else's to say.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::time::{MissedTickBehavior, interval};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::{Files, metrics::Metrics, trust::PROXY_CA, unix_now};
+use super::{Files, metrics::Metrics, registry::Registry, trust::PROXY_CA, unix_now};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(60);
@@ -33,7 +33,7 @@ pub fn earliest(path: &Path) -> Option<i64> {
 }
 
 /// Runs as long as the relay.
-pub async fn run(files: Files, metrics: Arc<Metrics>) {
+pub async fn run(files: Files, registry: Arc<Registry>, metrics: Arc<Metrics>) {
     let sni = files
         .sni
         .into_iter()
@@ -75,6 +75,10 @@ pub async fn run(files: Files, metrics: Arc<Metrics>) {
         }
         for (file, end) in ends {
             metrics.expires(file, end);
+        }
+        // Clients stay for days: their certificates are counted again, so that a rate over minutes sees all that are in use.
+        for end in registry.certificate_ends() {
+            metrics.client_certificate_ends(end, unix_now());
         }
     }
 }

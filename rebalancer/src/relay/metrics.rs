@@ -32,6 +32,25 @@ use crate::{
 /// How long before a taken address is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// The bounds of `apiserver_client_certificate_expiration_seconds`, from none to a year
+/// (k8s.io/apiserver/pkg/authentication/request/x509/x509.go).
+const LIFETIMES: [f64; 14] = [
+    0.0,
+    1_800.0,
+    3_600.0,
+    7_200.0,
+    21_600.0,
+    43_200.0,
+    86_400.0,
+    172_800.0,
+    345_600.0,
+    604_800.0,
+    2_592_000.0,
+    7_776_000.0,
+    15_552_000.0,
+    31_104_000.0,
+];
+
 /// The states of the upstream, by the label's value.
 const UPSTREAM: [(Upstream, &str); 5] = [
     (Upstream::Ready, "ready"),
@@ -58,6 +77,8 @@ pub struct Metrics {
     connect: Histogram,
     check: Histogram,
     expiry: Family<FileLabel, Gauge<i64>>,
+    front_proxy: Gauge<i64>,
+    clients: Histogram,
     text: Mutex<Metered>,
 }
 
@@ -78,6 +99,8 @@ impl Metrics {
             connect: Histogram::new(seconds),
             check: Histogram::new(seconds),
             expiry: Family::default(),
+            front_proxy: Gauge::default(),
+            clients: Histogram::new(LIFETIMES),
             text: Mutex::default(),
         };
         let mut metered = Metered::with_prefix("rebalancer");
@@ -109,6 +132,17 @@ impl Metrics {
             "When the earliest certificate of a file expires, in seconds since 1970",
             metrics.expiry.clone(),
         );
+        relay.register(
+            "front_proxy_expiry_timestamp_seconds",
+            "When the first of the front-proxy certificates that connections to the apiserver use expires, in seconds since 1970",
+            metrics.front_proxy.clone(),
+        );
+        relay.register_with_unit(
+            "client_certificate_expiration",
+            "What is left of accepted client certificates, of each connection when it comes and once a minute",
+            Unit::Seconds,
+            metrics.clients.clone(),
+        );
         relay.register_collector(Box::new(Scraped {
             registry,
             admission,
@@ -136,6 +170,16 @@ impl Metrics {
     /// When the certificates of a file expire.
     pub fn expires(&self, file: &'static str, at: i64) {
         self.expiry.get_or_create(&FileLabel { file }).set(at);
+    }
+
+    /// When the first of the front-proxy certificates in use expires.
+    pub fn front_proxy_ends(&self, at: i64) {
+        self.front_proxy.set(at);
+    }
+
+    /// When an accepted client certificate expires, and what time it is.
+    pub fn client_certificate_ends(&self, at: i64, now: u64) {
+        self.clients.observe(at as f64 - now as f64);
     }
 
     fn text(&self) -> Result<String, std::fmt::Error> {
@@ -279,6 +323,7 @@ mod tests {
         registry.set_upstream(Upstream::Unusable);
         metrics.handshake("ok");
         metrics.expires("--tls-cert", 1_800_000_000);
+        metrics.client_certificate_ends(1_800_500_000, 1_800_000_000);
         let address = SocketAddr::from(([192, 0, 2, 7], 1));
         let connection = registry.open(1, address, address);
         connection.established(Protocol::H2, None);
@@ -301,6 +346,9 @@ mod tests {
             "rebalancer_relay_upstream{state=\"ready\"} 0",
             "rebalancer_relay_certificate_expiry_timestamp_seconds{file=\"--tls-cert\"} 1800000000",
             "rebalancer_relay_upstream_check_duration_seconds_count 0",
+            "rebalancer_relay_front_proxy_expiry_timestamp_seconds 0",
+            "rebalancer_relay_client_certificate_expiration_seconds_bucket{le=\"604800.0\"} 1",
+            "rebalancer_relay_client_certificate_expiration_seconds_bucket{le=\"345600.0\"} 0",
         ] {
             assert!(text.contains(line), "{line}:\n{text}");
         }

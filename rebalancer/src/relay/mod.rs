@@ -18,6 +18,7 @@ mod metrics;
 mod pacing;
 mod pump;
 mod registry;
+mod renewal;
 mod request_headers;
 mod slowing;
 mod sni;
@@ -61,6 +62,7 @@ pub(crate) use expiry::earliest as earliest_end;
 use metrics::Metrics;
 pub use pacing::WatchHandover;
 use registry::Registry;
+use renewal::Renewal;
 pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
@@ -227,8 +229,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(settings) = config.limits.watch_handover {
         tokio::spawn(pacing::run(Arc::clone(&registry), settings));
     }
-    tokio::spawn(expiry::run(config.files, metrics));
-    tokio::spawn(sweep(tls, Arc::clone(&registry), complaints, config.limits));
+    tokio::spawn(expiry::run(config.files, Arc::clone(&registry), Arc::clone(&metrics)));
+    tokio::spawn(sweep(tls, Arc::clone(&registry), complaints, metrics, config.limits));
 
     let unfit = async {
         if fits {
@@ -314,7 +316,14 @@ fn unix_now() -> u64 {
 }
 
 /// Looks at files, idle connections and drain deadlines.
-async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Complaints>, limits: Limits) {
+async fn sweep(
+    tls: Arc<Reloader>,
+    registry: Arc<Registry>,
+    complaints: Arc<Complaints>,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+) {
+    let mut renewal = Renewal::default();
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
@@ -340,6 +349,10 @@ async fn sweep(tls: Arc<Reloader>, registry: Arc<Registry>, complaints: Arc<Comp
         }
         complaints.summarise();
         registry.tell_distrusted();
+        let front_proxy = tls.current().front_proxy_certificate;
+        let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
+        let is_ready = registry.upstream() == Upstream::Ready;
+        metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, is_ready, now, SWEEP));
         match tls.reload() {
             Ok(Changed::Nothing) => {}
             Ok(Changed::Certificates) => tracing::info!("certificates have changed: new connections use them"),

@@ -20,7 +20,9 @@ use rustls::{
 };
 
 use super::{
+    expiry,
     identity::sha256,
+    renewal::FrontProxy,
     request_headers::RequestHeaders,
     sni::{ByName, SniFiles},
     trust::{self, Authorities, ClientCertificates, PROXY_CA, ServerCertificates},
@@ -30,6 +32,8 @@ use super::{
 pub const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 const CLIENT_CA: &str = "--client-ca";
+const PROXY_CERTIFICATE: &str = "--proxy-client-cert";
+const PROXY_KEY: &str = "--proxy-client-key";
 
 /// The PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +63,7 @@ impl Files {
     ///
     /// Names the flag, the file and what is wrong with it.
     pub fn check(&self, headers: &RequestHeaders) -> anyhow::Result<()> {
-        Tls::load(self, &Arc::new(headers.clone()), 0).map(drop)
+        Tls::load(self, &Arc::new(headers.clone()), Counts::default()).map(drop)
     }
 
     /// The first certificate that clients are shown, as it is (DER).
@@ -80,8 +84,8 @@ impl Files {
             ("--tls-cert", self.certificate.as_path()),
             ("--tls-key", self.key.as_path()),
             (CLIENT_CA, self.client_ca.as_path()),
-            ("--proxy-client-cert", self.proxy_certificate.as_path()),
-            ("--proxy-client-key", self.proxy_key.as_path()),
+            (PROXY_CERTIFICATE, self.proxy_certificate.as_path()),
+            (PROXY_KEY, self.proxy_key.as_path()),
             ("--upstream-ca", self.upstream_ca.as_path()),
         ]);
         all.extend(self.proxy_ca.as_deref().map(|path| (PROXY_CA, path)));
@@ -97,6 +101,8 @@ pub struct Tls {
     by_address: HashMap<IpAddr, Arc<ServerConfig>>,
     /// Towards the apiserver, for a client whose certificate named somebody.
     pub front_proxy: Arc<ClientConfig>,
+    /// Which certificate that shows.
+    pub front_proxy_certificate: FrontProxy,
     /// Towards the apiserver, for everybody else.
     pub anonymous: Arc<ClientConfig>,
     /// Who vouches for clients.
@@ -111,7 +117,7 @@ impl Tls {
         Arc::clone(self.by_address.get(&local.to_canonical()).unwrap_or(&self.server))
     }
 
-    fn load(files: &Files, headers: &Arc<RequestHeaders>, generation: u64) -> anyhow::Result<Self> {
+    fn load(files: &Files, headers: &Arc<RequestHeaders>, counts: Counts) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let authorities = Authorities::load(&files.client_ca, files.proxy_ca.as_deref(), Arc::clone(headers))?;
         let serving = serving(files, &provider)?;
@@ -139,8 +145,8 @@ impl Tls {
         };
         let front_proxy = towards_upstream()?
             .with_client_auth_cert(
-                chain(&files.proxy_certificate, "--proxy-client-cert")?,
-                key(&files.proxy_key, "--proxy-client-key")?,
+                chain(&files.proxy_certificate, PROXY_CERTIFICATE)?,
+                key(&files.proxy_key, PROXY_KEY)?,
             )
             .with_context(|| {
                 format!(
@@ -153,11 +159,22 @@ impl Tls {
             server: Arc::new(server),
             by_address,
             front_proxy: Arc::new(front_proxy),
+            front_proxy_certificate: FrontProxy {
+                issue: counts.front_proxies,
+                until: expiry::earliest(&files.proxy_certificate).unwrap_or(i64::MAX),
+            },
             anonymous: Arc::new(towards_upstream()?.with_no_client_auth()),
             authorities,
-            generation,
+            generation: counts.authorities,
         })
     }
+}
+
+/// How often what others rest on has changed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    authorities: u64,
+    front_proxies: u64,
 }
 
 /// The serving certificates.
@@ -207,7 +224,7 @@ impl Reloader {
     /// Names the flag, the file and what is wrong with it.
     pub fn new(files: Files, headers: Arc<RequestHeaders>) -> anyhow::Result<Self> {
         let hashes = hash_all(&files)?;
-        let tls = Tls::load(&files, &headers, 0)?;
+        let tls = Tls::load(&files, &headers, Counts::default())?;
         Ok(Self {
             files,
             headers,
@@ -227,21 +244,25 @@ impl Reloader {
     /// As [`Self::new`]; the configurations in use stay.
     pub fn reload(&self) -> anyhow::Result<Changed> {
         let hashes = hash_all(&self.files)?;
-        let (generation, authorities) = {
+        let (counts, authorities) = {
             let (current, before) = &*self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
             if *before == hashes {
                 return Ok(Changed::Nothing);
             }
             let all = self.files.all();
-            let vouches = |(flag, _): &(&str, &Path)| [CLIENT_CA, PROXY_CA].contains(flag);
-            let mut vouching = all
-                .iter()
-                .zip(before.iter().zip(&hashes))
-                .filter(|(file, _)| vouches(file));
-            let authorities = vouching.any(|(_, (before, after))| before != after);
-            (current.generation + u64::from(authorities), authorities)
+            let changed = |flags: [&str; 2]| {
+                let mut files = all.iter().zip(before.iter().zip(&hashes));
+                files.any(|((flag, _), (before, after))| flags.contains(flag) && before != after)
+            };
+            let authorities = changed([CLIENT_CA, PROXY_CA]);
+            let front_proxy = changed([PROXY_CERTIFICATE, PROXY_KEY]);
+            let counts = Counts {
+                authorities: current.generation + u64::from(authorities),
+                front_proxies: current.front_proxy_certificate.issue + u64::from(front_proxy),
+            };
+            (counts, authorities)
         };
-        let tls = Arc::new(Tls::load(&self.files, &self.headers, generation)?);
+        let tls = Arc::new(Tls::load(&self.files, &self.headers, counts)?);
         *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (tls, hashes);
         Ok(if authorities {
             Changed::Authorities

@@ -29,7 +29,7 @@ use tokio::{
 };
 
 pub use judge::is_open;
-use judge::{Found, Judge, failed, judged};
+use judge::{Found, Judge, Readiness, failed, judged};
 
 use super::{
     metrics::Metrics,
@@ -233,10 +233,10 @@ impl Checks {
             kept.since.elapsed() < RENEW && Arc::ptr_eq(&kept.tls, &current) && !kept.sender.is_closed()
         });
         if let Some(mut kept) = self.kept.take()
-            && let Ok(Ok(status)) = timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await
+            && let Ok(Ok(readiness)) = timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await
         {
             self.kept = Some(kept);
-            return judged(status);
+            return judged(&readiness);
         }
         // The server may have closed it: a new one tells.
         let mut kept = match self.open(current).await {
@@ -244,7 +244,7 @@ impl Checks {
             Err(found) => return found,
         };
         match timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await {
-            Ok(Ok(status)) => {
+            Ok(Ok(readiness)) => {
                 // Another process has another listening socket, and every connection with it is new.
                 self.listener = sockdiag::listener(self.target.address.port())
                     .ok()
@@ -255,7 +255,7 @@ impl Checks {
                     self.version = Some(version);
                 }
                 self.kept = Some(kept);
-                judged(status)
+                judged(&readiness)
             }
             Ok(Err(error)) => failed(&error, "it closes the connection instead of answering"),
             Err(_) => Found::State(Upstream::Overloaded, format!("/readyz takes longer than {CHECK:?}")),
@@ -320,6 +320,9 @@ impl Checks {
     }
 }
 
+/// So many octets of an answer to `/readyz` are read: it has a line for each of some fifty checks.
+const LONGEST_READINESS: usize = 64 * 1024;
+
 /// So many octets of an answer to `/version` are read.
 const LONGEST_VERSION: usize = 16 * 1024;
 
@@ -349,13 +352,14 @@ async fn ask_version(
 async fn ask(
     sender: &mut SendRequest<Empty<bytes::Bytes>>,
     request: http::Request<Empty<bytes::Bytes>>,
-) -> Result<http::StatusCode, hyper::Error> {
+) -> Result<Readiness, hyper::Error> {
     sender.ready().await?;
     let answer = sender.send_request(request).await?;
     let status = answer.status();
     // Read to its end, so that the connection can be asked on again; one that is closed behind it is not.
-    let _ = answer.into_body().collect().await;
-    Ok(status)
+    let body = Limited::new(answer.into_body(), LONGEST_READINESS).collect().await;
+    let text = body.map_or_else(|_| bytes::Bytes::new(), http_body_util::Collected::to_bytes);
+    Ok(Readiness::new(status, &text))
 }
 
 /// Follows the apiserver's state until nobody is interested.
@@ -380,7 +384,7 @@ pub async fn watch(
             );
         }
         let before = judge.state;
-        let state = judge.take(&found, Instant::now());
+        let state = judge.take(&found, checks.listener, Instant::now());
         // Before the state: who hears that it is ready hears which process it is.
         registry.set_upstream_process(checks.version.clone(), checks.listener);
         registry.set_upstream(state);
@@ -390,7 +394,7 @@ pub async fn watch(
             Found::Ours(why) if said.as_ref() != Some(&found) => {
                 tracing::error!(why, "the apiserver cannot be asked; everything stays as it is");
             }
-            Found::State(_, why) | Found::Forbidden(why) if state != before => match state {
+            Found::State(_, why) | Found::NotReady(why) | Found::Forbidden(why) if state != before => match state {
                 Upstream::Unusable => tracing::error!(
                     upstream = %address,
                     why,

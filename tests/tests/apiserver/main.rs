@@ -13,6 +13,7 @@ mod identity;
 mod manifests;
 mod names;
 mod overload;
+mod renewal;
 mod streams;
 mod streams_clients;
 mod world;

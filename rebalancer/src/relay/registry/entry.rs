@@ -20,7 +20,7 @@ use super::{
     mailbox::{Mailbox, Order},
 };
 use crate::{
-    relay::trust::Trust,
+    relay::{renewal::FrontProxy, trust::Trust},
     shim::wire::{self, GoawayResult, Id, Outcome, Protocol, State},
 };
 
@@ -95,6 +95,8 @@ pub struct Connection {
     pub(super) head: AtomicU64,
     /// What its certificate's acceptance rests on.
     trust: OnceLock<Trust>,
+    /// With which certificate it is served, where that says who asks.
+    front_proxy: OnceLock<FrontProxy>,
     mailbox: Mailbox,
     registry: Arc<Registry>,
 }
@@ -130,6 +132,7 @@ impl Connection {
             refused_at: AtomicU64::new(0),
             head: AtomicU64::new(0),
             trust: OnceLock::new(),
+            front_proxy: OnceLock::new(),
             mailbox: Mailbox::default(),
             registry: Arc::clone(registry),
         }
@@ -181,6 +184,35 @@ impl Connection {
     pub fn set_trust(&self, trust: Trust) {
         // Set once, at the handshake.
         let _ = self.trust.set(trust);
+    }
+
+    /// The apiserver is shown that certificate for it.
+    pub fn set_front_proxy(&self, certificate: FrontProxy) {
+        // Set once, when the apiserver is connected to.
+        let _ = self.front_proxy.set(certificate);
+    }
+
+    /// When the certificate ends by which it is served, if it is another than that issue and nobody has told it to go.
+    pub(super) fn outdated(&self, issue: u64) -> Option<i64> {
+        let certificate = self.front_proxy.get().filter(|own| own.issue != issue)?;
+        let is_told = matches!(
+            self.known().telling,
+            Telling::Due { until: None } | Telling::Ordered | Telling::Told | Telling::Final
+        );
+        (!is_told).then_some(certificate.until)
+    }
+
+    /// When its own certificate ends, in seconds since 1970, if it is a user's that is believed.
+    pub fn certificate_ends(&self) -> Option<i64> {
+        self.trust.get().filter(|trust| trust.is_users()).map(Trust::leaf_ends)
+    }
+
+    /// Orders it to go, whatever it speaks: over HTTP/1.1 it is told with its next answer, and ends when it asks nothing.
+    pub fn lets_go(&self) {
+        self.order_goaway(0, None);
+        if self.protocol() == Protocol::Http1 {
+            self.order(Order::GoAway);
+        }
     }
 
     /// Whether what it is called rests on nothing, or on a certificate that is still good, now.

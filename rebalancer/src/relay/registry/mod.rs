@@ -127,6 +127,11 @@ impl Registry {
         self.inner().upstream = upstream;
     }
 
+    /// What the health check saw last.
+    pub fn upstream(&self) -> Upstream {
+        self.inner().upstream
+    }
+
     /// What the apiserver called its version, and which socket it listens on, where that is known.
     pub fn set_upstream_process(&self, version: Option<String>, listener: Option<u64>) {
         let mut inner = self.inner();

@@ -154,6 +154,26 @@ impl Registry {
         }
     }
 
+    /// The connections that are served with another front-proxy certificate than that issue and were not told to go, each
+    /// with the end of its own; those that end first come first.
+    pub fn outdated(&self, issue: u64) -> Vec<(i64, Arc<Connection>)> {
+        let mut outdated: Vec<_> = self
+            .all()
+            .into_iter()
+            .filter_map(|connection| Some((connection.outdated(issue)?, connection)))
+            .collect();
+        outdated.sort_by_key(|(until, connection)| (*until, connection.id().0));
+        outdated
+    }
+
+    /// When the certificates of those clients end that are believed to be who they say, in seconds since 1970.
+    pub fn certificate_ends(&self) -> Vec<i64> {
+        self.all()
+            .iter()
+            .filter_map(|connection| connection.certificate_ends())
+            .collect()
+    }
+
     fn all(&self) -> Vec<Arc<Connection>> {
         self.inner().open.values().cloned().collect()
     }

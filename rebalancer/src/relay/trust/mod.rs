@@ -62,6 +62,8 @@ pub struct Judgement {
     pub claim: Claim,
     /// The last millisecond since 1970 for which that is so.
     pub until: i64,
+    /// When its own certificate ends, in seconds since 1970.
+    pub leaf_ends: i64,
     /// Why it is not accepted.
     pub why: Option<String>,
 }
@@ -96,6 +98,7 @@ impl Authorities {
         let rejected = |why: String| Judgement {
             claim: Claim::Rejected,
             until: i64::MIN,
+            leaf_ends: i64::MIN,
             why: Some(why),
         };
         let parsed: Result<Vec<Certificate>, _> = chain.iter().map(|der| Certificate::parse(der, &AwsLc)).collect();
@@ -117,6 +120,7 @@ impl Authorities {
             return Judgement {
                 claim: Claim::Proxy(user.ok().map(|(identity, _)| identity)),
                 until: until.saturating_mul(SECOND),
+                leaf_ends: leaf.validity().1,
                 why: None,
             };
         }
@@ -124,6 +128,7 @@ impl Authorities {
             Ok((identity, until)) => Judgement {
                 claim: Claim::Accepted(identity),
                 until: until.saturating_mul(SECOND),
+                leaf_ends: leaf.validity().1,
                 why: None,
             },
             Err(why) => rejected(why),
@@ -151,6 +156,7 @@ impl Authorities {
 pub struct Trust {
     chain: Box<[CertificateDer<'static>]>,
     is_proxy: bool,
+    leaf_ends: i64,
     /// The last millisecond since 1970; [`i64::MIN`] when it has ended for good.
     until: AtomicI64,
     tls: Arc<Reloader>,
@@ -184,9 +190,20 @@ impl Trust {
                 .map(|one| one.clone().into_owned())
                 .collect(),
             is_proxy: matches!(judgement.claim, Claim::Proxy(_)),
+            leaf_ends: judgement.leaf_ends,
             until: AtomicI64::new(judgement.until),
             tls,
         }
+    }
+
+    /// Whether it is a user's own certificate, and no front proxy's.
+    pub fn is_users(&self) -> bool {
+        !self.is_proxy
+    }
+
+    /// When that certificate ends, in seconds since 1970.
+    pub fn leaf_ends(&self) -> i64 {
+        self.leaf_ends
     }
 
     /// Whether it still holds, now. Once it does not, it never does again.

@@ -23,6 +23,8 @@ const RULES: Duration = Duration::from_secs(30);
 pub enum Found {
     /// A client's request would find this.
     State(Upstream, String),
+    /// It says that it is not ready: one that starts, or one that was ready and whose etcd is overloaded or away.
+    NotReady(String),
     /// It knows who asks, and does not let him: its rules are like that, or are not there yet.
     Forbidden(String),
     /// Nothing was learned: the relay itself lacks something.
@@ -49,6 +51,8 @@ pub struct Judge {
     pub failures: u32,
     /// Since when it lets nobody ask.
     forbidden: Option<Instant>,
+    /// Which listening socket the one had that was ready last, where that is known.
+    was_ready: Option<Option<u64>>,
 }
 
 impl Judge {
@@ -58,13 +62,26 @@ impl Judge {
             state: Upstream::Unknown,
             failures: 0,
             forbidden: None,
+            was_ready: None,
         }
     }
 
-    /// Takes in what was found.
-    pub fn take(&mut self, found: &Found, now: Instant) -> Upstream {
+    /// Takes in what was found, and on which socket the apiserver listened when it was connected to last.
+    pub fn take(&mut self, found: &Found, listener: Option<u64>, now: Instant) -> Upstream {
         match found {
             Found::Ours(_) => {}
+            // Its clients are where they were, and so is what it knows: only what it needs does not answer in time.
+            Found::NotReady(_) => {
+                self.failures = 0;
+                self.state = if self.was_ready == Some(listener) {
+                    Upstream::Overloaded
+                } else {
+                    Upstream::Starting
+                };
+                if self.state == Upstream::Starting {
+                    self.forbidden = None;
+                }
+            }
             Found::Forbidden(_) => {
                 let since = *self.forbidden.get_or_insert(now);
                 self.failures = 0;
@@ -85,7 +102,32 @@ impl Judge {
                 }
             }
         }
+        match self.state {
+            Upstream::Ready => self.was_ready = Some(listener),
+            Upstream::Overloaded | Upstream::Unknown => {}
+            // Whoever comes back has begun anew.
+            Upstream::Starting | Upstream::Unreachable | Upstream::Unusable => self.was_ready = None,
+        }
         self.state
+    }
+}
+
+/// What an apiserver answers to `/readyz`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readiness {
+    status: http::StatusCode,
+    /// It ends: that is one of the checks it names when one fails (k8s.io/apiserver/pkg/server/healthz, `shutdownCheck`).
+    ends: bool,
+}
+
+impl Readiness {
+    /// Of an answer.
+    pub fn new(status: http::StatusCode, text: &[u8]) -> Self {
+        let mark = b"[-]shutdown failed";
+        Self {
+            status,
+            ends: text.windows(mark.len()).any(|window| window == mark),
+        }
     }
 }
 
@@ -105,7 +147,8 @@ pub fn failed(error: &(dyn std::error::Error + 'static), what: &str) -> Found {
 }
 
 /// What the answer to `/readyz` means.
-pub fn judged(status: http::StatusCode) -> Found {
+pub fn judged(readiness: &Readiness) -> Found {
+    let status = readiness.status;
     let state = match status {
         http::StatusCode::UNAUTHORIZED => {
             let why = "it answers 401 to the front proxy's certificate (--proxy-client-cert): has it expired, is it signed \
@@ -120,6 +163,9 @@ pub fn judged(status: http::StatusCode) -> Found {
         http::StatusCode::TOO_MANY_REQUESTS => Upstream::Overloaded,
         // Another server than kube-apiserver, which has no such path.
         status if status.is_success() || status.is_client_error() => Upstream::Ready,
+        status if status.is_server_error() && !readiness.ends => {
+            return Found::NotReady(format!("/readyz says {status}"));
+        }
         _ => Upstream::Starting,
     };
     Found::State(state, format!("/readyz says {status}"))
@@ -147,7 +193,7 @@ mod tests {
             (found(Upstream::Overloaded), Upstream::Overloaded),
             (found(Upstream::Starting), Upstream::Starting),
         ] {
-            assert_eq!(judge.take(&found, Instant::now()), expected);
+            assert_eq!(judge.take(&found, None, Instant::now()), expected);
         }
     }
 
@@ -157,7 +203,7 @@ mod tests {
         let forbidden = Found::Forbidden(String::new());
         let began = Instant::now();
         let mut judge = Judge::new();
-        let mut takes = |found: &Found, seconds| judge.take(found, began + Duration::from_secs(seconds));
+        let mut takes = |found: &Found, seconds| judge.take(found, Some(1), began + Duration::from_secs(seconds));
         // An apiserver that starts: 403 before its rules are there, and then what it says.
         assert_eq!(takes(&forbidden, 0), Upstream::Starting);
         assert_eq!(takes(&found(Upstream::Starting), 5), Upstream::Starting);
@@ -183,14 +229,53 @@ mod tests {
 
     #[test]
     fn what_an_answer_says_of_the_apiserver() {
-        let state = |status: u16| match judged(http::StatusCode::from_u16(status).expect("a status")) {
+        let judged = |status: u16, text: &str| {
+            let status = http::StatusCode::from_u16(status).expect("a status");
+            judged(&Readiness::new(status, text.as_bytes()))
+        };
+        let state = |status: u16| match judged(status, "ok") {
             Found::State(state, _) => state,
-            Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
+            Found::NotReady(why) | Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
         };
         assert_eq!([200, 404].map(state), [Upstream::Ready; 2]);
-        assert!(matches!(judged(http::StatusCode::FORBIDDEN), Found::Forbidden(_)));
+        assert!(matches!(judged(403, ""), Found::Forbidden(_)));
         assert_eq!(state(401), Upstream::Unusable);
         assert_eq!(state(429), Upstream::Overloaded);
-        assert_eq!([500, 503].map(state), [Upstream::Starting; 2]);
+        // As kube-apiserver 1.36 words it.
+        let etcd = "[+]ping ok\n[-]etcd failed: reason withheld\n[+]shutdown ok\nreadyz check failed\n";
+        assert!(matches!(judged(500, etcd), Found::NotReady(_)));
+        assert!(matches!(judged(503, ""), Found::NotReady(_)));
+        let ends = judged(
+            500,
+            "[+]etcd ok\n[-]shutdown failed: reason withheld\nreadyz check failed\n",
+        );
+        assert!(matches!(ends, Found::State(Upstream::Starting, _)));
+    }
+
+    #[test]
+    fn one_that_was_ready_and_is_the_same_is_overloaded_and_does_not_start() {
+        let ready = Found::State(Upstream::Ready, String::new());
+        let slow = Found::State(Upstream::Overloaded, String::new());
+        let gone = Found::State(Upstream::Unreachable, String::new());
+        let ends = Found::State(Upstream::Starting, String::new());
+        let not_ready = Found::NotReady(String::new());
+        for (before, listener, expected) in [
+            (&[][..], Some(1), Upstream::Starting),
+            (&[&ready], Some(1), Upstream::Overloaded),
+            (&[&ready], Some(2), Upstream::Starting),
+            (&[&ready, &slow], Some(1), Upstream::Overloaded),
+            (&[&slow], Some(1), Upstream::Starting),
+            (&[&ready, &not_ready, &slow, &not_ready], Some(1), Upstream::Overloaded),
+            (&[&ready, &gone], Some(1), Upstream::Overloaded),
+            (&[&ready, &gone, &gone], Some(1), Upstream::Starting),
+            (&[&ready, &ends], Some(1), Upstream::Starting),
+        ] {
+            let mut judge = Judge::new();
+            for found in before {
+                judge.take(found, Some(1), Instant::now());
+            }
+            let state = judge.take(&not_ready, listener, Instant::now());
+            assert_eq!(state, expected, "{before:?} and then on {listener:?}");
+        }
     }
 }
