@@ -188,10 +188,16 @@ fn compare(
         ("requestheader-uid-headers", &headers.uid, false),
         ("requestheader-extra-headers-prefix", &headers.extra_prefix, true),
     ] {
-        let Some(theirs) = list(data, key)? else {
-            // Only UIDs may be missing where anything is: front proxies are not believed at all then.
-            continue;
-        };
+        let theirs = list(data, key)?;
+        // Only UIDs may be missing where anything is: front proxies are not believed at all then.
+        if !must_be_read && theirs.as_ref().is_none_or(Vec::is_empty) {
+            let ours = ours.first().map_or("", String::as_str);
+            warnings.push(format!(
+                "--{key}: the apiserver reads no header for UIDs, and clients' certificates lose theirs on the way to it; give \
+                 kube-apiserver --{key}={ours}"
+            ));
+        }
+        let Some(theirs) = theirs else { continue };
         let has = |names: &[String], name: &str| names.iter().any(|one| one.eq_ignore_ascii_case(name));
         if let Some(unknown) = theirs.iter().find(|name| !has(ours, name)) {
             anyhow::bail!(
@@ -321,7 +327,7 @@ mod tests {
             Authorities::load(&users, proxies.as_deref(), Arc::new(headers.clone())).expect("bundles")
         };
         // As kubeadm has it: no UIDs, one allowed name.
-        let kubeadm: BTreeMap<String, String> = [
+        let mut kubeadm: BTreeMap<String, String> = [
             ("client-ca-file", users.as_str()),
             ("requestheader-client-ca-file", proxies.as_str()),
             ("requestheader-username-headers", r#"["X-Remote-User"]"#),
@@ -332,7 +338,10 @@ mod tests {
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into();
         let default = RequestHeaders::default();
-        let ok = compare(&kubeadm, &default, &load(&users, None, &default)).expect("kubeadm's own fits");
+        let warnings = compare(&kubeadm, &default, &load(&users, None, &default)).expect("kubeadm's own fits");
+        assert!(warnings.len() == 1 && warnings[0].contains("kube-apiserver --requestheader-uid-headers=X-Remote-Uid"));
+        kubeadm.insert("requestheader-uid-headers".to_owned(), r#"["X-Remote-Uid"]"#.to_owned());
+        let ok = compare(&kubeadm, &default, &load(&users, None, &default)).expect("the same with UIDs");
         assert!(ok.is_empty(), "{ok:?}");
         let with = |key: &str, value: &str| {
             let mut data = kubeadm.clone();

@@ -195,18 +195,11 @@ pub fn start_relay_with(
     let ca = pki.file("front-proxy-ca.crt");
     let ca = format!("--requestheader-client-ca-file={}", ca.display());
     let all = [&standard[..], &[&ca], flags].concat();
-    relay_before(name, listen, control, pki, logs, &all)
+    Process::start(name, relay_command(listen, control, pki, &all), None, logs)
 }
 
-/// Starts a relay that is told nothing but certificates and those flags.
-pub fn relay_before(
-    name: &str,
-    listen: SocketAddr,
-    control: &Path,
-    pki: &Pki,
-    logs: &Path,
-    flags: &[&str],
-) -> anyhow::Result<Process> {
+/// A relay that is told nothing but certificates and those flags.
+pub fn relay_command(listen: SocketAddr, control: &Path, pki: &Pki, flags: &[&str]) -> Command {
     let mut relay = Command::new(binary());
     relay
         .arg("relay")
@@ -215,7 +208,7 @@ pub fn relay_before(
         .args(flags)
         .arg(format!("--control=unix:{}", control.display()))
         .env("REBALANCER_LOG", "debug");
-    Process::start(name, relay, None, logs)
+    relay
 }
 
 /// Asks a relay's control socket.
