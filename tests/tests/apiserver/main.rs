@@ -4,11 +4,8 @@ mod conformance;
 mod differential;
 mod doctor;
 mod flows;
-<<<<<<< HEAD
-mod holds;
-=======
 mod handover;
->>>>>>> e5aef1c (The relay's check asks under the name that the apiserver reads; a watch that tells what exists is not handed over)
+mod holds;
 mod identity;
 mod manifests;
 mod names;
