@@ -398,7 +398,7 @@ impl fmt::Display for Hold {
             }
             Self::ApiserverOverloaded { apiserver, connections } => write!(
                 f,
-                "apiserver {apiserver} is overloaded, it answers too late, with {connections} clients connected: who floods it \
+                "apiserver {apiserver} is overloaded: it answers too late, or that it is not ready, with {connections} clients connected: who floods it \
                  would flood another; `rebalancer flows` there shows who, `rebalancer advise` what holds them"
             ),
             Self::PortShared { why } => f.write_str(why),

@@ -182,7 +182,7 @@ pub fn relay(listing: &Result<Value, String>) -> Finding {
             "overloaded" => Finding::mend(
                 "relay",
                 Gravity::Soon,
-                "its apiserver answers too late",
+                "its apiserver answers too late, or that it is not ready",
                 "see what loads the apiserver; clients are served as they would be without a relay",
             ),
             state => Finding::mend(

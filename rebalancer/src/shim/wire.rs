@@ -76,7 +76,7 @@ impl Upstream {
             Self::Unknown => "the apiserver has not answered",
             Self::Ready => "the apiserver is ready",
             Self::Starting => "the apiserver says that it is not ready",
-            Self::Overloaded => "the apiserver answers too late",
+            Self::Overloaded => "the apiserver answers too late, or that it is not ready",
             Self::Unusable => "the apiserver cannot be used: see the log",
             Self::Unreachable => "the apiserver accepts no connection",
         }
