@@ -11,7 +11,7 @@ use super::registry::Registry;
 /// A front-proxy certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrontProxy {
-    /// The how manieth it is since the relay began.
+    /// Which one it is since the relay began, from 0 on.
     pub issue: u64,
     /// When the first certificate of its chain ends, in seconds since 1970.
     pub until: i64,
