@@ -95,7 +95,11 @@ impl Live {
         for (from, to) in written {
             // What was not as it must be is not published in place of what was.
             if status.success() && from.exists() {
-                fs::copy(&from, &to).with_context(|| format!("cannot write {}", to.display()))?;
+                let text = fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))?;
+                // There is none before the first run.
+                let before = fs::read_to_string(&to).unwrap_or_default();
+                let joined = with_rows_of(&before, &text);
+                fs::write(&to, joined).with_context(|| format!("cannot write {}", to.display()))?;
                 eprintln!("{} is written", to.display());
             }
         }
@@ -104,5 +108,36 @@ impl Live {
         } else {
             ExitCode::FAILURE
         })
+    }
+}
+
+/// Where a page lists its runs, a row each.
+const RUNS: [&str; 2] = ["<!-- runs -->\n", "<!-- /runs -->\n"];
+
+/// A page with the rows of an earlier one before its own, where it lists runs.
+fn with_rows_of(before: &str, page: &str) -> String {
+    let rows = |text: &str| -> Option<(usize, usize)> {
+        let begin = text.find(RUNS[0])? + RUNS[0].len();
+        Some((begin, begin + text[begin..].find(RUNS[1])?))
+    };
+    match (rows(before), rows(page)) {
+        (Some((begin, end)), Some((place, _))) => {
+            format!("{}{}{}", &page[..place], &before[begin..end], &page[place..])
+        }
+        _ => page.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_earlier_runs_stay() {
+        let page = |rows: &str, rest: &str| format!("# Hours\n{rest}\n<!-- runs -->\n{rows}<!-- /runs -->\n");
+        let joined = with_rows_of(&page("| 1 |\n| 2 |\n", "old"), &page("| 3 |\n", "new"));
+        assert_eq!(joined, page("| 1 |\n| 2 |\n| 3 |\n", "new"));
+        assert_eq!(with_rows_of("", &page("| 3 |\n", "new")), page("| 3 |\n", "new"));
+        assert_eq!(with_rows_of(&page("| 1 |\n", "old"), "# Faults\n"), "# Faults\n");
     }
 }

@@ -428,6 +428,10 @@ impl ConnectionTable {
     fn remove(&mut self, id: ConnectionId) -> Option<Connection> {
         let connection = self.connections.remove(id)?;
         self.drains.remove(&id);
+        // The last of its address but for the set's own: where all of a network is routed here, clients choose addresses.
+        if Arc::strong_count(&connection.local) == 2 {
+            self.locals.remove(&connection.local);
+        }
         self.totals.uncount(&connection);
         self.identities
             .leave(connection.identity.as_ref(), connection.is_active());

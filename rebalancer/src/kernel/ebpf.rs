@@ -267,6 +267,10 @@ impl Programs {
         let mut observations = self.drain();
         let (sockets, listener) = self.sockets(false)?;
         observations.extend(self.overwritten());
+        // What failed once is tried again: a cgroup goes, or another program leaves it.
+        if matches!(self.reading, Some(Err(_))) {
+            observations.extend(self.place_hook());
+        }
         observations.extend(self.own_addresses());
         let offered = self.hellos_begun.listed(&sockets, self.now());
         observations.push(Observation::Listed { sockets, listener });

@@ -157,6 +157,28 @@ impl Report {
                 format!("{:.1}, {:.1}; {}, {}", first.0, last.0, first.1, last.1),
             );
         }
+        // `cargo xtask soak` puts the rows of earlier runs before this one's.
+        let _ = write!(
+            page,
+            "\n## All runs\n\nThe newest is the last; the picture and the table above are its.\n\n\
+             | hours | seed | clients | happenings | requests | failed, broken watches, relists | missed, doubled | GOAWAYs \
+             (least) | not level | wrong connections |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n<!-- runs -->\n\
+             | {:.1} | {} | {} | {} | {} | {}, {}, {} | {}, {} | {} ({}) | {} | {} |\n<!-- /runs -->\n",
+            self.hours,
+            self.seed,
+            self.clients,
+            self.happenings.len(),
+            self.requests,
+            self.client_errors,
+            self.watch_breaks,
+            self.relists,
+            self.missed_events,
+            self.doubled_events,
+            self.goaways,
+            self.lower_bound,
+            self.not_level,
+            self.wrong_connections,
+        );
         page
     }
 
