@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 
 /// What a program ran so far.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Ran {
     /// In all.
     pub ns: u64,
@@ -25,6 +25,14 @@ impl Ran {
         Self {
             ns: self.ns - earlier.ns,
             times: self.times - earlier.times,
+        }
+    }
+
+    /// What it ran in two spans.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            ns: self.ns + other.ns,
+            times: self.times + other.times,
         }
     }
 
