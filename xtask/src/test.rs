@@ -19,7 +19,7 @@ use crate::ebpf;
 use crate::release;
 use crate::run::{cargo, is_root, programs, root, run, shown, target};
 use crate::scratch::Scratch;
-use crate::vm::{self, Machine, Mode};
+use crate::vm::{self, GuestClock, Machine, Mode};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -518,37 +518,6 @@ fn counted(command: &mut Command, skips: &Path, prefix: &str) -> anyhow::Result<
     Ok(counts)
 }
 
-/// A guest's clock beside this machine's.
-#[derive(Default)]
-struct GuestClock {
-    first: Option<(f64, Instant)>,
-    last: Option<(f64, Instant)>,
-}
-
-impl GuestClock {
-    /// An emulated clock that is so many times as fast as this one's has run away: waits of minutes are over in seconds.
-    const TIMES: f64 = 1.5;
-    /// What it may be ahead at most all the same, in seconds.
-    const AHEAD: f64 = 20.0;
-
-    /// The guest has said how many seconds it is old.
-    fn told(&mut self, guest: f64, here: Instant) {
-        self.first.get_or_insert((guest, here));
-        self.last = Some((guest, here));
-    }
-
-    /// What there is to say when it has run away.
-    fn runaway(&self) -> Option<String> {
-        let ((first, began), (last, ended)) = (self.first?, self.last?);
-        let (guest, here) = (last - first, ended.duration_since(began).as_secs_f64());
-        (guest > here * Self::TIMES + Self::AHEAD).then(|| {
-            format!(
-                "the guest's clock has run away: {guest:.0} s there were {here:.0} s here, so its waits were too short"
-            )
-        })
-    }
-}
-
 /// Reads `test result: ok. 17 passed; 0 failed; …`, the line libtest ends each binary's run with.
 fn parse_result(line: &str) -> Option<Counts> {
     let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
@@ -575,26 +544,7 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-
-    #[test]
-    fn a_clock_that_runs_away_is_called_that() {
-        let now = Instant::now();
-        let after = |guest: f64, seconds: u64| {
-            let mut clock = GuestClock::default();
-            clock.told(2.0, now);
-            clock.told(2.0 + guest, now + Duration::from_secs(seconds));
-            clock.runaway()
-        };
-        assert_eq!(after(60.0, 60), None);
-        assert_eq!(after(110.0, 60), None);
-        assert_eq!(after(10.0, 60), None);
-        let said = after(10_143.0, 366).expect("a clock that ran away");
-        assert!(said.contains("10143 s there were 366 s here"), "{said}");
-        assert_eq!(GuestClock::default().runaway(), None);
-    }
 
     #[test]
     fn libtest_result_lines_are_read_and_others_are_not() {

@@ -4,6 +4,7 @@
 //! Must never need more than the target directory, but for qemu, which is installed when it is missing.
 
 mod archive;
+mod clock;
 pub mod extras;
 mod guest;
 
@@ -16,6 +17,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 
+pub use self::clock::GuestClock;
 use self::{
     extras::Extras,
     guest::{Guest, Payload},

@@ -58,9 +58,6 @@ const CHECK: Duration = Duration::from_secs(1);
 /// How often the complete list is read beside: it brings the byte counters, and repairs what events missed.
 const LIST_EVERY: u32 = 5;
 
-/// So many lists are read at once where the kernel left runs of the program out: one finds, the next one repairs.
-const LOOKS_FOR_MISSED: u32 = 2;
-
 /// How often lost hellos are worth a line.
 const SAY_EVERY: u32 = 10;
 
@@ -100,8 +97,6 @@ pub struct Programs {
     resync: bool,
     confirm: bool,
     listener_moved: bool,
-    /// So many lists are still to be read because runs of the program were left out.
-    looks_for_missed: u32,
 }
 
 impl Programs {
@@ -189,7 +184,6 @@ impl Programs {
             resync: true,
             confirm: false,
             listener_moved: false,
-            looks_for_missed: 0,
             ebpf,
         })
     }
@@ -376,13 +370,9 @@ impl Programs {
         let misses = self.misses();
         let missed = misses.saturating_sub(mem::replace(&mut self.counted_misses, misses));
         observations.extend(self.overwritten());
-        // Any socket of the machine may have been what they were run for: two lists beside the events say whether it was one
-        // of ours, and repair what it was.
-        self.looks_for_missed = if missed > 0 {
-            LOOKS_FOR_MISSED
-        } else {
-            self.looks_for_missed
-        };
+        // Any socket of the machine may have been what they were run for: a list beside the events says whether it was one of
+        // ours, and the next one repairs what it was.
+        self.confirm |= missed > 0;
         let events = newly[LOST_EVENTS as usize];
         if events > 0 {
             tracing::warn!(
@@ -396,8 +386,7 @@ impl Programs {
         }
         if mem::take(&mut self.listener_moved) {
             observations.extend(self.complete()?);
-        } else if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) || self.looks_for_missed > 0 {
-            self.looks_for_missed = self.looks_for_missed.saturating_sub(1);
+        } else if mem::take(&mut self.confirm) || self.tick.is_multiple_of(LIST_EVERY) {
             observations.extend(self.listed()?);
         }
         Ok(observations)

@@ -1,11 +1,5 @@
 //! `bench flood`: slow readers of large LISTs on a real kube-apiserver, and what holds them; docs/flood.md is its page.
 
-use std::fs;
-
-use anyhow::Context as _;
-
-use crate::run::root;
-
 #[derive(clap::Args)]
 pub struct Arguments {
     /// One JSON object on stdout, all else on stderr
@@ -25,18 +19,6 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
             command.args(["--clients=30", "--seconds=10"]);
         }
     })?;
-    if arguments.json {
-        eprint!("{}", outcome.tables);
-        print!("{}", outcome.json);
-    } else {
-        println!("{}\nflood {}", outcome.tables, outcome.json.trim_end());
-    }
-    if arguments.quick {
-        eprintln!("a quick run: docs/flood.md stays as it is");
-        return Ok(());
-    }
-    let path = root().join("docs/flood.md");
-    fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
-    eprintln!("the page is {}", path.display());
-    Ok(())
+    let page = super::Page::Whole("flood.md");
+    super::show("flood", &outcome, &page, arguments.json, arguments.quick)
 }

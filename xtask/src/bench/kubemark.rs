@@ -5,10 +5,7 @@ use std::fs;
 
 use anyhow::Context as _;
 
-use crate::{
-    debian,
-    run::{root, target},
-};
+use crate::{debian, run::target};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -35,18 +32,6 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
             command.args(["--kubelets=40", "--runs=1", "--seconds=120"]);
         }
     })?;
-    if arguments.json {
-        eprint!("{}", outcome.tables);
-        print!("{}", outcome.json);
-    } else {
-        println!("{}\nkubemark {}", outcome.tables, outcome.json.trim_end());
-    }
-    if arguments.quick {
-        eprintln!("a quick run: docs/kubemark.md stays as it is");
-        return Ok(());
-    }
-    let path = root().join("docs/kubemark.md");
-    fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
-    eprintln!("the page is {}", path.display());
-    Ok(())
+    let page = super::Page::Whole("kubemark.md");
+    super::show("kubemark", &outcome, &page, arguments.json, arguments.quick)
 }

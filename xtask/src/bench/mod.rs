@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::run::{cargo, is_root, run, shown, target};
+use crate::run::{cargo, is_root, root, run, shown, target};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -109,19 +109,39 @@ fn measure(name: &str, needs_root: bool, flags: impl FnOnce(&mut Command)) -> an
     })
 }
 
-/// Shows the outcome: with `json` the object alone on stdout; on the page unless the run was a quick one.
-fn show(name: &str, outcome: &Outcome, json: bool, quick: bool) -> anyhow::Result<()> {
+/// Where a benchmark's tables go.
+enum Page {
+    /// Between its marks in docs/bench.md.
+    Part,
+    /// A page of its own, in docs/.
+    Whole(&'static str),
+}
+
+/// Shows the outcome: with `json` the object alone on stdout; on its page unless the run was a quick one.
+fn show(name: &str, outcome: &Outcome, page: &Page, json: bool, quick: bool) -> anyhow::Result<()> {
     if json {
         eprint!("{}", outcome.tables);
         print!("{}", outcome.json);
     } else {
         println!("{}\n{name} {}", outcome.tables, outcome.json.trim_end());
     }
+    let file = match page {
+        Page::Part => "bench.md",
+        Page::Whole(file) => file,
+    };
     if quick {
-        eprintln!("a quick run: docs/bench.md stays as it is");
+        eprintln!("a quick run: docs/{file} stays as it is");
         return Ok(());
     }
-    page::replace(name, &outcome.tables)
+    match page {
+        Page::Part => page::replace(name, &outcome.tables),
+        Page::Whole(file) => {
+            let path = root().join("docs").join(file);
+            fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
+            eprintln!("the page is {}", path.display());
+            Ok(())
+        }
+    }
 }
 
 /// The built `rebalancer`.

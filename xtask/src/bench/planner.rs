@@ -20,5 +20,5 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         "rebalancer-bench",
     ]))?;
     let outcome = super::measure("planner", false, |_| {})?;
-    super::show("planner", &outcome, arguments.json, false)
+    super::show("planner", &outcome, &super::Page::Part, arguments.json, false)
 }

@@ -100,7 +100,13 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
                 command.arg("--quick");
             }
         })?;
-        super::show(half.name(), &outcome, arguments.json, arguments.quick)?;
+        super::show(
+            half.name(),
+            &outcome,
+            &super::Page::Part,
+            arguments.json,
+            arguments.quick,
+        )?;
     }
     Ok(())
 }
