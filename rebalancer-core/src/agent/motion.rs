@@ -4,7 +4,7 @@
 //! to go when it handed over is on the way as well, though no plan told him.
 //! Input: views. Output: what happened since the last look, and how many clients are in transit.
 //! Must never take a restarted agent's totals for movements, nor clients that come for reasons of their own for those who
-//! were told: before anybody is told it learns how many come anyway.
+//! were told: it learns how many come and go anyway.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -60,6 +60,16 @@ impl Totals {
         } else {
             new.connections.saturating_sub(self.connections).min(in_transit)
         }
+    }
+
+    /// How many have left since whom nobody told, of which so many landings are known. One that is counted a moment later
+    /// than it landed makes it less than none, and the next look makes up for that.
+    fn departures_until(self, new: Self, landings: u64) -> f64 {
+        if self.instance != new.instance {
+            return 0.0;
+        }
+        let told = new.goaways.saturating_sub(self.goaways) + new.left.saturating_sub(self.left);
+        landings as f64 - told as f64 - (new.connections as f64 - self.connections as f64)
     }
 }
 
@@ -157,6 +167,7 @@ impl Motion {
         }
         let mut moves = Moves::default();
         let mut others = 0;
+        let mut departures = 0.0;
         let mean = mean_load(view);
         let mut in_transit = self.in_transit();
         // What an agent knows that has not seen its connections yet is no total.
@@ -168,6 +179,7 @@ impl Motion {
             if old.instance != new.instance {
                 in_transit -= landings;
             }
+            departures += old.departures_until(new, landings);
             let old = if old.instance == new.instance { old } else { new };
             let left = new.left.saturating_sub(old.left);
             // What they weighed before: now they drain, and weigh nothing there any more.
@@ -191,9 +203,8 @@ impl Motion {
             moves.landed = self.strangers.taken_off(moves.all(), passed);
             self.landed += moves.landed;
             self.settle_ahead(now);
-        } else {
-            self.strangers.learn(moves.all(), passed);
         }
+        self.strangers.learn(departures, passed);
         if self.in_transit() == 0 && !is_busy {
             (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
@@ -270,11 +281,11 @@ fn mean_load(view: &View) -> f64 {
 /// A landing is seen so long before its GOAWAY at most.
 const AHEAD: Duration = Duration::from_secs(2);
 
-/// A window in which those who come anyway are counted.
+/// A window in which those who come and go anyway are counted.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Windows that are remembered. The quietest counts: the rush after a start or a crash is no rate at which clients come
-/// anyway, and to take too many for strangers would leave those who were told in transit for ever.
+/// Windows that are remembered. The quietest counts: what a crash does is no rate at which clients come and go anyway, and to
+/// take too many for strangers would leave those who were told in transit for ever.
 const WINDOWS: usize = 7;
 
 /// Fewer say nothing: an agent that just started has seen little else than a rush.
@@ -283,34 +294,44 @@ const FEWEST_WINDOWS: usize = 3;
 /// No more than the strangers of this time are set off at once: the rest of a long look is not theirs.
 const OWED: Duration = Duration::from_secs(30);
 
-/// Clients that come for reasons of their own, as many a second as came at the least while nobody was told.
+/// Clients that come for reasons of their own. Who landed does not say whether he was told, but who left does: as many go
+/// untold as come, where the cluster stays as large as it is. Where it grows, those who stay are no rate of anything, and
+/// they land where one who is told would: they are evidence as good as his.
 #[derive(Clone, Debug, Default)]
 struct Strangers {
+    /// As many a second.
     windows: VecDeque<f64>,
-    counted: u64,
+    departures: f64,
     passed: Duration,
+    /// The rate by which `owed` grew.
+    rate: f64,
     owed: f64,
 }
 
 impl Strangers {
-    /// Nobody was told: so many came in this time.
-    fn learn(&mut self, landings: u64, passed: Duration) {
-        self.counted += landings;
+    /// So many left untold in this time, whether or not somebody was told meanwhile.
+    fn learn(&mut self, departures: f64, passed: Duration) {
+        self.departures += departures;
         self.passed += passed;
         if self.passed >= WINDOW {
-            self.windows.push_back(self.counted as f64 / self.passed.as_secs_f64());
+            self.windows
+                .push_back(self.departures.max(0.0) / self.passed.as_secs_f64());
             if self.windows.len() > WINDOWS {
                 self.windows.pop_front();
             }
-            (self.counted, self.passed) = (0, Duration::ZERO);
+            (self.departures, self.passed) = (0.0, Duration::ZERO);
         }
     }
 
     /// How many of so many landings are left when those who come anyway are taken off.
     fn taken_off(&mut self, landings: u64, passed: Duration) -> u64 {
-        (self.counted, self.passed) = (0, Duration::ZERO);
         let quietest = self.windows.iter().copied().min_by(f64::total_cmp);
         let rate = quietest.filter(|_| self.windows.len() >= FEWEST_WINDOWS).unwrap_or(0.0);
+        if rate < self.rate / 2.0 {
+            // It was a rush, which owes nothing.
+            self.owed = 0.0;
+        }
+        self.rate = rate;
         self.owed = (self.owed + rate * passed.as_secs_f64()).min(rate * OWED.as_secs_f64());
         let theirs = (self.owed.floor() as u64).min(landings);
         self.owed -= theirs as f64;
@@ -375,6 +396,15 @@ mod tests {
         Timestamp::from_millis(seconds * 1_000)
     }
 
+    /// Of one apiserver, which has so many.
+    fn connected(row: Row, connections: u64) -> View {
+        let mut view = view(&[row]);
+        for entry in view.entries.values_mut() {
+            entry.snapshot.connections = connections;
+        }
+        view
+    }
+
     #[test]
     fn who_was_told_is_in_transit_until_somebody_landed() {
         let mut motion = Motion::default();
@@ -400,14 +430,48 @@ mod tests {
 
     #[test]
     fn a_rush_before_the_first_plan_is_no_rate_at_which_clients_come_anyway() {
-        let mut motion = Motion::default();
-        // All clients connect, one apiserver dies and its own follow: 30 s later the first are told.
-        for (second, accepted) in [(0, 0), (10, 200), (20, 300), (33, 300)] {
-            motion.look(&view(&[("a", 1, 0, accepted, 0, 0)]), 1, SETTLE, at(second));
+        // Clients connect until the first are told, 30 or 50 s later: every window has some.
+        for step in [10, 17] {
+            let mut motion = Motion::default();
+            for (look, accepted) in [(0, 0), (1, 200), (2, 270), (3, 300)] {
+                motion.look(
+                    &connected(("a", 1, 0, accepted, 0, 0), accepted),
+                    1,
+                    SETTLE,
+                    at(look * step),
+                );
+            }
+            let told = motion.look(&connected(("a", 1, 6, 300, 6, 0), 294), 1, SETTLE, at(3 * step + 2));
+            let moves = motion.look(&connected(("a", 1, 6, 305, 1, 0), 299), 1, SETTLE, at(3 * step + 6));
+            assert_eq!((told.told, moves.landed, motion.in_transit()), (6, 5, 1), "{step}");
         }
-        let told = motion.look(&view(&[("a", 1, 6, 300, 6, 0)]), 1, SETTLE, at(35));
-        let moves = motion.look(&view(&[("a", 1, 6, 305, 1, 0)]), 1, SETTLE, at(39));
-        assert_eq!((told.told, moves.landed, motion.in_transit()), (6, 5, 1));
+    }
+
+    /// While somebody is told all the time, too: a rate that holds for ever because plan follows plan would hide all that
+    /// lands.
+    #[test]
+    fn how_many_come_anyway_is_learned_while_plan_follows_plan() {
+        for (calls, expected) in [(0, 33..=36), (2, 30..=42)] {
+            let mut motion = Motion::default();
+            let (mut told, mut accepted, mut landed) = (0, 0, 0);
+            for second in 0..180_u64 {
+                // A rush that comes and goes, and then somebody is told in every look: three in ten seconds land.
+                accepted += if second < 60 { 20 } else { calls };
+                told += u64::from(second >= 60 && second % 2 == 0);
+                accepted += u64::from(second >= 60 && second % 10 % 4 == 1);
+                let went = 20 * (second + 1).min(60) + calls * (second + 1).saturating_sub(60);
+                let mut view = connected(("a", 1, told, accepted, 3, 0), 1_000 + accepted - told - went);
+                let a = view.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
+                a.snapshot.plan_in_flight = second >= 60;
+                let moves = motion.look(&view, 1, SETTLE, at(second));
+                // The first windows still remember the rush.
+                landed += if second >= 60 { moves.landed } else { 0 };
+            }
+            assert!(
+                expected.contains(&landed),
+                "{calls} a second: {landed} of 36 and strangers"
+            );
+        }
     }
 
     #[test]
@@ -421,7 +485,7 @@ mod tests {
         let mut landed = 0;
         for second in 80..90 {
             accepted += 2;
-            let now = motion.look(&view(&[("a", 1, 30, accepted, 30, 0)]), 1, SETTLE, at(second));
+            let now = motion.look(&connected(("a", 1, 30, accepted, 30, 0), 70), 1, SETTLE, at(second));
             landed += now.landed;
         }
         assert!(

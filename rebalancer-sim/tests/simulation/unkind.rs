@@ -313,3 +313,40 @@ fn one_donor_finds_out_that_the_balancer_is_another() {
         assert!(took <= change as f64 + 120.0, "{counts:?}: {took} s");
     }
 }
+
+/// Kubelets that watch ask every ten seconds: who is told lands later than a plan is looked at. They have come one after the
+/// other, and an apiserver was killed as soon as the last was there.
+#[test]
+fn clients_that_ask_seldom_are_levelled_like_others() {
+    let count = seeds(6);
+    for every in [2.0, 10.0, 30.0] {
+        let mut setup = loads(&[3, 3, 3], LoadBalancer::RoundRobin, default_policy());
+        let kubelets = |count| Group {
+            requests: Spread::Constant(1.0 / every),
+            ..Group::plain(count)
+        };
+        setup.groups = vec![kubelets(9)];
+        let arrivals = (1..=40).map(|second| (Duration::from_secs(second), Incident::Arrive(kubelets(12))));
+        setup.incidents = arrivals.collect();
+        setup.incidents.extend([
+            (Duration::from_secs(41), Incident::Crash(2)),
+            (Duration::from_secs(51), Incident::Start(2)),
+        ]);
+        setup.horizon = Horizon::Fixed(Duration::from_secs(900));
+        for seed in 0..count {
+            let run = run(&setup, seed);
+            let took = run.to_balance.map_or(f64::INFINITY, |took| took.as_secs_f64());
+            say(&format!(
+                "489 clients that ask every {every} s, round robin, a kill at 41 s, seed {seed}: {} GOAWAYs, level after {took:.0} s",
+                run.goaways_total
+            ));
+            // (243, 243, 3) need 460 behind round robin; and what nobody can hurry is when a client asks.
+            assert!(
+                run.goaways_total <= 500,
+                "every {every} s, seed {seed}: {} GOAWAYs",
+                run.goaways_total
+            );
+            assert!(took <= 70.0 + 8.0 * every, "every {every} s, seed {seed}: {took} s");
+        }
+    }
+}
