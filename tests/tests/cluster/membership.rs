@@ -139,6 +139,7 @@ fn one_switch_for_all(world: &mut World) {
     scene("one word pauses all agents, over a restart of each, and another ends it");
     // An agent of the scenes before is a peer until its Lease has been away for a while.
     world.is_alone();
+    world.is_well();
     let answer = |agent: usize, arguments: &[&str], world: &World| {
         let arguments = [arguments, &["--output=json"]].concat();
         let (code, said, error) = ask(&world.agents[agent].socket, &arguments);
