@@ -189,6 +189,17 @@ pub fn kubelets() -> anyhow::Result<PathBuf> {
     small("kubelets", &module(), "./cmd/kubelets")
 }
 
+/// Hollow kubelets of k8s.io/kubernetes/pkg/kubemark (tests/go/node/hollow), built whenever their source has changed. `say`
+/// hears that it may take minutes.
+///
+/// # Errors
+///
+/// No Go, or the build fails.
+pub fn hollow(say: impl Fn(&str)) -> anyhow::Result<PathBuf> {
+    say("building hollow kubelets from their Go modules; the first time takes about 10 minutes on 2 cores");
+    small("hollow", &module().join("node"), "./hollow")
+}
+
 /// Whether there is Go to build anything with.
 pub fn has_go() -> bool {
     on_path("go").is_some()

@@ -42,6 +42,8 @@ enum Command {
     Flood(FloodArguments),
     /// Light kubelets on real kube-apiservers
     Kubemark(KubemarkArguments),
+    /// Light kubelets beside hollow ones, by what the apiserver's audit log says that they ask
+    Hollow(HollowArguments),
     /// The byte-for-byte relay
     #[command(hide = true)]
     Floor(Floor),
@@ -144,6 +146,16 @@ struct KubemarkArguments {
 }
 
 #[derive(Args)]
+struct HollowArguments {
+    /// How many of each
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    count: u32,
+    /// Where the tables go
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
 struct Floor {
     #[arg(long)]
     listen: SocketAddr,
@@ -224,6 +236,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Kubemark(arguments) => {
             let figures = kubemark::run(&arguments.programs, &arguments.effort, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
+        }
+        Command::Hollow(arguments) => {
+            let figures = kubemark::hollow::run(arguments.count as usize, &directory()?, say)?;
+            (figures.json(), figures.page()?, arguments.page)
         }
         Command::SteerFind(arguments) => {
             let figures = steer::find(&arguments.binary)?;

@@ -86,7 +86,7 @@ pub struct Group<'a> {
 }
 
 impl Kubelets {
-    /// Starts them; all have come after `ramp`.
+    /// Starts them; all have come after `ramp`, and report their status every `status`.
     ///
     /// # Errors
     ///
@@ -96,13 +96,15 @@ impl Kubelets {
         groups: &[Group<'_>],
         pki: &Path,
         ramp: Duration,
+        status: Duration,
         namespace: &Namespace,
         logs: &Path,
     ) -> anyhow::Result<Self> {
         let mut command = Command::new(program);
         command
             .arg(format!("--pki={}", pki.display()))
-            .arg(format!("--ramp={}ms", ramp.as_millis()));
+            .arg(format!("--ramp={}ms", ramp.as_millis()))
+            .arg(format!("--status={}ms", status.as_millis()));
         for Group { name, server, count } in groups {
             command.arg(format!("--group={name}={server}={count}"));
         }

@@ -4,6 +4,7 @@
 //! who gets which addresses and ports; `none` is there twice, so that what chance does is a line of the table.
 //! Must never compare figures of different runs, nor call a difference a finding that is no larger than that line.
 
+pub mod hollow;
 mod kubelets;
 mod report;
 mod world;
@@ -169,6 +170,9 @@ pub struct Figures {
 /// Within which all kubelets come.
 const RAMP: Duration = Duration::from_secs(30);
 
+/// How often each reports its status (kubelet's nodeStatusReportFrequency).
+const STATUS: Duration = Duration::from_secs(300);
+
 /// How long they may take to have their watches.
 const READY: Duration = Duration::from_secs(300);
 
@@ -226,7 +230,15 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             count: effort.kubelets * running.variant.apiservers(),
         })
         .collect();
-    let mut kubelets = Kubelets::start(program, &groups, world.pki.path(), RAMP, &world.network.hub, logs)?;
+    let mut kubelets = Kubelets::start(
+        program,
+        &groups,
+        world.pki.path(),
+        RAMP,
+        STATUS,
+        &world.network.hub,
+        logs,
+    )?;
     let wanted: BTreeMap<&str, u64> = groups.iter().map(|group| (group.name, group.count as u64)).collect();
     say(&format!("{} kubelets come", wanted.values().sum::<u64>()));
     until(READY, "not all kubelets have their watches", || {

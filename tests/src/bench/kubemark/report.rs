@@ -115,7 +115,8 @@ impl Figures {
              same moment, on {} with Linux {}, in {} runs of {} s each.\n\n\
              A light kubelet is a client-go client with a connection and a certificate of its own that asks what a hollow \
              kubelet (k8s.io/kubernetes/cmd/kubemark) was seen to ask: five watches, its Lease each ten seconds, its status \
-             each five minutes, in protobuf. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
+             each five minutes, in protobuf; `--hollow COUNT` holds as many real ones beside them, by what the apiserver's \
+             audit log says that either asks. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
              mode before them; `none` is there twice. Which addresses, ports and turn at the start a variant has changes with \
              each run. Ten seconds into each run one of rebalancer's three apiservers is killed, and started again five \
              seconds later; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
