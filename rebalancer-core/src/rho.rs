@@ -4,7 +4,7 @@
 //! Input: landings per apiserver. Output: a mean and an upper credible bound for any set of donors.
 //! Must never depend on client addresses: a proxying load balancer hides them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::ApiserverName;
 
@@ -59,12 +59,12 @@ impl Rho {
             let keep = (LATELY.max(LOOKS * all * part) / self.lately.values().sum::<f64>()).min(1.0);
             self.lately.values_mut().for_each(|count| *count *= keep);
         }
+        let mut landed: BTreeMap<&ApiserverName, u64> = BTreeMap::new();
+        for (name, count) in landings {
+            *landed.entry(name).or_default() += count;
+        }
         for donor in donors {
-            let here: u64 = landings
-                .iter()
-                .filter(|(name, _)| name == donor)
-                .map(|(_, count)| count)
-                .sum();
+            let here = landed.get(donor).copied().unwrap_or_default();
             let seen = self.seen.entry(donor.clone()).or_default();
             seen.here += here as f64 * part;
             seen.all += all * part;
@@ -106,27 +106,31 @@ impl Rho {
     /// get is split among them by what each was seen to get, and so is the rest among the others.
     pub fn shares(&self, names: &[&ApiserverName], donors: &[ApiserverName], rho: f64) -> Vec<f64> {
         let even = PRIOR / names.len().max(1) as f64;
-        let is_donor = |name: &ApiserverName| donors.contains(name);
-        let weight = |name: &ApiserverName| {
-            if is_donor(name) {
+        // Each look asks this of all apiservers, and there may be many.
+        let donors: BTreeSet<&ApiserverName> = donors.iter().collect();
+        let weighed = |name: &&ApiserverName| {
+            let is_donor = donors.contains(name);
+            let weight = if is_donor {
                 self.share(name, names.len())
             } else {
-                self.lately.get(name).copied().unwrap_or_default() + even
-            }
+                self.lately.get(*name).copied().unwrap_or_default() + even
+            };
+            (is_donor, weight)
         };
+        let weighed: Vec<(bool, f64)> = names.iter().map(weighed).collect();
         let sum = |donor: bool| -> f64 {
-            let of = names.iter().filter(|name| is_donor(name) == donor);
-            of.map(|name| weight(name)).sum::<f64>().max(f64::EPSILON)
+            let of = weighed.iter().filter(|(is_donor, _)| *is_donor == donor);
+            of.map(|(_, weight)| weight).sum::<f64>().max(f64::EPSILON)
         };
         let (on_donors, on_others) = (sum(true), sum(false));
-        let share = |name: &&ApiserverName| {
-            if is_donor(name) {
-                (1.0 - rho) * weight(name) / on_donors
+        let share = |(is_donor, weight): &(bool, f64)| {
+            if *is_donor {
+                (1.0 - rho) * weight / on_donors
             } else {
-                rho * weight(name) / on_others
+                rho * weight / on_others
             }
         };
-        names.iter().map(share).collect()
+        weighed.iter().map(share).collect()
     }
 
     /// Landings that it rests on, for these donors: those of the one that is known least.

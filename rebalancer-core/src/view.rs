@@ -88,7 +88,7 @@ pub struct Snapshot {
     pub rebalancing: bool,
     /// Names the agent's process: another value means the totals begin anew.
     pub instance: u64,
-    /// The names this agent knows, its own included, to notice peers that disagree.
+    /// The names this agent knows, its own included, to notice peers that disagree; none where a peer's is kept.
     pub names: Vec<ApiserverName>,
     /// Which release it is, as far as its shim can tell; the last that was known while it is down.
     pub release: Option<Release>,
@@ -277,7 +277,9 @@ impl Peers {
                 peer.fault = Some(PeerFault::Disagrees(said));
             }
             Ok(_) if differs.is_some() => peer.fault = differs.map(PeerFault::Disagrees),
-            Ok(snapshot) => {
+            Ok(mut snapshot) => {
+                // They are this agent's own, as was just seen: kept, every look would copy them once for each peer.
+                snapshot.names = Vec::new();
                 let is_down = |snapshot: &Snapshot| snapshot.state == ServerState::Down;
                 let was_up = peer.snapshot.as_ref().is_some_and(|(_, before)| !is_down(before));
                 let down_since = if !is_down(&snapshot) {
@@ -515,6 +517,17 @@ mod tests {
         by_leases.call(roll(&["b"], &[]));
         let said = said(&mut by_leases, &["a", "b", "c"]);
         assert!(said.contains("other Leases") && !said.contains("--peer"), "{said}");
+    }
+
+    #[test]
+    fn a_look_copies_no_peers_list_of_names() {
+        let mut peers = Peers::new(name("a"), names(&["b", "c"]));
+        for peer in ["b", "c"] {
+            peers.hear(&name(peer), Ok(snapshot(peer, &["a", "b", "c"])), NOW);
+        }
+        let view = peers.view(snapshot("a", &["a", "b", "c"]), NOW);
+        let listed = view.entries.values().map(|entry| entry.snapshot.names.len());
+        assert_eq!(listed.collect::<Vec<_>>(), [3, 0, 0], "only what is told to the peers is listed");
     }
 
     #[test]

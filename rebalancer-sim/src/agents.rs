@@ -179,8 +179,9 @@ impl World<'_> {
                 busy |= snapshot.in_transit > 0 || snapshot.rebalancing;
                 Ok(snapshot)
             };
-            if self.delay > 0 {
-                self.at(self.now + self.delay, Event::Answer(server, name, Box::new(answer)));
+            let delay = self.delay(server, peer);
+            if delay > 0 {
+                self.at(self.now + delay, Event::Answer(server, name, Box::new(answer)));
             } else {
                 self.answered(server, name, answer);
             }
@@ -191,6 +192,14 @@ impl World<'_> {
             self.setup.policy.interval.as_millis() as u64
         };
         self.poll_in(server, wait);
+    }
+
+    /// How long a snapshot takes from one to the other, in milliseconds.
+    fn delay(&self, to: usize, from: usize) -> u64 {
+        match self.delays.len() {
+            0 => 0,
+            regions => self.delays[from % regions][to % regions],
+        }
     }
 
     pub(crate) fn answered(&mut self, server: usize, from: ApiserverName, answer: Result<Snapshot, PeerFault>) {

@@ -14,6 +14,9 @@ pub enum LoadBalancer {
     Random,
     /// In turn.
     RoundRobin,
+    /// In turn, a balancer for each of so many regions: clients of one land there only. Apiserver `i` is in region `i` modulo
+    /// their number, and so is who has not been anywhere yet.
+    RoundRobinRegions(usize),
     /// The fewest connections that are not draining: what a balancer that closes a drained connection's socket sees.
     Leastconn,
     /// The fewest sockets, draining ones included: what HAProxy and nginx really see.
@@ -57,6 +60,8 @@ impl Backend {
 pub struct Balancer {
     kind: LoadBalancer,
     turn: usize,
+    /// The same by region.
+    turns: Vec<usize>,
     random: Random,
     /// Sockets by instance and apiserver.
     own: Vec<Vec<usize>>,
@@ -73,6 +78,7 @@ impl Balancer {
         Self {
             kind,
             turn: 0,
+            turns: Vec::new(),
             random,
             own: Vec::new(),
             maglev: Vec::new(),
@@ -112,6 +118,13 @@ impl Balancer {
             LoadBalancer::RoundRobin => {
                 self.turn += 1;
                 up[self.turn % up.len()]
+            }
+            LoadBalancer::RoundRobinRegions(regions) => {
+                let region = last.unwrap_or(client) % regions;
+                let there: Vec<usize> = up.iter().copied().filter(|index| index % regions == region).collect();
+                self.turns.resize(regions.max(self.turns.len()), 0);
+                self.turns[region] += 1;
+                return (!there.is_empty()).then(|| there[self.turns[region] % there.len()]);
             }
             LoadBalancer::Leastconn => self.least(&up, |index| backends[index].weighed(backends[index].active)),
             LoadBalancer::LeastconnSockets => self.least(&up, |index| backends[index].weighed(backends[index].sockets)),
@@ -201,7 +214,7 @@ fn maglev_table(up: &[bool]) -> Vec<usize> {
 /// A name that is no load balancer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is no load balancer: choose random, roundrobin, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev"
+    "`{0}` is no load balancer: choose random, roundrobin, roundrobin-regions, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev"
 )]
 pub struct UnknownBalancer(String);
 
@@ -212,6 +225,7 @@ impl FromStr for LoadBalancer {
         Ok(match name {
             "random" => Self::Random,
             "roundrobin" => Self::RoundRobin,
+            "roundrobin-regions" => Self::RoundRobinRegions(5),
             "leastconn" => Self::Leastconn,
             "leastconn-sockets" => Self::LeastconnSockets,
             "leastconn-instances" => Self::LeastconnInstances(3),
@@ -228,6 +242,7 @@ impl fmt::Display for LoadBalancer {
         f.write_str(match self {
             Self::Random => "random",
             Self::RoundRobin => "roundrobin",
+            Self::RoundRobinRegions(_) => "roundrobin-regions",
             Self::Leastconn => "leastconn",
             Self::LeastconnSockets => "leastconn-sockets",
             Self::LeastconnInstances(_) => "leastconn-instances",
@@ -301,6 +316,16 @@ mod tests {
             Balancer::new(LoadBalancer::Random, Random::new(1, 1)).pick(0, None, 0, &seen),
             None
         );
+    }
+
+    #[test]
+    fn a_region_s_balancer_sends_its_clients_to_its_own_apiservers_in_turn() {
+        let mut seen = backends(&[0; 6]);
+        seen[2].up = false;
+        let mut balancer = Balancer::new(LoadBalancer::RoundRobinRegions(2), Random::new(1, 1));
+        let mut picks = |last| -> Vec<_> { (0..4).map(|_| balancer.pick(9, last, 1, &seen)).collect() };
+        assert_eq!(picks(Some(2)), [Some(4), Some(0), Some(4), Some(0)]);
+        assert_eq!(picks(None), [Some(3), Some(5), Some(1), Some(3)], "who has been nowhere has a region too");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Input: an incident. Output: broken connections, new clients, agents that start anew.
 //! Must never touch an agent's decisions: an incident reaches it as it would in a real cluster.
 
+use std::time::Duration;
+
 use crate::{node::Life, setup::Incident, world::World};
 
 impl World<'_> {
@@ -50,7 +52,11 @@ impl World<'_> {
             }
             Incident::Balancer(kind) => self.balancer.become_kind(*kind),
             Incident::SnapshotLoss(share) => self.loss = *share,
-            Incident::SnapshotDelay(delay) => self.delay = delay.as_millis() as u64,
+            Incident::SnapshotDelay(delay) => self.delays = vec![vec![delay.as_millis() as u64]],
+            Incident::RegionDelays(delays) => {
+                let in_millis = |row: &Vec<Duration>| row.iter().map(|delay| delay.as_millis() as u64).collect();
+                self.delays = delays.iter().map(in_millis).collect();
+            }
             Incident::Partition(side) => self.partition.clone_from(side),
             Incident::Install(server) => self.nodes[*server].release += 1,
             Incident::RestartAgent(server) => self.restart_agent(*server),

@@ -101,6 +101,8 @@ pub enum Incident {
     SnapshotLoss(f64),
     /// Snapshots take that long.
     SnapshotDelay(Duration),
+    /// Snapshots take as long as this says from region to region; apiserver `i` is in region `i` modulo their number.
+    RegionDelays(Vec<Vec<Duration>>),
     /// The agents of these apiservers and those of the others do not hear each other; empty heals it.
     Partition(Vec<usize>),
     /// An apiserver that is down begins with the next release.

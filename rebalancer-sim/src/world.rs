@@ -77,7 +77,8 @@ pub(crate) struct World<'a> {
     /// On which side of the mean each apiserver was last, further away than the threshold.
     pub(crate) sides: Vec<Option<bool>>,
     pub(crate) loss: f64,
-    pub(crate) delay: u64,
+    /// How long snapshots take, in milliseconds, from region to region.
+    pub(crate) delays: Vec<Vec<u64>>,
     pub(crate) partition: Vec<usize>,
     pub(crate) instances: u64,
     pub(crate) run: Run,
@@ -138,7 +139,7 @@ impl<'a> World<'a> {
             skew_area: 0.0,
             sides: vec![None; nodes.len()],
             loss: 0.0,
-            delay: 0,
+            delays: Vec::new(),
             partition: Vec::new(),
             instances: 0,
             run: Run::default(),

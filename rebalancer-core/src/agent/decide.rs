@@ -3,7 +3,7 @@
 //! Job: ask every question in turn, the gravest doubt first. Input: the agent's state and a look. Output: a [`Decision`].
 //! Must never change anything: a preview is the same as the decision.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::{
     Agent,
@@ -305,7 +305,8 @@ impl Agent {
 
     /// Whether somebody who would take clients is overloaded, and more so than those who would give them.
     pub(super) fn stressed(&self, view: &View, balance: &Balance) -> Option<Hold> {
-        let is_donor = |snapshot: &Snapshot| balance.donors.contains(&snapshot.apiserver);
+        let donors: BTreeSet<&ApiserverName> = balance.donors.iter().collect();
+        let is_donor = |snapshot: &Snapshot| donors.contains(&snapshot.apiserver);
         let ready = || {
             let snapshots = view.entries.values().map(|entry| &entry.snapshot);
             snapshots.filter(|snapshot| snapshot.state == ServerState::Ready)
@@ -366,8 +367,6 @@ fn share_out(all: u64, balance: &Balance, own: &ApiserverName) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
     use crate::{planner::Transit, policy::Policy, rho::Rho};
 

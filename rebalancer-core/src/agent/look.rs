@@ -4,6 +4,8 @@
 //! Input: the agent's state and `now`. Output: a [`Look`].
 //! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
 
+use std::collections::BTreeMap;
+
 use super::{
     Agent,
     decide::even_of,
@@ -88,9 +90,12 @@ impl Agent {
         }
         let look = self.seen(view, moves, transit, now);
         let ready: Vec<(ApiserverName, u64)> = {
+            let landings = look.moves.landings.iter().map(|(name, count)| (name, *count));
+            let landed: BTreeMap<&ApiserverName, u64> = landings.collect();
             let servers = look.balance.servers.iter().map(|server| &server.name);
-            let landed = |name: &&ApiserverName| look.moves.landings.iter().find(|(other, _)| other == *name);
-            servers.filter_map(|name| landed(&name)).cloned().collect()
+            servers
+                .filter_map(|name| Some((name.clone(), *landed.get(name)?)))
+                .collect()
         };
         if ready.len() == look.balance.servers.len() {
             let total: f64 = look.balance.servers.iter().map(|server| server.load).sum();

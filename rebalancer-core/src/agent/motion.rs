@@ -7,7 +7,7 @@
 //! were told: it learns how many come and go anyway.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -98,6 +98,7 @@ impl Moves {
 
     /// The same without rounding.
     pub fn part_elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+        let donors: BTreeSet<&ApiserverName> = donors.iter().collect();
         let others = self.landings.iter().filter(|(name, _)| !donors.contains(name));
         let elsewhere: u64 = others.map(|(_, count)| count).sum();
         (elsewhere * self.landed) as f64 / self.all().max(1) as f64

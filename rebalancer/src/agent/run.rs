@@ -31,7 +31,7 @@ use super::{
     lb::LbPort,
     metrics::Metrics,
     peers::{
-        self, Asker, Manners, TlsListener,
+        self, Manners, TlsListener,
         tls::{FileTls, PeerTls},
     },
     record::Recorder,
@@ -138,12 +138,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let (policy, instance) = (config.policy.clone(), random::u64());
     let mut roll = None;
     if let Some((peers, tls, key, listener)) = peers {
-        let routes = peers::router(handle.clone(), Arc::clone(&tls)).into_make_service_with_connect_info::<Asker>();
-        tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, routes).await {
-                tracing::error!(%error, "the peers' port failed");
-            }
-        });
+        tokio::spawn(peers::serve(listener, handle.clone(), Arc::clone(&tls)));
         let policy = Arc::new(policy.clone());
         match (peers, key) {
             (Peering::Kubernetes(kubernetes), Some(key)) => {

@@ -40,7 +40,7 @@ pub struct Arguments {
     from: Option<From>,
     #[command(flatten)]
     api: Api,
-    /// The load balancer: random, roundrobin, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev [default: roundrobin, or the scenario's own]
+    /// The load balancer: random, roundrobin, roundrobin-regions, leastconn, leastconn-sockets, leastconn-instances, p2c, affinity or maglev [default: roundrobin, or the scenario's own]
     #[arg(long, value_name = "NAME")]
     lb: Option<LoadBalancer>,
     /// Skew above which clients are moved [default: 0.10, or the scenario's own]

@@ -17,4 +17,5 @@ pub mod planner;
 pub mod reconcile;
 pub mod relay;
 pub mod report;
+pub mod scale;
 pub mod steer;

@@ -34,7 +34,7 @@ const USER_AGENTS: u64 = 1_000;
 const ROUNDS: usize = 21;
 
 /// When plans are made, in milliseconds: loads are measured by then.
-const PREVIEW: u64 = 60_000;
+pub(super) const PREVIEW: u64 = 60_000;
 
 /// How many connections are told of at once while the table is filled: what is on the way is not what it holds.
 const BATCH: u64 = 1_000;
@@ -134,14 +134,14 @@ fn intervals(agent: &mut Agent) -> f64 {
     median(times)
 }
 
-fn planned(agent: &Agent) -> anyhow::Result<f64> {
+pub(super) fn planned(agent: &Agent) -> anyhow::Result<f64> {
     let mut times = Vec::new();
     for _ in 0..ROUNDS {
         let began = Instant::now();
         let decision = agent.preview(at(PREVIEW));
         times.push(began.elapsed().as_secs_f64() * 1e3);
         anyhow::ensure!(
-            !decision.victims.is_empty() && decision.view.entries.len() == APISERVERS,
+            !decision.victims.is_empty() && decision.view.entries.len() == agent.peers().names().len(),
             "there is no plan: {}",
             decision.explanation
         );
@@ -149,7 +149,7 @@ fn planned(agent: &Agent) -> anyhow::Result<f64> {
     Ok(median(times))
 }
 
-fn at(ms: u64) -> Timestamp {
+pub(super) fn at(ms: u64) -> Timestamp {
     Timestamp::from_millis(ms)
 }
 
@@ -158,6 +158,16 @@ fn filled(weight: Weight) -> Agent {
     let names: Vec<_> = (0..APISERVERS)
         .map(|index| ApiserverName::new(format!("cp-{index}")))
         .collect();
+    filled_with(weight, CONNECTIONS, &names, &peers)
+}
+
+/// The agent of the first of these apiservers with so many connections, and what its peers say.
+pub(super) fn filled_with(
+    weight: Weight,
+    connections: u64,
+    names: &[ApiserverName],
+    peers: &dyn Fn(&mut Agent, Timestamp),
+) -> Agent {
     let mut policy = Policy::new(names[0].clone(), names[1..].iter().cloned().collect());
     policy.shim = ShimKind::Relay;
     policy.weight = weight;
@@ -168,8 +178,8 @@ fn filled(weight: Weight) -> Agent {
     };
     // What it decides before there is anything to see is of no interest.
     let _ = agent.handle(at(1), Input::Observations(vec![empty]));
-    for first in (1..=CONNECTIONS).step_by(BATCH as usize) {
-        let ids = first..first + BATCH;
+    for first in (1..=connections).step_by(BATCH as usize) {
+        let ids = first..(first + BATCH).min(connections + 1);
         let opened = ids.clone().map(|id| Observation::Opened(socket(id))).collect();
         let _ = agent.handle(at(2), Input::Observations(opened));
         let report = ShimReport {
@@ -266,7 +276,7 @@ fn shown(id: u64) -> ShimConnection {
 }
 
 /// The memory that this process holds, in MiB.
-fn resident_mib() -> anyhow::Result<f64> {
+pub(super) fn resident_mib() -> anyhow::Result<f64> {
     let status = fs::read_to_string("/proc/self/status").context("cannot read /proc/self/status")?;
     let line = status
         .lines()

@@ -12,6 +12,7 @@ use rebalancer_tests::{
         peers::Programs,
         planner, reconcile,
         relay::{self, Effort},
+        scale,
         steer::{self, Measured},
     },
     process::log_directory,
@@ -34,6 +35,11 @@ enum Command {
     Kernel(Kernel),
     /// What a plan takes, and what the table holds
     Planner(Planner),
+    /// 64 apiservers and a million clients: measured parts, and a simulation of the whole
+    Scale(Scale),
+    /// One agent among so many apiservers, in a process of its own: what it holds is what the process holds
+    #[command(hide = true)]
+    ScalePart(ScalePart),
     /// What the probe's answer costs
     Steer(Steer),
     /// What finding the place for the probe costs
@@ -91,6 +97,29 @@ struct Planner {
     /// Where the table goes
     #[arg(long)]
     page: PathBuf,
+}
+
+#[derive(Args)]
+struct Scale {
+    /// 64,000 clients, and shorter looks at the agents' talk
+    #[arg(long)]
+    quick: bool,
+    /// Where the tables go
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
+struct ScalePart {
+    /// How many apiservers
+    #[arg(long)]
+    apiservers: usize,
+    /// Clients of all of them
+    #[arg(long)]
+    clients: u64,
+    /// For so many seconds the agents' talk is watched
+    #[arg(long)]
+    seconds: u64,
 }
 
 #[derive(Args)]
@@ -189,6 +218,15 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Floor(floor) => {
             let identity = floor.identity.as_deref();
             return floor::run(floor.listen, floor.upstream, floor.certificates.as_deref(), identity);
+        }
+        Command::ScalePart(arguments) => {
+            let part = scale::part(arguments.apiservers, arguments.clients, arguments.seconds)?;
+            println!("{}", serde_json::to_string(&part).context("a part is JSON")?);
+            return Ok(());
+        }
+        Command::Scale(arguments) => {
+            let figures = scale::run(arguments.quick, say)?;
+            (figures.json(), figures.page(), arguments.page)
         }
         Command::Relay(arguments) => {
             let effort = if arguments.quick { Effort::QUICK } else { Effort::FULL };

@@ -8,6 +8,7 @@ mod kubemark;
 mod page;
 mod planner;
 mod relay;
+mod scale;
 mod steer;
 
 use std::{
@@ -38,6 +39,8 @@ enum Bench {
     Planner(planner::Arguments),
     /// The relay beside haproxy, Envoy and a relay of bytes: processor time, latency, memory
     Relay(relay::Arguments),
+    /// 64 apiservers and a million clients: what an agent's parts take there, and a simulation of the whole
+    Scale(scale::Arguments),
     /// The probe's answer, beside a probe that does nothing
     Steer(steer::Arguments),
 }
@@ -50,6 +53,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Bench::Kubemark(arguments) => kubemark::run_bench(arguments),
         Bench::Planner(arguments) => planner::run_bench(arguments),
         Bench::Relay(arguments) => relay::run_bench(arguments),
+        Bench::Scale(arguments) => scale::run_bench(arguments),
         Bench::Steer(arguments) => steer::run_bench(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
@@ -113,6 +117,8 @@ fn measure(name: &str, needs_root: bool, flags: impl FnOnce(&mut Command)) -> an
 enum Page {
     /// Between its marks in docs/bench.md.
     Part,
+    /// Between its marks in another page of docs/.
+    PartOf(&'static str),
     /// A page of its own, in docs/.
     Whole(&'static str),
 }
@@ -127,14 +133,14 @@ fn show(name: &str, outcome: &Outcome, page: &Page, json: bool, quick: bool) -> 
     }
     let file = match page {
         Page::Part => "bench.md",
-        Page::Whole(file) => file,
+        Page::PartOf(file) | Page::Whole(file) => file,
     };
     if quick {
         eprintln!("a quick run: docs/{file} stays as it is");
         return Ok(());
     }
     match page {
-        Page::Part => page::replace(name, &outcome.tables),
+        Page::Part | Page::PartOf(_) => page::replace(file, name, &outcome.tables),
         Page::Whole(file) => {
             let path = root().join("docs").join(file);
             fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;

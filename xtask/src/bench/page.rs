@@ -1,4 +1,4 @@
-//! The tables in docs/bench.md: each benchmark's between two marks, and nothing else touched.
+//! The tables in docs/bench.md and docs/scale.md: each benchmark's between two marks, and nothing else touched.
 
 use std::fs;
 
@@ -11,8 +11,8 @@ use crate::run::root;
 /// # Errors
 ///
 /// The page has no such place.
-pub fn replace(name: &str, tables: &str) -> anyhow::Result<()> {
-    let path = root().join("docs/bench.md");
+pub fn replace(file: &str, name: &str, tables: &str) -> anyhow::Result<()> {
+    let path = root().join("docs").join(file);
     let shown = path.display();
     let page = fs::read_to_string(&path).with_context(|| format!("cannot read {shown}"))?;
     let page = replaced(&page, name, tables).with_context(|| {

@@ -2,6 +2,7 @@
 //!
 //! Output: connections that proved who they are as TLS checks it, and whether they are one of the peers'.
 //! Must never let strangers hold more than a few places, nor fill the log: a refusal is counted, and said every ten seconds.
+//! Who has shown that it is a peer has a place of its own: a region's agents may all come from one address.
 
 use std::{
     io,
@@ -32,11 +33,14 @@ use crate::{
     listen,
 };
 
-/// Connections at once, with those that are shaking hands.
+/// Connections at once of strangers, which everybody is while it shakes hands.
 const PLACES: usize = 256;
 
 /// Of these, from one address.
 const PLACES_OF_ONE: usize = 8;
+
+/// Connections at once of peers, wherever they come from: behind a gateway, or in one network of IPv6, many have one address.
+const PLACES_OF_PEERS: usize = 4_096;
 
 /// After a line about a refusal the next is so long in coming.
 const QUIET: Duration = Duration::from_secs(10);
@@ -80,6 +84,7 @@ impl TlsListener {
         });
         tokio::spawn(async move {
             let places = Places::new(PLACES, PLACES_OF_ONE);
+            let of_peers = Places::new(PLACES_OF_PEERS, PLACES_OF_PEERS);
             loop {
                 let (stream, from) = Listener::accept(&mut listener).await;
                 let Some(place) = places.take(from.ip()) else {
@@ -88,14 +93,20 @@ impl TlsListener {
                 };
                 let acceptor = TlsAcceptor::from(tls.server());
                 let (accepted, refusals, tls) = (accepted.clone(), Arc::clone(&refusals), Arc::clone(&tls));
+                let of_peers = Arc::clone(&of_peers);
                 tokio::spawn(async move {
                     match timeout(PATIENCE, acceptor.accept(stream)).await {
                         Ok(Ok(stream)) => {
                             let certificates = stream.get_ref().1.peer_certificates();
                             let certificate = certificates.and_then(<[_]>::first).cloned();
-                            if let Err(why) = tls.admits(certificate.as_ref()) {
-                                refusals.refuse(from, &why);
-                            }
+                            let place = match tls.admits(certificate.as_ref()) {
+                                // Without a place among the peers it keeps the one it has.
+                                Ok(()) => of_peers.take(from.ip()).unwrap_or(place),
+                                Err(why) => {
+                                    refusals.refuse(from, &why);
+                                    place
+                                }
+                            };
                             let asker = Asker {
                                 address: from,
                                 certificate: certificate.map(CertificateDer::into_owned),
@@ -178,5 +189,49 @@ impl AsyncWrite for Admitted {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, net::Ipv4Addr};
+
+    use rustls::pki_types::ServerName;
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpListener;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::agent::peers::pin::{Identity, PinnedTls};
+
+    #[tokio::test]
+    async fn peers_of_one_address_have_each_a_place_and_strangers_a_few() {
+        let [here, there] = [(); 2].map(|()| Identity::make().expect("a key"));
+        let (pin, known) = (here.hash, there.hash);
+        let [here, there] = [here, there].map(|identity| PinnedTls::new(identity).expect("TLS"));
+        here.know(BTreeSet::from([known]));
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+        let address = port.local_addr().expect("its address");
+        drop(port);
+        let here = Arc::new(PeerTls::Pinned(here));
+        let mut listener = TlsListener::bind(address, here, Counter::default())
+            .await
+            .expect("a listener");
+        let connector = TlsConnector::from(there.client(pin).expect("TLS"));
+        let name = ServerName::from(address.ip());
+        let mut held = Vec::new();
+        for _ in 0..2 * PLACES_OF_ONE {
+            let stream = TcpStream::connect(address).await.expect("a connection");
+            let client = connector.connect(name.clone(), stream).await.expect("a handshake");
+            held.push((client, listener.accept().await));
+        }
+        // Those who say nothing are strangers.
+        let mut silent = Vec::new();
+        for _ in 0..PLACES_OF_ONE {
+            silent.push(TcpStream::connect(address).await.expect("a connection"));
+        }
+        let mut refused = TcpStream::connect(address).await.expect("a connection");
+        let read = timeout(PATIENCE / 2, refused.read(&mut [0])).await;
+        assert!(matches!(read, Ok(Ok(0) | Err(_))), "it is closed at once: {read:?}");
     }
 }

@@ -57,11 +57,15 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// How large an answer may be.
 const LARGEST: usize = 64 * 1024;
 
-/// The routes peers may ask.
-pub fn router(agent: AgentHandle, tls: Arc<PeerTls>) -> Router {
-    Router::new()
+/// Answers who asks on the peers' port, for as long as the agent runs.
+pub async fn serve(listener: TlsListener, agent: AgentHandle, tls: Arc<PeerTls>) {
+    let routes = Router::new()
         .route("/v1/snapshot", get(snapshot))
         .with_state((agent, tls))
+        .into_make_service_with_connect_info::<Asker>();
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "the peers' port failed");
+    }
 }
 
 async fn snapshot(
