@@ -74,6 +74,8 @@ pub struct Snapshot {
     pub refused: u64,
     /// Landings since its agent started (see [`crate::table::ConnectionTable::accepted_total`]).
     pub accepted_total: u64,
+    /// Clients that left since then whom nobody had told (see [`crate::table::ConnectionTable::departed_total`]).
+    pub departed_total: u64,
     /// From which age on connections should count, by how long short calls last there; the longest of all is gone by.
     pub counts_after: Duration,
     /// Clients that its agent takes to be in transit, those of all apiservers.
@@ -527,7 +529,11 @@ mod tests {
         }
         let view = peers.view(snapshot("a", &["a", "b", "c"]), NOW);
         let listed = view.entries.values().map(|entry| entry.snapshot.names.len());
-        assert_eq!(listed.collect::<Vec<_>>(), [3, 0, 0], "only what is told to the peers is listed");
+        assert_eq!(
+            listed.collect::<Vec<_>>(),
+            [3, 0, 0],
+            "only what is told to the peers is listed"
+        );
     }
 
     #[test]

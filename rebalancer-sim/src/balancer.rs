@@ -325,7 +325,11 @@ mod tests {
         let mut balancer = Balancer::new(LoadBalancer::RoundRobinRegions(2), Random::new(1, 1));
         let mut picks = |last| -> Vec<_> { (0..4).map(|_| balancer.pick(9, last, 1, &seen)).collect() };
         assert_eq!(picks(Some(2)), [Some(4), Some(0), Some(4), Some(0)]);
-        assert_eq!(picks(None), [Some(3), Some(5), Some(1), Some(3)], "who has been nowhere has a region too");
+        assert_eq!(
+            picks(None),
+            [Some(3), Some(5), Some(1), Some(3)],
+            "who has been nowhere has a region too"
+        );
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub struct RememberedTransit {
     pub told_load: f64,
     /// The totals of each apiserver that were seen last: what has landed since is landings still.
     pub seen: Vec<(ApiserverName, Totals)>,
+    /// How many clients left untold, and how many came, a second, in the last windows.
+    pub strangers: (Vec<f64>, Vec<f64>),
 }
 
 impl Agent {
@@ -121,7 +123,7 @@ impl Agent {
         let transit = &memory.transit;
         // Who was told so long ago has landed or is gone.
         if transit.told > transit.landed && down < agent.policy.client_cooldown {
-            agent.motion = Motion::resumed(transit);
+            agent.motion = Motion::resumed(transit, down, now);
         }
         agent
     }

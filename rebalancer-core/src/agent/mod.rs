@@ -20,6 +20,7 @@ mod plan;
 mod ramp;
 mod rebalancing;
 mod report;
+mod strangers;
 mod stress;
 mod switch;
 #[cfg(test)]

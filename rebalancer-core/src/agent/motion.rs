@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use super::memory::RememberedTransit;
+use super::{
+    memory::RememberedTransit,
+    strangers::{Seen, Strangers},
+};
 use crate::{
     ids::{ApiserverName, Timestamp},
     planner::Transit,
@@ -36,6 +39,8 @@ pub struct Totals {
     pub each: f64,
     /// Active connections.
     pub connections: u64,
+    /// Clients that left untold.
+    pub departed: u64,
 }
 
 impl Totals {
@@ -48,6 +53,7 @@ impl Totals {
             told_load: snapshot.told_load_total,
             each: each_of(snapshot.load, snapshot.connections),
             connections: snapshot.connections,
+            departed: snapshot.departed_total,
         }
     }
 
@@ -60,16 +66,6 @@ impl Totals {
         } else {
             new.connections.saturating_sub(self.connections).min(in_transit)
         }
-    }
-
-    /// How many have left since whom nobody told, of which so many landings are known. One that is counted a moment later
-    /// than it landed makes it less than none, and the next look makes up for that.
-    fn departures_until(self, new: Self, landings: u64) -> f64 {
-        if self.instance != new.instance {
-            return 0.0;
-        }
-        let told = new.goaways.saturating_sub(self.goaways) + new.left.saturating_sub(self.left);
-        landings as f64 - told as f64 - (new.connections as f64 - self.connections as f64)
     }
 }
 
@@ -125,14 +121,16 @@ pub(super) struct Motion {
 }
 
 impl Motion {
-    /// Those whom an earlier process left in transit.
-    pub fn resumed(transit: &RememberedTransit) -> Self {
+    /// Those whom an earlier process left in transit, `down` before now.
+    pub fn resumed(transit: &RememberedTransit, down: Duration, now: Timestamp) -> Self {
         Self {
             last: transit.seen.iter().cloned().collect(),
             has_begun: true,
             told: transit.told,
             landed: transit.landed.min(transit.told),
             told_load: transit.told_load,
+            looked: Some(now.back(down)),
+            strangers: Strangers::resumed(&transit.strangers),
             ..Self::default()
         }
     }
@@ -144,6 +142,7 @@ impl Motion {
             landed: self.landed.min(self.told),
             told_load: self.told_load,
             seen: self.last.iter().map(|(name, totals)| (name.clone(), *totals)).collect(),
+            strangers: self.strangers.remembered(),
         }
     }
 
@@ -168,7 +167,7 @@ impl Motion {
         }
         let mut moves = Moves::default();
         let mut others = 0;
-        let mut departures = 0.0;
+        let mut departures = 0;
         let mean = mean_load(view);
         let mut in_transit = self.in_transit();
         // What an agent knows that has not seen its connections yet is no total.
@@ -180,8 +179,8 @@ impl Motion {
             if old.instance != new.instance {
                 in_transit -= landings;
             }
-            departures += old.departures_until(new, landings);
             let old = if old.instance == new.instance { old } else { new };
+            departures += new.departed.saturating_sub(old.departed);
             let left = new.left.saturating_sub(old.left);
             // What they weighed before: now they drain, and weigh nothing there any more.
             let each = if old.each > 0.0 { old.each } else { mean };
@@ -200,12 +199,18 @@ impl Motion {
         let is_busy = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
         self.looked = Some(now);
-        if self.told > 0 || is_busy {
-            moves.landed = self.strangers.taken_off(moves.all(), passed);
+        let is_quiet = self.told == 0 && !is_busy;
+        moves.landed = self.strangers.left_of(Seen {
+            landings: moves.all(),
+            departures,
+            passed,
+            is_quiet,
+            is_whole: view.entries.len() == apiservers && view.entries.values().all(is_heard),
+        });
+        if !is_quiet {
             self.landed += moves.landed;
             self.settle_ahead(now);
         }
-        self.strangers.learn(departures, passed);
         if self.in_transit() == 0 && !is_busy {
             (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
@@ -282,62 +287,11 @@ fn mean_load(view: &View) -> f64 {
 /// A landing is seen so long before its GOAWAY at most.
 const AHEAD: Duration = Duration::from_secs(2);
 
-/// A window in which those who come and go anyway are counted.
-const WINDOW: Duration = Duration::from_secs(10);
+/// What an older snapshot shows is not of the moment of a look.
+const HEARD: Duration = Duration::from_secs(5);
 
-/// Windows that are remembered. The quietest counts: what a crash does is no rate at which clients come and go anyway, and to
-/// take too many for strangers would leave those who were told in transit for ever.
-const WINDOWS: usize = 7;
-
-/// Fewer say nothing: an agent that just started has seen little else than a rush.
-const FEWEST_WINDOWS: usize = 3;
-
-/// No more than the strangers of this time are set off at once: the rest of a long look is not theirs.
-const OWED: Duration = Duration::from_secs(30);
-
-/// Clients that come for reasons of their own. Who landed does not say whether he was told, but who left does: as many go
-/// untold as come, where the cluster stays as large as it is. Where it grows, those who stay are no rate of anything, and
-/// they land where one who is told would: they are evidence as good as his.
-#[derive(Clone, Debug, Default)]
-struct Strangers {
-    /// As many a second.
-    windows: VecDeque<f64>,
-    departures: f64,
-    passed: Duration,
-    /// The rate by which `owed` grew.
-    rate: f64,
-    owed: f64,
-}
-
-impl Strangers {
-    /// So many left untold in this time, whether or not somebody was told meanwhile.
-    fn learn(&mut self, departures: f64, passed: Duration) {
-        self.departures += departures;
-        self.passed += passed;
-        if self.passed >= WINDOW {
-            self.windows
-                .push_back(self.departures.max(0.0) / self.passed.as_secs_f64());
-            if self.windows.len() > WINDOWS {
-                self.windows.pop_front();
-            }
-            (self.departures, self.passed) = (0.0, Duration::ZERO);
-        }
-    }
-
-    /// How many of so many landings are left when those who come anyway are taken off.
-    fn taken_off(&mut self, landings: u64, passed: Duration) -> u64 {
-        let quietest = self.windows.iter().copied().min_by(f64::total_cmp);
-        let rate = quietest.filter(|_| self.windows.len() >= FEWEST_WINDOWS).unwrap_or(0.0);
-        if rate < self.rate / 2.0 {
-            // It was a rush, which owes nothing.
-            self.owed = 0.0;
-        }
-        self.rate = rate;
-        self.owed = (self.owed + rate * passed.as_secs_f64()).min(rate * OWED.as_secs_f64());
-        let theirs = (self.owed.floor() as u64).min(landings);
-        self.owed -= theirs as f64;
-        landings - theirs
-    }
+fn is_heard(entry: &Entry) -> bool {
+    entry.snapshot.state != ServerState::Unknown && entry.age < HEARD
 }
 
 #[cfg(test)]
@@ -368,6 +322,7 @@ mod tests {
                     refused: 0,
                     node_local: 0,
                     accepted_total: *accepted,
+                    departed_total: 0,
                     counts_after: Duration::ZERO,
                     in_transit: *in_transit,
                     capacity: 1.0,
@@ -397,15 +352,6 @@ mod tests {
         Timestamp::from_millis(seconds * 1_000)
     }
 
-    /// Of one apiserver, which has so many.
-    fn connected(row: Row, connections: u64) -> View {
-        let mut view = view(&[row]);
-        for entry in view.entries.values_mut() {
-            entry.snapshot.connections = connections;
-        }
-        view
-    }
-
     #[test]
     fn who_was_told_is_in_transit_until_somebody_landed() {
         let mut motion = Motion::default();
@@ -430,69 +376,24 @@ mod tests {
     }
 
     #[test]
-    fn a_rush_before_the_first_plan_is_no_rate_at_which_clients_come_anyway() {
-        // Clients connect until the first are told, 30 or 50 s later: every window has some.
-        for step in [10, 17] {
+    fn those_who_come_and_go_anyway_pay_for_nobody() {
+        for (departing, expected) in [(2, 0..=1), (0, 18..=20)] {
             let mut motion = Motion::default();
-            for (look, accepted) in [(0, 0), (1, 200), (2, 270), (3, 300)] {
-                motion.look(
-                    &connected(("a", 1, 0, accepted, 0, 0), accepted),
-                    1,
-                    SETTLE,
-                    at(look * step),
-                );
-            }
-            let told = motion.look(&connected(("a", 1, 6, 300, 6, 0), 294), 1, SETTLE, at(3 * step + 2));
-            let moves = motion.look(&connected(("a", 1, 6, 305, 1, 0), 299), 1, SETTLE, at(3 * step + 6));
-            assert_eq!((told.told, moves.landed, motion.in_transit()), (6, 5, 1), "{step}");
-        }
-    }
-
-    /// While somebody is told all the time, too: a rate that holds for ever because plan follows plan would hide all that
-    /// lands.
-    #[test]
-    fn how_many_come_anyway_is_learned_while_plan_follows_plan() {
-        for (calls, expected) in [(0, 33..=36), (2, 30..=42)] {
-            let mut motion = Motion::default();
-            let (mut told, mut accepted, mut landed) = (0, 0, 0);
-            for second in 0..180_u64 {
-                // A rush that comes and goes, and then somebody is told in every look: three in ten seconds land.
-                accepted += if second < 60 { 20 } else { calls };
-                told += u64::from(second >= 60 && second % 2 == 0);
-                accepted += u64::from(second >= 60 && second % 10 % 4 == 1);
-                let went = 20 * (second + 1).min(60) + calls * (second + 1).saturating_sub(60);
-                let mut view = connected(("a", 1, told, accepted, 3, 0), 1_000 + accepted - told - went);
+            let (mut accepted, mut landed) = (0, 0);
+            for second in 0..90 {
+                accepted += 2;
+                let told = if second < 80 { 0 } else { 30 };
+                let mut view = view(&[("a", 1, told, accepted, told, 0)]);
                 let a = view.entries.get_mut(&ApiserverName::new("a")).expect("it is there");
-                a.snapshot.plan_in_flight = second >= 60;
-                let moves = motion.look(&view, 1, SETTLE, at(second));
-                // The first windows still remember the rush.
-                landed += if second >= 60 { moves.landed } else { 0 };
+                a.snapshot.departed_total = departing * (second + 1);
+                landed += motion.look(&view, 1, SETTLE, at(second)).landed;
             }
             assert!(
                 expected.contains(&landed),
-                "{calls} a second: {landed} of 36 and strangers"
+                "{landed} landed of 30 who drain, while {departing} a second leave"
             );
+            assert_eq!(motion.in_transit(), 30 - landed);
         }
-    }
-
-    #[test]
-    fn those_who_come_anyway_pay_for_nobody() {
-        let mut motion = Motion::default();
-        let mut accepted = 0;
-        for second in 0..80 {
-            accepted += 2;
-            motion.look(&view(&[("a", 1, 0, accepted, 0, 0)]), 1, SETTLE, at(second));
-        }
-        let mut landed = 0;
-        for second in 80..90 {
-            accepted += 2;
-            let now = motion.look(&connected(("a", 1, 30, accepted, 30, 0), 70), 1, SETTLE, at(second));
-            landed += now.landed;
-        }
-        assert!(
-            landed <= 1 && motion.in_transit() >= 29,
-            "{landed} landed of 30 who drain"
-        );
     }
 
     /// Plan follows plan, so that nobody is ever seen to be level; clients come for reasons of their own meanwhile.
@@ -561,12 +462,12 @@ mod tests {
         let mut motion = Motion::default();
         motion.look(&connected(&before, 100), 2, SETTLE, at(0));
         motion.look(&connected(&told, 105), 2, SETTLE, at(1));
-        let mut next = Motion::resumed(&motion.remembered());
+        let mut next = Motion::resumed(&motion.remembered(), Duration::from_secs(2), at(3));
         let later = [("a", 1, 30, 12, 30, 0), ("b", 2, 0, 1, 0, 0)];
         next.look(&connected(&later, 111), 2, SETTLE, at(3));
         assert_eq!(next.in_transit(), 15 - 2 - 6);
         // Who leaves meanwhile was not told by anybody.
-        let mut next = Motion::resumed(&motion.remembered());
+        let mut next = Motion::resumed(&motion.remembered(), Duration::from_secs(2), at(3));
         next.look(&connected(&restarted, 3), 2, SETTLE, at(3));
         assert_eq!(next.in_transit(), 15);
     }

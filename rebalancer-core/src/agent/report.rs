@@ -33,6 +33,7 @@ impl Agent {
             refused: self.stress.refused(self.policy.stale_after(), now),
             node_local: self.table.node_local() as u64,
             accepted_total: self.table.accepted_total(),
+            departed_total: self.table.departed_total(),
             counts_after: self.table.counts_after(),
             in_transit: self.motion.in_transit(),
             capacity: self.policy.capacity,

@@ -341,6 +341,7 @@ mod tests {
                 refused: 0,
                 node_local: 0,
                 accepted_total: 0,
+                departed_total: 0,
                 counts_after: Duration::ZERO,
                 in_transit: 0,
                 capacity: 1.0,

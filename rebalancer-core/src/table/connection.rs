@@ -237,6 +237,13 @@ impl Connection {
         lands
     }
 
+    /// Whether its end is that of a client whom nobody told: it has counted as load, whether or not it could have heard a GOAWAY
+    /// at its end.
+    pub(super) fn departs(&self) -> bool {
+        let was_there = self.seeded && self.stays && !self.apart && self.protocol != Protocol::Unknown;
+        self.state == ConnectionState::Active && (self.landed || was_there)
+    }
+
     /// What it weighs.
     pub fn load(&self, weight: Weight) -> f64 {
         weight.of(self)

@@ -51,6 +51,7 @@ pub struct ConnectionTable {
     locals: BTreeSet<Arc<SocketAddr>>,
     samples: Samples,
     accepted_total: u64,
+    departed_total: u64,
     left_total: u64,
     /// Connections that drain, some of which no shim shows as such: a relay that took its leave has them, or a probe of an
     /// earlier agent told them. Those that an earlier agent knew of are here before they are in the table.
@@ -321,6 +322,12 @@ impl ConnectionTable {
         self.accepted_total
     }
 
+    /// Clients that left since the agent started, each counted as load once and told by nobody: with the landings, what comes
+    /// and goes for reasons of its own.
+    pub fn departed_total(&self) -> u64 {
+        self.departed_total
+    }
+
     /// Clients that a shim told to go when it took its leave, since the agent started: nobody planned it, and they are on
     /// their way all the same.
     pub fn left_total(&self) -> u64 {
@@ -433,6 +440,7 @@ impl ConnectionTable {
             self.locals.remove(&connection.local);
         }
         self.totals.uncount(&connection);
+        self.departed_total += u64::from(connection.departs());
         self.identities
             .leave(connection.identity.as_ref(), connection.is_active());
         Some(connection)

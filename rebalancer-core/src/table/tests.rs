@@ -2,6 +2,7 @@
 
 mod addresses;
 mod ages;
+mod landings;
 
 use super::*;
 use crate::shim::Counters;
@@ -97,74 +98,6 @@ fn the_nodes_own_connections_are_counted_apart_unless_they_are_to_count() {
         assert_eq!(table.active(), if active == 1 { 3 } else { 5 });
         assert_eq!(table.totals, recounted(&table));
     }
-}
-
-#[test]
-fn who_only_calls_is_neither_load_nor_a_landing() {
-    let mut table = ConnectionTable::new(NodeLocal::Exclude, Duration::from_secs(2));
-    let listener = Some(ConnectionId(999));
-    table.observe(
-        Observation::Resync {
-            sockets: vec![],
-            listener,
-        },
-        at(0),
-    );
-    let mut now = 0;
-    let mut counted = 0;
-    for id in 1..=40 {
-        table.observe(Observation::Opened(socket(id)), at(now));
-        table.observe(classified(id, Protocol::H2Offered), at(now));
-        // Some live through a sample, the others end before.
-        if id % 4 == 0 {
-            now += 1_900;
-            table.age(at(now));
-            table.sample(at(now), Weight::Connections);
-        }
-        let active = table.active() as u64;
-        counted += active;
-        let closed = Observation::Closed {
-            id: ConnectionId(id),
-            bytes_in: 0,
-            bytes_out: 0,
-        };
-        table.observe(closed, at(now));
-        assert_eq!(table.accepted_total(), counted, "{id}: load and landing at once");
-    }
-    assert_eq!(
-        counted, 4,
-        "the first short calls count, until it is seen that there are such"
-    );
-    settle(&mut table, &mut now);
-    assert_eq!((table.active(), table.accepted_total()), (0, counted));
-    table.observe(Observation::Opened(socket(50)), at(now));
-    table.observe(classified(50, Protocol::H2Offered), at(now));
-    assert_eq!(table.next_stays(), Some(at(now + 2_000)));
-    table.age(at(now + 1_999));
-    assert_eq!((table.active(), table.accepted_total()), (0, counted));
-    table.age(at(now + 2_000));
-    assert_eq!((table.active(), table.accepted_total()), (1, counted + 1));
-    assert_eq!(table.next_stays(), None);
-}
-
-#[test]
-fn landings_are_http2_counted_once_and_no_seeds() {
-    let mut table = seeded(&[1]);
-    let mut now = 1;
-    table.observe(classified(1, Protocol::H2Offered), at(1));
-    table.observe(Observation::Opened(socket(2)), at(1));
-    table.observe(classified(2, Protocol::H2Offered), at(2));
-    table.observe(classified(2, Protocol::H2Selected), at(3));
-    table.observe(Observation::Opened(socket(3)), at(3));
-    table.observe(classified(3, Protocol::Http1), at(3));
-    table.observe(Observation::Opened(socket(4)), at(3));
-    settle(&mut table, &mut now);
-    assert_eq!(table.accepted_total(), 1);
-    assert_eq!((table.active(), table.unknown()), (3, 1));
-    // It is known late, and counted then.
-    table.observe(classified(4, Protocol::H2Selected), at(now));
-    settle(&mut table, &mut now);
-    assert_eq!((table.accepted_total(), table.unknown()), (2, 0));
 }
 
 #[test]

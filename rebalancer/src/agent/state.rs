@@ -128,6 +128,9 @@ struct Transit {
     /// Files of before lack it.
     #[serde(default)]
     seen: BTreeMap<String, Seen>,
+    /// How many clients left and came a second, in the last windows; files of before lack it.
+    #[serde(default)]
+    strangers: (Vec<f64>, Vec<f64>),
 }
 
 /// The totals of an apiserver's agent, as they were seen last.
@@ -140,6 +143,9 @@ struct Seen {
     told_load: f64,
     each: f64,
     connections: u64,
+    /// Files of before lack it.
+    #[serde(default)]
+    departed: u64,
 }
 
 impl From<Totals> for Seen {
@@ -152,6 +158,7 @@ impl From<Totals> for Seen {
             told_load: totals.told_load,
             each: totals.each,
             connections: totals.connections,
+            departed: totals.departed,
         }
     }
 }
@@ -166,6 +173,7 @@ impl From<Seen> for Totals {
             told_load: seen.told_load,
             each: seen.each,
             connections: seen.connections,
+            departed: seen.departed,
         }
     }
 }
@@ -177,6 +185,7 @@ impl Transit {
             told: transit.told,
             landed: transit.landed,
             told_load: transit.told_load,
+            strangers: transit.strangers.clone(),
             seen: seen
                 .map(|(name, totals)| (name.as_str().to_owned(), (*totals).into()))
                 .collect(),
@@ -189,6 +198,7 @@ impl Transit {
             told: self.told,
             landed: self.landed,
             told_load: self.told_load,
+            strangers: self.strangers,
             seen: seen
                 .map(|(name, seen)| (ApiserverName::new(name), seen.into()))
                 .collect(),

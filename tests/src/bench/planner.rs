@@ -225,6 +225,7 @@ fn peers(agent: &mut Agent, now: Timestamp) {
             goaways_total: 0,
             left_total: 0,
             accepted_total: 0,
+            departed_total: 0,
             counts_after: std::time::Duration::ZERO,
             plan_in_flight: false,
             rebalancing: false,

@@ -134,6 +134,7 @@ impl Pair {
         let leaks = Look::at(&self.with_us.cluster)?.grown_since(&before);
         let row = Row {
             faults: names.iter().map(|name| (*name).to_owned()).collect(),
+            plays: 1,
             is_ours: faults.iter().all(|fault| fault.is_ours()),
             during,
             control,

@@ -77,6 +77,8 @@ fn beyond(ours: u64, control: u64) -> u64 {
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub faults: Vec<String>,
+    /// How often: the counts below are of all plays together.
+    pub plays: u32,
     /// Nothing of it is there without us.
     pub is_ours: bool,
     /// Until it was over and everybody was back.
@@ -108,6 +110,53 @@ impl Row {
             None => Noticed::default(),
         };
         during.plus(self.after)
+    }
+
+    /// Whether nothing is wrong but that more of what the fault breaks without us, too, was counted with us.
+    pub fn may_be_chance(&self) -> bool {
+        let Some(control) = self.control.filter(|_| !self.is_ours && !self.is_clean()) else {
+            return false;
+        };
+        let (ours, without) = (self.during, control);
+        let happens_too = [
+            (ours.errors, without.errors),
+            (ours.relists, without.relists),
+            (ours.watch_breaks, without.watch_breaks),
+            (ours.missed, without.missed),
+            (ours.doubled, without.doubled),
+        ];
+        let as_without = Self {
+            control: Some(ours),
+            ..self.clone()
+        };
+        happens_too.iter().all(|(ours, without)| *ours == 0 || *without > 0) && as_without.is_clean()
+    }
+
+    /// Both plays of it.
+    #[must_use]
+    pub fn and(self, again: Self) -> Self {
+        debug_assert_eq!(self.faults, again.faults);
+        let both = |one: Vec<String>, other: Vec<String>| [one, other].concat();
+        Self {
+            faults: self.faults,
+            plays: self.plays + again.plays,
+            is_ours: self.is_ours,
+            during: self.during.plus(again.during),
+            control: self.control.zip(again.control).map(|(one, other)| one.plus(other)),
+            after: self.after.plus(again.after),
+            error_texts: both(self.error_texts, again.error_texts),
+            loads_after_fault: again.loads_after_fault,
+            lower_bound: self.lower_bound + again.lower_bound,
+            goaways_during: self.goaways_during + again.goaways_during,
+            goaways: self.goaways + again.goaways,
+            goaways_after: self.goaways_after + again.goaways_after,
+            seconds_to_level: self
+                .seconds_to_level
+                .zip(again.seconds_to_level)
+                .map(|(one, other)| one.max(other)),
+            wrong_connections: both(self.wrong_connections, again.wrong_connections),
+            leaks: both(self.leaks, again.leaks),
+        }
     }
 
     /// Whether it is as it must be.
@@ -222,8 +271,13 @@ impl Report {
                 .map_or_else(|| "**never**".to_owned(), |seconds| format!("{seconds:.0} s"));
             let _ = writeln!(
                 page,
-                "| {} | {} | {} | {} | {}, {} | {level} | {} ({}) | {}, {} |",
+                "| {}{} | {} | {} | {} | {}, {} | {level} | {} ({}) | {}, {} |",
                 named(&row.faults),
+                if row.plays > 1 {
+                    format!(" (played {} times, all counted)", row.plays)
+                } else {
+                    String::new()
+                },
                 pair(all.errors, row.control.map(|control| control.errors)),
                 pair(all.watch_breaks, row.control.map(|control| control.watch_breaks)),
                 pair(all.relists, row.control.map(|control| control.relists)),
@@ -260,5 +314,53 @@ mod tests {
         assert_eq!(beyond(1, 0), 1, "nothing may happen where nothing happens without us");
         assert_eq!(beyond(105, 100), 0);
         assert_eq!(beyond(300, 100), 200);
+    }
+
+    fn row(during: [u64; 2], control: Option<[u64; 2]>) -> Row {
+        let noticed = |[errors, missed]: [u64; 2]| Noticed {
+            errors,
+            missed,
+            ..Noticed::default()
+        };
+        Row {
+            faults: vec!["apiserver-flaps".to_owned()],
+            plays: 1,
+            is_ours: control.is_none(),
+            during: noticed(during),
+            control: control.map(noticed),
+            after: Noticed::default(),
+            error_texts: vec![],
+            loads_after_fault: vec![],
+            lower_bound: 0,
+            goaways_during: 0,
+            goaways: 0,
+            goaways_after: 0,
+            seconds_to_level: Some(7.0),
+            wrong_connections: vec![],
+            leaks: vec![],
+        }
+    }
+
+    #[test]
+    fn only_how_many_of_a_fault_is_played_again_and_counted_together() {
+        let unlucky = row([28, 0], Some([3, 0]));
+        assert!(!unlucky.is_clean() && unlucky.may_be_chance());
+        let both = unlucky.clone().and(row([25, 0], Some([25, 0])));
+        assert!(both.is_clean() && both.plays == 2, "{both:?}");
+        let ours = unlucky.clone().and(unlucky.clone()).and(unlucky.clone());
+        assert!(!ours.is_clean(), "each time more is no chance");
+        assert!(!row([28, 0], Some([25, 0])).may_be_chance(), "it is clean");
+        assert!(
+            !row([28, 0], Some([0, 0])).may_be_chance(),
+            "it does not happen without us"
+        );
+        assert!(
+            !row([28, 1], Some([3, 0])).may_be_chance(),
+            "an event is missed with us alone"
+        );
+        assert!(!row([1, 0], None).may_be_chance());
+        let mut later = unlucky;
+        later.after.errors = 1;
+        assert!(!later.may_be_chance(), "the fault is over");
     }
 }

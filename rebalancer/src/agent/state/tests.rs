@@ -56,6 +56,7 @@ fn memory() -> Memory {
             told: 50,
             landed: 12,
             told_load: 50.5,
+            strangers: (vec![0.5, 2.0], vec![1.25]),
             seen: vec![(
                 ApiserverName::new("b"),
                 Totals {
@@ -66,6 +67,7 @@ fn memory() -> Memory {
                     told_load: 50.5,
                     each: 1.01,
                     connections: 100,
+                    departed: 40,
                 },
             )],
         },

@@ -48,6 +48,9 @@ pub struct WireSnapshot {
     pub goaways_total: u64,
     /// Connections accepted since then.
     pub accepted_total: u64,
+    /// Clients that left since then and were told by nobody; 0 from agents that do not tell.
+    #[serde(default)]
+    pub departed_total: u64,
     /// From which age on connections should count there, in milliseconds; 0 from agents that do not tell.
     #[serde(default)]
     pub counts_after_ms: u64,
@@ -276,6 +279,7 @@ impl WireSnapshot {
             goaways_total: snapshot.goaways_total,
             node_local: snapshot.node_local,
             accepted_total: snapshot.accepted_total,
+            departed_total: snapshot.departed_total,
             counts_after_ms: millis(snapshot.counts_after),
             in_transit: snapshot.in_transit,
             capacity: snapshot.capacity,
@@ -363,6 +367,7 @@ impl WireSnapshot {
             goaways_total: self.goaways_total,
             node_local: self.node_local,
             accepted_total: self.accepted_total,
+            departed_total: self.departed_total,
             counts_after: Duration::from_millis(self.counts_after_ms),
             in_transit: self.in_transit,
             capacity: self.capacity,

@@ -40,8 +40,16 @@ impl Figures {
         let rows = [
             row("connections in its table", 0, Box::new(|part| part.connections as f64)),
             row("a snapshot, octets", 0, Box::new(|part| part.snapshot_octets as f64)),
-            row("a question on the wire, octets", 0, Box::new(|part| part.talk.question_octets as f64)),
-            row("an answer on the wire, octets", 0, Box::new(|part| part.talk.answer_octets as f64)),
+            row(
+                "a question on the wire, octets",
+                0,
+                Box::new(|part| part.talk.question_octets as f64),
+            ),
+            row(
+                "an answer on the wire, octets",
+                0,
+                Box::new(|part| part.talk.answer_octets as f64),
+            ),
             row("questions asked, and answered, a second", 0, Box::new(asked)),
             row(
                 "an agent sends, Mbit/s",
@@ -53,7 +61,11 @@ impl Figures {
                 1,
                 Box::new(move |part| part.apiservers as f64 * asked(part) * exchange(part) * 8.0 / 1e6),
             ),
-            row("a handshake, octets both ways", 0, Box::new(|part| part.talk.handshake_octets as f64)),
+            row(
+                "a handshake, octets both ways",
+                0,
+                Box::new(|part| part.talk.handshake_octets as f64),
+            ),
             row("a handshake, both ends, µs", 0, Box::new(|part| part.talk.handshake_us)),
             row(
                 "handshakes when all agents begin anew",
@@ -65,18 +77,36 @@ impl Figures {
                 2,
                 Box::new(|part| 100.0 * part.talk.share),
             ),
-            row("a peer is heard while nothing happens, µs", 1, Box::new(|part| part.quiet_us)),
-            row("the same while clients are on their way, µs", 1, Box::new(|part| part.busy_us)),
+            row(
+                "a peer is heard while nothing happens, µs",
+                1,
+                Box::new(|part| part.quiet_us),
+            ),
+            row(
+                "the same while clients are on their way, µs",
+                1,
+                Box::new(|part| part.busy_us),
+            ),
             row(
                 "the talk then, % of a core",
                 1,
-                Box::new(move |part| 100.0 * (part.talk.share + asked(part) * (part.busy_us - part.quiet_us).max(0.0) / 1e6)),
+                Box::new(move |part| {
+                    100.0 * (part.talk.share + asked(part) * (part.busy_us - part.quiet_us).max(0.0) / 1e6)
+                }),
             ),
             row("a plan, ms", 2, Box::new(|part| part.plan_ms)),
             row("the table, MiB", 1, Box::new(|part| part.table_mib)),
             row("all of the process, MiB", 1, Box::new(|part| part.process_mib)),
-            row("a line of the decision log, octets", 0, Box::new(|part| part.hold_octets as f64)),
-            row("each victim in it, octets", 0, Box::new(|part| part.victim_octets as f64)),
+            row(
+                "a line of the decision log, octets",
+                0,
+                Box::new(|part| part.hold_octets as f64),
+            ),
+            row(
+                "each victim in it, octets",
+                0,
+                Box::new(|part| part.victim_octets as f64),
+            ),
             row(
                 "the decision log of a level day, MB",
                 0,

@@ -123,7 +123,9 @@ pub(super) fn run(clients: usize, say: &impl Fn(&str)) -> Vec<Outcome> {
 /// As many clients on each as on any other, the last `empty` ones apart, who have nobody.
 fn loads_of(apiservers: usize, clients: usize, empty: usize) -> Vec<usize> {
     let full = apiservers - empty;
-    (0..apiservers).map(|index| if index < full { clients / full } else { 0 }).collect()
+    (0..apiservers)
+        .map(|index| if index < full { clients / full } else { 0 })
+        .collect()
 }
 
 fn cases(clients: usize) -> Vec<Case> {
@@ -184,7 +186,9 @@ fn cases(clients: usize) -> Vec<Case> {
     // A balancer for each region. What happens has nothing to do with how many clients there are.
     let regions = RoundRobinRegions(REGIONS);
     let few = loads_of(APISERVERS, FEW, empty_of(APISERVERS));
-    let busy: Vec<usize> = (0..APISERVERS).map(|index| if index % REGIONS == 0 { 2_000 } else { 745 }).collect();
+    let busy: Vec<usize> = (0..APISERVERS)
+        .map(|index| if index % REGIONS == 0 { 2_000 } else { 745 })
+        .collect();
     let in_one: Vec<usize> = (0..APISERVERS)
         .map(|index| match (index % REGIONS, index) {
             (0, 0..45) => 1_300,
@@ -196,13 +200,25 @@ fn cases(clients: usize) -> Vec<Case> {
     let mut vain = level(&busy, regions, default());
     vain.horizon = Horizon::Fixed(Duration::from_secs(1_200));
     cases.extend([
-        of("a balancer for each region: 12 empty, in all regions", level(&few, regions, default())),
-        of("a balancer for each region: 3 of 13 empty in one", level(&in_one, regions, default())),
+        of(
+            "a balancer for each region: 12 empty, in all regions",
+            level(&few, regions, default()),
+        ),
+        of(
+            "a balancer for each region: 3 of 13 empty in one",
+            level(&in_one, regions, default()),
+        ),
         Case {
             needed: None,
-            ..of("a balancer for each region: one has the most clients, for 20 minutes", vain)
+            ..of(
+                "a balancer for each region: one has the most clients, for 20 minutes",
+                vain,
+            )
         },
-        of("that region's 13 agents as a group of their own: 3 of 13 empty", level(&apart, RoundRobin, default())),
+        of(
+            "that region's 13 agents as a group of their own: 3 of 13 empty",
+            level(&apart, RoundRobin, default()),
+        ),
     ]);
     cases
 }
@@ -274,7 +290,12 @@ fn outcome(case: &Case) -> Outcome {
     let run = simulate(&case.setup, Contender::Rebalancer, 0);
     let processor_s = (processor_ns() - before) as f64 / 1e9;
     let last_incident = case.setup.incidents.last().map_or(Duration::ZERO, |(at, _)| *at);
-    let is_level = |reason: &&str| matches!(*reason, "below_threshold" | "noise" | "clients_in_transit" | "plan_in_flight");
+    let is_level = |reason: &&str| {
+        matches!(
+            *reason,
+            "below_threshold" | "noise" | "clients_in_transit" | "plan_in_flight"
+        )
+    };
     let holds = run.longest_holds.iter().filter(|(reason, _)| !is_level(reason));
     Outcome {
         title: case.title.clone(),
