@@ -31,7 +31,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use crate::pki::SERVER_NAME;
-pub use haproxy::Haproxy;
+pub use haproxy::{Haproxy, program as haproxy_program};
 
 /// How often a backend's health is asked.
 const CHECK: Duration = Duration::from_millis(500);

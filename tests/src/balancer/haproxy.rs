@@ -61,9 +61,19 @@ impl Haproxy {
             !options.contains(['\n', '\r']),
             "--lb-options is one line of server options"
         );
+        let text = configuration(listen, name, backends, policy, options, &Self::socket_in(directory));
+        Self::configured(&text, backends.len(), namespace, directory)
+    }
+
+    /// Starts it with another configuration, for so many servers; its `stats socket` must be [`Self::socket_in`] that
+    /// directory.
+    ///
+    /// # Errors
+    ///
+    /// There is no haproxy, or it refuses the configuration.
+    pub fn configured(text: &str, backends: usize, namespace: &Arc<OwnedFd>, directory: &Path) -> anyhow::Result<Self> {
         let file = directory.join("haproxy.cfg");
-        let socket = directory.join("haproxy.sock");
-        fs::write(&file, configuration(listen, name, backends, policy, options, &socket))?;
+        fs::write(&file, text)?;
         let checked = Command::new(program())
             .args(["-c", "-q", "-f"])
             .arg(&file)
@@ -76,13 +86,23 @@ impl Haproxy {
         );
         let mut haproxy = Self {
             process: launch(&file, namespace, directory)?,
-            socket,
+            socket: Self::socket_in(directory),
             file,
-            backends: backends.len(),
+            backends,
             namespace: Arc::clone(namespace),
         };
         haproxy.wait()?;
         Ok(haproxy)
+    }
+
+    /// Where it takes orders when its configuration is in that directory.
+    pub fn socket_in(directory: &Path) -> PathBuf {
+        directory.join("haproxy.sock")
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Kills it and starts it again, as it was started.
@@ -150,7 +170,8 @@ impl Haproxy {
     }
 }
 
-fn program() -> OsString {
+/// haproxy: the one that `HAPROXY` names, else the one on PATH.
+pub fn program() -> OsString {
     std::env::var_os("HAPROXY").unwrap_or_else(|| "haproxy".into())
 }
 

@@ -3,12 +3,16 @@
 //! Output: figures. Must never compare figures of different runs.
 
 pub mod abuse;
+pub mod audit;
 pub mod bpf;
+pub mod compare;
 pub mod counts;
 pub mod crowd;
 pub mod flood;
 pub mod floor;
+pub mod fronts;
 pub mod kernel;
+pub mod kubelets;
 pub mod kubemark;
 pub mod load;
 pub mod machine;

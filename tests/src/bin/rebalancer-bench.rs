@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use rebalancer_tests::{
     bench::{
-        abuse, crowd, flood, floor, kernel, kubemark,
+        abuse, compare, crowd, flood, floor, kernel, kubemark,
         peers::Programs,
         planner, reconcile,
         relay::{self, Effort},
@@ -50,6 +50,8 @@ enum Command {
     Kubemark(KubemarkArguments),
     /// Light kubelets beside hollow ones, by what the apiserver's audit log says that they ask
     Hollow(HollowArguments),
+    /// One scene for each way to level apiservers
+    Compare(CompareArguments),
     /// The byte-for-byte relay
     #[command(hide = true)]
     Floor(Floor),
@@ -185,6 +187,17 @@ struct HollowArguments {
 }
 
 #[derive(Args)]
+struct CompareArguments {
+    #[command(flatten)]
+    programs: kubemark::Programs,
+    #[command(flatten)]
+    effort: compare::Effort,
+    /// Where the tables go
+    #[arg(long)]
+    page: PathBuf,
+}
+
+#[derive(Args)]
 struct Floor {
     #[arg(long)]
     listen: SocketAddr,
@@ -278,6 +291,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Hollow(arguments) => {
             let figures = kubemark::hollow::run(arguments.count as usize, &directory()?, say)?;
             (figures.json(), figures.page()?, arguments.page)
+        }
+        Command::Compare(arguments) => {
+            let figures = compare::run(&arguments.programs, &arguments.effort, &directory()?, say)?;
+            (figures.json(), figures.page(), arguments.page)
         }
         Command::SteerFind(arguments) => {
             let figures = steer::find(&arguments.binary)?;

@@ -19,5 +19,11 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
     let outcome = super::measure("kernel", true, |command| {
         command.arg("--rebalancer").arg(super::rebalancer());
     })?;
-    super::show("kernel", &outcome, &super::Page::Part, arguments.json, false)
+    super::show(
+        "kernel",
+        &outcome,
+        &super::Page::Part("bench.md"),
+        arguments.json,
+        false,
+    )
 }

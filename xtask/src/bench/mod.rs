@@ -1,7 +1,8 @@
-//! `bench`: each benchmark's figures, as a table, as JSON, and in docs/bench.md.
+//! `bench`: each benchmark's figures, as a table, as JSON, and on their page in docs/.
 //!
 //! Must never write a page from a quick run.
 
+mod compare;
 mod flood;
 mod kernel;
 mod kubemark;
@@ -29,6 +30,8 @@ pub struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// One scene for each way there is to level apiservers: moves, time to level, errors, latency, cost
+    Compare(compare::Arguments),
     /// Slow readers of large LISTs on a real kube-apiserver, and what holds them
     Flood(flood::Arguments),
     /// What the kernel programs cost for an event and a packet
@@ -48,6 +51,7 @@ enum Bench {
 /// Runs one.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.bench {
+        Bench::Compare(arguments) => compare::run_bench(arguments),
         Bench::Flood(arguments) => flood::run_bench(arguments),
         Bench::Kernel(arguments) => kernel::run_bench(arguments),
         Bench::Kubemark(arguments) => kubemark::run_bench(arguments),
@@ -115,10 +119,8 @@ fn measure(name: &str, needs_root: bool, flags: impl FnOnce(&mut Command)) -> an
 
 /// Where a benchmark's tables go.
 enum Page {
-    /// Between its marks in docs/bench.md.
-    Part,
-    /// Between its marks in another page of docs/.
-    PartOf(&'static str),
+    /// Between its marks on a page, in docs/, that has more.
+    Part(&'static str),
     /// A page of its own, in docs/.
     Whole(&'static str),
 }
@@ -131,17 +133,14 @@ fn show(name: &str, outcome: &Outcome, page: &Page, json: bool, quick: bool) -> 
     } else {
         println!("{}\n{name} {}", outcome.tables, outcome.json.trim_end());
     }
-    let file = match page {
-        Page::Part => "bench.md",
-        Page::PartOf(file) | Page::Whole(file) => file,
-    };
+    let (Page::Part(file) | Page::Whole(file)) = page;
     if quick {
         eprintln!("a quick run: docs/{file} stays as it is");
         return Ok(());
     }
     match page {
-        Page::Part | Page::PartOf(_) => page::replace(file, name, &outcome.tables),
-        Page::Whole(file) => {
+        Page::Part(_) => page::replace(file, name, &outcome.tables),
+        Page::Whole(_) => {
             let path = root().join("docs").join(file);
             fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
             eprintln!("the page is {}", path.display());

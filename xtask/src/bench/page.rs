@@ -1,4 +1,4 @@
-//! The tables in docs/bench.md and docs/scale.md: each benchmark's between two marks, and nothing else touched.
+//! Tables on a page: each benchmark's between two marks, and nothing else touched.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use crate::run::root;
 
-/// Puts a benchmark's tables in the place of its last ones.
+/// Puts a benchmark's tables in the place of its last ones, on a page of docs/.
 ///
 /// # Errors
 ///

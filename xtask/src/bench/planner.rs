@@ -20,5 +20,11 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         "rebalancer-bench",
     ]))?;
     let outcome = super::measure("planner", false, |_| {})?;
-    super::show("planner", &outcome, &super::Page::Part, arguments.json, false)
+    super::show(
+        "planner",
+        &outcome,
+        &super::Page::Part("bench.md"),
+        arguments.json,
+        false,
+    )
 }

@@ -103,7 +103,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         super::show(
             half.name(),
             &outcome,
-            &super::Page::Part,
+            &super::Page::Part("bench.md"),
             arguments.json,
             arguments.quick,
         )?;

@@ -27,6 +27,6 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
             command.arg("--quick");
         }
     })?;
-    let page = super::Page::PartOf("scale.md");
+    let page = super::Page::Part("scale.md");
     super::show("scale", &outcome, &page, arguments.json, arguments.quick)
 }

@@ -76,7 +76,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         json: format!("{figures}\n"),
         tables: format!("{tables}\n{}", find.tables),
     };
-    super::show("steer", &outcome, &super::Page::Part, arguments.json, false)
+    super::show("steer", &outcome, &super::Page::Part("bench.md"), arguments.json, false)
 }
 
 /// Whether this machine's kernel takes the probe, as the product says.

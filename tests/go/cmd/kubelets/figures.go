@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,6 +28,9 @@ type counters struct {
 	Requests int64 `json:"requests"`
 	// Errors: requests that failed, or were answered by a status that a kubelet does not expect.
 	Errors int64 `json:"errors"`
+	// Broken: watches that ended by an error. Early: those that ended as if all had been said, but before their time.
+	Broken int64 `json:"broken"`
+	Early  int64 `json:"early"`
 	// Dials: connections that were opened. Open: those that are.
 	Dials int64 `json:"dials"`
 	Open  int64 `json:"open"`
@@ -51,7 +55,7 @@ type times struct {
 
 // figures are those of one group.
 type figures struct {
-	ready, requests, errors, dials, open atomic.Int64
+	ready, requests, errors, broken, early, dials, open atomic.Int64
 
 	mutex  sync.Mutex
 	taken  []float64
@@ -65,7 +69,7 @@ func newFigures() *figures { return &figures{} }
 func (f *figures) counters() counters {
 	return counters{
 		Ready: f.ready.Load(), Requests: f.requests.Load(), Errors: f.errors.Load(),
-		Dials: f.dials.Load(), Open: f.open.Load(),
+		Broken: f.broken.Load(), Early: f.early.Load(), Dials: f.dials.Load(), Open: f.open.Load(),
 	}
 }
 
@@ -144,7 +148,13 @@ func (t *timer) RoundTrip(request *http.Request) (*http.Response, error) {
 		t.figures.fail("%s %s: answered %s", request.Method, request.URL.Path, response.Status)
 		return response, nil
 	}
-	response.Body = &timedBody{ReadCloser: response.Body, done: func() { t.figures.took(time.Since(began), fresh.Load()) }}
+	response.Body = &timedBody{ReadCloser: response.Body, done: func(err error) {
+		if err != nil {
+			t.figures.fail("%s %s: its answer ended: %v", request.Method, request.URL.Path, err)
+			return
+		}
+		t.figures.took(time.Since(began), fresh.Load())
+	}}
 	return response, nil
 }
 
@@ -163,31 +173,55 @@ func (t *timer) watch(request *http.Request) (*http.Response, error) {
 	if t.open.Add(1) == watches {
 		t.figures.ready.Add(1)
 	}
-	response.Body = &timedBody{ReadCloser: response.Body, done: func() {
+	began := time.Now()
+	response.Body = &timedBody{ReadCloser: response.Body, done: func(err error) {
 		if t.open.Add(-1) == watches-1 {
 			t.figures.ready.Add(-1)
+		}
+		if request.Context().Err() != nil {
+			return
+		}
+		if err != nil {
+			t.figures.broken.Add(1)
+		} else if time.Since(began) < wanted(request) {
+			t.figures.early.Add(1)
 		}
 	}}
 	return response, nil
 }
 
-// timedBody says once that it has ended.
+// wanted is how long a watch is asked to last; a second less, for clocks and the way.
+func wanted(request *http.Request) time.Duration {
+	seconds, err := strconv.Atoi(request.URL.Query().Get("timeoutSeconds"))
+	if err != nil {
+		return 0
+	}
+	return time.Duration(seconds-1) * time.Second
+}
+
+// timedBody says once that it has ended, and by what error if neither its server nor its reader ended it.
 type timedBody struct {
 	io.ReadCloser
 	once sync.Once
-	done func()
+	done func(error)
 }
 
 func (b *timedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if err != nil {
-		b.once.Do(b.done)
+		b.once.Do(func() {
+			if err == io.EOF {
+				b.done(nil)
+			} else {
+				b.done(err)
+			}
+		})
 	}
 	return n, err
 }
 
 func (b *timedBody) Close() error {
-	b.once.Do(b.done)
+	b.once.Do(func() { b.done(nil) })
 	return b.ReadCloser.Close()
 }
 

@@ -7,9 +7,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     fs,
-    io::{BufRead as _, BufReader},
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -18,12 +17,13 @@ use std::{
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 
-use super::{
-    kubelets::{Group, Kubelets},
-    until,
-};
+use super::until;
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
+    bench::{
+        audit::Log,
+        kubelets::{Group, Kubelets},
+    },
     demo::scene::check_interrupt,
     fixture::{self, Fixture},
     kube::Admin,
@@ -91,9 +91,12 @@ pub fn run(count: usize, directory: &Path, say: impl Fn(&str) + Copy) -> anyhow:
     let pki = Pki::new(&[address, Network::HUB])?;
     let at = |port| SocketAddr::new(Network::HUB, port);
     let _etcd = start_etcd(&fixture, at(2379), at(2380), &directory, Some(&network.hub))?;
-    let log = directory.join("audit.log");
+    let name = "audit.log";
+    // An earlier run's would be read as well.
+    let _ = fs::remove_file(directory.join(name));
+    let mut log = Log::new(&directory, name)?;
     let server = SocketAddr::new(address, PORT);
-    let _apiserver = audited(&fixture, &pki, &network, server, &directory, &log)?;
+    let _apiserver = audited(&fixture, &pki, &network, server, &directory, &log.flags())?;
 
     say(&format!("{count} hollow and {count} light kubelets come"));
     for index in 0..count {
@@ -117,11 +120,10 @@ pub fn run(count: usize, directory: &Path, say: impl Fn(&str) + Copy) -> anyhow:
         count,
     };
     let mut light = Kubelets::start(&light, &[group], pki.path(), RAMP, STATUS, &network.hub, &directory)?;
-    let mut audit = Audit::open(&log)?;
     let mut watches: BTreeMap<String, usize> = BTreeMap::new();
     let mut coming = <[Asked; 2]>::default();
-    let mut take = |into: &mut [Asked; 2], audit: &mut Audit| -> anyhow::Result<usize> {
-        for event in audit.events()? {
+    let mut take = |into: &mut [Asked; 2]| -> anyhow::Result<usize> {
+        for event in log.events::<Value>()?.iter().filter_map(asked) {
             if event.is_watch {
                 *watches.entry(event.user.clone()).or_default() += 1;
             }
@@ -132,7 +134,7 @@ pub fn run(count: usize, directory: &Path, say: impl Fn(&str) + Copy) -> anyhow:
     until(START, "not all kubelets have their watches", || {
         real.is_running()?;
         light.counters()?;
-        Ok(take(&mut coming, &mut audit)? >= 2 * count)
+        Ok(take(&mut coming)? >= 2 * count)
     })?;
     let mut pass = |time: Duration| -> anyhow::Result<()> {
         let began = Instant::now();
@@ -146,11 +148,11 @@ pub fn run(count: usize, directory: &Path, say: impl Fn(&str) + Copy) -> anyhow:
         Ok(())
     };
     pass(SETTLE)?;
-    take(&mut coming, &mut audit)?;
+    take(&mut coming)?;
     say(&format!("what they go on asking is counted for {} s", STEADY.as_secs()));
     let mut steady = <[Asked; 2]>::default();
     pass(STEADY)?;
-    take(&mut steady, &mut audit)?;
+    take(&mut steady)?;
     Ok(Figures { count, coming, steady })
 }
 
@@ -160,17 +162,8 @@ fn audited(
     network: &Network,
     server: SocketAddr,
     directory: &Path,
-    log: &Path,
+    audit: &[String],
 ) -> anyhow::Result<Process> {
-    let policy = directory.join("audit-policy.yaml");
-    fs::write(
-        &policy,
-        "apiVersion: audit.k8s.io/v1\nkind: Policy\nrules: [{level: Metadata, omitStages: [RequestReceived]}]\n",
-    )?;
-    // An earlier run's would be read as well.
-    if log.exists() {
-        fs::remove_file(log)?;
-    }
     let settings = Settings {
         fixture,
         pki,
@@ -182,11 +175,7 @@ fn audited(
         name: "apiserver",
         goaway_chance: 0.0,
         host: None,
-        extra: &[
-            format!("--audit-policy-file={}", policy.display()),
-            format!("--audit-log-path={}", log.display()),
-            "--audit-log-mode=blocking".to_owned(),
-        ],
+        extra: audit,
     };
     let apiserver = start_apiserver(&settings, Some(network.nodes[0].fd()))?;
     let admin = Admin::new(pki, &network.nodes[0], server)?;
@@ -200,41 +189,6 @@ fn audited(
 /// 0 for hollow ones, 1 for light ones.
 fn kind_of(user: &str) -> usize {
     usize::from(!user.starts_with("system:node:real-"))
-}
-
-/// The log, read as it grows.
-struct Audit {
-    reader: BufReader<fs::File>,
-    path: PathBuf,
-    /// The beginning of a line whose end is not written yet.
-    partial: String,
-}
-
-impl Audit {
-    fn open(path: &Path) -> anyhow::Result<Self> {
-        let file = fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Self {
-            reader: BufReader::new(file),
-            path: path.to_owned(),
-            partial: String::new(),
-        })
-    }
-
-    /// What kubelets have asked since the last time.
-    fn events(&mut self) -> anyhow::Result<Vec<Event>> {
-        let mut events = Vec::new();
-        loop {
-            let read = self.reader.read_line(&mut self.partial);
-            let read = read.with_context(|| format!("cannot read {}", self.path.display()))?;
-            if read == 0 || !self.partial.ends_with('\n') {
-                return Ok(events);
-            }
-            let line = std::mem::take(&mut self.partial);
-            let event: Value =
-                serde_json::from_str(&line).with_context(|| format!("{}: {line}", self.path.display()))?;
-            events.extend(asked(&event));
-        }
-    }
 }
 
 /// What a kubelet asked, once: a watch when it begins, anything else when it is answered.

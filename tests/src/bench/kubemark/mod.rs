@@ -5,7 +5,6 @@
 //! Must never compare figures of different runs, nor call a difference a finding that is no larger than that line.
 
 pub mod hollow;
-mod kubelets;
 mod report;
 mod world;
 
@@ -19,10 +18,8 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 
-use self::{
-    kubelets::{Counters, Group, Kubelets, Times},
-    world::{Used, World},
-};
+use self::world::{Used, World};
+use super::kubelets::{Counters, Group, Kubelets, STATUS, Times};
 use crate::{demo::scene::check_interrupt, fixture::Fixture, process::wait_for};
 
 /// How large, and for how long.
@@ -169,9 +166,6 @@ pub struct Figures {
 
 /// Within which all kubelets come.
 const RAMP: Duration = Duration::from_secs(30);
-
-/// How often each reports its status (kubelet's nodeStatusReportFrequency).
-const STATUS: Duration = Duration::from_secs(300);
 
 /// How long they may take to have their watches.
 const READY: Duration = Duration::from_secs(300);

@@ -11,18 +11,20 @@ use std::{
 };
 
 use anyhow::Context as _;
-use serde_json::{Value, json};
 
 use super::{Programs, VARIANTS, Variant};
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
     balancer::{Haproxy, Policy},
-    bench::machine::{cpu_ns, rss_kib},
+    bench::{
+        fronts::Front,
+        machine::{cpu_ns, rss_kib},
+    },
     fixture::Fixture,
     kube::Admin,
     netns::Network,
     node::{APISERVER, Finding, Node, PORT, Shared, Shim},
-    pki::{Pki, SERVER_NAME},
+    pki::Pki,
     process::{Process, wait_for},
 };
 
@@ -178,18 +180,13 @@ impl World {
                     running.fronts.push(hop);
                 }
                 Variant::Envoy => {
-                    let file = directory.join("envoy.json");
-                    let configuration = envoy(&self.pki, backends[index]);
-                    fs::write(&file, serde_json::to_vec_pretty(&configuration)?)?;
-                    let mut command = Command::new(&programs.envoy);
-                    command.arg("-c").arg(file).args([
-                        "--concurrency",
-                        "1",
-                        "--disable-hot-restart",
-                        "--log-level",
-                        "warn",
-                    ]);
-                    let envoy = Process::start("envoy", command, Some(namespace.fd()), &directory)?;
+                    let front = Front {
+                        pki: &self.pki,
+                        listen: backends[index],
+                        apiservers: &[APISERVER],
+                        maximum_age: None,
+                    };
+                    let envoy = front.envoy(&programs.envoy, "envoy", namespace.fd(), &directory)?;
                     running.fronts.push(envoy);
                 }
                 Variant::None | Variant::NoneAgain | Variant::Low | Variant::High => {}
@@ -304,93 +301,4 @@ impl Running {
             })
         })
     }
-}
-
-/// Envoy before one apiserver: it ends TLS, and says by the front-proxy certificate who the client is, as the relay does.
-fn envoy(pki: &Pki, listen: SocketAddr) -> Value {
-    let file = |name: &str| json!({"filename": pki.file(name)});
-    let address = |at: SocketAddr| json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}});
-    let typed = |name: &str| json!(format!("type.googleapis.com/envoy.extensions.{name}"));
-    let who = r#"
-function envoy_on_request(handle)
-  local headers = handle:headers()
-  headers:remove("x-remote-user"); headers:remove("x-remote-group"); headers:remove("x-remote-uid")
-  local tls = handle:streamInfo():downstreamSslConnection()
-  if tls == nil or not tls:peerCertificateValidated() then
-    headers:add("x-remote-user", "system:anonymous"); headers:add("x-remote-group", "system:unauthenticated")
-    return
-  end
-  local subject = tls:subjectPeerCertificate()
-  headers:add("x-remote-user", string.match(subject, "CN=([^,]+)"))
-  for group in string.gmatch(subject, "O=([^,]+)") do headers:add("x-remote-group", group) end
-end
-"#;
-    let unbounded = u32::MAX;
-    json!({"static_resources": {
-        "listeners": [{
-            "name": "clients",
-            "address": address(listen),
-            "filter_chains": [{
-                "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": {
-                    "@type": typed("transport_sockets.tls.v3.DownstreamTlsContext"),
-                    "require_client_certificate": false,
-                    "common_tls_context": {
-                        "alpn_protocols": ["h2", "http/1.1"],
-                        "tls_certificates": [{"certificate_chain": file("apiserver.crt"), "private_key": file("apiserver.key")}],
-                        "validation_context": {"trusted_ca": file("ca.crt")},
-                    },
-                }},
-                "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": {
-                    "@type": typed("filters.network.http_connection_manager.v3.HttpConnectionManager"),
-                    "stat_prefix": "clients",
-                    "stream_idle_timeout": "0s",
-                    // haproxy's health checks are HTTP/1.0, which knows no Host.
-                    "http_protocol_options": {"accept_http_10": true, "default_host_for_http_10": SERVER_NAME},
-                    "use_remote_address": true,
-                    "route_config": {"virtual_hosts": [{
-                        "name": "all",
-                        "domains": ["*"],
-                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "apiserver", "timeout": "0s"}}],
-                    }]},
-                    "http_filters": [
-                        {"name": "who", "typed_config": {
-                            "@type": typed("filters.http.lua.v3.Lua"),
-                            "default_source_code": {"inline_string": who},
-                        }},
-                        {"name": "envoy.filters.http.router", "typed_config": {"@type": typed("filters.http.router.v3.Router")}},
-                    ],
-                }}],
-            }],
-        }],
-        "clusters": [{
-            "name": "apiserver",
-            "type": "STATIC",
-            "connect_timeout": "10s",
-            "circuit_breakers": {"thresholds": [{
-                "max_connections": unbounded, "max_pending_requests": unbounded, "max_requests": unbounded,
-            }]},
-            "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": typed("upstreams.http.v3.HttpProtocolOptions"),
-                // Fewer than Go's own bound of 250: what Envoy sends beyond it waits behind watches.
-                "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 100}},
-            }},
-            "load_assignment": {"cluster_name": "apiserver", "endpoints": [{"lb_endpoints": [{
-                "endpoint": {"address": address(APISERVER)},
-            }]}]},
-            "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": {
-                "@type": typed("transport_sockets.tls.v3.UpstreamTlsContext"),
-                "sni": SERVER_NAME,
-                "common_tls_context": {
-                    "tls_certificates": [{
-                        "certificate_chain": file("front-proxy-client.crt"),
-                        "private_key": file("front-proxy-client.key"),
-                    }],
-                    "validation_context": {
-                        "trusted_ca": file("ca.crt"),
-                        "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": SERVER_NAME}}],
-                    },
-                },
-            }},
-        }],
-    }})
 }

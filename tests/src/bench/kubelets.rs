@@ -24,6 +24,12 @@ use crate::{
 pub struct Counters {
     /// Kubelets all of whose watches are open.
     pub ready: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Watches that ended by an error.
+    pub broken: u64,
+    /// Watches that ended as if all had been said, but before their time.
+    pub early: u64,
     /// Connections that were opened.
     pub dials: u64,
     /// Connections that are open.
@@ -71,7 +77,11 @@ struct Line {
     times: Option<BTreeMap<String, Times>>,
 }
 
+/// How often they report their status, where nothing else is said (kubelet's nodeStatusReportFrequency).
+pub const STATUS: Duration = Duration::from_secs(300);
+
 /// Running kubelets.
+#[derive(Debug)]
 pub struct Kubelets {
     process: Process,
     stdin: ChildStdin,
@@ -79,9 +89,13 @@ pub struct Kubelets {
 }
 
 /// Kubelets that go to one address.
+#[derive(Debug)]
 pub struct Group<'a> {
+    /// What its figures go by.
     pub name: &'a str,
+    /// Where they go.
     pub server: SocketAddr,
+    /// How many they are.
     pub count: usize,
 }
 
