@@ -168,7 +168,7 @@ impl Figures {
     fn load(&self, page: &mut String) {
         *page += "\n### The load\n\n\
                   | | ready | level by requests | kubelets at each at the end | level by watches | watches at each at the end \
-                  | connections opened | of these when it was level | open at the end |\n\
+                  | connections opened | of these after it was level | open at the end |\n\
                   |---|--:|--:|--:|--:|--:|--:|--:|--:|\n";
         let seconds = self.effort.seconds;
         for row in &self.rows {
