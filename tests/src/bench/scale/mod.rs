@@ -54,7 +54,7 @@ pub fn run(quick: bool, say: impl Fn(&str)) -> anyhow::Result<Figures> {
         say(&format!("one agent among {apiservers} apiservers"));
         parts.push(apart(apiservers, clients, seconds)?);
     }
-    let runs = simulated::run(clients as usize, &say);
+    let runs = simulated::run(clients as usize, quick, &say);
     Ok(Figures {
         clients,
         seconds,

@@ -55,6 +55,9 @@ pub(super) const CAREFUL: f64 = 230.0;
 /// Clients of the runs in which it is no matter how many there are.
 const FEW: usize = 64_000;
 
+/// Nothing is waited for longer in a quick run.
+const SHORT: Duration = Duration::from_secs(240);
+
 /// One case.
 struct Case {
     title: String,
@@ -93,8 +96,13 @@ pub struct Outcome {
 }
 
 /// Simulates all cases, on as many threads as there are processors.
-pub(super) fn run(clients: usize, say: &impl Fn(&str)) -> Vec<Outcome> {
-    let cases = cases(clients);
+pub(super) fn run(clients: usize, quick: bool, say: &impl Fn(&str)) -> Vec<Outcome> {
+    let mut cases = cases(clients);
+    if quick {
+        for case in &mut cases {
+            shorten(&mut case.setup.horizon);
+        }
+    }
     let next = AtomicUsize::new(0);
     let (sender, outcomes) = mpsc::channel();
     let mut found: Vec<(usize, Outcome)> = thread::scope(|scope| {
@@ -112,7 +120,19 @@ pub(super) fn run(clients: usize, say: &impl Fn(&str)) -> Vec<Outcome> {
         }
         drop(sender);
         let said = outcomes.iter().inspect(|(_, outcome): &(usize, Outcome)| {
-            say(&format!("simulated: {} ({:.0} s)", outcome.title, outcome.processor_s));
+            let Outcome {
+                title,
+                level_s,
+                goaways,
+                processor_s,
+                ..
+            } = outcome;
+            let level = level_s.map_or("never level".to_owned(), |seconds| {
+                format!("level after {seconds:.0} s")
+            });
+            say(&format!(
+                "{title}: {level}, {goaways} GOAWAYs ({processor_s:.0} s of a processor)"
+            ));
         });
         said.collect()
     });
@@ -221,6 +241,14 @@ fn cases(clients: usize) -> Vec<Case> {
         ),
     ]);
     cases
+}
+
+/// What goes on for ever, or nearly, is not waited for in a quick run.
+fn shorten(horizon: &mut Horizon) {
+    match horizon {
+        Horizon::Fixed(length) => *length = (*length).min(SHORT),
+        Horizon::Balanced { limit, after } => (*limit, *after) = ((*limit).min(SHORT), Duration::ZERO),
+    }
 }
 
 fn with(change: impl FnOnce(&mut Policy)) -> Policy {
