@@ -1,12 +1,6 @@
 //! `bench kubemark`: light kubelets on real apiservers, with nothing, with a lottery, with proxies, with rebalancer;
 //! docs/kubemark.md is its page.
 
-use std::fs;
-
-use anyhow::Context as _;
-
-use crate::{debian, run::target};
-
 #[derive(clap::Args)]
 pub struct Arguments {
     /// One JSON object on stdout, all else on stderr
@@ -31,15 +25,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         })?;
         return super::show("hollow", &outcome, &page, arguments.json, true);
     }
-    debian::install("haproxy", "haproxy")?;
-    let directory = target().join("bench");
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let envoy = super::relay::envoy(&directory)?;
-    crate::ebpf::build(crate::arch::Arch::host())?;
-    super::build()?;
-    let outcome = super::measure("kubemark", true, |command| {
-        command.arg("--rebalancer").arg(super::rebalancer());
-        command.arg("--envoy").arg(&envoy);
+    let outcome = super::measure_beside_envoy("kubemark", |command| {
         if arguments.quick {
             command.args(["--kubelets=40", "--runs=1", "--seconds=120"]);
         }

@@ -117,6 +117,21 @@ fn measure(name: &str, needs_root: bool, flags: impl FnOnce(&mut Command)) -> an
     })
 }
 
+/// Fetches haproxy and Envoy, builds, and runs the measuring binary as root with `rebalancer` and Envoy named.
+fn measure_beside_envoy(name: &str, flags: impl FnOnce(&mut Command)) -> anyhow::Result<Outcome> {
+    crate::debian::install("haproxy", "haproxy")?;
+    let directory = target().join("bench");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let envoy = relay::envoy(&directory)?;
+    crate::ebpf::build(crate::arch::Arch::host())?;
+    build()?;
+    measure(name, true, |command| {
+        command.arg("--rebalancer").arg(rebalancer());
+        command.arg("--envoy").arg(&envoy);
+        flags(command);
+    })
+}
+
 /// Where a benchmark's tables go.
 enum Page {
     /// Between its marks on a page, in docs/, that has more.
