@@ -407,6 +407,7 @@ fn health_checks() -> Setup {
         strangers: Strangers {
             calls: 2.0,
             probes: 1.1,
+            ..Strangers::default()
         },
         ..restart()
     }

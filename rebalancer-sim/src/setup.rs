@@ -127,12 +127,27 @@ pub struct Admission {
 }
 
 /// Connections that are no clients.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Strangers {
-    /// Calls a second through the load balancer that end within three seconds: kubectl, health checks, CI.
+    /// Calls a second through the load balancer: kubectl, health checks, CI, jobs.
     pub calls: f64,
+    /// So many of them come together, at even intervals, as jobs do at the full minute; one by one they come by chance.
+    pub at_once: u32,
+    /// The seconds that a call lasts, from and to.
+    pub lasts: (f64, f64),
     /// Probes a second on each apiserver from its own node: the kubelet.
     pub probes: f64,
+}
+
+impl Default for Strangers {
+    fn default() -> Self {
+        Self {
+            calls: 0.0,
+            at_once: 1,
+            lasts: (0.05, 3.0),
+            probes: 0.0,
+        }
+    }
 }
 
 /// What an agent does.

@@ -1,6 +1,7 @@
 //! Connections that are no clients: health checks, short calls through the load balancer, kubelets' probes.
 //!
-//! Input: how many a second. Output: connections that open and soon end. Must never count as load.
+//! Input: how many a second, and how long they last. Output: connections that open and end, whom nobody told. Must never count
+//! as load while they are young.
 
 use crate::{
     node::{Connection, Life, STRANGER},
@@ -12,18 +13,30 @@ impl World<'_> {
     /// Plans the next one of that kind.
     pub(crate) fn plan_call(&mut self, server: Option<usize>, rate: f64) {
         if rate > 0.0 {
-            let wait = self.random.wait(rate);
+            let together = self.setup.strangers.at_once;
+            let wait = match server {
+                None if together > 1 => f64::from(together) / rate,
+                _ => self.random.wait(rate),
+            };
             self.at(self.now + millis(wait), Event::Call(server));
         }
     }
 
     /// A connection that is no client's, and soon gone.
     pub(crate) fn call(&mut self, server: Option<usize>) {
-        let (rate, life) = match server {
-            Some(_) => (self.setup.strangers.probes, self.random.uniform(0.005, 0.05)),
-            None => (self.setup.strangers.calls, self.random.uniform(0.05, 3.0)),
+        let strangers = self.setup.strangers;
+        let (rate, together, (shortest, longest)) = match server {
+            Some(_) => (strangers.probes, 1, (0.005, 0.05)),
+            None => (strangers.calls, strangers.at_once, strangers.lasts),
         };
         self.plan_call(server, rate);
+        for _ in 0..together {
+            let life = self.random.uniform(shortest, longest);
+            self.stranger(server, life);
+        }
+    }
+
+    fn stranger(&mut self, server: Option<usize>, life: f64) {
         let backends = self.backends();
         let chosen = match server {
             Some(server) => backends[server].up.then_some(server),

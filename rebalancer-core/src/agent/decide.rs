@@ -292,7 +292,7 @@ impl Agent {
     /// How many connections of this apiserver a plan has that only finds out where they land: its part of what it takes for
     /// one of them to land elsewhere, if the balancer chose evenly.
     pub(super) fn probe_of(&self, balance: &Balance) -> usize {
-        let least = share_out(probe_of_all(balance), balance, &self.policy.node) as f64;
+        let least = share_out(self.probe_of_all(balance), balance, &self.policy.node) as f64;
         // After one in vain the others are no larger than they must be: moving may not help at all.
         let (_, in_vain) = self.ramp.tried();
         let part = if balance.per_connection > 0.0 && in_vain == 0 {
@@ -301,6 +301,12 @@ impl Agent {
             0.0
         };
         least.max(part.floor()).max(1.0) as usize
+    }
+
+    /// How many all donors together tell to find out. Where strangers land elsewhere all the time it takes more to be seen.
+    pub(super) fn probe_of_all(&self, balance: &Balance) -> u64 {
+        let names = balance.servers.iter().map(|server| &server.name);
+        probe_of(balance, self.motion.strangers_hide(names, &balance.donors))
     }
 
     /// Whether somebody who would take clients is overloaded, and more so than those who would give them.
@@ -339,10 +345,10 @@ impl Agent {
     }
 }
 
-/// How many all donors together tell to find out where they land.
-pub(super) fn probe_of_all(balance: &Balance) -> u64 {
+/// How many all donors together tell to find out where they land, so many more than `hidden` of whom would be seen elsewhere.
+fn probe_of(balance: &Balance, hidden: f64) -> u64 {
     let even = even_of(balance.donors.len(), balance.servers.len());
-    ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even).ln()).ceil() as u64
+    ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even).ln() + hidden / even).ceil() as u64
 }
 
 /// Which part of those who are told an even choice sends to apiservers that are none of so many donors.
@@ -445,7 +451,7 @@ mod tests {
     fn the_parts_of_a_probe_add_up_whoever_reckons() {
         for loads in [[500, 500, 0], [1_054, 81, 518], [908, 672, 77], [40, 31, 1], [7, 5, 0]] {
             let view = view(&loads.map(|load| (load, 0)));
-            let all = probe_of_all(&balance(&view, 0));
+            let all = super::probe_of(&balance(&view, 0), 0.0);
             let parts: Vec<u64> = (0..3)
                 .map(|own| {
                     let balance = balance(&view, own);

@@ -68,10 +68,16 @@ impl Agent {
             donors.clone_from(&donors_now);
         }
         let tellers = self.lately_donors(&donors_now, now);
+        let is_any_told = expected + moves.told > 0 || self.plan.is_some();
+        // Without donors every landing is elsewhere: that says nothing.
+        let evidence = if is_any_told && !tellers.is_empty() {
+            self.motion.evidence(&moves, &tellers)
+        } else {
+            0
+        };
         if expected + moves.told > 0 {
             self.rho.learn(&moves.landings, &donors, (expected + moves.told) as f64);
             self.rebalancing.landed(&moves);
-            // Without donors every landing is elsewhere: that says nothing.
             if !tellers.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
                 let known = Tellers {
@@ -80,13 +86,13 @@ impl Agent {
                     probe: self.probe_of(&balance),
                     interval: self.policy.interval,
                 };
-                if self.ramp.landed(moves.landed, moves.elsewhere(&tellers), known, now) {
+                if self.ramp.landed(moves.landed, evidence, known, now) {
                     self.drop_unsent();
                 }
             }
         }
         if let Some(plan) = &mut self.plan {
-            plan.saw(&moves, &tellers, &self.policy.node);
+            plan.saw(&moves, evidence, &self.policy.node);
         }
         let look = self.seen(view, moves, transit, now);
         let ready: Vec<(ApiserverName, u64)> = {

@@ -4,7 +4,7 @@
 //! Input and output: none; an agent gives them and begins with them, the shell writes and reads them.
 //! Must never hold what a look at the cluster tells again: loads, peers, connections.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     Agent, RememberedEvacuation, Switch,
@@ -42,6 +42,8 @@ pub struct Memory {
     pub next_decision: u64,
     /// Clients in transit.
     pub transit: RememberedTransit,
+    /// Clients that come and go anyway.
+    pub strangers: RememberedStrangers,
     /// Connections that drain. Who serves now may not know it: a relay that has handed over has them, or a probe told them.
     pub draining: Vec<ConnectionId>,
 }
@@ -85,8 +87,15 @@ pub struct RememberedTransit {
     pub told_load: f64,
     /// The totals of each apiserver that were seen last: what has landed since is landings still.
     pub seen: Vec<(ApiserverName, Totals)>,
-    /// How many clients left untold, and how many came, a second, in the last windows.
-    pub strangers: (Vec<f64>, Vec<f64>),
+}
+
+/// How many clients came and went, whom nobody had told, a second and by apiserver, in the last windows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RememberedStrangers {
+    /// Those who left.
+    pub departures: Vec<BTreeMap<ApiserverName, f64>>,
+    /// Those who came while nobody was told.
+    pub landings: Vec<BTreeMap<ApiserverName, f64>>,
 }
 
 impl Agent {
@@ -125,6 +134,7 @@ impl Agent {
         if transit.told > transit.landed && down < agent.policy.client_cooldown {
             agent.motion = Motion::resumed(transit, down, now);
         }
+        agent.motion.resume_strangers(&memory.strangers);
         agent
     }
 
@@ -142,6 +152,7 @@ impl Agent {
             draining: self.table.drains().rev().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,
             transit: self.motion.remembered(),
+            strangers: self.motion.remembered_strangers(),
         }
     }
 

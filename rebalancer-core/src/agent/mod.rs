@@ -37,7 +37,7 @@ pub use command::{Answer, Command, Pause};
 pub use evacuation::{Progress, RememberedEvacuation};
 use growth::Growth;
 use look::Look;
-pub use memory::{Memory, RememberedPause, RememberedTransit, RememberedTries};
+pub use memory::{Memory, RememberedPause, RememberedStrangers, RememberedTransit, RememberedTries};
 use motion::Motion;
 pub use motion::Totals;
 use overload::Overload;

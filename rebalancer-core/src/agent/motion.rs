@@ -12,8 +12,8 @@ use std::{
 };
 
 use super::{
-    memory::RememberedTransit,
-    strangers::{Seen, Strangers},
+    memory::{RememberedStrangers, RememberedTransit},
+    strangers::{Counts, Seen, Strangers},
 };
 use crate::{
     ids::{ApiserverName, Timestamp},
@@ -78,6 +78,8 @@ pub(super) struct Moves {
     pub told: u64,
     /// Landings of those who were told; the others came for reasons of their own.
     pub landed: u64,
+    /// Since the look before.
+    pub passed: Duration,
 }
 
 impl Moves {
@@ -86,18 +88,16 @@ impl Moves {
         self.landings.iter().map(|(_, count)| count).sum()
     }
 
-    /// How many of those who were told landed on none of these.
-    pub fn elsewhere(&self, donors: &[ApiserverName]) -> u64 {
-        // Who of them was told is not known: as many as of all, rounded down.
-        self.part_elsewhere(donors) as u64
+    /// How many of those who were told landed on none of these. Who of them was told is not known: as many as of all.
+    pub fn elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+        (Self::elsewhere_of(&self.landings, donors) * self.landed) as f64 / self.all().max(1) as f64
     }
 
-    /// The same without rounding.
-    pub fn part_elsewhere(&self, donors: &[ApiserverName]) -> f64 {
+    /// How many of these landed on none of those.
+    pub fn elsewhere_of(landings: &Counts, donors: &[ApiserverName]) -> u64 {
         let donors: BTreeSet<&ApiserverName> = donors.iter().collect();
-        let others = self.landings.iter().filter(|(name, _)| !donors.contains(name));
-        let elsewhere: u64 = others.map(|(_, count)| count).sum();
-        (elsewhere * self.landed) as f64 / self.all().max(1) as f64
+        let others = landings.iter().filter(|(name, _)| !donors.contains(name));
+        others.map(|(_, count)| count).sum()
     }
 }
 
@@ -130,7 +130,6 @@ impl Motion {
             landed: transit.landed.min(transit.told),
             told_load: transit.told_load,
             looked: Some(now.back(down)),
-            strangers: Strangers::resumed(&transit.strangers),
             ..Self::default()
         }
     }
@@ -142,8 +141,17 @@ impl Motion {
             landed: self.landed.min(self.told),
             told_load: self.told_load,
             seen: self.last.iter().map(|(name, totals)| (name.clone(), *totals)).collect(),
-            strangers: self.strangers.remembered(),
         }
+    }
+
+    /// Goes on with what an earlier process knew of those who come and go anyway.
+    pub fn resume_strangers(&mut self, remembered: &RememberedStrangers) {
+        self.strangers = Strangers::resumed(remembered);
+    }
+
+    /// The same for another process.
+    pub fn remembered_strangers(&self) -> RememberedStrangers {
+        self.strangers.remembered()
     }
 
     /// Who was told, who landed, what they weighed: what is worth a write when it changes.
@@ -167,7 +175,7 @@ impl Motion {
         }
         let mut moves = Moves::default();
         let mut others = 0;
-        let mut departures = 0;
+        let mut departures = Vec::new();
         let mean = mean_load(view);
         let mut in_transit = self.in_transit();
         // What an agent knows that has not seen its connections yet is no total.
@@ -180,7 +188,7 @@ impl Motion {
                 in_transit -= landings;
             }
             let old = if old.instance == new.instance { old } else { new };
-            departures += new.departed.saturating_sub(old.departed);
+            departures.push((name.clone(), new.departed.saturating_sub(old.departed)));
             let left = new.left.saturating_sub(old.left);
             // What they weighed before: now they drain, and weigh nothing there any more.
             let each = if old.each > 0.0 { old.each } else { mean };
@@ -199,10 +207,11 @@ impl Motion {
         let is_busy = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
         let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
         self.looked = Some(now);
+        moves.passed = passed;
         let is_quiet = self.told == 0 && !is_busy;
         moves.landed = self.strangers.left_of(Seen {
-            landings: moves.all(),
-            departures,
+            landings: &moves.landings,
+            departures: &departures,
             passed,
             is_quiet,
             is_whole: view.entries.len() == apiservers && view.entries.values().all(is_heard),
@@ -215,6 +224,21 @@ impl Motion {
             (self.told, self.landed, self.told_load) = (0, 0, 0.0);
         }
         moves
+    }
+
+    /// How many of those who landed on none of the `donors` are evidence that whoever is told lands there.
+    pub fn evidence(&mut self, moves: &Moves, donors: &[ApiserverName]) -> u64 {
+        let evidence = self.strangers.evidence(&moves.landings, donors, moves.passed);
+        evidence.min(moves.landed)
+    }
+
+    /// How many who were told must land elsewhere to be seen among those who land there anyway.
+    pub fn strangers_hide<'a>(
+        &self,
+        apiservers: impl Iterator<Item = &'a ApiserverName>,
+        donors: &[ApiserverName],
+    ) -> f64 {
+        self.strangers.hide(apiservers, donors)
     }
 
     /// A landing may be seen before its GOAWAY is: the snapshots of two apiservers are of two instants. Whose GOAWAY is not seen
@@ -359,7 +383,7 @@ mod tests {
         let moves = motion.look(&view(&[("a", 1, 10, 0, 10, 0), ("b", 1, 0, 0, 0, 0)]), 2, SETTLE, at(1));
         assert_eq!((moves.told, motion.in_transit(), motion.landing()), (10, 10, 10));
         let moves = motion.look(&view(&[("a", 1, 10, 2, 8, 0), ("b", 1, 0, 4, 0, 0)]), 2, SETTLE, at(2));
-        assert_eq!((moves.landed, moves.elsewhere(&[ApiserverName::new("a")])), (6, 4));
+        assert_eq!((moves.landed, moves.elsewhere(&[ApiserverName::new("a")])), (6, 4.0));
         assert_eq!(motion.in_transit(), 4);
         motion.look(&view(&[("a", 1, 10, 2, 3, 0), ("b", 1, 0, 4, 0, 0)]), 2, SETTLE, at(20));
         assert_eq!(

@@ -10,7 +10,6 @@ use std::{
 
 use super::{
     Agent, Effect, Rehearsed,
-    decide::probe_of_all,
     look::Look,
     motion::Moves,
     ramp::{Ramp, Seen},
@@ -92,14 +91,11 @@ impl Plan {
         !self.asked.is_empty()
     }
 
-    /// What happened while it goes on.
-    pub fn saw(&mut self, moves: &Moves, donors: &[ApiserverName], own: &ApiserverName) {
+    /// What happened while it goes on, and how much of it is evidence that whoever is told lands elsewhere.
+    pub fn saw(&mut self, moves: &Moves, evidence: u64, own: &ApiserverName) {
         self.seen.told += moves.told;
         self.seen.landed += moves.landed;
-        if !donors.is_empty() {
-            // Without donors every landing would be elsewhere: that says nothing.
-            self.seen.elsewhere += moves.elsewhere(donors);
-        }
+        self.seen.elsewhere += evidence;
         let others: Vec<_> = moves
             .landings
             .iter()
@@ -107,7 +103,7 @@ impl Plan {
             .filter(|name| *name != own)
             .cloned()
             .collect();
-        self.landed_here += moves.elsewhere(&others);
+        self.landed_here += moves.elsewhere(&others) as u64;
     }
 
     /// Whether everyone was told, and enough of them landed to know where they go, or had the time to: those that are left
@@ -348,7 +344,7 @@ impl Agent {
         self.outcomes_total.moved += moved;
         self.outcomes_total.returned += returned;
         self.outcomes_total.lost += lost;
-        let probe = probe_of_all(&look.balance);
+        let probe = self.probe_of_all(&look.balance);
         let settled = |ramp: &mut Ramp| ramp.settled(plan.told.len(), plan.seen, probe, now);
         if !plan.is_ordered
             && let Some(in_vain) = settled(&mut self.ramp)

@@ -115,7 +115,7 @@ impl Rebalancing {
     pub fn landed(&mut self, moves: &Moves) {
         if let Self::On(course) | Self::Over(course, _) = self {
             course.landed += moves.landed as f64;
-            course.elsewhere += moves.part_elsewhere(&course.donors);
+            course.elsewhere += moves.elsewhere(&course.donors);
         }
     }
 

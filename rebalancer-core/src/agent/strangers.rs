@@ -1,31 +1,52 @@
 //! Clients that come for reasons of their own, beside those who were told.
 //!
-//! Job: say how many of those who landed are not to be taken for somebody who was told. Input: landings, and departures of
-//! clients whom nobody told. Output: how many a second come and go anyway, and how many landings are left without them.
+//! Job: say how many of those who landed are not to be taken for somebody who was told, and how many of them landed elsewhere
+//! though nobody lands there anyway. Input: landings, and departures of clients whom nobody told. Output: how many landings
+//! are left without those who come anyway.
 //! Must never take for them those who only came, as after a crash or where a cluster grows, nor those who only left: who was
-//! told and has landed would be in transit for ever.
+//! told and has landed would be in transit for ever. Must never take them for evidence that moving helps, where whoever is
+//! told comes straight back: that would be told for ever.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use super::{memory::RememberedStrangers, motion::Moves};
+use crate::ids::ApiserverName;
 
 /// A window in which they are counted.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Windows that are remembered. The quietest counts: what a crash does is no rate at which clients come and go anyway.
+/// Windows that are remembered.
 const WINDOWS: usize = 7;
 
 /// Fewer say nothing: an agent that just started has seen little else than a rush.
 const FEWEST_WINDOWS: usize = 3;
 
+/// The loudest windows, as many of these as of seven, say nothing: what a crash does is no rate at which clients come anyway.
+const LOUDEST: usize = 2;
+
 /// No more than the strangers of this time are set off at once: the rest of a long look is not theirs.
 const OWED: Duration = Duration::from_secs(30);
 
+/// So many standard deviations of what lands elsewhere anyway in a window are no evidence that moving helps.
+const DEVIATIONS: f64 = 2.5;
+
+/// And so many times as many as usual after that: with less than that above what comes on average, chance would pass any bound
+/// by and by.
+const UNUSUAL: f64 = 1.5;
+
+/// Clients by apiserver.
+pub(super) type Counts = [(ApiserverName, u64)];
+
 /// What happened in one look.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Seen {
+pub(super) struct Seen<'a> {
     /// Clients that landed, whoever they are.
-    pub landings: u64,
+    pub landings: &'a Counts,
     /// Clients that left, whom nobody had told.
-    pub departures: u64,
+    pub departures: &'a Counts,
     /// Since the look before.
     pub passed: Duration,
     /// Whether nobody is in transit or about to be told: then all who land are strangers.
@@ -44,42 +65,60 @@ pub(super) struct Strangers {
     /// The rate by which `owed` grew.
     rate: f64,
     owed: f64,
+    /// Landings elsewhere that are no evidence; `None` while nobody is told.
+    usual: Option<f64>,
 }
 
 impl Strangers {
     /// Goes on with what another process had learned.
-    pub fn resumed((departures, landings): &(Vec<f64>, Vec<f64>)) -> Self {
+    pub fn resumed(remembered: &RememberedStrangers) -> Self {
         Self {
-            departures: Windows::of(departures),
-            landings: Windows::of(landings),
+            departures: Windows::of(&remembered.departures),
+            landings: Windows::of(&remembered.landings),
             ..Self::default()
         }
     }
 
-    /// What another process needs to go on: how many left and how many came a second, in each window.
-    pub fn remembered(&self) -> (Vec<f64>, Vec<f64>) {
-        (self.departures.rates(), self.landings.rates())
+    /// What another process needs to go on.
+    pub fn remembered(&self) -> RememberedStrangers {
+        RememberedStrangers {
+            departures: self.departures.windows.iter().cloned().collect(),
+            landings: self.landings.windows.iter().cloned().collect(),
+        }
     }
 
     /// How many of those who landed are left when those who come anyway are taken off; and learns from this look.
-    pub fn left_of(&mut self, seen: Seen) -> u64 {
+    pub fn left_of(&mut self, seen: Seen<'_>) -> u64 {
+        let landings = seen.landings.iter().map(|(_, count)| count).sum();
         let left = if seen.is_quiet {
             0
         } else {
-            self.taken_off(seen.landings, seen.passed)
+            self.taken_off(landings, seen.passed)
         };
         self.departures.add(seen.departures, seen.passed, seen.is_whole);
         if seen.is_quiet {
             self.landings.add(seen.landings, seen.passed, seen.is_whole);
             self.owed = 0.0;
+            self.usual = None;
         } else {
             self.landings.give_up();
         }
         left
     }
 
+    /// How many a second come and go anyway.
+    fn rate(&self) -> f64 {
+        // A rate that is over is none any more.
+        let leave = self.departures.all.min(self.departures.latest());
+        if self.landings.is_known() {
+            leave.min(self.landings.all)
+        } else {
+            leave
+        }
+    }
+
     fn taken_off(&mut self, landings: u64, passed: Duration) -> u64 {
-        let rate = self.departures.quietest().min(self.landings.quietest());
+        let rate = self.rate();
         if rate < self.rate / 2.0 {
             // It was a rush, which owes nothing.
             self.owed = 0.0;
@@ -90,50 +129,132 @@ impl Strangers {
         self.owed -= theirs as f64;
         landings - theirs
     }
+
+    /// How many of those who landed on none of the `donors` are evidence that whoever is told lands there: those beyond what
+    /// lands there anyway, and beyond what chance makes of that.
+    pub fn evidence(&mut self, landings: &Counts, donors: &[ApiserverName], passed: Duration) -> u64 {
+        let rate = self.rate_elsewhere(landings.iter().map(|(name, _)| name), donors);
+        let chance = chance_of(rate);
+        let usual = self.usual.map_or(chance, |usual| usual.min(chance)) + UNUSUAL * rate * passed.as_secs_f64();
+        let elsewhere = Moves::elsewhere_of(landings, donors);
+        let theirs = (usual.floor() as u64).min(elsewhere);
+        self.usual = Some(usual - theirs as f64);
+        elsewhere - theirs
+    }
+
+    /// How many who were told must land elsewhere within a window to be seen among those who land there anyway.
+    pub fn hide<'a>(&self, apiservers: impl Iterator<Item = &'a ApiserverName>, donors: &[ApiserverName]) -> f64 {
+        let rate = self.rate_elsewhere(apiservers, donors);
+        chance_of(rate) + (UNUSUAL - 1.0) * rate * WINDOW.as_secs_f64()
+    }
+
+    /// How many a second land on none of the donors: as many as leave there, which is seen at all times, and as many as came
+    /// there. An apiserver that came back a moment ago was not called while it was away, and gets an even part of all from now
+    /// on.
+    fn rate_elsewhere<'a>(&self, apiservers: impl Iterator<Item = &'a ApiserverName>, donors: &[ApiserverName]) -> f64 {
+        let donors: BTreeSet<&ApiserverName> = donors.iter().collect();
+        let of = |windows: &Windows, name: &ApiserverName| windows.each.get(name).copied().unwrap_or_default();
+        let (mut count, mut others, mut came, mut left) = (0, 0, 0.0, 0.0);
+        for name in apiservers {
+            count += 1;
+            if !donors.contains(name) {
+                others += 1;
+                came += of(&self.landings, name);
+                left += of(&self.departures, name);
+            }
+        }
+        let (rate, all) = (self.rate(), self.landings.all);
+        let even = rate * f64::from(others) / f64::from(count.max(1));
+        let came = if all > 0.0 { came * rate / all } else { 0.0 };
+        even.max(came).max(left)
+    }
 }
 
-/// How many a second, in each of the last windows.
+/// What chance adds to so many a second, in a window.
+fn chance_of(rate: f64) -> f64 {
+    DEVIATIONS * (rate * WINDOW.as_secs_f64()).sqrt()
+}
+
+/// How many a second, in each of the last windows, by apiserver.
 #[derive(Clone, Debug, Default)]
 struct Windows {
-    rates: VecDeque<f64>,
-    counted: u64,
+    windows: VecDeque<BTreeMap<ApiserverName, f64>>,
+    counted: BTreeMap<ApiserverName, u64>,
     passed: Duration,
+    /// The mean of all but the loudest windows, of all apiservers together.
+    all: f64,
+    /// And of each.
+    each: BTreeMap<ApiserverName, f64>,
 }
 
 impl Windows {
-    fn of(rates: &[f64]) -> Self {
-        let known = rates.iter().copied().filter(|rate| rate.is_finite() && *rate >= 0.0);
-        Self {
-            rates: known.take(WINDOWS).collect(),
-            ..Self::default()
+    fn of(remembered: &[BTreeMap<ApiserverName, f64>]) -> Self {
+        let mut windows = Self::default();
+        for window in remembered.iter().rev().take(WINDOWS) {
+            let known = window.iter().filter(|(_, rate)| rate.is_finite() && **rate >= 0.0);
+            windows
+                .windows
+                .push_front(known.map(|(name, rate)| (name.clone(), *rate)).collect());
         }
-    }
-
-    fn rates(&self) -> Vec<f64> {
-        self.rates.iter().copied().collect()
+        windows.reckon();
+        windows
     }
 
     /// Whoever was not heard of tells later what happened meanwhile: a window ends when all were.
-    fn add(&mut self, count: u64, passed: Duration, is_whole: bool) {
-        self.counted += count;
+    fn add(&mut self, counts: &Counts, passed: Duration, is_whole: bool) {
+        for (name, count) in counts.iter().filter(|(_, count)| *count > 0) {
+            *self.counted.entry(name.clone()).or_default() += count;
+        }
         self.passed += passed;
         if self.passed >= WINDOW && is_whole {
-            self.rates.push_back(self.counted as f64 / self.passed.as_secs_f64());
-            if self.rates.len() > WINDOWS {
-                self.rates.pop_front();
+            let seconds = self.passed.as_secs_f64();
+            let counted = std::mem::take(&mut self.counted);
+            let rates = counted.into_iter().map(|(name, count)| (name, count as f64 / seconds));
+            self.windows.push_back(rates.collect());
+            if self.windows.len() > WINDOWS {
+                self.windows.pop_front();
             }
             self.give_up();
+            self.reckon();
         }
     }
 
     /// What was counted of this window says nothing.
     fn give_up(&mut self) {
-        (self.counted, self.passed) = (0, Duration::ZERO);
+        self.counted.clear();
+        self.passed = Duration::ZERO;
     }
 
-    fn quietest(&self) -> f64 {
-        let quietest = self.rates.iter().copied().min_by(f64::total_cmp);
-        quietest.filter(|_| self.rates.len() >= FEWEST_WINDOWS).unwrap_or(0.0)
+    /// As many as the last window says, and what chance may have taken from it.
+    fn latest(&self) -> f64 {
+        let latest = self.windows.back().map_or(0.0, |window| window.values().sum());
+        latest + chance_of(latest) / WINDOW.as_secs_f64()
+    }
+
+    fn is_known(&self) -> bool {
+        self.windows.len() >= FEWEST_WINDOWS
+    }
+
+    fn reckon(&mut self) {
+        (self.all, self.each) = (0.0, BTreeMap::new());
+        if !self.is_known() {
+            return;
+        }
+        let mut windows: Vec<(f64, &BTreeMap<ApiserverName, f64>)> = self
+            .windows
+            .iter()
+            .map(|window| (window.values().sum(), window))
+            .collect();
+        windows.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+        windows.truncate(windows.len() - (LOUDEST * windows.len()).div_ceil(WINDOWS));
+        let count = windows.len() as f64;
+        for (all, window) in windows {
+            self.all += all / count;
+            for (name, rate) in window {
+                *self.each.entry(name.clone()).or_default() += rate / count;
+            }
+        }
+        debug_assert!((self.each.values().sum::<f64>() - self.all).abs() <= 1e-6 * (1.0 + self.all));
     }
 }
 
@@ -143,15 +264,29 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    /// On three apiservers, of which the last is no donor: so many on each of the donors, and there.
+    fn counts(donors: u64, elsewhere: u64) -> Vec<(ApiserverName, u64)> {
+        let name = ApiserverName::new;
+        vec![
+            (name("a"), donors / 2),
+            (name("b"), donors - donors / 2),
+            (name("c"), elsewhere),
+        ]
+    }
+
+    fn donors() -> Vec<ApiserverName> {
+        ["a", "b"].map(ApiserverName::new).to_vec()
+    }
+
     /// A second in which so many landed and left.
-    fn second(landings: u64, departures: u64, is_quiet: bool) -> Seen {
-        Seen {
-            landings,
-            departures,
+    fn second(strangers: &mut Strangers, landings: u64, departures: u64, is_quiet: bool) -> u64 {
+        strangers.left_of(Seen {
+            landings: &counts(landings, 0),
+            departures: &counts(departures, 0),
             passed: SECOND,
             is_quiet,
             is_whole: true,
-        }
+        })
     }
 
     /// So many seconds without a plan, and then sixty with one, in each of which so many of those who were told land beside
@@ -159,10 +294,10 @@ mod tests {
     fn taken_for_told(before: u64, quiet: (u64, u64), busy: (u64, u64), told_land: u64) -> u64 {
         let mut strangers = Strangers::default();
         for _ in 0..before {
-            assert_eq!(strangers.left_of(second(quiet.0, quiet.1, true)), 0);
+            assert_eq!(second(&mut strangers, quiet.0, quiet.1, true), 0);
         }
         (0..60)
-            .map(|_| strangers.left_of(second(busy.0 + told_land, busy.1, false)))
+            .map(|_| second(&mut strangers, busy.0 + told_land, busy.1, false))
             .sum()
     }
 
@@ -194,21 +329,22 @@ mod tests {
         }
     }
 
-    /// The first windows are of a start: an agent that has seen two of them takes nobody off.
+    /// The first windows are of a start: an agent that has seen two of them takes hardly anybody off.
     #[test]
-    fn an_agent_that_just_began_takes_nobody_off() {
-        assert_eq!(taken_for_told(25, (2, 2), (0, 0), 2), 120);
+    fn an_agent_that_just_began_takes_hardly_anybody_off() {
+        let taken = taken_for_told(25, (2, 2), (0, 0), 2);
+        assert!((100..=120).contains(&taken), "{taken}");
     }
 
     #[test]
     fn a_rate_that_is_over_owes_nothing() {
         let mut strangers = Strangers::default();
         for _ in 0..80 {
-            strangers.left_of(second(9, 9, true));
+            second(&mut strangers, 9, 9, true);
         }
         // They end, and one who was told lands in ten seconds: after the first window nobody is hidden any more.
         let left: Vec<u64> = (0..30)
-            .map(|at| strangers.left_of(second(u64::from(at % 10 == 9), 0, false)))
+            .map(|at| second(&mut strangers, u64::from(at % 10 == 9), 0, false))
             .collect();
         assert_eq!(left.iter().sum::<u64>(), 2, "{left:?}");
     }
@@ -226,29 +362,85 @@ mod tests {
                     _ => 0,
                 };
                 strangers.left_of(Seen {
+                    landings: &counts(count, 0),
+                    departures: &counts(count, 0),
+                    passed: SECOND,
+                    is_quiet: true,
                     is_whole,
-                    ..second(count, count, true)
                 });
             }
         }
-        let (departures, landings) = strangers.remembered();
-        for rate in departures.iter().chain(&landings).skip(1) {
-            assert!((1.6..=2.4).contains(rate), "{departures:?} {landings:?}");
+        let RememberedStrangers { departures, landings } = strangers.remembered();
+        for window in departures.iter().chain(&landings).skip(1) {
+            let rate: f64 = window.values().sum();
+            assert!((1.6..=2.4).contains(&rate), "{departures:?} {landings:?}");
         }
+    }
+
+    /// Whoever is told comes straight back, and two a second land anyway, one of three of them elsewhere, by chance: that is no
+    /// evidence, however long it goes on. Where those who are told land there too, it is seen at once.
+    #[test]
+    fn what_lands_elsewhere_anyway_is_no_evidence_and_what_lands_there_beside_it_is() {
+        for (told_elsewhere, expected) in [(0, 0..=10), (2, 800..=1_200)] {
+            let mut strangers = Strangers::default();
+            // A third of two a second, by chance: another one each time, and the same ones in each run.
+            let mut random = 1_u64;
+            let mut elsewhere = || {
+                let mut draw = || {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    u64::from((random >> 33).is_multiple_of(15))
+                };
+                (0..10).map(|_| draw()).sum::<u64>()
+            };
+            let look = |strangers: &mut Strangers, calls: u64, told: u64, is_quiet: bool| {
+                let landings = counts(1, calls + told);
+                strangers.left_of(Seen {
+                    landings: &landings,
+                    departures: &counts(1, calls),
+                    passed: SECOND,
+                    is_quiet,
+                    is_whole: true,
+                });
+                landings
+            };
+            for _ in 0..80 {
+                look(&mut strangers, elsewhere(), 0, true);
+            }
+            let evidence: u64 = (0..600)
+                .map(|_| {
+                    let landings = look(&mut strangers, elsewhere(), told_elsewhere, false);
+                    strangers.evidence(&landings, &donors(), SECOND)
+                })
+                .sum();
+            assert!(
+                expected.contains(&evidence),
+                "{told_elsewhere} a second elsewhere: {evidence}"
+            );
+        }
+        // Nobody comes anyway: each is evidence.
+        let mut strangers = Strangers::default();
+        assert_eq!(strangers.evidence(&counts(7, 1), &donors(), SECOND), 1);
+        assert!(strangers.hide(donors().iter(), &donors()).abs() < f64::EPSILON);
     }
 
     #[test]
     fn what_was_learned_outlives_the_process() {
         let mut strangers = Strangers::default();
         for _ in 0..80 {
-            strangers.left_of(second(2, 2, true));
+            second(&mut strangers, 2, 2, true);
         }
         let mut next = Strangers::resumed(&strangers.remembered());
         assert_eq!(next.remembered(), strangers.remembered());
-        assert_eq!(next.left_of(second(2, 2, false)), 0);
-        assert_eq!(
-            Strangers::resumed(&(vec![f64::NAN, -1.0], vec![])).remembered(),
-            (vec![], vec![])
-        );
+        assert_eq!(second(&mut next, 2, 2, false), 0);
+        // More windows than there may be, and what is no rate.
+        let window = |rate: f64| BTreeMap::from([(ApiserverName::new("a"), rate)]);
+        let landings: Vec<_> = (0..9).map(|rate| window(f64::from(rate))).collect();
+        let odd = RememberedStrangers {
+            departures: vec![window(f64::NAN), window(-1.0)],
+            landings: landings.clone(),
+        };
+        let remembered = Strangers::resumed(&odd).remembered();
+        assert_eq!(remembered.landings, landings[2..], "the newest");
+        assert!(remembered.departures.iter().all(BTreeMap::is_empty), "{remembered:?}");
     }
 }

@@ -75,7 +75,11 @@ fn surroundings() -> impl Strategy<Value = (Admission, Strangers, Vec<Role>, Vec
     ];
     let strangers = prop_oneof![
         Just(Strangers::default()),
-        (0.0_f64..4.0, 0.0_f64..1.2).prop_map(|(calls, probes)| Strangers { calls, probes }),
+        (0.0_f64..4.0, 0.0_f64..1.2).prop_map(|(calls, probes)| Strangers {
+            calls,
+            probes,
+            ..Strangers::default()
+        }),
     ];
     let role = prop_oneof![
         6 => Just(Role::Active),

@@ -18,7 +18,9 @@ use std::{
 
 use anyhow::Context as _;
 use rebalancer_core::{
-    agent::{Memory, RememberedEvacuation, RememberedPause, RememberedTransit, RememberedTries, Totals},
+    agent::{
+        Memory, RememberedEvacuation, RememberedPause, RememberedStrangers, RememberedTransit, RememberedTries, Totals,
+    },
     ids::{ApiserverName, ConnectionId},
     planner::Resting,
     table::ClientKey,
@@ -128,9 +130,11 @@ struct Transit {
     /// Files of before lack it.
     #[serde(default)]
     seen: BTreeMap<String, Seen>,
-    /// How many clients left and came a second, in the last windows; files of before lack it.
+    /// How many clients left and came a second, by apiserver, in the last windows; files of before lack both.
     #[serde(default)]
-    strangers: (Vec<f64>, Vec<f64>),
+    leave_untold: Vec<BTreeMap<String, f64>>,
+    #[serde(default)]
+    come_untold: Vec<BTreeMap<String, f64>>,
 }
 
 /// The totals of an apiserver's agent, as they were seen last.
@@ -179,30 +183,43 @@ impl From<Seen> for Totals {
 }
 
 impl Transit {
-    fn of(transit: &RememberedTransit) -> Self {
+    fn of(transit: &RememberedTransit, strangers: &RememberedStrangers) -> Self {
+        let window = |window: &BTreeMap<ApiserverName, f64>| {
+            let rates = window.iter();
+            rates.map(|(name, rate)| (name.as_str().to_owned(), *rate)).collect()
+        };
         let seen = transit.seen.iter();
         Self {
             told: transit.told,
             landed: transit.landed,
             told_load: transit.told_load,
-            strangers: transit.strangers.clone(),
+            leave_untold: strangers.departures.iter().map(window).collect(),
+            come_untold: strangers.landings.iter().map(window).collect(),
             seen: seen
                 .map(|(name, totals)| (name.as_str().to_owned(), (*totals).into()))
                 .collect(),
         }
     }
 
-    fn remembered(self) -> RememberedTransit {
+    fn remembered(self) -> (RememberedTransit, RememberedStrangers) {
+        let window = |window: BTreeMap<String, f64>| {
+            let rates = window.into_iter();
+            rates.map(|(name, rate)| (ApiserverName::new(name), rate)).collect()
+        };
+        let strangers = RememberedStrangers {
+            departures: self.leave_untold.into_iter().map(window).collect(),
+            landings: self.come_untold.into_iter().map(window).collect(),
+        };
         let seen = self.seen.into_iter();
-        RememberedTransit {
+        let transit = RememberedTransit {
             told: self.told,
             landed: self.landed,
             told_load: self.told_load,
-            strangers: self.strangers,
             seen: seen
                 .map(|(name, seen)| (ApiserverName::new(name), seen.into()))
                 .collect(),
-        }
+        };
+        (transit, strangers)
     }
 }
 
@@ -255,7 +272,7 @@ impl Written {
                 is_slow: memory.tries.is_slow,
             },
             next_decision: memory.next_decision,
-            transit: Transit::of(&memory.transit),
+            transit: Transit::of(&memory.transit, &memory.strangers),
             draining: memory.draining.iter().map(|id| id.0).collect(),
         }
     }
@@ -291,6 +308,7 @@ impl Written {
             }
         };
         let is_rebooted = self.up_since().is_none();
+        let (transit, strangers) = self.transit.remembered();
         Memory {
             pause: self.pause.map(|pause| RememberedPause {
                 reason: pause.reason,
@@ -317,7 +335,8 @@ impl Written {
                 is_slow: self.tries.is_slow,
             },
             next_decision: self.next_decision,
-            transit: self.transit.remembered(),
+            transit,
+            strangers,
             // Cookies begin anew with the machine, which has closed them all.
             draining: if is_rebooted {
                 Vec::new()

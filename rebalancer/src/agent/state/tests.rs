@@ -52,11 +52,17 @@ fn memory() -> Memory {
         },
         draining: vec![ConnectionId(7), ConnectionId(1 << 40)],
         next_decision: 1_001,
+        strangers: RememberedStrangers {
+            departures: vec![
+                BTreeMap::from([(ApiserverName::new("a"), 0.5), (ApiserverName::new("b"), 2.0)]),
+                BTreeMap::new(),
+            ],
+            landings: vec![BTreeMap::from([(ApiserverName::new("b"), 1.25)])],
+        },
         transit: RememberedTransit {
             told: 50,
             landed: 12,
             told_load: 50.5,
-            strangers: (vec![0.5, 2.0], vec![1.25]),
             seen: vec![(
                 ApiserverName::new("b"),
                 Totals {
