@@ -10,7 +10,7 @@ use super::{
     Agent,
     decide::even_of,
     motion::Moves,
-    ramp::Tellers,
+    ramp::{Landed, Tellers},
     rebalancing::{Rebalancing, Signs},
 };
 use crate::{
@@ -56,6 +56,9 @@ impl Agent {
         self.compare_ready(&view, now);
         self.compare_releases(&view, now);
         self.rebalancing.told(moves.told);
+        if moves.told > 0 {
+            self.ramp.others_tell(now);
+        }
         if moves.told + moves.landed > 0 {
             self.moved = now;
         }
@@ -86,7 +89,12 @@ impl Agent {
                     probe: self.probe_of(&balance),
                     interval: self.policy.interval,
                 };
-                if self.ramp.landed(moves.landed, evidence, known, now) {
+                let seen = Landed {
+                    landed: moves.landed,
+                    elsewhere: moves.elsewhere(&tellers) as u64,
+                    evidence,
+                };
+                if self.ramp.landed(seen, known, now) {
                     self.drop_unsent();
                 }
             }

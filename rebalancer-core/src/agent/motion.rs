@@ -106,6 +106,8 @@ impl Moves {
 pub(super) struct Motion {
     last: BTreeMap<ApiserverName, Totals>,
     looked: Option<Timestamp>,
+    /// Before that nobody looked for so long: the clock began with this process.
+    away: Duration,
     has_begun: bool,
     told: u64,
     landed: u64,
@@ -129,7 +131,8 @@ impl Motion {
             told: transit.told,
             landed: transit.landed.min(transit.told),
             told_load: transit.told_load,
-            looked: Some(now.back(down)),
+            looked: Some(now),
+            away: down,
             ..Self::default()
         }
     }
@@ -205,7 +208,7 @@ impl Motion {
             self.recent.pop_front();
         }
         let is_busy = view.entries.values().any(|entry| entry.snapshot.plan_in_flight);
-        let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked));
+        let passed = self.looked.map_or(Duration::ZERO, |looked| now.since(looked)) + std::mem::take(&mut self.away);
         self.looked = Some(now);
         moves.passed = passed;
         let is_quiet = self.told == 0 && !is_busy;

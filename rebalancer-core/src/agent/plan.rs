@@ -222,6 +222,7 @@ impl Agent {
             return;
         }
         plan.asked.extend(&victims);
+        victims.iter().for_each(|id| self.table.set_asked(*id, true));
         effects.push(Effect::SendGoaway(GoawayOrder {
             generation: plan.generation,
             expires_in: self.abilities.order_expiry,
@@ -246,6 +247,7 @@ impl Agent {
                 continue;
             }
             let told = *result == GoawayResult::Sent;
+            self.table.set_asked(*id, false);
             if told {
                 self.goaways_total += 1;
                 let connection = self.table.connection(*id);

@@ -34,6 +34,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(12 * 60 * 60);
 /// From this wait on moving is called futile.
 const FUTILE_WAIT: Duration = Duration::from_secs(120);
 
+/// What others tell so long after a wait began is another try than the one before it.
+const SAME_TRY: Duration = Duration::from_secs(30);
+
 /// A plan after a good one is so many times as large; eight times was tried, and is no faster.
 const GROWTH: usize = 4;
 
@@ -77,6 +80,17 @@ const ENOUGH: f64 = 40.0;
 
 /// And so long after each plan the next one is told: those who were told are seen to land by then.
 const PAUSE: Duration = Duration::from_secs(3);
+
+/// Landings of those who were told, since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Landed {
+    /// Here or elsewhere.
+    pub landed: u64,
+    /// On apiservers that are no donors.
+    pub elsewhere: u64,
+    /// Those of them that are evidence that whoever is told lands there.
+    pub evidence: u64,
+}
 
 /// What became of a plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -231,22 +245,40 @@ impl Ramp {
     }
 
     /// So many of those who were told landed since the last look, here or elsewhere, and so many of them on apiservers that
-    /// are no donors. Returns whether more are not to be told now: an apiserver is seen to start slowly.
-    pub fn landed(&mut self, landed: u64, elsewhere: u64, tellers: Tellers, now: Timestamp) -> bool {
+    /// are no donors, of whom so many are evidence that whoever is told lands there. Returns whether more are not to be told now: an apiserver is seen to start slowly.
+    pub fn landed(&mut self, seen: Landed, tellers: Tellers, now: Timestamp) -> bool {
+        let Landed {
+            landed,
+            elsewhere,
+            evidence,
+        } = seen;
         if landed == 0 {
             return false;
         }
         self.tellers = tellers;
-        let new = Landings::of(landed, elsewhere, tellers.even);
-        self.evidence.add(new, self.heard(), now);
-        if elsewhere > 0 {
+        self.evidence
+            .add(Landings::of(landed, evidence, tellers.even), self.heard(), now);
+        if evidence > 0 {
             self.admitted.get_or_insert(now);
             self.unheard = None;
-            self.helped(elsewhere, tellers.probe, now);
+            self.helped(evidence, tellers.probe, now);
         } else {
             self.unheard_of(landed, now);
         }
-        self.notice(new, now)
+        // How fast an apiserver takes them is measured by all of them, whatever they are evidence of.
+        self.notice(Landings::of(landed, elsewhere, tellers.even), now)
+    }
+
+    /// Others tell. A try is all donors' together, or what each tells is too little to be seen among strangers who land elsewhere
+    /// anyway: whoever waits for long, and does not rest from the same try, joins.
+    pub fn others_tell(&mut self, now: Timestamp) {
+        if let Next::After(until) = self.next
+            && !self.is_slow
+            && self.wait >= FUTILE_WAIT
+            && now.since(until.back(self.wait)) >= SAME_TRY
+        {
+            self.next = Next::Probe;
+        }
     }
 
     /// Whether hardly anybody lands elsewhere.

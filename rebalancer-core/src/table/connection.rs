@@ -47,6 +47,8 @@ pub struct Connection {
     pub(super) stays: bool,
     /// Whether it was counted as a landing.
     landed: bool,
+    /// Whether its shim was asked to tell it: it may end before that is answered.
+    pub(super) is_asked: bool,
     pub(super) sampled: Sampled,
     pub(super) client: Address,
     pub(super) local: Arc<SocketAddr>,
@@ -135,6 +137,7 @@ impl Connection {
             // Who was there before the agent has stayed.
             stays: seeded,
             landed: false,
+            is_asked: false,
             is_with_shim: false,
             can_be_told: true,
             identity: None,
@@ -237,11 +240,11 @@ impl Connection {
         lands
     }
 
-    /// Whether its end is that of a client whom nobody told: it has counted as load, whether or not it could have heard a GOAWAY
+    /// Whether its end is that of a client whom nobody told, nor was asked to tell: it has counted as load, whether or not it could have heard a GOAWAY
     /// at its end.
     pub(super) fn departs(&self) -> bool {
         let was_there = self.seeded && self.stays && !self.apart && self.protocol != Protocol::Unknown;
-        self.state == ConnectionState::Active && (self.landed || was_there)
+        self.state == ConnectionState::Active && !self.is_asked && (self.landed || was_there)
     }
 
     /// What it weighs.

@@ -328,6 +328,13 @@ impl ConnectionTable {
         self.departed_total
     }
 
+    /// Whether a shim is asked to tell this one: it may end before that is answered.
+    pub fn set_asked(&mut self, id: ConnectionId, is_asked: bool) {
+        if let Some((connection, _)) = self.connections.get_mut(id) {
+            connection.is_asked = is_asked;
+        }
+    }
+
     /// Clients that a shim told to go when it took its leave, since the agent started: nobody planned it, and they are on
     /// their way all the same.
     pub fn left_total(&self) -> u64 {

@@ -366,6 +366,10 @@ fn calls_that_last_do_not_hide_that_moving_is_futile() {
         ("one in five seconds for 20 s", lasting(0.2, 1, 20.0, 20.0)),
         ("300 each minute for 30 s", lasting(5.0, 300, 30.0, 30.0)),
         ("50 each minute for 30 s", lasting(50.0 / 60.0, 50, 30.0, 30.0)),
+        ("30 each 15 s for 15 s", lasting(2.0, 30, 15.0, 15.0)),
+        ("20 each 20 s for 15 s", lasting(1.0, 20, 15.0, 15.0)),
+        ("60 each 30 s for 15 s", lasting(2.0, 60, 15.0, 15.0)),
+        ("60 each 45 s for 15 s", lasting(60.0 / 45.0, 60, 15.0, 15.0)),
     ] {
         for counts in [&[300, 300, 0][..], &[30, 30, 0]] {
             let mut setup = loads(counts, LoadBalancer::Affinity, default_policy());
@@ -373,10 +377,12 @@ fn calls_that_last_do_not_hide_that_moving_is_futile() {
             setup.strangers = strangers;
             let runs: Vec<Run> = (0..count).map(|seed| run(&setup, seed)).collect();
             let most = runs.iter().map(|run| run.goaways_total).max().unwrap_or(0);
+            // Those that come together are evidence now and then; that was 3,600 an hour.
+            let allowed = if strangers.at_once > 1 { 4_500 } else { 2_000 };
             say(&format!(
-                "{counts:?}, affinity, {case}, six hours, {count} seeds: at most {most} GOAWAYs (1,500 are allowed)"
+                "{counts:?}, affinity, {case}, six hours, {count} seeds: at most {most} GOAWAYs ({allowed} are allowed)"
             ));
-            assert!(most <= 1_500, "{counts:?}, {case}: {most} GOAWAYs");
+            assert!(most <= allowed, "{counts:?}, {case}: {most} GOAWAYs");
             assert!(
                 runs.iter().all(|run| run.holds.contains_key("futile")),
                 "{counts:?}, {case}"
@@ -429,5 +435,67 @@ fn lasting(calls: f64, at_once: u32, from: f64, to: f64) -> Strangers {
         at_once,
         lasts: (from, to),
         probes: 1.1,
+    }
+}
+
+/// Calls that last make no slow start of a restart either, however many there are; and clients that ask seldom are found to land
+/// elsewhere among them.
+#[test]
+fn calls_that_last_do_not_hide_that_moving_helps() {
+    let count = seeds(3);
+    for (calls, every) in [(2.0, 1.0), (5.0, 10.0), (10.0, 10.0), (5.0, 30.0)] {
+        let mut setup = loads(&[400, 400, 400], LoadBalancer::RoundRobin, default_policy());
+        setup.groups = vec![Group {
+            requests: Spread::Constant(1.0 / every),
+            ..Group::plain(1_200)
+        }];
+        setup.strangers = lasting(calls, 1, 20.0, 20.0);
+        setup.incidents = vec![
+            (Duration::from_secs(600), Incident::Crash(2)),
+            (Duration::from_secs(630), Incident::Start(2)),
+        ];
+        setup.horizon = Horizon::Fixed(Duration::from_secs(1_800));
+        for seed in 0..count {
+            let run = run(&setup, seed);
+            let slow = run.longest_holds.get("slow_start").copied().unwrap_or_default();
+            let took = run.to_balance.map_or(f64::INFINITY, |took| took.as_secs_f64());
+            say(&format!(
+                "(400,400,400), clients that ask every {every} s, a restart among {calls} calls of 20 s a second, seed {seed}: \
+                 {} GOAWAYs, level after {took:.0} s, slow_start for {slow} s, at the end {:+.1} %",
+                run.goaways_total,
+                100.0 * run.last_skew
+            ));
+            assert!(slow <= 0.0, "seed {seed}: slow_start for {slow} s");
+            assert!(run.goaways_total <= 1_250, "seed {seed}: {}", run.goaways_total);
+            // The calls are no clients, and a twentieth of what is compared.
+            assert!(run.last_skew < 0.06, "seed {seed}: {}", run.last_skew);
+        }
+    }
+}
+
+/// Two donors behind affinity among calls, and after an hour the balancer is another one.
+#[test]
+fn two_donors_find_out_among_calls_that_the_balancer_is_another() {
+    let count = seeds(4);
+    for calls in [0.0, 2.0, 5.0] {
+        let change = 3_600;
+        let mut setup = loads(&[300, 300, 0], LoadBalancer::Affinity, default_policy());
+        setup.strangers = lasting(calls, 1, 20.0, 20.0);
+        setup.incidents = vec![(
+            Duration::from_secs(change),
+            Incident::Balancer(LoadBalancer::RoundRobin),
+        )];
+        setup.horizon = Horizon::Fixed(Duration::from_secs(4 * change));
+        for seed in 0..count {
+            let run = run(&setup, seed);
+            let took = run.to_balance.map_or(f64::INFINITY, |took| took.as_secs_f64());
+            say(&format!(
+                "(300,300,0) among {calls} calls of 20 s a second, another balancer after {change} s, seed {seed}: {} GOAWAYs, \
+                 level {took:.0} s after that, at the end {:+.1} %",
+                run.goaways_total,
+                100.0 * run.last_skew
+            ));
+            assert!(run.last_skew < 0.06, "{calls} calls, seed {seed}: {}", run.last_skew);
+        }
     }
 }

@@ -6,7 +6,12 @@
 //! Must never let the relay run where a client could name itself to the apiserver, or where it would name somebody for a
 //! certificate the apiserver does not believe.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use http::{StatusCode, header};
@@ -22,7 +27,7 @@ use super::{
     tls::{Files, chain},
     trust::{self, Authorities, AwsLc, PROXY_CA},
     unix_now,
-    upstream::Target,
+    upstream::{RULES, Target},
 };
 
 const PATH: &str = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication";
@@ -30,6 +35,9 @@ const PATH: &str = "/api/v1/namespaces/kube-system/configmaps/extension-apiserve
 /// Whom the relay says it is: a user that has no rights unless somebody gives it the Role
 /// `extension-apiserver-authentication-reader`.
 pub const USER: &str = "rebalancer-relay";
+
+/// The name that kube-apiserver has for UIDs.
+const UID: &str = "X-Remote-Uid";
 
 /// How long one look may take.
 const LOOK: Duration = Duration::from_secs(3);
@@ -50,16 +58,23 @@ struct ConfigMap {
 enum Look {
     Read(ConfigMap),
     /// The apiserver answers, and not that.
-    Refused(StatusCode),
+    Refused {
+        status: StatusCode,
+        /// It said of itself that it is ready, and so knows its rules.
+        is_ready: bool,
+    },
 }
+
+/// Since when an apiserver refuses to say whether it is ready, if it does.
+pub type Forbidden = Option<Instant>;
 
 /// Compares until something can be said; an apiserver that is not ready is asked again.
 ///
 /// # Errors
 ///
 /// What does not fit.
-pub async fn check(target: &Target, headers: &RequestHeaders) -> anyhow::Result<()> {
-    while !check_once(target, headers).await? {
+pub async fn check(target: &Target, headers: &RequestHeaders, mut forbidden: Forbidden) -> anyhow::Result<()> {
+    while !check_once(target, headers, &mut forbidden).await? {
         sleep(AGAIN).await;
     }
     Ok(())
@@ -70,7 +85,7 @@ pub async fn check(target: &Target, headers: &RequestHeaders) -> anyhow::Result<
 /// # Errors
 ///
 /// What does not fit.
-pub async fn check_once(target: &Target, headers: &RequestHeaders) -> anyhow::Result<bool> {
+pub async fn check_once(target: &Target, headers: &RequestHeaders, forbidden: &mut Forbidden) -> anyhow::Result<bool> {
     match timeout(LOOK, look(target, headers)).await {
         Ok(Ok(Look::Read(map))) => {
             for warning in compare(&map.data, headers, &target.tls.current().authorities)? {
@@ -79,7 +94,13 @@ pub async fn check_once(target: &Target, headers: &RequestHeaders) -> anyhow::Re
             tracing::info!("compared with ConfigMap kube-system/extension-apiserver-authentication: everything fits");
             return Ok(true);
         }
-        Ok(Ok(Look::Refused(status))) => {
+        // One that has just begun to listen lets nobody do anything before it knows its rules.
+        Ok(Ok(Look::Refused { is_ready: false, .. }))
+            if forbidden.get_or_insert_with(Instant::now).elapsed() < RULES =>
+        {
+            tracing::debug!("the apiserver does not say yet whether it is ready");
+        }
+        Ok(Ok(Look::Refused { status, .. })) => {
             tracing::info!(
                 %status,
                 user = USER,
@@ -111,21 +132,24 @@ async fn look(target: &Target, headers: &RequestHeaders) -> anyhow::Result<Look>
     };
     let requests = [request("/readyz")?, request(PATH)?];
     let asked = async move {
+        let mut is_ready = false;
         let mut last = None;
         for request in requests {
             sender.ready().await?;
             let answer = sender.send_request(request).await?;
             let status = answer.status();
-            anyhow::ensure!(!status.is_server_error(), "it answers {status}");
+            let says_nothing = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS);
+            anyhow::ensure!(!status.is_server_error() && !says_nothing, "it answers {status}");
             let body = Limited::new(answer.into_body(), LARGEST).collect().await;
             let body = body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes();
+            is_ready |= last.is_none() && status == StatusCode::OK;
             last = Some((status, body));
         }
         match last {
             Some((StatusCode::OK, body)) => Ok(Look::Read(
                 serde_json::from_slice(&body).context("that is no ConfigMap")?,
             )),
-            Some((status, _)) => Ok(Look::Refused(status)),
+            Some((status, _)) => Ok(Look::Refused { status, is_ready }),
             None => anyhow::bail!("nothing was asked"),
         }
     };
@@ -189,16 +213,22 @@ fn compare(
         ("requestheader-extra-headers-prefix", &headers.extra_prefix, true),
     ] {
         let theirs = list(data, key)?;
+        let has = |names: &[String], name: &str| names.iter().any(|one| one.eq_ignore_ascii_case(name));
+        let first = ours.first().map_or("", String::as_str);
         // Only UIDs may be missing where anything is: front proxies are not believed at all then.
-        if !must_be_read && theirs.as_ref().is_none_or(Vec::is_empty) {
-            let ours = ours.first().map_or("", String::as_str);
+        if !must_be_read && !theirs.as_ref().is_some_and(|theirs| has(theirs, first)) {
+            // kube-apiserver takes no list without the standard name (pkg/kubeapiserver/options/authentication.go).
+            let list = if first.eq_ignore_ascii_case(UID) {
+                UID.to_owned()
+            } else {
+                format!("{UID},{first}")
+            };
             warnings.push(format!(
-                "--{key}: the apiserver reads no header for UIDs, and clients' certificates lose theirs on the way to it; give \
-                 kube-apiserver --{key}={ours}"
+                "--{key}: the apiserver does not read `{first}`, and clients' certificates lose their UIDs on the way to it; from \
+                 Kubernetes 1.33 on, give kube-apiserver --{key}={list}"
             ));
         }
         let Some(theirs) = theirs else { continue };
-        let has = |names: &[String], name: &str| names.iter().any(|one| one.eq_ignore_ascii_case(name));
         if let Some(unknown) = theirs.iter().find(|name| !has(ours, name)) {
             anyhow::bail!(
                 "--{key} {}: the apiserver also believes `{unknown}` (ConfigMap extension-apiserver-authentication), which a \
@@ -207,7 +237,6 @@ fn compare(
                 theirs.join(",")
             );
         }
-        let first = ours.first().map_or("", String::as_str);
         if must_be_read && !has(&theirs, first) {
             anyhow::bail!(
                 "--{key} {}: the apiserver does not read `{first}`; give its own list: {}",

@@ -139,7 +139,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         config.upstream_name.clone(),
         Arc::clone(&tls),
     ));
-    let fits = discovery::check_once(&target, &headers).await?;
+    let mut forbidden = None;
+    let fits = discovery::check_once(&target, &headers, &mut forbidden).await?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let workers = Arc::new(Workers::start().context("cannot start the threads that serve connections")?);
@@ -236,7 +237,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         if fits {
             std::future::pending().await
         }
-        match discovery::check(&target, &headers).await {
+        match discovery::check(&target, &headers, forbidden).await {
             Ok(()) => std::future::pending().await,
             Err(error) => error,
         }

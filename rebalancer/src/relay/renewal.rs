@@ -38,27 +38,41 @@ impl Renewal {
             return current.until;
         };
         let first = *first;
+        // Those whose certificate has ended are answered 401 already, and say nothing of how long the others have.
+        let over = outdated.partition_point(|(until, _)| *until <= now);
+        let Some((next, _)) = outdated.get(over) else {
+            if is_ready {
+                outdated.iter().for_each(|(_, connection)| connection.lets_go());
+            }
+            return first.min(current.until);
+        };
+        let fresh = now + LONGEST.min((next - now) / 2);
         let by = match self.by {
             Some((issue, by)) if issue == current.issue => by,
             _ => {
-                let by = now + LONGEST.min((first - now) / 2);
                 tracing::info!(
                     clients = outdated.len(),
-                    seconds = (by - now).max(0),
+                    seconds = fresh - now,
                     "the front-proxy certificate has changed: clients that are served with the last one are told to go"
                 );
-                self.by = Some((current.issue, by));
+                self.by = Some((current.issue, fresh));
                 // The apiserver is asked with the new one until the next turn.
-                if first - now > LAST {
+                if next - now > LAST {
                     return first.min(current.until);
                 }
-                by
+                fresh
             }
         };
-        if is_ready || first - now <= LAST {
-            for (_, connection) in outdated.iter().take(share(outdated.len(), by - now, turn)) {
-                connection.lets_go();
-            }
+        if is_ready || next - now <= LAST {
+            let left = &outdated[over..];
+            let many = over + share(left.len(), by - now, turn);
+            outdated
+                .iter()
+                .take(many)
+                .for_each(|(_, connection)| connection.lets_go());
+        } else {
+            // The time in which nobody could be told is not made up for in one turn.
+            self.by = Some((current.issue, by.max(fresh)));
         }
         first.min(current.until)
     }
@@ -118,6 +132,39 @@ mod tests {
         }
     }
 
+    /// Somebody's `kubectl port-forward` outlives the certificate that it began with: it asks nothing any more. And one client
+    /// was not told in time.
+    #[test]
+    fn those_whose_certificate_has_ended_hurry_nobody_else() {
+        let registry = registry(100, 1, 10_000);
+        let address = SocketAddr::from(([192, 0, 2, 7], 2));
+        let lasting: Vec<_> = (100..120)
+            .map(|id| {
+                let connection = registry.open(id, address, address);
+                connection.established(Protocol::Http1, Some("alice"));
+                connection.set_front_proxy(FrontProxy { issue: 0, until: 50 });
+                connection.set_upgraded();
+                connection
+            })
+            .collect();
+        let late = registry.open(120, address, address);
+        late.established(Protocol::H2, Some("alice"));
+        late.set_front_proxy(FrontProxy { issue: 0, until: 50 });
+        let current = FrontProxy {
+            issue: 2,
+            until: i64::MAX,
+        };
+        let mut renewal = Renewal::default();
+        for now in [100, 105, 110] {
+            renewal.turn(&registry, current, false, now, TURN);
+        }
+        assert_eq!(told(&registry), 0, "the new one is not taken yet");
+        renewal.turn(&registry, current, true, 115, TURN);
+        assert!((1..=3).contains(&told(&registry)), "{} at once", told(&registry));
+        assert_eq!(renewal.turn(&registry, current, true, 120, TURN), 10_000);
+        drop(lasting);
+    }
+
     #[test]
     fn nobody_is_told_for_a_certificate_that_is_in_use_or_not_taken() {
         let mut renewal = Renewal::default();
@@ -130,8 +177,18 @@ mod tests {
             assert_eq!(renewal.turn(&older, current, false, now, TURN), 1000);
         }
         assert_eq!(told(&older), 0, "they work, and would find a port that is closed");
-        renewal.turn(&older, current, false, 940, TURN);
+        for now in (940..970).step_by(5) {
+            renewal.turn(&older, current, false, now, TURN);
+        }
         assert_eq!(told(&older), 9, "soon nothing works");
+        // While the apiserver does not take it the time is not used up: nobody is told in a rush when it does.
+        let older = registry(100, 0, 10_000);
+        let mut renewal = Renewal::default();
+        for now in (0..=4000).step_by(5) {
+            renewal.turn(&older, current, false, now, TURN);
+        }
+        renewal.turn(&older, current, true, 4005, TURN);
+        assert!(told(&older) <= 2, "{} at once", told(&older));
         // A second renewal while the first lasts.
         let mut renewal = Renewal::default();
         let two = registry(100, 0, 10_000);

@@ -28,8 +28,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use judge::is_open;
 use judge::{Found, Judge, Readiness, failed, judged};
+pub use judge::{RULES, is_open};
 
 use super::{
     metrics::Metrics,
@@ -394,17 +394,21 @@ pub async fn watch(
             Found::Ours(why) if said.as_ref() != Some(&found) => {
                 tracing::error!(why, "the apiserver cannot be asked; everything stays as it is");
             }
-            Found::State(_, why) | Found::NotReady(why) | Found::Forbidden(why) if state != before => match state {
-                Upstream::Unusable => tracing::error!(
-                    upstream = %address,
-                    why,
-                    "no client's request would get through: the port is closed, and --intercept lets go"
-                ),
-                Upstream::Unreachable => {
-                    tracing::warn!(upstream = %address, why, "the apiserver is unreachable: the port is closed")
+            Found::State(_, why) | Found::NotReady(why) | Found::Broken(why) | Found::Forbidden(why)
+                if state != before =>
+            {
+                match state {
+                    Upstream::Unusable => tracing::error!(
+                        upstream = %address,
+                        why,
+                        "no client's request would get through: the port is closed, and --intercept lets go"
+                    ),
+                    Upstream::Unreachable => {
+                        tracing::warn!(upstream = %address, why, "the apiserver is unreachable: the port is closed")
+                    }
+                    _ => tracing::info!(upstream = %address, ?state, why, "the apiserver's state"),
                 }
-                _ => tracing::info!(upstream = %address, ?state, why, "the apiserver's state"),
-            },
+            }
             _ => {}
         }
         said = Some(found);

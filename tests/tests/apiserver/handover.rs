@@ -141,12 +141,15 @@ fn a_watch_that_tells_what_exists_is_left_alone_until_that_is_over() {
 
     let marked = "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true";
     let protobuf = "application/vnd.kubernetes.protobuf;stream=watch";
-    for (query, accept, hands_over) in [
+    for (round, (query, accept, hands_over)) in [
         ("", "application/json", false),
         ("&resourceVersion=0", protobuf, false),
         (marked, "application/json", true),
         (marked, protobuf, true),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let mut reader = Reader::start(world, relay, query, accept);
         reader.read(Duration::from_secs(1));
         assert!(
@@ -169,6 +172,13 @@ fn a_watch_that_tells_what_exists_is_left_alone_until_that_is_over() {
         for _ in 0..4 {
             reader.goes_on();
         }
+        reader.read(HANDED_OVER);
+        // Behind the marker client-go would call its watch very short, and ask for everything again.
+        assert!(!reader.ended, "{query} {accept}: no event since");
+        let later = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("later-{round}")}});
+        admin
+            .make("/api/v1/namespaces/handover/configmaps", &later)
+            .expect("an object");
         reader.read(HANDED_OVER);
         assert_eq!(reader.ended, hands_over, "{query} {accept}");
     }

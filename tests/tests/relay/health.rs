@@ -13,7 +13,7 @@ use rebalancer_tests::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::world::{OK, RELAY, UPSTREAM, World, relay_between, serve};
+use crate::world::{OK, RELAY, UPSTREAM, World, relay_between, serve, serve_rules};
 
 fn is_open() -> bool {
     TcpStream::connect(RELAY).is_ok()
@@ -236,4 +236,36 @@ fn an_address_that_is_taken_is_named_with_what_to_do() {
     let ended = wait_for(PATIENCE, || relay.is_running().err()).expect("it gives up");
     let said = format!("{ended:#}");
     assert!(said.contains("another process listens there"), "{said}");
+}
+
+/// Relay and apiserver are started together: what it answers before it knows its rules, or under load, is no answer, and that it
+/// believes a header which clients could send is found out by and by.
+#[test]
+fn what_a_starting_apiserver_refuses_to_say_is_asked_again() {
+    const MAP: &str = r#"{"data": {"requestheader-username-headers": "[\"X-Remote-User\",\"X-Other-User\"]"}}"#;
+    let world = World::start(&[]);
+    for (port, status) in [
+        (7444, "403 Forbidden"),
+        (7445, "401 Unauthorized"),
+        (7446, "429 Too Many Requests"),
+    ] {
+        let upstream = SocketAddr::new(UPSTREAM.ip(), port);
+        serve_rules(&world.pki, upstream, status, 6, MAP);
+        let addresses = [SocketAddr::new(RELAY.ip(), port + 100), upstream];
+        let control = world.directory().join(format!("{port}.sock"));
+        let name = format!("before-{port}");
+        let mut relay = relay_between(
+            &world.pki,
+            world.namespace(),
+            world.directory(),
+            &control,
+            &name,
+            addresses,
+            &[],
+        );
+        let ended = wait_for(PATIENCE, || relay.is_running().err().map(drop));
+        let log = relay.log();
+        assert!(ended.is_some(), "{status}: it goes on:\n{log}");
+        assert!(log.contains("X-Other-User"), "{status}:\n{log}");
+    }
 }

@@ -334,6 +334,43 @@ pub fn serve(pki: &Pki, listen: SocketAddr, answering: bool) -> Receiver<Accepte
     accepted
 }
 
+/// An apiserver that has begun to listen: it answers so many connections with that status, whatever they ask, and is ready after
+/// that, with this ConfigMap of what it believes.
+pub fn serve_rules(pki: &Pki, listen: SocketAddr, status: &'static str, until: usize, map: &'static str) {
+    let listener = TcpListener::bind(listen).expect("a free port in a namespace of its own");
+    let config = Arc::new(server_config(pki).expect("the apiserver's certificates"));
+    thread::spawn(move || {
+        let mut looks = 0;
+        for socket in listener.incoming() {
+            let tls = ServerConnection::new(Arc::clone(&config)).expect("a session");
+            let Ok(mut peer) = Peer::accept(tls, socket.expect("a connection")) else {
+                continue;
+            };
+            looks += 1;
+            let knows = looks > until;
+            thread::spawn(move || {
+                loop {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let Ok(octet) = peer.try_read(1) else { return };
+                        head.extend(octet);
+                    }
+                    let (status, body) = match (knows, head.starts_with(b"GET /readyz ")) {
+                        (false, _) => (status, "not yet"),
+                        (true, true) => ("200 OK", "ok"),
+                        (true, false) => ("200 OK", map),
+                    };
+                    let length = body.len();
+                    let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{body}");
+                    if peer.try_send(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
 /// Answers every request with 200, and says whether it came by the relay, until the connection ends.
 fn answer_all(mut peer: Peer) {
     if peer.try_read(PREFACE.len()).is_err() {

@@ -29,6 +29,15 @@ const VAIN: Seen = Seen {
     elsewhere: 0,
 };
 
+/// So many landed, and so many of them elsewhere, all of whom are evidence.
+fn of(landed: u64, elsewhere: u64) -> Landed {
+    Landed {
+        landed,
+        elsewhere,
+        evidence: elsewhere,
+    }
+}
+
 #[test]
 fn each_plan_that_helps_makes_the_next_four_times_as_large() {
     let mut ramp = Ramp::new(at(0));
@@ -41,7 +50,7 @@ fn each_plan_that_helps_makes_the_next_four_times_as_large() {
         assert_eq!(ramp.limit(3, at(1)), Ok(next), "after {told}");
     }
     let mut in_vain = |second, landed| {
-        ramp.landed(landed, 0, TELLERS, at(second));
+        ramp.landed(of(landed, 0), TELLERS, at(second));
         ramp.settled(6, VAIN, PROBE, at(second))
     };
     let all = |told, landed| Some(Vain { told, landed });
@@ -61,17 +70,17 @@ fn each_plan_that_helps_makes_the_next_four_times_as_large() {
 fn landings_that_are_heard_of_later_are_no_doubt() {
     let few = 2;
     let mut ramp = Ramp::new(at(0));
-    ramp.landed(5, 2, TELLERS, at(1));
+    ramp.landed(of(5, 2), TELLERS, at(1));
     ramp.settled(3, seen(5, 2), few, at(1));
     let in_vain = |seconds: std::ops::Range<u64>, ramp: &mut Ramp| {
         seconds.into_iter().any(|second| {
-            ramp.landed(2, 0, TELLERS, at(second));
+            ramp.landed(of(2, 0), TELLERS, at(second));
             ramp.settled(3, VAIN, few, at(second)).is_some()
         })
     };
     assert!(!in_vain(2..8, &mut ramp), "{ramp:?}");
     // They land between two plans, and count all the same.
-    ramp.landed(8, 8, TELLERS, at(8));
+    ramp.landed(of(8, 8), TELLERS, at(8));
     assert!(!in_vain(8..14, &mut ramp), "{ramp:?}");
     assert_eq!(ramp.limit(3, at(14)), Ok(12));
     // The load balancer has lost it again.
@@ -109,9 +118,9 @@ fn who_lands_elsewhere_ends_every_wait_and_a_few_do_not_make_the_past_forgotten(
     ramp.settled(3, VAIN, PROBE, at(1_000));
     let (wait, in_vain) = ramp.tried();
     assert_eq!((wait, in_vain), (Duration::from_secs(10), 6));
-    ramp.landed(1, 1, TELLERS, at(1_001));
+    ramp.landed(of(1, 1), TELLERS, at(1_001));
     assert_eq!((ramp.limit(3, at(1_001)), ramp.tried()), (Ok(12), (wait, in_vain)));
-    ramp.landed(CERTAIN, CERTAIN, TELLERS, at(1_002));
+    ramp.landed(of(CERTAIN, CERTAIN), TELLERS, at(1_002));
     assert_eq!(ramp.tried(), (Duration::ZERO, 0));
 }
 
@@ -119,16 +128,16 @@ fn who_lands_elsewhere_ends_every_wait_and_a_few_do_not_make_the_past_forgotten(
 #[test]
 fn an_apiserver_that_starts_slowly_gets_what_it_takes_and_little_more() {
     let mut ramp = Ramp::new(at(0));
-    assert!(!ramp.landed(5, 5, TELLERS, at(1)));
+    assert!(!ramp.landed(of(5, 5), TELLERS, at(1)));
     ramp.settled(3, seen(5, 5), PROBE, at(1));
-    assert!(!ramp.landed(24, 24, TELLERS, at(4)));
+    assert!(!ramp.landed(of(24, 24), TELLERS, at(4)));
     ramp.settled(12, seen(24, 24), PROBE, at(4));
     assert_eq!(ramp.limit(3, at(4)), Ok(48), "all of them land elsewhere");
-    assert!(!ramp.landed(48, 10, TELLERS, at(7)), "one look says nothing");
-    assert!(ramp.landed(48, 10, TELLERS, at(10)), "more are not to be told now");
+    assert!(!ramp.landed(of(48, 10), TELLERS, at(7)), "one look says nothing");
+    assert!(ramp.landed(of(48, 10), TELLERS, at(10)), "more are not to be told now");
     ramp.settled(48, seen(96, 20), PROBE, at(11));
     assert_eq!(ramp.limit(3, at(11)), Err(PAUSE));
-    ramp.landed(6, 4, TELLERS, at(12));
+    ramp.landed(of(6, 4), TELLERS, at(12));
     assert_eq!(ramp.limit(3, at(12)), Err(Duration::from_secs(2)), "that ends no wait");
     assert!(ramp.look(at(14)));
     let Ok(next) = ramp.limit(3, at(14)) else {
@@ -140,12 +149,12 @@ fn an_apiserver_that_starts_slowly_gets_what_it_takes_and_little_more() {
     );
     // Nearly all land elsewhere again: it has started.
     for second in [20, 21] {
-        ramp.landed(34, 34, TELLERS, at(second));
+        ramp.landed(of(34, 34), TELLERS, at(second));
     }
     ramp.settled(17, seen(34, 34), PROBE, at(21));
     assert_eq!(ramp.limit(3, at(21)), Ok(4 * 17));
     // Long after it was admitted, fewer are no slow start.
-    assert!(!ramp.landed(96, 20, TELLERS, at(200)));
+    assert!(!ramp.landed(of(96, 20), TELLERS, at(200)));
 }
 
 /// A balancer that seeks the emptiest is known by the first few that are told while one starts slowly; and another one not.
@@ -157,18 +166,18 @@ fn what_kind_of_balancer_starts_one_slowly_is_seen() {
         ("in turn", 8, false),
     ] {
         let mut ramp = Ramp::new(at(0));
-        ramp.landed(5, 2, TELLERS, at(1));
+        ramp.landed(of(5, 2), TELLERS, at(1));
         ramp.settled(12, seen(5, 2), PROBE, at(1));
         for second in [6, 8] {
-            ramp.landed(90, 14, TELLERS, at(second));
+            ramp.landed(of(90, 14), TELLERS, at(second));
         }
         assert!(ramp.is_slow() && !ramp.takes_all, "{kind}: {ramp:?}");
         // Who was told before that was seen says nothing.
-        ramp.landed(60, 60, TELLERS, at(10));
+        ramp.landed(of(60, 60), TELLERS, at(10));
         assert!(ramp.is_slow(), "{kind}");
         assert!(ramp.look(at(11)));
         for _ in 0..2 {
-            ramp.landed(20, elsewhere / 2, TELLERS, at(13));
+            ramp.landed(of(20, elsewhere / 2), TELLERS, at(13));
         }
         assert_eq!(ramp.takes_all, seeks, "{kind}: {ramp:?}");
     }
@@ -180,7 +189,7 @@ fn an_even_choice_is_no_slow_start() {
     let mut ramp = Ramp::new(at(0));
     for (second, told, landed, elsewhere) in [(1, 3, 5, 4), (11, 12, 24, 5), (21, 48, 90, 22), (31, 192, 380, 110)] {
         for later in [0, 3] {
-            let slow = ramp.landed(landed / 2, elsewhere / 2, TELLERS, at(second + later));
+            let slow = ramp.landed(of(landed / 2, elsewhere / 2), TELLERS, at(second + later));
             assert!(!slow, "{elsewhere} of {landed}");
         }
         ramp.settled(told, seen(landed, elsewhere), PROBE, at(second));
@@ -196,12 +205,12 @@ fn a_donor_less_for_a_moment_makes_no_slow_start() {
         ..TELLERS
     };
     let mut ramp = Ramp::new(at(0));
-    ramp.landed(5, 2, TELLERS, at(1));
+    ramp.landed(of(5, 2), TELLERS, at(1));
     ramp.settled(12, seen(5, 2), PROBE, at(1));
     for second in [5, 6, 7] {
-        assert!(!ramp.landed(27, 9, TELLERS, at(second)), "{ramp:?}");
+        assert!(!ramp.landed(of(27, 9), TELLERS, at(second)), "{ramp:?}");
     }
-    assert!(!ramp.landed(6, 4, alone, at(8)), "{ramp:?}");
+    assert!(!ramp.landed(of(6, 4), alone, at(8)), "{ramp:?}");
 }
 
 #[test]
@@ -219,15 +228,15 @@ fn nobody_who_has_landed_yet_says_nothing() {
 #[test]
 fn a_restart_goes_on_with_as_many_as_before_and_knows_a_slow_start() {
     let mut ramp = Ramp::new(at(0));
-    ramp.landed(5, 5, TELLERS, at(1));
+    ramp.landed(of(5, 5), TELLERS, at(1));
     ramp.settled(12, seen(24, 24), PROBE, at(4));
     let next = Ramp::resumed(&ramp.remembered(at(5)), Duration::from_secs(2), at(7));
     assert_eq!(next.limit(3, at(7)), Ok(48));
     let next = Ramp::resumed(&ramp.remembered(at(5)), FRESH, at(170));
     assert!(next.is_probe() && !next.is_slow(), "{next:?}");
-    ramp.landed(24, 24, TELLERS, at(5));
-    ramp.landed(48, 10, TELLERS, at(6));
-    assert!(ramp.landed(48, 10, TELLERS, at(8)) && ramp.is_slow(), "{ramp:?}");
+    ramp.landed(of(24, 24), TELLERS, at(5));
+    ramp.landed(of(48, 10), TELLERS, at(6));
+    assert!(ramp.landed(of(48, 10), TELLERS, at(8)) && ramp.is_slow(), "{ramp:?}");
     let next = Ramp::resumed(&ramp.remembered(at(8)), Duration::from_secs(1), at(9));
     assert!(next.is_slow() && next.takes_all, "{next:?}");
     assert_eq!(next.limit(3, at(9)), Err(Duration::from_secs(2)));
@@ -250,4 +259,21 @@ fn a_restart_goes_on_with_what_is_left_of_a_wait() {
         (Duration::from_secs(3_600), 43),
         "short waits while it is fresh never shorten it"
     );
+}
+
+#[test]
+fn who_waits_for_long_joins_the_try_of_others() {
+    for (wait, since, joins) in [(60, 50, false), (240, 10, false), (240, 40, true), (10_240, 40, true)] {
+        let mut ramp = Ramp::new(at(0));
+        ramp.wait = Duration::from_secs(wait);
+        ramp.next = Next::After(at(1_000 + wait));
+        ramp.others_tell(at(1_000 + since));
+        assert_eq!(ramp.next == Next::Probe, joins, "{since} s of {wait}");
+    }
+    let mut ramp = Ramp::new(at(0));
+    ramp.others_tell(at(5));
+    assert_eq!(ramp.next, Next::Probe);
+    ramp.next = Next::UpTo(7);
+    ramp.others_tell(at(5));
+    assert_eq!(ramp.next, Next::UpTo(7));
 }

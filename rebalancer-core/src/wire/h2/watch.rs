@@ -22,6 +22,10 @@ pub enum Beginning {
     State,
     /// The same, and a bookmark says where it ends (KEP-3157).
     MarkedState,
+    /// That bookmark has come, and no event since. A client puts what it was told in its store now; when its watch ends at once
+    /// and without an event, client-go calls it very short and asks for everything again (k8s.io/client-go/tools/cache/
+    /// reflector.go, v0.36.2, `handleAnyWatch`).
+    Told,
 }
 
 impl Watch {

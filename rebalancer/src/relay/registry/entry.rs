@@ -192,14 +192,16 @@ impl Connection {
         let _ = self.front_proxy.set(certificate);
     }
 
-    /// When the certificate ends by which it is served, if it is another than that issue and nobody has told it to go.
+    /// When the certificate ends by which it is served, if it is another than that issue and nobody has told it to go. One that
+    /// was upgraded asks the apiserver nothing any more, and cannot be told.
     pub(super) fn outdated(&self, issue: u64) -> Option<i64> {
         let certificate = self.front_proxy.get().filter(|own| own.issue != issue)?;
+        let known = self.known();
         let is_told = matches!(
-            self.known().telling,
+            known.telling,
             Telling::Due { until: None } | Telling::Ordered | Telling::Told | Telling::Final
         );
-        (!is_told).then_some(certificate.until)
+        (!is_told && !known.upgraded).then_some(certificate.until)
     }
 
     /// When its own certificate ends, in seconds since 1970, if it is a user's that is believed.

@@ -16,7 +16,7 @@ const FAILURES: u32 = 2;
 /// An apiserver that has begun to listen lets nobody do anything before it knows its rules (RBAC), and one whose rules let
 /// nobody ask for `/readyz` answers the same for ever: so long after the first such answer it is the latter. One that has
 /// no rules by then ends itself (pkg/registry/rbac/rest/storage_rbac.go, `EnsureRBACPolicy`).
-const RULES: Duration = Duration::from_secs(30);
+pub const RULES: Duration = Duration::from_secs(30);
 
 /// What a check found, and in what words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum Found {
     State(Upstream, String),
     /// It says that it is not ready: one that starts, or one that was ready and whose etcd is overloaded or away.
     NotReady(String),
+    /// It was reached and ended the connection: it starts, or a packet was lost.
+    Broken(String),
     /// It knows who asks, and does not let him: its rules are like that, or are not there yet.
     Forbidden(String),
     /// Nothing was learned: the relay itself lacks something.
@@ -53,6 +55,8 @@ pub struct Judge {
     forbidden: Option<Instant>,
     /// Which listening socket the one had that was ready last, where that is known.
     was_ready: Option<Option<u64>>,
+    /// Whether it ended the last check's connection.
+    is_broken: bool,
 }
 
 impl Judge {
@@ -63,11 +67,13 @@ impl Judge {
             failures: 0,
             forbidden: None,
             was_ready: None,
+            is_broken: false,
         }
     }
 
     /// Takes in what was found, and on which socket the apiserver listened when it was connected to last.
     pub fn take(&mut self, found: &Found, listener: Option<u64>, now: Instant) -> Upstream {
+        let was_broken = std::mem::replace(&mut self.is_broken, matches!(found, Found::Broken(_)));
         match found {
             Found::Ours(_) => {}
             // Its clients are where they were, and so is what it knows: only what it needs does not answer in time.
@@ -91,6 +97,11 @@ impl Judge {
                     Upstream::Ready
                 };
             }
+            Found::Broken(_) => {
+                self.failures = 0;
+                self.state = Upstream::Starting;
+                self.forbidden = None;
+            }
             Found::State(state, _) => {
                 self.failures = if found.is_bad() { self.failures + 1 } else { 0 };
                 if self.failures == 0 || self.failures >= FAILURES || !is_open(self.state) {
@@ -105,6 +116,8 @@ impl Judge {
         match self.state {
             Upstream::Ready => self.was_ready = Some(listener),
             Upstream::Overloaded | Upstream::Unknown => {}
+            // One connection that ends is no other apiserver.
+            Upstream::Starting if self.is_broken && !was_broken => {}
             // Whoever comes back has begun anew.
             Upstream::Starting | Upstream::Unreachable | Upstream::Unusable => self.was_ready = None,
         }
@@ -143,7 +156,11 @@ pub fn failed(error: &(dyn std::error::Error + 'static), what: &str) -> Found {
         }
         cause = error.source();
     }
-    Found::State(if tls { Upstream::Unusable } else { Upstream::Starting }, why)
+    if tls {
+        Found::State(Upstream::Unusable, why)
+    } else {
+        Found::Broken(why)
+    }
 }
 
 /// What the answer to `/readyz` means.
@@ -235,7 +252,7 @@ mod tests {
         };
         let state = |status: u16| match judged(status, "ok") {
             Found::State(state, _) => state,
-            Found::NotReady(why) | Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
+            Found::NotReady(why) | Found::Broken(why) | Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
         };
         assert_eq!([200, 404].map(state), [Upstream::Ready; 2]);
         assert!(matches!(judged(403, ""), Found::Forbidden(_)));
@@ -258,6 +275,7 @@ mod tests {
         let slow = Found::State(Upstream::Overloaded, String::new());
         let gone = Found::State(Upstream::Unreachable, String::new());
         let ends = Found::State(Upstream::Starting, String::new());
+        let broken = Found::Broken(String::new());
         let not_ready = Found::NotReady(String::new());
         for (before, listener, expected) in [
             (&[][..], Some(1), Upstream::Starting),
@@ -269,6 +287,10 @@ mod tests {
             (&[&ready, &gone], Some(1), Upstream::Overloaded),
             (&[&ready, &gone, &gone], Some(1), Upstream::Starting),
             (&[&ready, &ends], Some(1), Upstream::Starting),
+            (&[&ready, &broken], Some(1), Upstream::Overloaded),
+            (&[&ready, &broken], Some(2), Upstream::Starting),
+            (&[&ready, &broken, &broken], Some(1), Upstream::Starting),
+            (&[&ready, &broken, &not_ready, &broken], Some(1), Upstream::Overloaded),
         ] {
             let mut judge = Judge::new();
             for found in before {
