@@ -174,8 +174,8 @@ impl Strangers {
     }
 
     /// How many a second land on none of the donors: as many as leave there, which is seen at all times, and no more than came
-    /// there while nobody was told. An apiserver that came back a moment ago was not called while it was away, and gets an even part of all from now
-    /// on.
+    /// there while nobody was told. An apiserver that came back a moment ago was not called while it was away, and gets an even
+    /// part of all from now on.
     fn rate_elsewhere<'a>(&self, apiservers: impl Iterator<Item = &'a ApiserverName>, donors: &[ApiserverName]) -> f64 {
         let donors: BTreeSet<&ApiserverName> = donors.iter().collect();
         let of = |windows: &Windows, name: &ApiserverName| windows.each.get(name).copied().unwrap_or_default();

@@ -67,7 +67,7 @@ pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
 pub use tls::Files;
-use tls::{Changed, Reloader};
+use tls::{Changed, Loaded, Reloader};
 use upstream::{Checks, Target};
 use workers::Workers;
 
@@ -231,7 +231,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::spawn(pacing::run(Arc::clone(&registry), settings));
     }
     tokio::spawn(expiry::run(config.files, Arc::clone(&registry), Arc::clone(&metrics)));
-    tokio::spawn(sweep(tls, Arc::clone(&registry), complaints, metrics, config.limits));
+    tokio::spawn(sweep(
+        Arc::clone(&target),
+        Arc::clone(&headers),
+        Arc::clone(&registry),
+        complaints,
+        metrics,
+        config.limits,
+    ));
 
     let unfit = async {
         if fits {
@@ -316,18 +323,44 @@ fn unix_now() -> u64 {
     now.map_or(0, |since| since.as_secs())
 }
 
+/// Uses changed files; but a front proxy's certificate that the apiserver does not take would close a port that works, so the last
+/// one is used for as long as it is good.
+async fn adopt(target: &Target, headers: &RequestHeaders, loaded: Loaded, now: i64, refused: &mut bool) -> Changed {
+    let tls = &target.tls;
+    let until = tls.current().front_proxy_certificate.until;
+    let stays = match loaded.front_proxy() {
+        Some(new) if now < until => !upstream::takes(target, headers, new).await,
+        _ => false,
+    };
+    if stays && !*refused {
+        tracing::error!(
+            seconds = until - now,
+            "the apiserver does not take the new --proxy-client-cert: the last one is used until it ends; is the new one signed by \
+             the apiserver's --requestheader-client-ca-file, valid already, and its name allowed?"
+        );
+    }
+    *refused = stays;
+    if stays {
+        tls.adopt_others(loaded)
+    } else {
+        tls.adopt(loaded)
+    }
+}
+
 /// Looks at files, idle connections and drain deadlines.
 async fn sweep(
-    tls: Arc<Reloader>,
+    target: Arc<Target>,
+    headers: Arc<RequestHeaders>,
     registry: Arc<Registry>,
     complaints: Arc<Complaints>,
     metrics: Arc<Metrics>,
     limits: Limits,
 ) {
+    let tls = Arc::clone(&target.tls);
     let mut renewal = Renewal::default();
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failing = false;
+    let (mut failing, mut refused) = (false, false);
     loop {
         ticks.tick().await;
         service::alive();
@@ -354,7 +387,12 @@ async fn sweep(
         let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
         let is_ready = registry.upstream() == Upstream::Ready;
         metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, is_ready, now, SWEEP));
-        match tls.reload() {
+        let changed = match tls.look() {
+            Ok(None) => Ok(Changed::Nothing),
+            Ok(Some(loaded)) => Ok(adopt(&target, &headers, loaded, now, &mut refused).await),
+            Err(error) => Err(error),
+        };
+        match changed {
             Ok(Changed::Nothing) => {}
             Ok(Changed::Certificates) => tracing::info!("certificates have changed: new connections use them"),
             Ok(Changed::Authorities) => {

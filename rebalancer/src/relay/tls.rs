@@ -34,6 +34,7 @@ pub const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 const CLIENT_CA: &str = "--client-ca";
 const PROXY_CERTIFICATE: &str = "--proxy-client-cert";
 const PROXY_KEY: &str = "--proxy-client-key";
+const UPSTREAM_CA: &str = "--upstream-ca";
 
 /// The PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +87,7 @@ impl Files {
             (CLIENT_CA, self.client_ca.as_path()),
             (PROXY_CERTIFICATE, self.proxy_certificate.as_path()),
             (PROXY_KEY, self.proxy_key.as_path()),
-            ("--upstream-ca", self.upstream_ca.as_path()),
+            (UPSTREAM_CA, self.upstream_ca.as_path()),
         ]);
         all.extend(self.proxy_ca.as_deref().map(|path| (PROXY_CA, path)));
         all
@@ -134,7 +135,7 @@ impl Tls {
         };
         let by_address = by_address.into_iter().map(at).collect();
 
-        let upstream = ServerCertificates::new(trust::readable_bundle(&files.upstream_ca, "--upstream-ca")?);
+        let upstream = ServerCertificates::new(trust::readable_bundle(&files.upstream_ca, UPSTREAM_CA)?);
         let towards_upstream = || {
             let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
             // As client-go judges it: see there.
@@ -237,17 +238,17 @@ impl Reloader {
         Arc::clone(&self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner()).0)
     }
 
-    /// Loads the files again when one has changed, and says what did; connections that are open stay.
+    /// Loads the files again when one has changed; nothing uses them yet.
     ///
     /// # Errors
     ///
-    /// As [`Self::new`]; the configurations in use stay.
-    pub fn reload(&self) -> anyhow::Result<Changed> {
+    /// As [`Self::new`].
+    pub fn look(&self) -> anyhow::Result<Option<Loaded>> {
         let hashes = hash_all(&self.files)?;
-        let (counts, authorities) = {
+        let (counts, authorities, front_proxy_alone) = {
             let (current, before) = &*self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
             if *before == hashes {
-                return Ok(Changed::Nothing);
+                return Ok(None);
             }
             let all = self.files.all();
             let changed = |flags: [&str; 2]| {
@@ -260,15 +261,67 @@ impl Reloader {
                 authorities: current.generation + u64::from(authorities),
                 front_proxies: current.front_proxy_certificate.issue + u64::from(front_proxy),
             };
-            (counts, authorities)
+            (counts, authorities, front_proxy && !changed([UPSTREAM_CA; 2]))
         };
-        let tls = Arc::new(Tls::load(&self.files, &self.headers, counts)?);
-        *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (tls, hashes);
-        Ok(if authorities {
+        Ok(Some(Loaded {
+            tls: Tls::load(&self.files, &self.headers, counts)?,
+            hashes,
+            authorities,
+            front_proxy_alone,
+        }))
+    }
+
+    /// New connections use them from now on; connections that are open stay.
+    pub fn adopt(&self, loaded: Loaded) -> Changed {
+        let Loaded {
+            tls,
+            hashes,
+            authorities,
+            ..
+        } = loaded;
+        *self.current.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = (Arc::new(tls), hashes);
+        if authorities {
             Changed::Authorities
         } else {
             Changed::Certificates
-        })
+        }
+    }
+
+    /// The same, but the front proxy's certificate in use stays in use: the next look finds the new one again.
+    pub fn adopt_others(&self, mut loaded: Loaded) -> Changed {
+        let (current, before) = {
+            let current = self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+            (Arc::clone(&current.0), current.1.clone())
+        };
+        let hashes = loaded.hashes.iter_mut().zip(&before);
+        for ((flag, _), (hash, before)) in self.files.all().iter().zip(hashes) {
+            if [PROXY_CERTIFICATE, PROXY_KEY].contains(flag) {
+                hash.clone_from(before);
+            }
+        }
+        if loaded.hashes == before {
+            return Changed::Nothing;
+        }
+        loaded.tls.front_proxy = Arc::clone(&current.front_proxy);
+        loaded.tls.front_proxy_certificate = current.front_proxy_certificate;
+        self.adopt(loaded)
+    }
+}
+
+/// What the files say by now.
+pub struct Loaded {
+    tls: Tls,
+    hashes: Vec<Vec<u8>>,
+    /// Who vouches for clients has changed.
+    authorities: bool,
+    /// Of what the apiserver is connected to with, the front proxy's certificate has changed, and nothing else.
+    front_proxy_alone: bool,
+}
+
+impl Loaded {
+    /// Towards the apiserver, with the front proxy's new certificate, if that alone is another.
+    pub fn front_proxy(&self) -> Option<&Arc<ClientConfig>> {
+        self.front_proxy_alone.then_some(&self.tls.front_proxy)
     }
 }
 

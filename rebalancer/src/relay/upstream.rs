@@ -263,18 +263,7 @@ impl Checks {
     }
 
     fn request(&self, path: &'static str) -> http::Request<Empty<bytes::Bytes>> {
-        let mut request = http::Request::new(Empty::new());
-        *request.uri_mut() = http::Uri::from_static(path);
-        let headers = request.headers_mut();
-        if let Ok(host) = http::HeaderValue::from_str(&self.target.name.to_str()) {
-            headers.insert(http::header::HOST, host);
-        }
-        let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
-        headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
-        if let Ok(username) = http::HeaderName::try_from(&self.username) {
-            headers.insert(username, http::HeaderValue::from_static(CHECK_USER));
-        }
-        request
+        request(&self.target, &self.username, path)
     }
 
     async fn open(&self, tls: Arc<Tls>) -> Result<Kept, Found> {
@@ -360,6 +349,44 @@ async fn ask(
     let body = Limited::new(answer.into_body(), LONGEST_READINESS).collect().await;
     let text = body.map_or_else(|_| bytes::Bytes::new(), http_body_util::Collected::to_bytes);
     Ok(Readiness::new(status, &text))
+}
+
+/// A request of the check's own user, whom that header names.
+fn request(target: &Target, username: &str, path: &'static str) -> http::Request<Empty<bytes::Bytes>> {
+    let mut request = http::Request::new(Empty::new());
+    *request.uri_mut() = http::Uri::from_static(path);
+    let headers = request.headers_mut();
+    if let Ok(host) = http::HeaderValue::from_str(&target.name.to_str()) {
+        headers.insert(http::header::HOST, host);
+    }
+    let agent = concat!("rebalancer/", env!("CARGO_PKG_VERSION"));
+    headers.insert(http::header::USER_AGENT, http::HeaderValue::from_static(agent));
+    if let Ok(username) = http::HeaderName::try_from(username) {
+        headers.insert(username, http::HeaderValue::from_static(CHECK_USER));
+    }
+    request
+}
+
+/// Whether the apiserver believes a front proxy with that certificate, as far as it says.
+pub async fn takes(target: &Target, headers: &RequestHeaders, front_proxy: &Arc<ClientConfig>) -> bool {
+    let [username, ..] = headers.written();
+    let asked = async {
+        let stream = target.connect(front_proxy, b"http/1.1").await;
+        let stream = stream.map_err(|error| failed(&error, "TLS with it fails"))?;
+        let closes = |error: hyper::Error| failed(&error, "it closes the connection");
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(closes)?;
+        let answer = ask(&mut sender, request(target, &username, "/readyz"));
+        tokio::select! {
+            answer = answer => Ok(judged(&answer.map_err(closes)?)),
+            Err(error) = connection => Err(closes(error)),
+        }
+    };
+    match timeout(CHECK, asked).await {
+        Ok(Ok(found) | Err(found)) => !matches!(found, Found::State(Upstream::Unusable, _)),
+        Err(_) => true,
+    }
 }
 
 /// Follows the apiserver's state until nobody is interested.
