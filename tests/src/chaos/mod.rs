@@ -25,8 +25,9 @@ pub(crate) use self::{
 use self::{look::Look, report::Noticed};
 use crate::{demo::scene::check_interrupt, process::wait_for};
 
-/// How long a cluster may take to serve all clients again, and then to be level.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// How long a cluster may take to serve all clients again, and then to be level: where two apiservers were restarted one after the
+/// other, agents wait five minutes for the third before they spread clients.
+const PATIENCE: Duration = Duration::from_secs(240 + 300);
 
 /// For how long nothing more may happen after that.
 const QUIET: Duration = Duration::from_secs(8);
