@@ -149,7 +149,10 @@ impl Report {
             "GOAWAYs, and the sum of the least that levels",
             format!("{}, {}", self.goaways, self.lower_bound),
         );
-        line("not level in nine minutes (an upgrade is waited for five)", self.not_level.to_string());
+        line(
+            "not level in nine minutes (an upgrade is waited for five)",
+            self.not_level.to_string(),
+        );
         line("wrong connections in the tables", self.wrong_connections.to_string());
         for (what, (first, last)) in stayed(&self.samples) {
             line(
