@@ -205,12 +205,7 @@ fn those_who_drain_for_minutes_are_on_their_way_all_the_time() {
     let count = seeds(3);
     for (balancer, needed) in [(LoadBalancer::Leastconn, 376.0), (LoadBalancer::RoundRobin, 1_128.0)] {
         let mut setup = loads(&[600, 600, 0], balancer, default_policy());
-        let watchers = Group {
-            requests: Spread::Constant(0.0),
-            watches: 2,
-            ..Group::plain(840)
-        };
-        setup.groups = vec![watchers, Group::plain(360)];
+        setup.groups = seven_of_ten_watch();
         setup.horizon = Horizon::Fixed(Duration::from_secs(3_600));
         setup.strangers = Strangers {
             calls: 2.0,
@@ -274,10 +269,7 @@ fn short_calls_make_no_slow_start_of_a_restart() {
         probes: 1.1,
         ..Strangers::default()
     };
-    setup.incidents = vec![
-        (Duration::from_secs(600), Incident::Crash(2)),
-        (Duration::from_secs(630), Incident::Start(2)),
-    ];
+    setup.incidents = restart_at(600);
     setup.horizon = Horizon::Fixed(Duration::from_secs(1_200));
     for seed in 0..count {
         let run = run(&setup, seed);
@@ -398,17 +390,9 @@ fn calls_that_last_do_not_pay_for_those_who_drain() {
     let count = seeds(3);
     for strangers in [lasting(2.0, 1, 20.0, 20.0), lasting(2.0, 1, 10.0, 60.0)] {
         let mut setup = loads(&[400, 400, 400], LoadBalancer::RoundRobin, default_policy());
-        let watchers = Group {
-            requests: Spread::Constant(0.0),
-            watches: 2,
-            ..Group::plain(840)
-        };
-        setup.groups = vec![watchers, Group::plain(360)];
+        setup.groups = seven_of_ten_watch();
         setup.strangers = strangers;
-        setup.incidents = vec![
-            (Duration::from_secs(900), Incident::Crash(2)),
-            (Duration::from_secs(930), Incident::Start(2)),
-        ];
+        setup.incidents = restart_at(900);
         setup.horizon = Horizon::Fixed(Duration::from_secs(3_600));
         for seed in 0..count {
             let run = run(&setup, seed);
@@ -426,6 +410,24 @@ fn calls_that_last_do_not_pay_for_those_who_drain() {
             assert!(run.last_skew < 0.10, "seed {seed}: {}", run.last_skew);
         }
     }
+}
+
+/// 1,200 clients, of whom seven of ten only watch.
+fn seven_of_ten_watch() -> Vec<Group> {
+    let watchers = Group {
+        requests: Spread::Constant(0.0),
+        watches: 2,
+        ..Group::plain(840)
+    };
+    vec![watchers, Group::plain(360)]
+}
+
+/// The third apiserver dies then, and is back half a minute later.
+fn restart_at(second: u64) -> Vec<(Duration, Incident)> {
+    vec![
+        (Duration::from_secs(second), Incident::Crash(2)),
+        (Duration::from_secs(second + 30), Incident::Start(2)),
+    ]
 }
 
 /// So many calls a second, so many of them at once, that last so many seconds.
@@ -450,10 +452,7 @@ fn calls_that_last_do_not_hide_that_moving_helps() {
             ..Group::plain(1_200)
         }];
         setup.strangers = lasting(calls, 1, 20.0, 20.0);
-        setup.incidents = vec![
-            (Duration::from_secs(600), Incident::Crash(2)),
-            (Duration::from_secs(630), Incident::Start(2)),
-        ];
+        setup.incidents = restart_at(600);
         setup.horizon = Horizon::Fixed(Duration::from_secs(1_800));
         for seed in 0..count {
             let run = run(&setup, seed);

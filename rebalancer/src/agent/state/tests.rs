@@ -1,10 +1,15 @@
 //! The state file on real disks, whole, torn, too large, and on one that takes nothing.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
 
 use rebalancer_core::{
-    agent::{Switch, SwitchPause},
-    ids::ApiserverName,
+    agent::{
+        RememberedEvacuation, RememberedPause, RememberedStrangers, RememberedTransit, RememberedTries, Switch,
+        SwitchPause, Totals,
+    },
+    ids::{ApiserverName, ConnectionId},
+    planner::Resting,
+    table::ClientKey,
 };
 
 use super::*;
