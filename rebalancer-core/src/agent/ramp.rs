@@ -245,7 +245,8 @@ impl Ramp {
     }
 
     /// So many of those who were told landed since the last look, here or elsewhere, and so many of them on apiservers that
-    /// are no donors, of whom so many are evidence that whoever is told lands there. Returns whether more are not to be told now: an apiserver is seen to start slowly.
+    /// are no donors, of whom so many are evidence that whoever is told lands there. Returns whether more are not to be told now:
+    /// an apiserver is seen to start slowly.
     pub fn landed(&mut self, seen: Landed, tellers: Tellers, now: Timestamp) -> bool {
         let Landed {
             landed,
