@@ -19,7 +19,7 @@ use rebalancer_core::wire::{
     h2::relay::{Relay, Settings},
     rewrite::IdentityNames,
 };
-use rustls::pki_types::CertificateDer;
+use rustls::{ClientConfig, pki_types::CertificateDer};
 use socket2::{SockFilter, SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -32,10 +32,11 @@ use super::{
     Limits,
     admission::{Admission, Place},
     complaints::{Cause, Complaints},
-    header, http1,
+    header,
+    http1::{self, Renews},
     identity::Claim,
     metrics::Metrics,
-    pump::{self, End},
+    pump::{self, Behind, End},
     registry::{Connection, Registry},
     stream::{self, ClientStream, ServerStream},
     takeover::Listening,
@@ -158,6 +159,16 @@ pub async fn run(
             seen = state(&mut upstream, |seen| upstream::is_open(*seen)) => if !seen { return },
             _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
         }
+        // Nobody is let in who would find nobody: until the next check nothing is known.
+        if door.target.is_gone() {
+            inherited = None;
+            door.listening.set(None);
+            tokio::select! {
+                seen = upstream.changed() => if seen.is_err() { return },
+                _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
+            }
+            continue;
+        }
         let listener = match inherited.take().map_or_else(|| bind(door.listen).map(Arc::new), Ok) {
             Ok(listener) => listener,
             Err(error) => {
@@ -173,7 +184,12 @@ pub async fn run(
         tracing::info!(address = %door.listen, upstream = %door.target.address, "listening");
         loop {
             tokio::select! {
-                accepted = listener.accept() => door.accepted(accepted).await,
+                accepted = listener.accept() => {
+                    if accepted.is_err() && !door.listening.is_open() {
+                        break;
+                    }
+                    door.accepted(accepted).await;
+                }
                 seen = state(&mut upstream, |seen| !upstream::is_open(*seen)) => {
                     if !seen {
                         return;
@@ -440,14 +456,10 @@ impl Door {
             self.complaints.complain(Cause::Limit, connection.client(), no_place);
         })?;
         let config = if known { &tls.front_proxy } else { &tls.anonymous };
-        let began = Instant::now();
-        let server = timeout(limit, self.target.connect(config, ALPN[usize::from(!h2)]))
+        let server = self
+            .connect(connection, config, h2)
             .await
-            .map_err(io::Error::from)
-            .flatten()
-            .inspect_err(|error| self.unreachable(connection, error))
             .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
-        self.metrics.connected(began.elapsed());
         if known {
             connection.set_front_proxy(tls.front_proxy_certificate);
         }
@@ -460,10 +472,25 @@ impl Door {
         })
     }
 
-    fn unreachable(&self, connection: &Connection, error: &io::Error) {
+    async fn connect(&self, connection: &Connection, config: &Arc<ClientConfig>, h2: bool) -> io::Result<ClientStream> {
+        let began = Instant::now();
+        let connecting = self.target.connect(config, ALPN[usize::from(!h2)]);
+        let server = timeout(self.limits.handshake_timeout, connecting)
+            .await
+            .map_err(io::Error::from)
+            .flatten();
+        match &server {
+            Ok(_) => self.metrics.connected(began.elapsed()),
+            Err(error) => self.unreachable(connection, error).await,
+        }
+        server
+    }
+
+    async fn unreachable(&self, connection: &Connection, error: &io::Error) {
         if !self.runs_out(connection.client(), error) {
             self.complaints.complain(Cause::Upstream, connection.client(), error);
             self.doubt.notify_one();
+            self.breaks().await;
         }
     }
 
@@ -496,7 +523,7 @@ impl Door {
                 ping: random::u64().to_be_bytes(),
                 watch_handover: self.limits.watch_handover.is_some(),
             });
-            pump::run(Begun::new(client, first), server, relay, connection).await
+            pump::run(Begun::new(client, first), server, relay, connection, self).await
         } else {
             let settings = http1::Settings {
                 policy,
@@ -504,7 +531,7 @@ impl Door {
                 max_header_bytes: self.limits.max_head_bytes,
                 idle: self.limits.idle_timeout,
             };
-            Box::pin(http1::run(client, first, server, settings)).await
+            Box::pin(http1::run(client, first, server, settings, self)).await
         };
         match &end {
             // What is lacking here says nothing of the apiserver.
@@ -515,6 +542,43 @@ impl Door {
         Ok(end)
     }
 }
+
+impl Renews<ClientStream> for Door {
+    async fn renewed(&self, connection: &Connection) -> Option<ClientStream> {
+        let tls = self.tls.current();
+        if !connection.is_of_another(tls.front_proxy_certificate.issue) {
+            return None;
+        }
+        // While it cannot be reached, the one that is there is as good.
+        let mut server = self.connect(connection, &tls.front_proxy, false).await.ok()?;
+        server.settle().ok()?;
+        connection.set_front_proxy(tls.front_proxy_certificate);
+        Some(server)
+    }
+}
+
+impl Behind for Door {
+    fn leaves(&self) {
+        if self.target.is_gone() {
+            self.listening.shut();
+            self.doubt.notify_one();
+        }
+    }
+
+    async fn breaks(&self) {
+        for _ in 0..LOOKS {
+            self.leaves();
+            if !self.listening.is_open() {
+                return;
+            }
+            sleep(LOOK).await;
+        }
+    }
+}
+
+/// How often, and after what time each, it is looked whether somebody listens where a connection broke.
+const LOOKS: u32 = 20;
+const LOOK: Duration = Duration::from_millis(5);
 
 /// How much is read before the apiserver is connected to.
 const FIRST: usize = 16 * 1024;

@@ -1,6 +1,7 @@
 //! HTTP/1.1 clients and upgrades (exec, attach, port-forward, websockets), with the same identity.
 //!
-//! Job: pass each request on over the client's one upstream connection, and each answer back as it came; after `101`
+//! Job: pass each request on over the client's one upstream connection, which is another one after the front proxy's
+//! certificate has changed, and each answer back as it came; after `101`
 //! pass octets. A client that is to go hears `Connection: close` with its next answer.
 //! Must never send a client's identity or address headers as its own claim, nor a request without identity over the
 //! front proxy's connection, nor close while a request may be on its way.
@@ -34,7 +35,7 @@ mod side;
 
 use self::side::{Side, copy, invalid, send};
 use super::{
-    pump::End,
+    pump::{Behind, End, tell},
     registry::{Connection, Order},
 };
 
@@ -68,6 +69,14 @@ const LINGER_OCTETS: usize = 256 * 1024;
 /// How many octets of a head's bound each field takes besides its own, as in HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
 
+/// What stands behind connections that can be changed for other ones.
+pub trait Renews<S>: Behind {
+    /// Another connection to the apiserver, for the request that has come: `None` when the one that is there is right, or is
+    /// all that there is. The apiserver judges the front proxy's certificate at each request, and a client of HTTP/1.1 in the
+    /// middle of a lasting answer cannot be told to go before it ends.
+    fn renewed(&self, connection: &Connection) -> impl Future<Output = Option<S>> + Send;
+}
+
 /// What is fixed for one client.
 pub struct Settings<'s> {
     /// What is done to its requests.
@@ -81,7 +90,7 @@ pub struct Settings<'s> {
 }
 
 /// Serves one client, which has sent `first` already, until either side closes.
-pub async fn run<C, S>(client: C, first: Vec<u8>, server: S, settings: Settings<'_>) -> End
+pub async fn run<C, S>(client: C, first: Vec<u8>, server: S, settings: Settings<'_>, behind: &impl Renews<S>) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin + Send,
     S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -96,6 +105,7 @@ where
         to_client,
         to_server,
         skippable: 0,
+        asks: false,
         settings,
     };
     let leaving = Leaving::default();
@@ -109,9 +119,10 @@ where
         }
     };
     let end = tokio::select! {
-        end = exchanges.serve(&leaving) => end,
+        end = exchanges.serve(&leaving, behind) => end,
         end = orders => end,
     };
+    tell(behind, &end, exchanges.asks).await;
     exchanges.finish(&end).await;
     end
 }
@@ -199,6 +210,8 @@ struct Exchanges<'s, C, S> {
     to_server: WriteHalf<S>,
     /// How many octets of line ends may stand before the next head.
     skippable: usize,
+    /// Whether a request has no whole answer.
+    asks: bool,
     settings: Settings<'s>,
 }
 
@@ -207,12 +220,20 @@ where
     C: AsyncRead + AsyncWrite + Unpin + Send,
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    async fn serve(&mut self, leaving: &Leaving) -> End {
+    async fn serve(&mut self, leaving: &Leaving, behind: &impl Renews<S>) -> End {
         loop {
             let exchanged = match self.next_head(leaving).await {
-                Ok(length) => self.exchange(length).await,
+                Ok(length) => {
+                    if let Some(server) = behind.renewed(self.settings.connection).await {
+                        let (server, to_server) = tokio::io::split(server);
+                        (self.server, self.to_server) = (Side::new(server, Vec::new()), to_server);
+                    }
+                    self.asks = true;
+                    self.exchange(length, behind).await
+                }
                 Err(end) => Err(end),
             };
+            self.asks = exchanged.is_err();
             match exchanged {
                 Ok(Exchanged::Answered) => {}
                 Ok(Exchanged::Last) if self.settings.connection.was_told() => return End::Drained,
@@ -307,7 +328,7 @@ where
     }
 
     /// Passes one request and its answer.
-    async fn exchange(&mut self, length: usize) -> Result<Exchanged, End> {
+    async fn exchange(&mut self, length: usize, behind: &impl Behind) -> Result<Exchanged, End> {
         self.client.spend(REQUEST);
         let head = self.client.take(length);
         let request = match self.request(&head) {
@@ -327,7 +348,14 @@ where
         let answered = {
             let (server, to_client) = (&mut self.server, &mut self.to_client);
             let bound = self.settings.max_header_bytes;
-            let mut receiving = pin!(receive(server, to_client, &connection, [is_upgrade, to_head], bound));
+            let mut receiving = pin!(receive(
+                server,
+                to_client,
+                &connection,
+                [is_upgrade, to_head],
+                bound,
+                behind
+            ));
             tokio::select! {
                 biased;
                 answered = &mut receiving => answered?,
@@ -449,6 +477,7 @@ async fn receive<C, S>(
     connection: &Connection,
     [may_upgrade, to_head]: [bool; 2],
     bound: usize,
+    behind: &impl Behind,
 ) -> Result<Exchanged, End>
 where
     C: AsyncWrite + Unpin,
@@ -489,6 +518,9 @@ where
         }
         let framing = answer.framing(to_head).map_err(broken)?;
         let mut last = answer.closes();
+        if last {
+            behind.leaves();
+        }
         let mut out = Vec::new();
         if connection.tell_with_answer() && !last {
             answer.write_closing(&mut out);

@@ -69,6 +69,27 @@ pub enum End {
     ServerIo(io::Error),
 }
 
+/// What stands behind a connection to the apiserver.
+pub trait Behind: Sync {
+    /// The apiserver ends a connection or says that it will, and its client has not heard of it: as soon as it does, it
+    /// connects anew, through a load balancer that takes it elsewhere only when the port is closed by then.
+    fn leaves(&self);
+
+    /// The same, of one that ended while it was asked something. Of a process that is killed, connections can end a moment
+    /// before the socket that listens (kernel/task_work.c runs what a process's end leaves to do in no order), so that this
+    /// waits for that moment: what was asked is lost already.
+    fn breaks(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// What stands behind is told how a connection ended.
+pub(super) async fn tell(behind: &impl Behind, end: &End, asks: bool) {
+    match end {
+        End::Server | End::ServerIo(_) if asks => behind.breaks().await,
+        End::Server | End::ServerIo(_) => behind.leaves(),
+        _ => {}
+    }
+}
+
 /// A side's bytes that are not written yet.
 #[derive(Default)]
 struct Queue {
@@ -156,13 +177,15 @@ fn poll_read<S: AsyncRead + Unpin>(
 /// Relays until one side ends, the connection is drained, or it is told to close.
 ///
 /// Both streams are shut down in order before this returns: whatever was due to a side has been written to it.
-pub async fn run<C, S>(mut client: C, mut server: S, relay: Relay, connection: &Connection) -> End
+pub async fn run<C, S>(mut client: C, mut server: S, relay: Relay, connection: &Connection, behind: &impl Behind) -> End
 where
     C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut pump = Pump::new(relay);
-    let end = pump.relay(&mut client, &mut server, connection).await;
+    let end = pump.relay(&mut client, &mut server, connection, behind).await;
+    let asks = pump.relay.drain() == Drain::Active && pump.relay.open_streams() > 0;
+    tell(behind, &end, asks).await;
     // What came with the end.
     pump.report(connection);
     if let End::Protocol(error) = &end {
@@ -278,7 +301,13 @@ impl Pump {
         }
     }
 
-    async fn relay<C, S>(&mut self, client: &mut C, server: &mut S, connection: &Connection) -> End
+    async fn relay<C, S>(
+        &mut self,
+        client: &mut C,
+        server: &mut S,
+        connection: &Connection,
+        behind: &impl Behind,
+    ) -> End
     where
         C: AsyncRead + AsyncWrite + Unpin,
         S: AsyncRead + AsyncWrite + Unpin,
@@ -296,7 +325,7 @@ impl Pump {
                 }
                 ordered.set(connection.ordered());
             }
-            self.poll(client, server, connection, context)
+            self.poll(client, server, connection, behind, context)
         })
         .await
     }
@@ -306,6 +335,7 @@ impl Pump {
         client: &mut C,
         server: &mut S,
         connection: &Connection,
+        behind: &impl Behind,
         context: &mut Context<'_>,
     ) -> Poll<End>
     where
@@ -323,10 +353,14 @@ impl Pump {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
+            let was_active = self.relay.drain() == Drain::Active;
             let server_is = match self.read_server(server, connection, &mut left[1], context) {
                 Ok(reading) => reading,
                 Err(end) => return Poll::Ready(end),
             };
+            if was_active && self.relay.drain() == Drain::ByServer {
+                behind.leaves();
+            }
             self.share.spend(turn - left[0].min(left[1]));
             self.report(connection);
             let mut written = true;

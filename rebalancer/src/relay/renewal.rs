@@ -132,8 +132,8 @@ mod tests {
         }
     }
 
-    /// Somebody's `kubectl port-forward` outlives the certificate that it began with: it asks nothing any more. And one client
-    /// was not told in time.
+    /// Clients of HTTP/1.1 are not told at all: the apiserver is connected to anew for them. And one of HTTP/2 was not told in
+    /// time.
     #[test]
     fn those_whose_certificate_has_ended_hurry_nobody_else() {
         let registry = registry(100, 1, 10_000);
@@ -143,7 +143,6 @@ mod tests {
                 let connection = registry.open(id, address, address);
                 connection.established(Protocol::Http1, Some("alice"));
                 connection.set_front_proxy(FrontProxy { issue: 0, until: 50 });
-                connection.set_upgraded();
                 connection
             })
             .collect();

@@ -9,6 +9,7 @@
 use std::{
     ffi::OsString,
     io,
+    net::Shutdown,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -16,6 +17,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     sync::Notify,
@@ -88,6 +90,26 @@ impl Listening {
     /// This is the socket from now on.
     pub fn set(&self, socket: Option<Arc<TcpListener>>) {
         self.state().socket = socket;
+    }
+
+    /// Closes it at once, whoever has it besides: who connects from here on is refused. Not when another relay has it or
+    /// is about to, which asks the apiserver itself.
+    pub fn shut(&self) {
+        let mut state = self.state();
+        if state.taken || state.undecided > 0 || state.ending {
+            return;
+        }
+        if let Some(socket) = state.socket.take()
+            && let Err(error) = SockRef::from(&*socket).shutdown(Shutdown::Read)
+        {
+            // Then it is closed when the next check has found the same.
+            tracing::debug!(%error, "the port could not be closed at once");
+        }
+    }
+
+    /// Whether there is one.
+    pub fn is_open(&self) -> bool {
+        self.state().socket.is_some()
     }
 
     /// Lends it no more; `true` when somebody has looked lately and must be given time to notice.

@@ -11,7 +11,7 @@ use std::{
     os::fd::AsFd as _,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -76,6 +76,9 @@ pub struct Target {
     pub tls: Arc<Reloader>,
     /// Which of the addresses of its own was used last: 0 leaves it to the kernel.
     source: AtomicU8,
+    /// Whether the kernel's list named somebody who listens there when it was connected to last: an address that is
+    /// translated on the way is in nobody's list.
+    is_listed: AtomicBool,
 }
 
 /// Whether an error is this process's or this node's own want of something, and none of the other side's.
@@ -117,7 +120,29 @@ impl Target {
             name,
             tls,
             source: AtomicU8::new(0),
+            is_listed: AtomicBool::new(false),
         }
+    }
+
+    /// Which socket listens there, by the kernel's list: of several the newest. `None` when it names none there, or cannot
+    /// be read.
+    fn listener(&self) -> Option<u64> {
+        self.listeners().ok()?.into_iter().max()
+    }
+
+    fn listeners(&self) -> Result<Vec<u64>, sockdiag::SockdiagError> {
+        let all = sockdiag::listening(self.address.port())?;
+        let there = |address: IpAddr| address.is_unspecified() || address.to_canonical() == self.address.ip();
+        Ok(all
+            .into_iter()
+            .filter(|one| there(one.address))
+            .map(|one| one.id.0)
+            .collect())
+    }
+
+    /// Whether nobody listens there any more, by the kernel's list, which has named somebody before.
+    pub fn is_gone(&self) -> bool {
+        self.is_listed.load(Relaxed) && self.listeners().is_ok_and(|listeners| listeners.is_empty())
     }
 
     /// Connects with a configuration of this target's [`Reloader`] and offers exactly one protocol.
@@ -228,6 +253,16 @@ impl Checks {
 
     /// Asks once, in four times [`CHECK`] at most.
     async fn check(&mut self) -> Found {
+        match self.ask().await {
+            // A connection that ends may be a packet that was lost. That nobody listens is no guess.
+            Found::State(Upstream::Unreachable, why) | Found::Broken(why) if self.target.is_gone() => {
+                Found::Gone(format!("nobody listens there: {why}"))
+            }
+            found => found,
+        }
+    }
+
+    async fn ask(&mut self) -> Found {
         let current = self.target.tls.current();
         self.kept = self.kept.take().filter(|kept| {
             kept.since.elapsed() < RENEW && Arc::ptr_eq(&kept.tls, &current) && !kept.sender.is_closed()
@@ -246,10 +281,8 @@ impl Checks {
         match timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await {
             Ok(Ok(readiness)) => {
                 // Another process has another listening socket, and every connection with it is new.
-                self.listener = sockdiag::listener(self.target.address.port())
-                    .ok()
-                    .flatten()
-                    .map(|id| id.0);
+                self.listener = self.target.listener();
+                self.target.is_listed.store(self.listener.is_some(), Relaxed);
                 if let Ok(Some(version)) = timeout(CHECK, ask_version(&mut kept.sender, self.request("/version"))).await
                 {
                     self.version = Some(version);
@@ -421,7 +454,11 @@ pub async fn watch(
             Found::Ours(why) if said.as_ref() != Some(&found) => {
                 tracing::error!(why, "the apiserver cannot be asked; everything stays as it is");
             }
-            Found::State(_, why) | Found::NotReady(why) | Found::Broken(why) | Found::Forbidden(why)
+            Found::State(_, why)
+            | Found::NotReady(why)
+            | Found::Broken(why)
+            | Found::Gone(why)
+            | Found::Forbidden(why)
                 if state != before =>
             {
                 match state {

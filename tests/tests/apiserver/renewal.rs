@@ -109,6 +109,11 @@ fn whoever_is_served_with_a_certificate_that_was_renewed_goes_before_it_ends() {
     wait_for(PATIENCE, || TcpStream::connect(relay).ok().map(drop)).expect("it listens");
     let mut client = Client::new(world, relay);
     let mut http1 = connect(world, relay, b"http/1.1");
+    // It is in the middle of an answer until the first one has ended.
+    let mut watch = connect(world, relay, b"http/1.1");
+    watch.send(
+        b"GET /api/v1/namespaces/default/configmaps?watch=1&timeoutSeconds=42 HTTP/1.1\r\nHost: kubernetes\r\n\r\n",
+    );
     let mut renewal = Renewal::Due;
     // Some seconds beyond the end of the first one.
     while SystemTime::now() < end + Duration::from_secs(3) {
@@ -116,9 +121,8 @@ fn whoever_is_served_with_a_certificate_that_was_renewed_goes_before_it_ends() {
         http1.send(b"GET /livez HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
         let head = http1.read_head();
         http1.read(2);
-        if head.to_ascii_lowercase().contains("connection: close") {
-            http1 = connect(world, relay, b"http/1.1");
-        }
+        let told = head.to_ascii_lowercase().contains("connection: close");
+        assert!(!told, "it need not go:\n{}", tail(&process.log()));
         let both = [h2.as_str(), head.split(' ').nth(1).expect("a status")];
         assert_eq!(both, ["200"; 2], "{}", tail(&process.log()));
         if renewal == Renewal::Due {
@@ -137,5 +141,14 @@ fn whoever_is_served_with_a_certificate_that_was_renewed_goes_before_it_ends() {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(renewal, Renewal::Taken, "{}", tail(&process.log()));
+    assert!(watch.read_head().contains(" 200 "), "a watch");
+    let (mut seen, last) = (Vec::new(), b"0\r\n\r\n");
+    while !seen.ends_with(last) {
+        seen.extend(watch.read(1));
+    }
+    assert!(SystemTime::now() > end, "it ended before the certificate did");
+    watch.send(b"GET /livez HTTP/1.1\r\nHost: kubernetes\r\n\r\n");
+    let head = watch.read_head();
+    assert!(head.contains(" 200 "), "the request after a watch: {head}");
     assert_eq!(client.connections, 2, "told once:\n{}", tail(&process.log()));
 }

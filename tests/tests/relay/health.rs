@@ -2,7 +2,9 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    time::Duration,
 };
 
 use rebalancer_tests::{
@@ -11,7 +13,7 @@ use rebalancer_tests::{
     pki::{Pair, Pki},
     process::{Process, tail, wait_for},
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::world::{OK, RELAY, UPSTREAM, World, relay_between, serve, serve_rules};
 
@@ -268,4 +270,75 @@ fn what_a_starting_apiserver_refuses_to_say_is_asked_again() {
         assert!(ended.is_some(), "{status}: it goes on:\n{log}");
         assert!(log.contains("X-Other-User"), "{status}:\n{log}");
     }
+}
+
+/// Whoever hears that his connection ends connects anew at once, and a load balancer takes him to another apiserver only when it
+/// is refused here: how an apiserver that goes ends its connections, each after it has stopped listening.
+#[test]
+fn the_port_is_closed_before_a_client_hears_that_its_apiserver_goes() {
+    let refused = |world: &World, what: &str| {
+        let error = TcpStream::connect(RELAY).expect_err(what);
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{what}: {error}");
+        let log = wait_for(PATIENCE, || {
+            world.relay.log().contains("the apiserver is unreachable").then_some(())
+        });
+        assert!(
+            log.is_some(),
+            "{what}: nobody is told why:\n{}",
+            tail(&world.relay.log())
+        );
+        let again = serve(&world.pki, UPSTREAM, true);
+        let opened = wait_for(PATIENCE, || is_open().then_some(()));
+        assert!(opened.is_some(), "{what}: it comes back:\n{}", tail(&world.relay.log()));
+        drop(again);
+    };
+    let all = |what: &str, ends: &dyn Fn(Peer) -> Option<Peer>| {
+        let world = World::start(&[]);
+        let (mut client, server) = world.open(None);
+        world.stop_listening();
+        let _open = ends(server);
+        // A frame, the end of the stream, or a reset.
+        let _ = client.try_next();
+        refused(&world, what);
+    };
+    all("GOAWAY", &|mut server| {
+        server.send(&frame(kind::GOAWAY, 0, 0, &[0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]));
+        Some(server)
+    });
+    all("its end", &|server| {
+        server.shut_down();
+        Some(server)
+    });
+    all("a reset", &|server| {
+        let linger = SockRef::from(server.socket()).set_linger(Some(Duration::ZERO));
+        linger.expect("a socket");
+        None
+    });
+
+    let world = World::start(&[]);
+    let mut client = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
+    client.send(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n");
+    let mut server = world.accept().peer;
+    world.stop_listening();
+    server.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    assert!(client.read_head().contains("close"));
+    refused(&world, "an answer that is its connection's last");
+
+    // The kernel closes what a killed process had in an order of its own.
+    let world = World::start(&[]);
+    let (mut client, mut server) = world.open(None);
+    client.send(&request(1, "/version"));
+    assert_eq!(server.expect(kind::HEADERS).stream, 1);
+    server.shut_down();
+    world.stop_listening();
+    let _ = client.try_next();
+    refused(&world, "the end of a connection before that of the one that listens");
+
+    // It has shaken hands with the relay while the apiserver was there, and asks when it is not.
+    let world = World::start(&[]);
+    let mut late = Peer::connect(&world.pki, RELAY, None, b"h2").expect("a handshake");
+    world.stop_listening();
+    late.begin_client(&[]);
+    let _ = late.try_next();
+    refused(&world, "a client that was let in");
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
     path::PathBuf,
     process::Command,
@@ -27,6 +27,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
 };
+use socket2::SockRef;
 
 pub const RELAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
 pub const UPSTREAM: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6444);
@@ -40,6 +41,7 @@ pub struct World {
     logs: tempfile::TempDir,
     namespace: Namespace,
     accepted: Receiver<Accepted>,
+    upstream: TcpListener,
     control: PathBuf,
 }
 
@@ -74,7 +76,9 @@ impl World {
             .tempdir()
             .expect("a directory");
         let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
-        let accepted = serve(&pki, UPSTREAM, answering);
+        let listener = TcpListener::bind(UPSTREAM).expect("a free port in a namespace of its own");
+        let upstream = listener.try_clone().expect("a descriptor");
+        let accepted = serve_on(listener, &pki, answering);
         let control = logs.path().join("relay.sock");
         let flags = flags(&pki);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
@@ -85,6 +89,7 @@ impl World {
             logs,
             namespace,
             accepted,
+            upstream,
             control,
         };
         let open = wait_for(PATIENCE, || {
@@ -138,6 +143,14 @@ impl World {
         self.accepted
             .recv_timeout(PATIENCE)
             .unwrap_or_else(|_| panic!("the relay opens no connection:\n{}", tail(&self.relay.log())))
+    }
+
+    /// The apiserver accepts nobody any more, and keeps those it has: so an orderly end of it begins, and so it is for an
+    /// instant when it is killed.
+    pub fn stop_listening(&self) {
+        SockRef::from(&self.upstream)
+            .shutdown(Shutdown::Read)
+            .expect("it listens");
     }
 
     /// A client that works, to see that it still does later.
@@ -304,12 +317,17 @@ impl Bystander {
 /// Accepts for ever on a thread: health checks are answered, everything else is handed over.
 pub fn serve(pki: &Pki, listen: SocketAddr, answering: bool) -> Receiver<Accepted> {
     let listener = TcpListener::bind(listen).expect("a free port in a namespace of its own");
+    serve_on(listener, pki, answering)
+}
+
+fn serve_on(listener: TcpListener, pki: &Pki, answering: bool) -> Receiver<Accepted> {
     let config = Arc::new(server_config(pki).expect("the apiserver's certificates"));
     let (hand_over, accepted) = mpsc::channel();
     thread::spawn(move || {
         for socket in listener.incoming() {
             let (hand_over, config) = (hand_over.clone(), Arc::clone(&config));
-            let socket = socket.expect("a connection");
+            // It listens no more.
+            let Ok(socket) = socket else { return };
             thread::spawn(move || {
                 let tls = ServerConnection::new(config).expect("a session");
                 // The health check connects first without TLS.

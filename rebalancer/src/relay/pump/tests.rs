@@ -54,6 +54,18 @@ impl Wire {
     }
 }
 
+struct NoApiserver;
+
+impl Behind for NoApiserver {
+    fn leaves(&self) {
+        panic!("it has not said that it goes");
+    }
+
+    async fn breaks(&self) {
+        panic!("it has not gone");
+    }
+}
+
 #[derive(Clone, Default)]
 struct Socket(Rc<RefCell<Wire>>);
 
@@ -206,7 +218,7 @@ fn play(order: &[usize]) {
         client,
         server,
         sends_left: [SENDS; 2],
-        pump: Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection).await }),
+        pump: Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection, &NoApiserver).await }),
         waker: Waker::from(Arc::clone(&woken)),
         woken,
     };
@@ -299,7 +311,7 @@ fn a_turn_of_small_requests_is_no_longer_than_one_of_octets_that_pass() {
         count
     };
     let mut ends = (client.clone(), server.clone());
-    let mut relaying = Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection).await });
+    let mut relaying = Box::pin(async { pump.relay(&mut ends.0, &mut ends.1, &connection, &NoApiserver).await });
     let (mut before, mut turns) = (0, 0);
     while woken.0.swap(false, SeqCst) {
         assert!(relaying.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());

@@ -60,6 +60,8 @@ pub(super) struct Known {
     upgraded: bool,
     /// HTTP/1.1: an answer's head has gone out and its body lasts.
     answering: bool,
+    /// With which certificate it is served, where that says who asks.
+    front_proxy: Option<FrontProxy>,
     pub(super) telling: Telling,
     pub(super) generation: u64,
     /// Coarse milliseconds when it was told.
@@ -95,8 +97,6 @@ pub struct Connection {
     pub(super) head: AtomicU64,
     /// What its certificate's acceptance rests on.
     trust: OnceLock<Trust>,
-    /// With which certificate it is served, where that says who asks.
-    front_proxy: OnceLock<FrontProxy>,
     mailbox: Mailbox,
     registry: Arc<Registry>,
 }
@@ -115,6 +115,7 @@ impl Connection {
                 protocol: Protocol::Unknown,
                 upgraded: false,
                 answering: false,
+                front_proxy: None,
                 telling: Telling::Not,
                 generation: 0,
                 told_at: 0,
@@ -132,7 +133,6 @@ impl Connection {
             refused_at: AtomicU64::new(0),
             head: AtomicU64::new(0),
             trust: OnceLock::new(),
-            front_proxy: OnceLock::new(),
             mailbox: Mailbox::default(),
             registry: Arc::clone(registry),
         }
@@ -188,20 +188,25 @@ impl Connection {
 
     /// The apiserver is shown that certificate for it.
     pub fn set_front_proxy(&self, certificate: FrontProxy) {
-        // Set once, when the apiserver is connected to.
-        let _ = self.front_proxy.set(certificate);
+        self.known().front_proxy = Some(certificate);
     }
 
-    /// When the certificate ends by which it is served, if it is another than that issue and nobody has told it to go. One that
-    /// was upgraded asks the apiserver nothing any more, and cannot be told.
+    /// Whether the apiserver is shown another certificate for it than that issue.
+    pub fn is_of_another(&self, issue: u64) -> bool {
+        self.known().front_proxy.is_some_and(|own| own.issue != issue)
+    }
+
+    /// When the certificate ends by which it is served, if it is another than that issue, and it can be served with that
+    /// one only when it goes, and nobody has told it to. Over HTTP/1.1 the apiserver is connected to anew between two
+    /// requests, and after an upgrade it is asked nothing any more.
     pub(super) fn outdated(&self, issue: u64) -> Option<i64> {
-        let certificate = self.front_proxy.get().filter(|own| own.issue != issue)?;
         let known = self.known();
+        let certificate = known.front_proxy.filter(|own| own.issue != issue)?;
         let is_told = matches!(
             known.telling,
             Telling::Due { until: None } | Telling::Ordered | Telling::Told | Telling::Final
         );
-        (!is_told && !known.upgraded).then_some(certificate.until)
+        (!is_told && known.protocol == Protocol::H2).then_some(certificate.until)
     }
 
     /// When its own certificate ends, in seconds since 1970, if it is a user's that is believed.
@@ -209,12 +214,9 @@ impl Connection {
         self.trust.get().filter(|trust| trust.is_users()).map(Trust::leaf_ends)
     }
 
-    /// Orders it to go, whatever it speaks: over HTTP/1.1 it is told with its next answer, and ends when it asks nothing.
+    /// Orders it to go, by nobody's decision that could be outdated.
     pub fn lets_go(&self) {
         self.order_goaway(0, None);
-        if self.protocol() == Protocol::Http1 {
-            self.order(Order::GoAway);
-        }
     }
 
     /// Whether what it is called rests on nothing, or on a certificate that is still good, now.

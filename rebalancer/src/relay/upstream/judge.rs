@@ -1,7 +1,7 @@
 //! What a check says of the apiserver, and which state follows from it.
 //!
 //! Input: answers and errors, and when they came. Output: a state, and why in words. Must never close the port for a
-//! single failure, nor take this process's own want of something for the apiserver's state.
+//! single failure, as long as somebody listens, nor take this process's own want of something for the apiserver's state.
 
 use std::{
     io,
@@ -27,6 +27,8 @@ pub enum Found {
     NotReady(String),
     /// It was reached and ended the connection: it starts, or a packet was lost.
     Broken(String),
+    /// Nobody listens there, by the kernel's own list.
+    Gone(String),
     /// It knows who asks, and does not let him: its rules are like that, or are not there yet.
     Forbidden(String),
     /// Nothing was learned: the relay itself lacks something.
@@ -100,6 +102,12 @@ impl Judge {
             Found::Broken(_) => {
                 self.failures = 0;
                 self.state = Upstream::Starting;
+                self.forbidden = None;
+            }
+            // A client that is let in would fail, and a load balancer that is refused goes elsewhere.
+            Found::Gone(_) => {
+                self.failures = FAILURES;
+                self.state = Upstream::Unreachable;
                 self.forbidden = None;
             }
             Found::State(state, _) => {
@@ -245,6 +253,29 @@ mod tests {
     }
 
     #[test]
+    fn nobody_who_listens_is_no_single_failure() {
+        let mut judge = Judge::new();
+        let now = Instant::now();
+        assert_eq!(
+            judge.take(&Found::State(Upstream::Ready, String::new()), Some(1), now),
+            Upstream::Ready
+        );
+        assert_eq!(
+            judge.take(&Found::Broken(String::new()), Some(1), now),
+            Upstream::Starting
+        );
+        assert_eq!(
+            judge.take(&Found::Gone(String::new()), Some(1), now),
+            Upstream::Unreachable
+        );
+        assert_eq!(
+            judge.take(&Found::NotReady(String::new()), Some(1), now),
+            Upstream::Starting,
+            "whoever comes back has begun anew"
+        );
+    }
+
+    #[test]
     fn what_an_answer_says_of_the_apiserver() {
         let judged = |status: u16, text: &str| {
             let status = http::StatusCode::from_u16(status).expect("a status");
@@ -252,7 +283,7 @@ mod tests {
         };
         let state = |status: u16| match judged(status, "ok") {
             Found::State(state, _) => state,
-            Found::NotReady(why) | Found::Broken(why) | Found::Forbidden(why) | Found::Ours(why) => panic!("{why}"),
+            other => panic!("{other:?}"),
         };
         assert_eq!([200, 404].map(state), [Upstream::Ready; 2]);
         assert!(matches!(judged(403, ""), Found::Forbidden(_)));
