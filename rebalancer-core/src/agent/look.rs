@@ -4,7 +4,7 @@
 //! Input: the agent's state and `now`. Output: a [`Look`].
 //! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     Agent,
@@ -19,6 +19,9 @@ use crate::{
     planner::{self, Balance, Transit},
     view::{Entry, ServerState, View},
 };
+
+/// From then on after its start an agent compares the apiservers with what it knew, also when it has not heard of all.
+const FIRST_SET: Duration = Duration::from_secs(60);
 
 /// What one turn rests on.
 #[derive(Clone, Debug)]
@@ -71,10 +74,21 @@ impl Agent {
             donors.clone_from(&donors_now);
         }
         let tellers = self.lately_donors(&donors_now, now);
+        // Nor is one that sends all its clients away a place where they go: whoever comes back to it was sent there by nobody's
+        // wish.
+        let evacuating = |entry: &(&ApiserverName, &Entry)| entry.1.snapshot.state == ServerState::Evacuating;
+        let left: Vec<ApiserverName> = view
+            .entries
+            .iter()
+            .filter(evacuating)
+            .map(|(name, _)| name.clone())
+            .collect();
+        donors.extend(left.iter().cloned());
+        let no_places = [tellers.as_slice(), &left].concat();
         let is_any_told = expected + moves.told > 0 || self.plan.is_some();
         // Without donors every landing is elsewhere: that says nothing.
         let evidence = if is_any_told && !tellers.is_empty() {
-            self.motion.evidence(&moves, &tellers)
+            self.motion.evidence(&moves, &no_places)
         } else {
             0
         };
@@ -91,7 +105,7 @@ impl Agent {
                 };
                 let seen = Landed {
                     landed: moves.landed,
-                    elsewhere: moves.elsewhere(&tellers) as u64,
+                    elsewhere: moves.elsewhere(&no_places) as u64,
                     evidence,
                 };
                 if self.ramp.landed(seen, known, now) {
@@ -166,11 +180,16 @@ impl Agent {
             .filter(is_ready)
             .map(|(name, _)| name.clone())
             .collect();
+        // The first set is no change: what another process tried still stands. It is not whole before all were heard of, and
+        // what this one's own requests come to is known after half a minute.
+        let is_known = |entry: &Entry| entry.snapshot.state != ServerState::Unknown;
+        let is_whole = view.entries.len() == self.peers.names().len() && view.entries.values().all(is_known);
+        let was_whole = self.was_whole;
+        self.was_whole |= is_whole || now.since(self.started) >= FIRST_SET;
         if ready == self.ready {
             return;
         }
-        // The first set is no change: what another process tried still stands.
-        if !self.ready.is_empty() {
+        if was_whole {
             self.ramp.renew(now);
             self.memory_changes += 1;
         }
@@ -184,14 +203,15 @@ impl Agent {
         self.were_donors.clear();
     }
 
-    /// Who is a donor, or was one within the settle time: those whom it told come back until then, while without them it may be
-    /// none. Where that is everybody who is ready, those who are donors now.
+    /// Who is a donor, or was one within the settle time or while somebody who was told is on his way: those whom it told come
+    /// back until then, while without them it may be none. Where that is everybody who is ready, those who are donors now.
     fn lately_donors(&mut self, donors: &[ApiserverName], now: Timestamp) -> Vec<ApiserverName> {
         for name in donors {
             self.were_donors.insert(name.clone(), now);
         }
         let settle = self.policy.settle;
-        self.were_donors.retain(|_, at| now.since(*at) < settle);
+        let is_awaited = self.motion.in_transit() > 0;
+        self.were_donors.retain(|_, at| is_awaited || now.since(*at) < settle);
         if self.were_donors.len() < self.ready.len() {
             self.were_donors.keys().cloned().collect()
         } else {

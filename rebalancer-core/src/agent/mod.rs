@@ -149,6 +149,8 @@ pub struct Agent {
     unmovable: Unmovable,
     /// The apiservers that took connections at the last look.
     ready: Vec<ApiserverName>,
+    /// Whether all were known once: what differs from then on is a change.
+    was_whole: bool,
     /// The donors at the last look.
     donors: Vec<ApiserverName>,
     /// When each was one last.
@@ -230,6 +232,7 @@ impl Agent {
             ramp: Ramp::new(now),
             unmovable: Unmovable::default(),
             ready: Vec::new(),
+            was_whole: false,
             donors: Vec::new(),
             were_donors: BTreeMap::new(),
             moved: now,

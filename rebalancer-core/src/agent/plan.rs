@@ -236,6 +236,7 @@ impl Agent {
             return;
         };
         let silent: Vec<ConnectionId> = std::mem::take(&mut plan.asked).into_iter().collect();
+        silent.iter().for_each(|id| self.table.set_asked(*id, false));
         self.drop_victims(&silent);
     }
 

@@ -271,12 +271,13 @@ impl Ramp {
     }
 
     /// Others tell. A try is all donors' together, or what each tells is too little to be seen among strangers who land elsewhere
-    /// anyway: whoever waits for long, and does not rest from the same try, joins.
+    /// anyway: whoever waits for long, and does not rest from the same try, joins. He has waited half his time by then, or those
+    /// who try one after the other would have each other try for ever.
     pub fn others_tell(&mut self, now: Timestamp) {
         if let Next::After(until) = self.next
             && !self.is_slow
             && self.wait >= FUTILE_WAIT
-            && now.since(until.back(self.wait)) >= SAME_TRY
+            && now.since(until.back(self.wait)) >= SAME_TRY.max(self.wait / 2)
         {
             self.next = Next::Probe;
         }
@@ -319,7 +320,12 @@ impl Ramp {
         }
         // Who starts slowly takes somebody now and then: that ends no wait.
         if !matches!(self.next, Next::UpTo(_)) && !self.is_slow {
-            self.next = Next::UpTo(probe * GROWTH);
+            // One or two after a long wait may be anybody: that is worth another look, and no more.
+            self.next = if elsewhere < CERTAIN && self.wait >= FUTILE_WAIT {
+                Next::Probe
+            } else {
+                Next::UpTo(probe * GROWTH)
+            };
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rebalancer_core::policy::Weight;
+use rebalancer_core::policy::{Policy, Weight};
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
@@ -495,6 +495,111 @@ fn two_donors_find_out_among_calls_that_the_balancer_is_another() {
                 100.0 * run.last_skew
             ));
             assert!(run.last_skew < 0.06, "{calls} calls, seed {seed}: {}", run.last_skew);
+        }
+    }
+}
+
+/// Whether moving is futile is found out by all donors together, and by none of them anew because another one tries: where plans take
+/// turns, or agents look seldom, six donors had each other try for ever.
+#[test]
+fn donors_do_not_have_each_other_try_for_ever() {
+    let count = seeds(2);
+    let every = |interval: u64| Policy {
+        interval: Duration::from_secs(interval),
+        ..default_policy()
+    };
+    let requests = Policy {
+        weight: Weight::Requests,
+        ..default_policy()
+    };
+    let six = [200, 200, 200, 200, 200, 0];
+    for (case, counts, policy, allowed) in [
+        ("by requests", &six[..], requests.clone(), 400),
+        ("by requests", &[200, 200, 200, 200, 0], requests, 400),
+        ("each two minutes", &[200, 200, 0], every(120), 250),
+        ("by connections", &six, default_policy(), 400),
+    ] {
+        let mut setup = loads(counts, LoadBalancer::Affinity, policy);
+        setup.horizon = Horizon::Fixed(Duration::from_secs(6 * 3_600));
+        for seed in 0..count {
+            let told = run(&setup, seed).goaways_total;
+            say(&format!(
+                "{counts:?}, affinity, {case}, six hours, seed {seed}: {told} GOAWAYs ({allowed} are allowed)"
+            ));
+            assert!(told <= allowed, "{counts:?}, {case}, seed {seed}: {told}");
+        }
+    }
+}
+
+/// An agent that starts hears of the others one after the other, and of its own requests after half a minute: that is no other set of
+/// apiservers, and what was found out stands.
+#[test]
+fn agents_that_restart_do_not_find_out_again_that_moving_is_futile() {
+    let count = seeds(2);
+    for weight in [Weight::Requests, Weight::Connections] {
+        for minutes in [60, 10] {
+            let policy = Policy {
+                weight,
+                ..default_policy()
+            };
+            let mut setup = loads(&[300, 300, 0], LoadBalancer::Affinity, policy);
+            setup.horizon = Horizon::Fixed(Duration::from_secs(6 * 3_600));
+            let restarts =
+                (1..6 * 60 / minutes).map(|at| (Duration::from_secs(60 * minutes * at), Incident::RestartAgent(0)));
+            setup.incidents = restarts.collect();
+            for seed in 0..count {
+                let told = run(&setup, seed).goaways_total;
+                say(&format!(
+                    "(300,300,0), affinity, {weight:?}, an agent restarts each {minutes} minutes, six hours, seed {seed}: {told} GOAWAYs"
+                ));
+                assert!(told <= 200, "{weight:?}, each {minutes} minutes, seed {seed}: {told}");
+            }
+        }
+    }
+}
+
+/// Clients who take their time to come back come to where they were: that one who told them is at its target by then makes it no place
+/// where others go.
+#[test]
+fn who_comes_back_late_is_no_evidence_that_moving_helps() {
+    let count = seeds(4);
+    for (case, requests) in [("only watch", 0.0), ("ask every ten seconds", 0.1)] {
+        let mut setup = loads(&[500, 310, 90], LoadBalancer::Affinity, default_policy());
+        setup.groups = vec![Group {
+            requests: Spread::Constant(requests),
+            watches: 2,
+            ..Group::plain(900)
+        }];
+        setup.horizon = Horizon::Fixed(Duration::from_secs(6 * 3_600));
+        for seed in 0..count {
+            let told = run(&setup, seed).goaways_total;
+            say(&format!(
+                "(500,310,90), affinity, clients that {case}, six hours, seed {seed}: {told} GOAWAYs"
+            ));
+            assert!(told <= 400, "{case}, seed {seed}: {told}");
+        }
+    }
+}
+
+/// Nor are a few calls a minute, beside clients who take minutes.
+#[test]
+fn seldom_calls_do_not_hide_that_moving_is_futile_from_those_who_take_their_time() {
+    let count = seeds(3);
+    for (case, calls, allowed) in [("one in five seconds", 0.2, 1_500), ("one a minute", 1.0 / 60.0, 800)] {
+        let mut setup = loads(&[300, 300, 0], LoadBalancer::Affinity, default_policy());
+        setup.groups = vec![Group {
+            requests: Spread::Constant(0.0),
+            watches: 2,
+            ..Group::plain(600)
+        }];
+        setup.strangers = lasting(calls, 1, 20.0, 20.0);
+        setup.horizon = Horizon::Fixed(Duration::from_secs(6 * 3_600));
+        for seed in 0..count {
+            let told = run(&setup, seed).goaways_total;
+            say(&format!(
+                "(300,300,0), affinity, clients that only watch, {case}, six hours, seed {seed}: {told} GOAWAYs"
+            ));
+            assert!(told <= allowed, "{case}, seed {seed}: {told}");
         }
     }
 }

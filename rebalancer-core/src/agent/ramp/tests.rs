@@ -263,7 +263,14 @@ fn a_restart_goes_on_with_what_is_left_of_a_wait() {
 
 #[test]
 fn who_waits_for_long_joins_the_try_of_others() {
-    for (wait, since, joins) in [(60, 50, false), (240, 10, false), (240, 40, true), (10_240, 40, true)] {
+    for (wait, since, joins) in [
+        (60, 50, false),
+        (240, 10, false),
+        (240, 119, false),
+        (240, 120, true),
+        (10_240, 40, false),
+        (10_240, 5_120, true),
+    ] {
         let mut ramp = Ramp::new(at(0));
         ramp.wait = Duration::from_secs(wait);
         ramp.next = Next::After(at(1_000 + wait));
