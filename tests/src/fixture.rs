@@ -24,6 +24,9 @@ pub struct Fixture {
     pub swarm: PathBuf,
 }
 
+/// Names the swarm where a VM carries it.
+const SWARM: &str = "REBALANCER_SWARM";
+
 /// Where the Go module is.
 fn module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("go")
@@ -60,7 +63,7 @@ impl Fixture {
         Some(Self {
             apiserver: named("KUBE_APISERVER", "kube-apiserver").or_else(|| built("kube-apiserver"))?,
             etcd: named("ETCD", "etcd").or_else(|| built("etcd"))?,
-            swarm: built("swarm")?,
+            swarm: env::var_os(SWARM).map(PathBuf::from).or_else(|| built("swarm"))?,
         })
     }
 
@@ -100,7 +103,10 @@ impl Fixture {
         };
         Ok(Self {
             etcd: get(Some("ETCD"), "etcd")?,
-            swarm: get(None, "swarm")?,
+            swarm: match env::var_os(SWARM) {
+                Some(carried) => carried.into(),
+                None => get(None, "swarm")?,
+            },
             apiserver: get(Some("KUBE_APISERVER"), "kube-apiserver")?,
         })
     }

@@ -3,6 +3,7 @@
 //! Must never signal a process it did not start.
 
 use std::{
+    env,
     fs::{self, File},
     io::{self, Read as _},
     os::{
@@ -243,9 +244,18 @@ pub fn on_host(command: &mut Command, name: &str) {
     }
 }
 
-/// Looks until something is there, or `patience` is over.
+/// Whether this runs in a virtual machine of ours, whose processor is emulated.
+pub fn is_emulated() -> bool {
+    env::var_os("REBALANCER_VM").is_some()
+}
+
+/// How much longer an emulated processor may take.
+const SLOWNESS: u32 = 4;
+
+/// Looks until something is there, or `patience` is over; an emulated machine has several times that.
 pub fn wait_for<T>(patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + patience;
+    let slowness = if is_emulated() { SLOWNESS } else { 1 };
+    let deadline = Instant::now() + patience * slowness;
     loop {
         if let Some(found) = look() {
             return Some(found);

@@ -113,7 +113,7 @@ fn in_vm(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
         eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
         flags.push(format!("--clients={VM_CLIENTS}"));
     }
-    let mut command = vm::program(version, "rebalancer-demo", &flags, "steer")?;
+    let mut command = vm::program(version, vm::Payload::Scene("rebalancer-demo"), &flags, "steer")?;
     eprintln!("+ {}", shown(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
     let stdout = child.stdout.take().context("stdout is piped")?;

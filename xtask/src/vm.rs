@@ -17,11 +17,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 
-pub use self::clock::GuestClock;
-use self::{
-    extras::Extras,
-    guest::{Guest, Payload},
-};
+pub use self::{clock::GuestClock, guest::Payload};
+use self::{extras::Extras, guest::Guest};
 use crate::{
     arch::Arch,
     debian::{self, Suite},
@@ -127,16 +124,15 @@ pub fn command(machine: &Machine, group: &str, filters: &[&str]) -> anyhow::Resu
     boot(machine, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
 }
 
-/// A command that boots a VM with that kernel, which runs a program of the package `rebalancer-tests` and prints what it
-/// says; the programs that go with `group` are there too.
+/// A command that boots a VM with that kernel, which runs its payload and prints what it says; the programs that go with `group` are there too.
 ///
 /// # Errors
 ///
 /// The kernel, qemu or the program cannot be had.
-pub fn program(version: &str, name: &str, arguments: &[String], group: &str) -> anyhow::Result<Command> {
+pub fn program(version: &str, payload: Payload<'_>, arguments: &[String], group: &str) -> anyhow::Result<Command> {
     let machine = Machine::plain(version);
     let extras = Extras::of(group, machine.arch)?;
-    boot(&machine, Payload::Program(name), arguments, &extras)
+    boot(&machine, payload, arguments, &extras)
 }
 
 fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {

@@ -19,7 +19,7 @@ use rebalancer_core::wire::{
     h2::relay::{Relay, Settings},
     rewrite::IdentityNames,
 };
-use rustls::{ClientConfig, pki_types::CertificateDer};
+use rustls::pki_types::CertificateDer;
 use socket2::{SockFilter, SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -36,14 +36,16 @@ use super::{
     http1::{self, Renews},
     identity::Claim,
     metrics::Metrics,
-    pump::{self, Behind, End},
+    pump::{self, End},
     registry::{Connection, Registry},
+    replacement::Replacements,
     stream::{self, ClientStream, ServerStream},
     takeover::Listening,
     tls::{ALPN, Reloader, Tls},
     trust::{self, Trust},
     unix_now,
     upstream::{self, Target},
+    vigil::{Behind, Vigil, is_end},
     workers::Workers,
 };
 use crate::{
@@ -92,6 +94,10 @@ pub struct Door {
     pub workers: Arc<Workers>,
     /// Rings when a connection to the apiserver failed: the health check looks soon.
     pub doubt: Arc<Notify>,
+    /// Whether anybody listens behind the port.
+    pub vigil: Arc<Vigil>,
+    /// Connections to the apiserver with a certificate that is newer than a client.
+    pub replacements: Replacements,
 }
 
 /// Binds the address.
@@ -185,7 +191,8 @@ pub async fn run(
         loop {
             tokio::select! {
                 accepted = listener.accept() => {
-                    if accepted.is_err() && !door.listening.is_open() {
+                    if accepted.as_ref().is_err_and(is_shut) {
+                        door.listening.set(None);
                         break;
                     }
                     door.accepted(accepted).await;
@@ -207,6 +214,12 @@ pub async fn run(
             }
         }
     }
+}
+
+/// Whether a socket that listened does so no more: whoever has it besides may have shut it (inet_csk_accept in
+/// net/ipv4/inet_connection_sock.c).
+fn is_shut(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
 }
 
 /// Waits for a state; `false` when nobody will report one any more.
@@ -277,7 +290,12 @@ impl Door {
         let taken = loop {
             tokio::select! {
                 taken = &mut decided => break taken,
-                accepted = listener.accept() => self.accepted(accepted).await,
+                accepted = listener.accept() => {
+                    if accepted.as_ref().is_err_and(is_shut) {
+                        return;
+                    }
+                    self.accepted(accepted).await;
+                }
             }
         };
         if taken {
@@ -293,11 +311,14 @@ impl Door {
     async fn accept_for(self: &Arc<Self>, time: Duration, listener: &TcpListener) {
         let accept = async {
             loop {
-                self.accepted(listener.accept().await).await;
+                let accepted = listener.accept().await;
+                if accepted.as_ref().is_err_and(is_shut) {
+                    return;
+                }
+                self.accepted(accepted).await;
             }
         };
-        // It ends by its time only.
-        let _: Result<(), _> = timeout(time, accept).await;
+        let _ = timeout(time, accept).await;
     }
 
     fn admit(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
@@ -456,10 +477,14 @@ impl Door {
             self.complaints.complain(Cause::Limit, connection.client(), no_place);
         })?;
         let config = if known { &tls.front_proxy } else { &tls.anonymous };
-        let server = self
-            .connect(connection, config, h2)
-            .await
-            .with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
+        let began = Instant::now();
+        let connecting = self.target.connect(config, ALPN[usize::from(!h2)]);
+        let server = timeout(limit, connecting).await.map_err(io::Error::from).flatten();
+        match &server {
+            Ok(_) => self.metrics.connected(began.elapsed()),
+            Err(error) => self.unreachable(connection, error).await,
+        }
+        let server = server.with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
         if known {
             connection.set_front_proxy(tls.front_proxy_certificate);
         }
@@ -472,25 +497,13 @@ impl Door {
         })
     }
 
-    async fn connect(&self, connection: &Connection, config: &Arc<ClientConfig>, h2: bool) -> io::Result<ClientStream> {
-        let began = Instant::now();
-        let connecting = self.target.connect(config, ALPN[usize::from(!h2)]);
-        let server = timeout(self.limits.handshake_timeout, connecting)
-            .await
-            .map_err(io::Error::from)
-            .flatten();
-        match &server {
-            Ok(_) => self.metrics.connected(began.elapsed()),
-            Err(error) => self.unreachable(connection, error).await,
-        }
-        server
-    }
-
     async fn unreachable(&self, connection: &Connection, error: &io::Error) {
         if !self.runs_out(connection.client(), error) {
             self.complaints.complain(Cause::Upstream, connection.client(), error);
             self.doubt.notify_one();
-            self.breaks().await;
+            if is_end(error) {
+                self.breaks().await;
+            }
         }
     }
 
@@ -545,40 +558,19 @@ impl Door {
 
 impl Renews<ClientStream> for Door {
     async fn renewed(&self, connection: &Connection) -> Option<ClientStream> {
-        let tls = self.tls.current();
-        if !connection.is_of_another(tls.front_proxy_certificate.issue) {
-            return None;
-        }
-        // While it cannot be reached, the one that is there is as good.
-        let mut server = self.connect(connection, &tls.front_proxy, false).await.ok()?;
-        server.settle().ok()?;
-        connection.set_front_proxy(tls.front_proxy_certificate);
-        Some(server)
+        self.replacements.take(connection).await
     }
 }
 
 impl Behind for Door {
     fn leaves(&self) {
-        if self.target.is_gone() {
-            self.listening.shut();
-            self.doubt.notify_one();
-        }
+        self.vigil.look();
     }
 
     async fn breaks(&self) {
-        for _ in 0..LOOKS {
-            self.leaves();
-            if !self.listening.is_open() {
-                return;
-            }
-            sleep(LOOK).await;
-        }
+        self.vigil.breaks().await;
     }
 }
-
-/// How often, and after what time each, it is looked whether somebody listens where a connection broke.
-const LOOKS: u32 = 20;
-const LOOK: Duration = Duration::from_millis(5);
 
 /// How much is read before the apiserver is connected to.
 const FIRST: usize = 16 * 1024;
@@ -636,5 +628,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.rest).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever has a listening socket besides can shut it.
+    #[tokio::test]
+    async fn a_socket_that_another_one_shut_is_known_as_such() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let other = listener.as_fd().try_clone_to_owned().expect("a descriptor");
+        SockRef::from(&other)
+            .shutdown(std::net::Shutdown::Read)
+            .expect("it listens");
+        for _ in 0..2 {
+            assert!(listener.accept().await.as_ref().is_err_and(is_shut), "each time");
+        }
     }
 }

@@ -35,8 +35,9 @@ mod side;
 
 use self::side::{Side, copy, invalid, send};
 use super::{
-    pump::{Behind, End, tell},
+    pump::End,
     registry::{Connection, Order},
+    vigil::{Behind, tell},
 };
 
 /// How long a client may take for its next request: kube-apiserver's own `IdleTimeout`
@@ -229,16 +230,17 @@ where
                         (self.server, self.to_server) = (Side::new(server, Vec::new()), to_server);
                     }
                     self.asks = true;
-                    self.exchange(length, behind).await
+                    let exchanged = self.exchange(length, behind).await;
+                    self.asks = exchanged.is_err();
+                    exchanged
                 }
                 Err(end) => Err(end),
             };
-            self.asks = exchanged.is_err();
             match exchanged {
                 Ok(Exchanged::Answered) => {}
                 Ok(Exchanged::Last) if self.settings.connection.was_told() => return End::Drained,
                 Ok(Exchanged::Last) => return End::Server,
-                Ok(Exchanged::Upgraded) => return self.splice().await,
+                Ok(Exchanged::Upgraded) => return self.splice(behind).await,
                 Err(end) => return end,
             }
             for kept in [&mut self.client.ahead, &mut self.server.ahead] {
@@ -400,7 +402,7 @@ where
 
     /// Passes octets after `101`, until both sides have ended: it is this connection's to the end, in figures and in the
     /// list.
-    async fn splice(&mut self) -> End {
+    async fn splice(&mut self, behind: &impl Behind) -> End {
         let connection = Arc::clone(self.settings.connection);
         connection.begin_stream();
         let _in_flight = InFlight(&connection);
@@ -411,11 +413,20 @@ where
             to_server,
             ..
         } = self;
-        let up = copy(client, to_server, |count| connection.add_bytes(count, 0));
-        let down = copy(server, to_client, |count| connection.add_bytes(0, count));
+        let up = async {
+            let copied = copy(client, to_server, |count| connection.add_bytes(count, 0)).await;
+            copied.map_err(|failed| failed.of(End::ClientIo, End::ServerIo))?;
+            to_server.shutdown().await.map_err(End::ServerIo)
+        };
+        let down = async {
+            let copied = copy(server, to_client, |count| connection.add_bytes(0, count)).await;
+            copied.map_err(|failed| failed.of(End::ServerIo, End::ClientIo))?;
+            behind.leaves();
+            to_client.shutdown().await.map_err(End::ClientIo)
+        };
         match tokio::try_join!(up, down) {
             Ok(_) => End::Server,
-            Err(error) => End::ClientIo(error),
+            Err(end) => end,
         }
     }
 }
@@ -576,3 +587,6 @@ impl Drop for InFlight<'_> {
         self.0.end_request();
     }
 }
+
+#[cfg(test)]
+mod tests;

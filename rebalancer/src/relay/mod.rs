@@ -19,6 +19,7 @@ mod pacing;
 mod pump;
 mod registry;
 mod renewal;
+mod replacement;
 mod request_headers;
 mod slowing;
 mod sni;
@@ -29,6 +30,7 @@ mod tls;
 pub mod trust;
 mod turns;
 mod upstream;
+mod vigil;
 mod workers;
 
 use std::{
@@ -63,12 +65,14 @@ use metrics::Metrics;
 pub use pacing::WatchHandover;
 use registry::Registry;
 use renewal::Renewal;
+use replacement::Replacements;
 pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
 use takeover::{Listening, Predecessor};
 pub use tls::Files;
 use tls::{Changed, Loaded, Reloader};
 use upstream::{Checks, Target};
+use vigil::Vigil;
 use workers::Workers;
 
 /// How often files, idle connections and drain deadlines are looked at.
@@ -181,6 +185,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         );
     }
     let listening = Arc::new(Listening::default());
+    let vigil = Vigil::new(
+        Arc::clone(&target),
+        Arc::clone(&listening),
+        Arc::clone(&workers),
+        Arc::clone(&doubt),
+    );
+    let replacements = Replacements::new(Arc::clone(&target), Arc::clone(&registry), Arc::clone(&workers));
     let accepting = tokio::spawn(accept::run(
         Arc::new(Door {
             listen: config.listen,
@@ -196,6 +207,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             limits: config.limits,
             workers,
             doubt,
+            vigil,
+            replacements,
         }),
         inherited.clone(),
         upstream,

@@ -26,6 +26,7 @@ use super::{
     registry::{Connection, Order},
     slowing::Slowing,
     turns::{Share, TURN},
+    vigil::{Behind, tell},
 };
 
 /// How much is read at once.
@@ -67,27 +68,6 @@ pub enum End {
     /// The apiserver's socket failed.
     #[error("the apiserver's connection failed: {0}")]
     ServerIo(io::Error),
-}
-
-/// What stands behind a connection to the apiserver.
-pub trait Behind: Sync {
-    /// The apiserver ends a connection or says that it will, and its client has not heard of it: as soon as it does, it
-    /// connects anew, through a load balancer that takes it elsewhere only when the port is closed by then.
-    fn leaves(&self);
-
-    /// The same, of one that ended while it was asked something. Of a process that is killed, connections can end a moment
-    /// before the socket that listens (kernel/task_work.c runs what a process's end leaves to do in no order), so that this
-    /// waits for that moment: what was asked is lost already.
-    fn breaks(&self) -> impl Future<Output = ()> + Send;
-}
-
-/// What stands behind is told how a connection ended.
-pub(super) async fn tell(behind: &impl Behind, end: &End, asks: bool) {
-    match end {
-        End::Server | End::ServerIo(_) if asks => behind.breaks().await,
-        End::Server | End::ServerIo(_) => behind.leaves(),
-        _ => {}
-    }
 }
 
 /// A side's bytes that are not written yet.
@@ -185,7 +165,6 @@ where
     let mut pump = Pump::new(relay);
     let end = pump.relay(&mut client, &mut server, connection, behind).await;
     let asks = pump.relay.drain() == Drain::Active && pump.relay.open_streams() > 0;
-    tell(behind, &end, asks).await;
     // What came with the end.
     pump.report(connection);
     if let End::Protocol(error) = &end {
@@ -203,6 +182,7 @@ where
     } = pump;
     // What a client sent and nobody reads any more does not stay while it is waited for: it may take its time.
     drop((relay, unread, share, slowing));
+    tell(behind, &end, asks).await;
     let due = Due {
         client: &out.to_client[to_client.sent..],
         server: &out.to_server[to_server.sent..],

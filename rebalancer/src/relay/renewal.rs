@@ -21,7 +21,7 @@ pub struct FrontProxy {
 const LONGEST: i64 = 3600;
 
 /// When so little is left, clients are told whatever the apiserver's state: they would be answered 401.
-const LAST: i64 = 60;
+pub const LAST: i64 = 60;
 
 /// Who is to be told, and by when.
 #[derive(Debug, Default)]

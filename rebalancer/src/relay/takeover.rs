@@ -99,11 +99,14 @@ impl Listening {
         if state.taken || state.undecided > 0 || state.ending {
             return;
         }
-        if let Some(socket) = state.socket.take()
-            && let Err(error) = SockRef::from(&*socket).shutdown(Shutdown::Read)
-        {
-            // Then it is closed when the next check has found the same.
-            tracing::debug!(%error, "the port could not be closed at once");
+        let Some(socket) = &state.socket else { return };
+        match SockRef::from(&**socket).shutdown(Shutdown::Read) {
+            // It does not listen any more.
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => {
+                // Then it is closed when the next check has found the same.
+                tracing::debug!(%error, "the port could not be closed at once");
+            }
+            _ => state.socket = None,
         }
     }
 

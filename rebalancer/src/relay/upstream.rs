@@ -116,7 +116,7 @@ impl Target {
     /// An apiserver that nobody has connected to.
     pub fn new(address: SocketAddr, name: ServerName<'static>, tls: Arc<Reloader>) -> Self {
         Self {
-            address,
+            address: SocketAddr::new(address.ip().to_canonical(), address.port()),
             name,
             tls,
             source: AtomicU8::new(0),

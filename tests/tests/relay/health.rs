@@ -4,11 +4,14 @@ use std::{
     fs,
     io::ErrorKind,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    process::Command,
+    thread,
     time::Duration,
 };
 
 use rebalancer_tests::{
-    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, frame, kind, request},
+    demo_binary,
+    h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, client_config, frame, kind, request},
     netns::Namespace,
     pki::{Pair, Pki},
     process::{Process, tail, wait_for},
@@ -341,4 +344,69 @@ fn the_port_is_closed_before_a_client_hears_that_its_apiserver_goes() {
     late.begin_client(&[]);
     let _ = late.try_next();
     refused(&world, "a client that was let in");
+}
+
+/// A process that is killed closes its connections one after the other, and the socket that listens after them: whoever hears of it
+/// first finds the port closed.
+#[test]
+fn a_killed_apiserver_closes_the_port_before_the_first_of_many_hears_of_it() {
+    const CLIENTS: usize = 300;
+    let namespace = Namespace::new().expect("a network namespace");
+    namespace.enter().expect("its own namespace");
+    let logs = tempfile::tempdir().expect("a directory");
+    let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
+    let mut server = Command::new(demo_binary());
+    server
+        .arg("standin")
+        .arg(format!("--listen={UPSTREAM}"))
+        .arg("--origin-ms=0")
+        .arg("--certificate")
+        .arg(pki.file("apiserver.crt"))
+        .arg("--key")
+        .arg(pki.file("apiserver.key"))
+        .arg("--client-ca")
+        .arg(pki.file("ca.crt"))
+        .arg("--client-ca")
+        .arg(pki.file("front-proxy-ca.crt"));
+    let apiserver = Process::start("apiserver", server, Some(namespace.fd()), logs.path()).expect("an apiserver");
+    let control = logs.path().join("relay.sock");
+    let relay = relay_between(&pki, &namespace, logs.path(), &control, "relay", [RELAY, UPSTREAM], &[]);
+    assert!(
+        wait_for(PATIENCE, || is_open().then_some(())).is_some(),
+        "{}",
+        tail(&relay.log())
+    );
+    let config = client_config(&pki, Some(&pki.pair("admin")), b"h2").expect("a configuration");
+    let clients: Vec<Peer> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = Peer::connect_with(config.clone(), RELAY).expect("a handshake");
+            client.begin_client(&[]);
+            let watch = "/api/v1/namespaces/swarm/configmaps?watch=true&resourceVersion=1";
+            client.send(&request(1, watch));
+            while client.receive().kind != kind::HEADERS {}
+            client
+        })
+        .collect();
+    let late = thread::scope(|scope| {
+        let waiting: Vec<_> = clients
+            .into_iter()
+            .map(|mut client| {
+                scope.spawn(move || {
+                    while let Ok(Some(_)) = client.try_next() {}
+                    TcpStream::connect(RELAY).is_ok()
+                })
+            })
+            .collect();
+        apiserver.signal(libc::SIGKILL);
+        waiting
+            .into_iter()
+            .filter_map(|one| one.join().expect("it ends").then_some(()))
+            .count()
+    });
+    assert_eq!(
+        late,
+        0,
+        "of {CLIENTS} came back to a port behind which nobody was:\n{}",
+        tail(&relay.log())
+    );
 }

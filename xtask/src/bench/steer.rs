@@ -98,7 +98,7 @@ fn in_vm(version: &str, real: bool) -> anyhow::Result<Outcome> {
         arguments.extend(["--apiserver=/bin/kube-apiserver", "--etcd=/bin/etcd"]);
     }
     let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-    let mut command = vm::program(version, "rebalancer-bench", &arguments, "steer")?;
+    let mut command = vm::program(version, vm::Payload::Program("rebalancer-bench"), &arguments, "steer")?;
     let line = shown(&command);
     eprintln!("+ {line}");
     let mut child = command.stdout(Stdio::piped()).spawn()?;

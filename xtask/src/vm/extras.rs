@@ -20,6 +20,9 @@ use crate::{
 /// Where the guest looks for the apiserver and etcd, and for the small server with the apiserver's filter.
 const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etcd", "ETCD")];
 
+/// Their clients, which the guest is told of.
+const SWARM: &str = "swarm";
+
 /// How large the swap disk is.
 const SWAP_OCTETS: u64 = 1 << 30;
 
@@ -53,6 +56,7 @@ impl Extras {
                 files.push((format!("bin/{name}"), found));
             }
         }
+        files.extend(built(SWARM, arch).map(|found| (format!("bin/{SWARM}"), found)));
         // Pages that are to be paged out need a place to go to.
         let disk = target().join("vm/swap");
         fs::create_dir_all(target().join("vm"))?;
@@ -61,7 +65,7 @@ impl Extras {
         let drive = format!("file={},if=none,id=swap,format=raw,cache=unsafe", disk.display());
         Ok(Self {
             files,
-            machine: ["-drive", &drive, "-device", "nvme,drive=swap,serial=swap"]
+            machine: ["-m", "6000", "-drive", &drive, "-device", "nvme,drive=swap,serial=swap"]
                 .map(str::to_owned)
                 .to_vec(),
             // These build Go programs, or are about this machine's kernel.
@@ -112,24 +116,29 @@ fn fixture(name: &str, variable: &str, arch: Arch) -> Option<PathBuf> {
         env::var_os(format!("{variable}_{}", arch.debian().to_uppercase()))
     };
     let named = named.map(PathBuf::from);
-    named.or_else(|| on_path(name).filter(|_| is_host)).or_else(|| {
-        let cache = env::var_os("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))?;
-        let built = fs::read_dir(cache.join("rebalancer")).ok()?.flatten();
-        built
-            .map(|entry| entry.path())
-            .filter(|path| {
-                // What was built for this machine has no processor in its name.
-                let of = |arch: &Arch| path.to_string_lossy().ends_with(&format!("-{}", arch.debian()));
-                if is_host {
-                    !Arch::value_variants().iter().any(of)
-                } else {
-                    of(&arch)
-                }
-            })
-            .map(|path| path.join(name))
-            .filter(|path| path.is_file())
-            .max()
-    })
+    named
+        .or_else(|| on_path(name).filter(|_| is_host))
+        .or_else(|| built(name, arch))
+}
+
+/// One that the tests have built.
+fn built(name: &str, arch: Arch) -> Option<PathBuf> {
+    let cache = env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))?;
+    let directories = fs::read_dir(cache.join("rebalancer")).ok()?.flatten();
+    directories
+        .map(|entry| entry.path())
+        .filter(|path| {
+            // What was built for this machine has no processor in its name.
+            let of = |arch: &Arch| path.to_string_lossy().ends_with(&format!("-{}", arch.debian()));
+            if arch.is_host() {
+                !Arch::value_variants().iter().any(of)
+            } else {
+                of(&arch)
+            }
+        })
+        .map(|path| path.join(name))
+        .filter(|path| path.is_file())
+        .max()
 }

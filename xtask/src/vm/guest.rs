@@ -38,8 +38,10 @@ const PROGRAMS: [(&str, &[&str]); 4] = [
 pub enum Payload<'a> {
     /// A test group.
     Tests(&'a str),
-    /// A program of the package `rebalancer-tests`, as it is released.
+    /// A program of the package `rebalancer-tests`, as it is released: something is measured.
     Program(&'a str),
+    /// One that shows something, as the tests are built.
+    Scene(&'a str),
 }
 
 /// What runs inside.
@@ -57,23 +59,28 @@ impl Guest {
     /// built without shared libraries.
     pub fn build(payload: Payload<'_>, arch: Arch) -> anyhow::Result<Self> {
         match payload {
-            Payload::Tests(group) if arch.is_host() => Self::as_here(group),
+            Payload::Tests(group) if arch.is_host() => {
+                programs(&[])?;
+                let mut tests = cargo(["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
+                Self::as_here(&test_binary(&mut tests, group)?, "tests".to_owned())
+            }
+            Payload::Scene(name) if arch.is_host() => {
+                programs(&[])?;
+                Self::as_here(&target().join("debug").join(name), format!("bin/{name}"))
+            }
             _ => Self::without_libraries(payload, arch),
         }
     }
 
     /// What `cargo test` runs here: a second build of everything would take longer than the tests.
-    fn as_here(group: &str) -> anyhow::Result<Self> {
-        programs(&[])?;
-        let mut tests = cargo(["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
-        let program = test_binary(&mut tests, group)?;
+    fn as_here(program: &Path, path: String) -> anyhow::Result<Self> {
         let built = target().join("debug");
         Ok(Self {
             init: stripped(&built.join("vm-init"))?,
             rebalancer: stripped(&built.join("rebalancer"))?,
-            program: stripped(&program)?,
+            program: stripped(program)?,
             arch: Arch::host(),
-            path: "tests".to_owned(),
+            path,
         })
     }
 
@@ -83,7 +90,7 @@ impl Guest {
         let triple = arch.triple();
         let standard = Standard::of(arch)?;
         let profile: &[&str] = match payload {
-            Payload::Tests(_) => &[],
+            Payload::Tests(_) | Payload::Scene(_) => &[],
             Payload::Program(_) => &["--release"],
         };
         let build = |arguments: &[&str]| {
@@ -102,11 +109,11 @@ impl Guest {
         let mut binaries = vec!["build", "--package", "rebalancer", "--package", "rebalancer-tests"];
         binaries.extend(["--bin", "rebalancer", "--bin", "vm-init"]);
         let built = directory.join(&triple).join(match payload {
-            Payload::Tests(_) => "debug",
+            Payload::Tests(_) | Payload::Scene(_) => "debug",
             Payload::Program(_) => "release",
         });
         let (program, path) = match payload {
-            Payload::Program(name) => {
+            Payload::Program(name) | Payload::Scene(name) => {
                 binaries.extend(["--bin", name]);
                 run(&mut build(&binaries))?;
                 (built.join(name), format!("bin/{name}"))

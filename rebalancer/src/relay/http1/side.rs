@@ -109,17 +109,33 @@ pub(super) async fn send<W: AsyncWrite + Unpin>(writer: &mut W, octets: &[u8]) -
     writer.flush().await
 }
 
-/// Passes octets one way until that way ends, and passes the end.
-pub(super) async fn copy<R, W>(from: &mut Side<R>, to: &mut W, mut passed: impl FnMut(usize)) -> io::Result<()>
+/// Which of two sides failed.
+pub(super) enum Failed {
+    Reading(io::Error),
+    Writing(io::Error),
+}
+
+impl Failed {
+    /// What that is when one side is read and the other written.
+    pub(super) fn of<T>(self, read: impl FnOnce(io::Error) -> T, written: impl FnOnce(io::Error) -> T) -> T {
+        match self {
+            Self::Reading(error) => read(error),
+            Self::Writing(error) => written(error),
+        }
+    }
+}
+
+/// Passes octets one way until that way ends.
+pub(super) async fn copy<R, W>(from: &mut Side<R>, to: &mut W, mut passed: impl FnMut(usize)) -> Result<(), Failed>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     loop {
-        send(to, &from.ahead).await?;
+        send(to, &from.ahead).await.map_err(Failed::Writing)?;
         from.ahead = Vec::new();
-        match from.read().await? {
-            0 => return to.shutdown().await,
+        match from.read().await.map_err(Failed::Reading)? {
+            0 => return Ok(()),
             count => passed(count),
         }
     }

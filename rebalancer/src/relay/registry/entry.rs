@@ -191,9 +191,9 @@ impl Connection {
         self.known().front_proxy = Some(certificate);
     }
 
-    /// Whether the apiserver is shown another certificate for it than that issue.
-    pub fn is_of_another(&self, issue: u64) -> bool {
-        self.known().front_proxy.is_some_and(|own| own.issue != issue)
+    /// With which certificate it is served, where that says who asks.
+    pub fn front_proxy(&self) -> Option<FrontProxy> {
+        self.known().front_proxy
     }
 
     /// When the certificate ends by which it is served, if it is another than that issue, and it can be served with that
