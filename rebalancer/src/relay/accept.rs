@@ -7,9 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsFd as _,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -22,7 +20,6 @@ use rebalancer_core::wire::{
 use rustls::pki_types::CertificateDer;
 use socket2::{SockFilter, SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     time::{sleep, timeout},
@@ -31,6 +28,7 @@ use tokio::{
 use super::{
     Limits,
     admission::{Admission, Place},
+    begun::{Begun, first_octets},
     complaints::{Cause, Complaints},
     header,
     http1::{self, Renews},
@@ -569,65 +567,6 @@ impl Behind for Door {
 
     async fn breaks(&self) {
         self.vigil.breaks().await;
-    }
-}
-
-/// How much is read before the apiserver is connected to.
-const FIRST: usize = 16 * 1024;
-
-/// Waits for the first octets: nothing is held for a client that says nothing.
-async fn first_octets(client: &mut ServerStream) -> io::Result<Vec<u8>> {
-    std::future::poll_fn(|context| {
-        let mut octets = [0; FIRST];
-        let mut buffer = ReadBuf::new(&mut octets);
-        ready!(Pin::new(&mut *client).poll_read(context, &mut buffer))?;
-        Poll::Ready(Ok(buffer.filled().to_vec()))
-    })
-    .await
-}
-
-/// A stream of which something has been read.
-struct Begun<S> {
-    first: Vec<u8>,
-    rest: S,
-}
-
-impl<S> Begun<S> {
-    fn new(rest: S, first: Vec<u8>) -> Self {
-        Self { first, rest }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Begun<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.first.is_empty() {
-            return Pin::new(&mut self.rest).poll_read(context, buffer);
-        }
-        let count = self.first.len().min(buffer.remaining());
-        buffer.put_slice(&self.first[..count]);
-        self.first.drain(..count);
-        if self.first.is_empty() {
-            self.first = Vec::new();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.rest).poll_write(context, octets)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.rest).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.rest).poll_shutdown(context)
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod accept;
 mod admission;
+mod begun;
 mod complaints;
 mod control;
 mod discovery;
