@@ -403,6 +403,7 @@ where
     /// Passes octets after `101`, until both sides have ended: it is this connection's to the end, in figures and in the
     /// list.
     async fn splice(&mut self, behind: &impl Behind) -> End {
+        self.asks = true;
         let connection = Arc::clone(self.settings.connection);
         connection.begin_stream();
         let _in_flight = InFlight(&connection);
@@ -416,7 +417,9 @@ where
         let up = async {
             let copied = copy(client, to_server, |count| connection.add_bytes(count, 0)).await;
             copied.map_err(|failed| failed.of(End::ClientIo, End::ServerIo))?;
-            to_server.shutdown().await.map_err(End::ServerIo)
+            // Where it has ended too, that is read from it.
+            let _ = to_server.shutdown().await;
+            Ok(())
         };
         let down = async {
             let copied = copy(server, to_client, |count| connection.add_bytes(0, count)).await;

@@ -192,7 +192,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&workers),
         Arc::clone(&doubt),
     );
-    let replacements = Replacements::new(Arc::clone(&target), Arc::clone(&registry), Arc::clone(&workers));
+    let replacements = Replacements::new(
+        Arc::clone(&target),
+        Arc::clone(&registry),
+        Arc::clone(&workers),
+        Arc::clone(&complaints),
+        Arc::clone(&metrics),
+    );
     let accepting = tokio::spawn(accept::run(
         Arc::new(Door {
             listen: config.listen,

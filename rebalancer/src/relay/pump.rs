@@ -164,7 +164,7 @@ where
 {
     let mut pump = Pump::new(relay);
     let end = pump.relay(&mut client, &mut server, connection, behind).await;
-    let asks = pump.relay.drain() == Drain::Active && pump.relay.open_streams() > 0;
+    let asks = pump.relay.drain() != Drain::ByServer && pump.relay.open_streams() > 0;
     // What came with the end.
     pump.report(connection);
     if let End::Protocol(error) = &end {

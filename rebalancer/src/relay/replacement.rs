@@ -6,11 +6,9 @@
 //! time.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -19,6 +17,8 @@ use tokio::{
 };
 
 use super::{
+    complaints::{Cause, Complaints},
+    metrics::Metrics,
     registry::{Connection, Registry},
     renewal::LAST,
     stream::ClientStream,
@@ -28,36 +28,48 @@ use super::{
 };
 use crate::shim::wire::Upstream;
 
-/// So many handshakes at once, while there is time.
-const AT_ONCE: usize = 2;
+/// So many handshakes at once, while there is time, and when there is none.
+const AT_ONCE: [usize; 2] = [2, 32];
 
-/// How long a request waits while there is time, and when there is none.
+/// How long a request waits while the last certificate is good, and when it is over.
 const BRIEF: Duration = Duration::from_secs(1);
 const PATIENT: Duration = Duration::from_secs(10);
 
-/// So long after a failure nobody tries while there is time.
-const PAUSE: Duration = Duration::from_secs(5);
+/// So long after a failure nobody tries while there is time, and when there is none.
+const PAUSE: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
+
+/// With so little left, an apiserver that is overloaded is not waited for.
+const SOON: i64 = 600;
 
 /// One for all connections.
-#[derive(Debug)]
 pub struct Replacements {
     target: Arc<Target>,
     registry: Arc<Registry>,
     workers: Arc<Workers>,
-    permits: Arc<Semaphore>,
-    /// The registry's coarse milliseconds from which on it is tried again.
-    again: AtomicU64,
+    complaints: Arc<Complaints>,
+    metrics: Arc<Metrics>,
+    permits: [Arc<Semaphore>; 2],
+    /// Nobody tries again before.
+    again: Arc<Mutex<Instant>>,
 }
 
 impl Replacements {
     /// For connections to that apiserver.
-    pub fn new(target: Arc<Target>, registry: Arc<Registry>, workers: Arc<Workers>) -> Self {
+    pub fn new(
+        target: Arc<Target>,
+        registry: Arc<Registry>,
+        workers: Arc<Workers>,
+        complaints: Arc<Complaints>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             target,
             registry,
             workers,
-            permits: Arc::new(Semaphore::new(AT_ONCE)),
-            again: AtomicU64::new(0),
+            complaints,
+            metrics,
+            permits: AT_ONCE.map(|count| Arc::new(Semaphore::new(count))),
+            again: Arc::new(Mutex::new(Instant::now())),
         }
     }
 
@@ -70,39 +82,48 @@ impl Replacements {
         if used.issue == current.issue {
             return None;
         }
-        let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
-        let is_urgent = used.until.saturating_sub(now) <= LAST;
-        if !is_urgent
-            && (self.registry.upstream() != Upstream::Ready || self.registry.coarse_ms() < self.again.load(Relaxed))
-        {
+        let left = used.until.saturating_sub(i64::try_from(unix_now()).unwrap_or(i64::MAX));
+        let is_urgent = left <= LAST;
+        let may_serve = match self.registry.upstream() {
+            Upstream::Ready => true,
+            Upstream::Overloaded => left <= SOON,
+            _ => false,
+        };
+        if !(is_urgent || may_serve) || Instant::now() < *self.again.lock().unwrap_or_else(PoisonError::into_inner) {
             return None;
         }
-        let permit = match Arc::clone(&self.permits).try_acquire_owned() {
-            Ok(permit) => Some(permit),
-            Err(_) if is_urgent => None,
-            Err(_) => return None,
+        let patience = if left > 0 { BRIEF } else { PATIENT };
+        let permits = Arc::clone(&self.permits[usize::from(is_urgent)]);
+        let permit = if is_urgent {
+            timeout(patience, permits.acquire_owned()).await.ok()?.ok()?
+        } else {
+            permits.try_acquire_owned().ok()?
         };
-        let (target, (done, connected)) = (Arc::clone(&self.target), oneshot::channel());
+        let (done, connected) = oneshot::channel();
+        let (target, again) = (Arc::clone(&self.target), Arc::clone(&self.again));
+        let (complaints, metrics) = (Arc::clone(&self.complaints), Arc::clone(&self.metrics));
+        let client = connection.client();
         // Handshakes keep the threads that serve from others' octets.
         self.workers.shake_hands(async move {
             let _permit = permit;
-            let patience = if is_urgent { PATIENT } else { BRIEF };
-            let server = timeout(patience, target.connect(&tls.front_proxy, b"http/1.1")).await;
-            // The client may have gone.
-            let _ = done.send(server.ok().and_then(Result::ok));
+            let began = Instant::now();
+            let connecting = timeout(patience, target.connect(&tls.front_proxy, b"http/1.1")).await;
+            match connecting.map_err(io::Error::from).flatten() {
+                Ok(server) => {
+                    metrics.connected(began.elapsed());
+                    // The client may have gone.
+                    let _ = done.send(server);
+                }
+                Err(error) => {
+                    complaints.complain(Cause::Upstream, client, &error);
+                    let pause = PAUSE[usize::from(is_urgent)];
+                    *again.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + pause;
+                }
+            }
         });
-        let server = connected
-            .await
-            .ok()
-            .flatten()
-            .and_then(|mut server| server.settle().is_ok().then_some(server));
-        if server.is_some() {
-            connection.set_front_proxy(current);
-        } else {
-            let pause = u64::try_from(PAUSE.as_millis()).unwrap_or(u64::MAX);
-            self.again
-                .store(self.registry.coarse_ms().saturating_add(pause), Relaxed);
-        }
-        server
+        let mut server = connected.await.ok()?;
+        server.settle().ok()?;
+        connection.set_front_proxy(current);
+        Some(server)
     }
 }

@@ -124,12 +124,6 @@ impl Target {
         }
     }
 
-    /// Which socket listens there, by the kernel's list: of several the newest. `None` when it names none there, or cannot
-    /// be read.
-    fn listener(&self) -> Option<u64> {
-        self.listeners().ok()?.into_iter().max()
-    }
-
     fn listeners(&self) -> Result<Vec<u64>, sockdiag::SockdiagError> {
         let all = sockdiag::listening(self.address.port())?;
         let there = |address: IpAddr| address.is_unspecified() || address.to_canonical() == self.address.ip();
@@ -140,9 +134,14 @@ impl Target {
             .collect())
     }
 
+    /// Whether the kernel's list names who listens there.
+    pub fn is_listed(&self) -> bool {
+        self.is_listed.load(Relaxed)
+    }
+
     /// Whether nobody listens there any more, by the kernel's list, which has named somebody before.
     pub fn is_gone(&self) -> bool {
-        self.is_listed.load(Relaxed) && self.listeners().is_ok_and(|listeners| listeners.is_empty())
+        self.is_listed() && self.listeners().is_ok_and(|listeners| listeners.is_empty())
     }
 
     /// Connects with a configuration of this target's [`Reloader`] and offers exactly one protocol.
@@ -281,8 +280,12 @@ impl Checks {
         match timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await {
             Ok(Ok(readiness)) => {
                 // Another process has another listening socket, and every connection with it is new.
-                self.listener = self.target.listener();
-                self.target.is_listed.store(self.listener.is_some(), Relaxed);
+                let listeners = self.target.listeners();
+                // Of several the newest.
+                self.listener = listeners.as_ref().ok().and_then(|all| all.iter().max().copied());
+                if let Ok(all) = listeners {
+                    self.target.is_listed.store(!all.is_empty(), Relaxed);
+                }
                 if let Ok(Some(version)) = timeout(CHECK, ask_version(&mut kept.sender, self.request("/version"))).await
                 {
                     self.version = Some(version);

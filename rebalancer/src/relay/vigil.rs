@@ -12,7 +12,7 @@ use std::{
 };
 
 use tokio::{
-    sync::Notify,
+    sync::{Notify, futures::Notified},
     time::{sleep, timeout},
 };
 
@@ -61,13 +61,12 @@ const QUIET: Duration = Duration::from_millis(50);
 /// So long is looked at most, however many break.
 const LONGEST: Duration = Duration::from_secs(2);
 
-/// So much of the time may be spent on looking, as one part of so many: a look reads the kernel's list of all that listen.
+/// So much of the time may be spent on looks for single connections, as one part of so many: a look reads the kernel's list of
+/// all that listen. The rest after each is no longer than two looks of those that go on.
 const PART: u32 = 10;
 
 #[derive(Debug)]
 struct Watched {
-    /// Nobody looks again until then: somebody listened a moment ago.
-    rests_until: Instant,
     /// When a connection broke last.
     broke: Instant,
     /// Somebody looks again and again, for all.
@@ -76,27 +75,48 @@ struct Watched {
 
 /// One for all connections.
 #[derive(Debug)]
-pub struct Vigil {
-    target: Arc<Target>,
+pub struct Vigil<T = Target> {
+    target: Arc<T>,
     listening: Arc<Listening>,
     workers: Arc<Workers>,
     /// Rings when nobody listens any more: the health check finds out the rest.
     doubt: Arc<Notify>,
+    /// Until when nobody looks for a single connection; held while the kernel is asked.
+    rests_until: Mutex<Instant>,
+    /// Never held while the kernel is asked.
     watched: Mutex<Watched>,
     over: Notify,
 }
 
-impl Vigil {
+/// Where somebody listens or not.
+pub trait Listens: Send + Sync + 'static {
+    /// Whether that can be known at all.
+    fn is_known(&self) -> bool;
+    /// Whether nobody listens any more.
+    fn is_gone(&self) -> bool;
+}
+
+impl Listens for Target {
+    fn is_known(&self) -> bool {
+        self.is_listed()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.is_gone()
+    }
+}
+
+impl<T: Listens> Vigil<T> {
     /// One for what stands there, and the port before it.
-    pub fn new(target: Arc<Target>, listening: Arc<Listening>, workers: Arc<Workers>, doubt: Arc<Notify>) -> Arc<Self> {
+    pub fn new(target: Arc<T>, listening: Arc<Listening>, workers: Arc<Workers>, doubt: Arc<Notify>) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
             target,
             listening,
             workers,
             doubt,
+            rests_until: Mutex::new(now),
             watched: Mutex::new(Watched {
-                rests_until: now,
                 broke: now,
                 is_watching: false,
             }),
@@ -108,56 +128,184 @@ impl Vigil {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shuts the port when nobody listens behind it.
-    pub fn look(&self) {
-        // Whoever comes while another one looks waits for what he sees: a moment, and the port may be shut after it.
-        let mut watched = self.watched();
-        let began = Instant::now();
-        if !self.listening.is_open() || began < watched.rests_until {
+    /// For one connection that ends: shuts the port when nobody listens behind it. Within the rest after a look another one is
+    /// on its way.
+    pub fn look(self: &Arc<Self>) {
+        if !self.can_tell() {
             return;
         }
-        if self.target.is_gone() {
-            self.listening.shut();
-            self.doubt.notify_one();
+        let is_resting = {
+            // Whoever comes while another one looks waits for what he sees, a moment.
+            let mut rests_until = self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_resting = Instant::now() < *rests_until;
+            if !is_resting {
+                self.ask(&mut rests_until);
+            }
+            is_resting
+        };
+        let mut watched = self.watched();
+        if is_resting || watched.is_watching {
+            watched.broke = Instant::now();
+            self.begin(&mut watched);
         }
-        watched.rests_until = Instant::now() + began.elapsed() * PART;
     }
 
     /// Waits until the port is shut, or connections break no more while somebody listens.
     pub async fn breaks(self: &Arc<Self>) {
-        let mut over = std::pin::pin!(self.over.notified());
-        over.as_mut().enable();
-        {
-            let mut watched = self.watched();
-            watched.broke = Instant::now();
-            if !self.listening.is_open() {
-                return;
-            }
-            if !std::mem::replace(&mut watched.is_watching, true) {
-                let vigil = Arc::clone(self);
-                self.workers.shake_hands(async move { vigil.watch().await });
-            }
+        let Some(over) = self.joins() else { return };
+        if timeout(LONGEST, over).await.is_err() {
+            // The threads that shake hands have too much to do.
+            self.ask_now();
         }
-        // The threads that shake hands may have much to do.
-        let _ = timeout(LONGEST, over).await;
+    }
+
+    fn joins(self: &Arc<Self>) -> Option<Notified<'_>> {
+        if !self.can_tell() {
+            return None;
+        }
+        let mut watched = self.watched();
+        watched.broke = Instant::now();
+        self.begin(&mut watched);
+        // It hears whoever says that it is over from here on: a watch that has ended said so before this lock was had.
+        Some(self.over.notified())
+    }
+
+    fn begin(self: &Arc<Self>, watched: &mut Watched) {
+        if !std::mem::replace(&mut watched.is_watching, true) {
+            let vigil = Arc::clone(self);
+            self.workers.shake_hands(async move { vigil.watch().await });
+        }
     }
 
     async fn watch(&self) {
         let since = Instant::now();
-        while self.goes_on(since) {
+        loop {
+            let began = Instant::now();
+            self.ask_now();
+            if self.is_over(began, since) {
+                return;
+            }
             sleep(LOOK).await;
         }
     }
 
-    fn goes_on(&self, since: Instant) -> bool {
-        self.look();
+    /// Whether the watch is over, after a look that began then.
+    fn is_over(&self, looked: Instant, since: Instant) -> bool {
         let mut watched = self.watched();
-        let goes_on = self.listening.is_open() && watched.broke.elapsed() < QUIET && since.elapsed() < LONGEST;
-        if !goes_on {
+        let is_over = !self.listening.is_open() || looked >= watched.broke + QUIET || since.elapsed() >= LONGEST;
+        if is_over {
             watched.is_watching = false;
-            // Before the next one may begin: who waits now has been looked for.
             self.over.notify_waiters();
         }
-        goes_on
+        is_over
+    }
+
+    fn can_tell(&self) -> bool {
+        self.listening.is_open() && self.target.is_known()
+    }
+
+    fn ask_now(&self) {
+        self.ask(&mut self.rests_until.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn ask(&self, rests_until: &mut Instant) {
+        if !self.listening.is_open() {
+            return;
+        }
+        let began = Instant::now();
+        if self.target.is_gone() {
+            self.listening.shut();
+            self.doubt.notify_one();
+        }
+        *rests_until = Instant::now() + (began.elapsed() * PART).min(2 * LOOK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Somebody listens for so many looks, each of which takes a while.
+    struct Leaves {
+        left: AtomicU32,
+        is_known: bool,
+        takes: Duration,
+    }
+
+    impl Listens for Leaves {
+        fn is_known(&self) -> bool {
+            self.is_known
+        }
+
+        fn is_gone(&self) -> bool {
+            std::thread::sleep(self.takes);
+            self.left
+                .fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1))
+                .is_err()
+        }
+    }
+
+    async fn vigil(left: u32, is_known: bool, takes: Duration) -> Arc<Vigil<Leaves>> {
+        let listening = Arc::new(Listening::default());
+        let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        listening.set(Some(Arc::new(socket)));
+        let target = Leaves {
+            left: AtomicU32::new(left),
+            is_known,
+            takes,
+        };
+        let workers = Arc::new(Workers::start().expect("threads"));
+        Vigil::new(Arc::new(target), listening, workers, Arc::default())
+    }
+
+    #[tokio::test]
+    async fn looks_that_take_long_end_no_watch_before_one_was_late_enough() {
+        let vigil = vigil(1, true, Duration::from_millis(10)).await;
+        vigil.breaks().await;
+        assert!(!vigil.listening.is_open());
+    }
+
+    #[tokio::test]
+    async fn a_look_within_the_rest_of_another_is_made_up_for() {
+        let vigil = vigil(1, true, Duration::from_millis(10)).await;
+        vigil.look();
+        assert!(vigil.listening.is_open(), "somebody listens");
+        vigil.look();
+        while vigil.listening.is_open() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn somebody_who_stays_keeps_no_port_shut_and_nobody_for_ever() {
+        let vigil = vigil(u32::MAX, true, Duration::ZERO).await;
+        tokio::join!(vigil.breaks(), vigil.breaks());
+        assert!(vigil.listening.is_open());
+        assert!(!vigil.watched().is_watching);
+        let looks = u32::MAX - vigil.target.left.load(SeqCst);
+        assert!((2..100).contains(&looks), "{looks} looks for both together");
+    }
+
+    #[tokio::test]
+    async fn where_nothing_can_be_known_nobody_waits() {
+        let vigil = vigil(0, false, Duration::ZERO).await;
+        let mut breaks = std::pin::pin!(vigil.breaks());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(breaks.as_mut().poll(&mut context).is_ready());
+        vigil.look();
+        assert!(vigil.listening.is_open());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_is_not_let_go_by_a_watch_that_ended_before() {
+        let vigil = vigil(u32::MAX, true, Duration::ZERO).await;
+        vigil.over.notify_waiters();
+        let mut breaks = std::pin::pin!(vigil.breaks());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(breaks.as_mut().poll(&mut context).is_pending());
     }
 }

@@ -171,7 +171,7 @@ impl Registry {
     }
 
     /// Milliseconds since the relay began, as the last sweep saw them.
-    pub fn coarse_ms(&self) -> u64 {
+    fn coarse_ms(&self) -> u64 {
         self.coarse_ms.load(Relaxed)
     }
 
