@@ -185,6 +185,11 @@ impl Peers {
         self.awaits_roll = true;
     }
 
+    /// Whether who is who is still to be read.
+    pub fn awaits_roll(&self) -> bool {
+        self.awaits_roll
+    }
+
     /// Whether each has been asked at least once: what an earlier process was told is not the newest before that.
     pub fn were_asked(&self) -> bool {
         let was_asked = |peer: &Peer| peer.snapshot.is_some() || peer.fault.is_some() || peer.member_fault.is_some();

@@ -306,7 +306,22 @@ impl Agent {
     /// How many all donors together tell to find out. Where strangers land elsewhere all the time it takes more to be seen.
     pub(super) fn probe_of_all(&self, balance: &Balance) -> u64 {
         let names = balance.servers.iter().map(|server| &server.name);
-        probe_of(balance, self.motion.strangers_hide(names, &balance.donors))
+        let tellers = self.tellers_of(balance);
+        let even = even_of(tellers.len(), balance.servers.len());
+        probe_of(even, self.motion.strangers_hide(names, &tellers))
+    }
+
+    /// Those on whom a landing is no evidence, as far as they take clients: donors, and who was one while somebody whom it told
+    /// is on his way.
+    pub(super) fn tellers_of(&self, balance: &Balance) -> Vec<ApiserverName> {
+        let donors: BTreeSet<&ApiserverName> = balance.donors.iter().chain(&self.tellers).collect();
+        let servers = balance.servers.iter().map(|server| &server.name);
+        let tellers: Vec<ApiserverName> = servers.filter(|name| donors.contains(name)).cloned().collect();
+        if tellers.len() < balance.servers.len() {
+            tellers
+        } else {
+            balance.donors.clone()
+        }
     }
 
     /// Whether somebody who would take clients is overloaded, and more so than those who would give them.
@@ -346,8 +361,7 @@ impl Agent {
 }
 
 /// How many all donors together tell to find out where they land, so many more than `hidden` of whom would be seen elsewhere.
-fn probe_of(balance: &Balance, hidden: f64) -> u64 {
-    let even = even_of(balance.donors.len(), balance.servers.len());
+fn probe_of(even: f64, hidden: f64) -> u64 {
     ((1.0 - PROBE_CERTAINTY).ln() / (1.0 - even).ln() + hidden / even).ceil() as u64
 }
 
@@ -451,7 +465,8 @@ mod tests {
     fn the_parts_of_a_probe_add_up_whoever_reckons() {
         for loads in [[500, 500, 0], [1_054, 81, 518], [908, 672, 77], [40, 31, 1], [7, 5, 0]] {
             let view = view(&loads.map(|load| (load, 0)));
-            let all = super::probe_of(&balance(&view, 0), 0.0);
+            let whole = balance(&view, 0);
+            let all = super::probe_of(even_of(whole.donors.len(), whole.servers.len()), 0.0);
             let parts: Vec<u64> = (0..3)
                 .map(|own| {
                     let balance = balance(&view, own);

@@ -49,18 +49,23 @@ impl Agent {
             .filter(|entry| entry.snapshot.state == ServerState::Ready);
         let patience = ready.map(|entry| entry.snapshot.counts_after).max();
         self.table.peers_count_after(patience.unwrap_or_default());
-        let apiservers = self.peers.names().len();
+        let apiservers = if self.peers.awaits_roll() {
+            usize::MAX
+        } else {
+            self.peers.names().len()
+        };
         let expected = self.motion.in_transit();
         let figures = self.motion.figures();
         let moves = self
             .motion
             .look(&view, apiservers, self.policy.settle + self.table.old_enough(), now);
         self.memory_changes += u64::from(figures != self.motion.figures());
-        self.compare_ready(&view, now);
+        self.compare_ready(&view, view.entries.len() == apiservers, now);
         self.compare_releases(&view, now);
         self.rebalancing.told(moves.told);
-        if moves.told > 0 {
-            self.ramp.others_tell(now);
+        if moves.told > 0 && self.ramp.others_tell(now) {
+            // Together with them, and not an interval later.
+            self.next_decision = now;
         }
         if moves.told + moves.landed > 0 {
             self.moved = now;
@@ -73,7 +78,8 @@ impl Agent {
         if donors.is_empty() {
             donors.clone_from(&donors_now);
         }
-        let tellers = self.lately_donors(&donors_now, now);
+        let tellers = self.lately_donors(&donors_now, expected + moves.told > 0, now);
+        self.tellers.clone_from(&tellers);
         // Nor is one that sends all its clients away a place where they go: whoever comes back to it was sent there by nobody's
         // wish.
         let evacuating = |entry: &(&ApiserverName, &Entry)| entry.1.snapshot.state == ServerState::Evacuating;
@@ -98,7 +104,7 @@ impl Agent {
             if !tellers.is_empty() {
                 let balance = planner::balance(&view, &self.policy, &self.rho, &self.spread, transit);
                 let known = Tellers {
-                    even: even_of(tellers.len(), balance.servers.len()),
+                    even: even_of(self.tellers_of(&balance).len(), balance.servers.len()),
                     part: balance.surplus_part,
                     probe: self.probe_of(&balance),
                     interval: self.policy.interval,
@@ -168,7 +174,7 @@ impl Agent {
 
     /// When the apiservers are others than before, what was learned of the load balancer is forgotten. One that is not known
     /// for a moment is still the one it was.
-    fn compare_ready(&mut self, view: &View, now: Timestamp) {
+    fn compare_ready(&mut self, view: &View, are_all_there: bool, now: Timestamp) {
         let is_ready = |(name, entry): &(&ApiserverName, &Entry)| match entry.snapshot.state {
             ServerState::Ready => true,
             ServerState::Unknown | ServerState::Overloaded => self.ready.contains(name),
@@ -183,7 +189,7 @@ impl Agent {
         // The first set is no change: what another process tried still stands. It is not whole before all were heard of, and
         // what this one's own requests come to is known after half a minute.
         let is_known = |entry: &Entry| entry.snapshot.state != ServerState::Unknown;
-        let is_whole = view.entries.len() == self.peers.names().len() && view.entries.values().all(is_known);
+        let is_whole = are_all_there && view.entries.values().all(is_known);
         let was_whole = self.was_whole;
         self.was_whole |= is_whole || now.since(self.started) >= FIRST_SET;
         if ready == self.ready {
@@ -205,12 +211,13 @@ impl Agent {
 
     /// Who is a donor, or was one within the settle time or while somebody who was told is on his way: those whom it told come
     /// back until then, while without them it may be none. Where that is everybody who is ready, those who are donors now.
-    fn lately_donors(&mut self, donors: &[ApiserverName], now: Timestamp) -> Vec<ApiserverName> {
+    fn lately_donors(&mut self, donors: &[ApiserverName], is_any_told: bool, now: Timestamp) -> Vec<ApiserverName> {
         for name in donors {
             self.were_donors.insert(name.clone(), now);
         }
         let settle = self.policy.settle;
-        let is_awaited = self.motion.in_transit() > 0;
+        // Those who land in this look were on their way until now.
+        let is_awaited = is_any_told || self.motion.in_transit() > 0;
         self.were_donors.retain(|_, at| is_awaited || now.since(*at) < settle);
         if self.were_donors.len() < self.ready.len() {
             self.were_donors.keys().cloned().collect()
@@ -226,6 +233,7 @@ mod tests {
     use crate::{
         agent::{Input, Policy, tests::socket},
         ids::{ConnectionId, ShimKind},
+        membership::Roll,
         observation::Observation,
         shim::ShimReport,
         view::Part,
@@ -283,5 +291,59 @@ mod tests {
         assert_eq!(agent.ready, [name(0), name(1), name(2)]);
         assert_eq!(agent.donors, [name(0), name(1)]);
         assert!(!is_slow, "{:?}", agent.ramp);
+    }
+
+    /// Before the first list of Leases it knows itself alone: that is no set of apiservers, from which those who are heard of
+    /// later would differ.
+    #[test]
+    fn what_was_tried_outlives_a_start_in_which_nobody_is_known_yet() {
+        let name = |index: usize| ApiserverName::new(format!("n{index}"));
+        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
+        let hours = Duration::from_secs(12 * 3_600);
+        let mut policy = Policy::new(name(0), std::collections::BTreeSet::new());
+        policy.shim = ShimKind::Relay;
+        let mut memory = Agent::new(policy.clone(), 1, at(0)).memory(at(0));
+        memory.tries.wait = hours;
+        memory.tries.left = hours / 2;
+        let mut agent = Agent::with_memory(policy, 2, at(0), &memory, Duration::ZERO);
+        agent.call_first(Roll::unread("it is not read yet"));
+        let list = Observation::Resync {
+            sockets: (1..=300).map(socket).collect(),
+            listener: Some(ConnectionId(9_999)),
+        };
+        agent.handle(at(0), Input::Observations(vec![list]));
+        let report = ShimReport {
+            upstream_ready: Some(true),
+            ..ShimReport::default()
+        };
+        agent.handle(at(0), Input::Shim(report));
+        for second in 1..=8 {
+            agent.handle(at(second), Input::Tick);
+        }
+        assert!(!agent.was_whole, "{:?}", agent.ready);
+        let member = crate::membership::Member {
+            endpoint: None,
+            fault: None,
+        };
+        let roll = Roll {
+            members: (1..3).map(|index| (name(index), member.clone())).collect(),
+            doubt: None,
+            ..Roll::unread("")
+        };
+        agent.handle(at(9), Input::Roll(roll));
+        for peer in 1..3 {
+            let snapshot = crate::view::Snapshot {
+                apiserver: name(peer),
+                part: Part::Acts,
+                ..agent.snapshot(at(9))
+            };
+            agent.handle(at(10), Input::Peer(name(peer), Ok(snapshot)));
+        }
+        for second in 10..=20 {
+            agent.handle(at(second), Input::Tick);
+        }
+        assert!(agent.was_whole);
+        assert_eq!(agent.ready, [name(0), name(1), name(2)]);
+        assert_eq!(agent.ramp.tried().0, hours);
     }
 }

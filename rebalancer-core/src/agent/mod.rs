@@ -153,7 +153,9 @@ pub struct Agent {
     was_whole: bool,
     /// The donors at the last look.
     donors: Vec<ApiserverName>,
-    /// When each was one last.
+    /// Those on whom a landing is no evidence, as of the last look.
+    tellers: Vec<ApiserverName>,
+    /// When each was a donor last.
     were_donors: BTreeMap<ApiserverName, Timestamp>,
     /// When somebody was told or landed last, anywhere.
     moved: Timestamp,
@@ -234,6 +236,7 @@ impl Agent {
             ready: Vec::new(),
             was_whole: false,
             donors: Vec::new(),
+            tellers: Vec::new(),
             were_donors: BTreeMap::new(),
             moved: now,
             growth: Growth::default(),

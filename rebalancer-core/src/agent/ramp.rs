@@ -272,15 +272,17 @@ impl Ramp {
 
     /// Others tell. A try is all donors' together, or what each tells is too little to be seen among strangers who land elsewhere
     /// anyway: whoever waits for long, and does not rest from the same try, joins. He has waited half his time by then, or those
-    /// who try one after the other would have each other try for ever.
-    pub fn others_tell(&mut self, now: Timestamp) {
+    /// who try one after the other would have each other try for ever. Whether he joins now.
+    pub fn others_tell(&mut self, now: Timestamp) -> bool {
         if let Next::After(until) = self.next
             && !self.is_slow
             && self.wait >= FUTILE_WAIT
             && now.since(until.back(self.wait)) >= SAME_TRY.max(self.wait / 2)
         {
             self.next = Next::Probe;
+            return true;
         }
+        false
     }
 
     /// Whether hardly anybody lands elsewhere.

@@ -603,3 +603,49 @@ fn seldom_calls_do_not_hide_that_moving_is_futile_from_those_who_take_their_time
         }
     }
 }
+
+/// Agents that look seldom try at one moment all the same: what one of them tells by itself would hide among strangers for hours.
+#[test]
+fn donors_who_look_seldom_find_out_among_calls_that_the_balancer_is_another() {
+    let policy = Policy {
+        interval: Duration::from_secs(120),
+        ..default_policy()
+    };
+    let mut setup = loads(&[300, 300, 0], LoadBalancer::Affinity, policy);
+    setup.strangers = lasting(2.0, 1, 20.0, 20.0);
+    setup.incidents = vec![(Duration::from_secs(3_600), Incident::Balancer(LoadBalancer::RoundRobin))];
+    setup.horizon = Horizon::Fixed(Duration::from_secs(4 * 3_600));
+    for seed in 0..seeds(4) {
+        let run = run(&setup, seed);
+        say(&format!(
+            "(300,300,0), a look each two minutes, another balancer after 3,600 s among two calls a second, seed {seed}: {} GOAWAYs, at \
+             the end {:+.1} %",
+            run.goaways_total,
+            100.0 * run.last_skew
+        ));
+        assert!(run.last_skew < 0.10, "seed {seed}: {}", run.last_skew);
+    }
+}
+
+/// Who is at its target while others drain is no place where others go, and a probe is as large as that asks.
+#[test]
+fn the_last_donor_of_many_is_not_taken_for_one_that_moves_in_vain() {
+    let mut setup = loads(&[400, 400, 400, 400, 400, 0], LoadBalancer::Random, default_policy());
+    setup.groups = vec![Group {
+        requests: Spread::Constant(0.0),
+        watches: 2,
+        ..Group::plain(2_000)
+    }];
+    setup.horizon = Horizon::Fixed(Duration::from_secs(1_800));
+    for seed in 0..seeds(4) {
+        let run = run(&setup, seed);
+        say(&format!(
+            "(400 x 5, 0), random, all only watch, seed {seed}: {} GOAWAYs, futile {} times, at the end {:+.1} %",
+            run.goaways_total,
+            run.holds.get("futile").copied().unwrap_or_default(),
+            100.0 * run.last_skew
+        ));
+        assert!(!run.holds.contains_key("futile"), "seed {seed}");
+        assert!(run.last_skew < 0.15, "seed {seed}: {}", run.last_skew);
+    }
+}
