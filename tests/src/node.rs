@@ -333,12 +333,16 @@ impl Node {
         Ok(old * 10 >= ages.len() * 9)
     }
 
-    /// GOAWAYs that its relay has sent on an agent's order, since it started.
+    /// GOAWAYs that its relay has sent on an agent's order, since it started; where there is none, those of the agent's own
+    /// count.
     ///
     /// # Errors
     ///
-    /// The relay does not answer, or there is none.
+    /// It does not answer.
     pub fn told(&self) -> anyhow::Result<u64> {
+        if self.relay.is_none() {
+            return self.status()?["goaways_total"].as_u64().context("goaways_total");
+        }
         let answer = ask(&self.directory.join("relay.sock"), "/v1/outcomes?since=0")?;
         let outcomes = answer["outcomes"].as_array().context("outcomes")?;
         let is_told = |entry: &&Value| entry["outcome"] == "draining" && entry["generation"].as_u64() > Some(0);

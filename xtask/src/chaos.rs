@@ -13,12 +13,14 @@ use crate::{
     arch::Arch,
     debian, ebpf,
     run::{cargo, is_root, root, run, shown, target},
+    vm,
 };
 
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct Arguments {
-    /// Flags of the run; `--help` lists them
+    /// Flags of the run; `--help` lists them. `chaos --vm VERSION` plays with `steer` in a virtual machine with that Debian
+    /// kernel
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     flags: Vec<String>,
 }
@@ -46,7 +48,49 @@ const SOAK: Live = Live {
 
 /// Plays the faults; the page is written from a whole run alone.
 pub fn run_chaos(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    CHAOS.run(&arguments.flags)
+    let (version, flags) = vm::without_version(&arguments.flags)?;
+    match version {
+        Some(version) => with_steer(&version, &flags),
+        None => CHAOS.run(&flags),
+    }
+}
+
+/// Plays those that concern probes, in a virtual machine: a part of the page.
+fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
+    let is_whole = !CHAOS.is_part(flags);
+    let mut arguments = vec!["chaos".to_owned(), "--shim=steer".to_owned()];
+    arguments.extend_from_slice(flags);
+    if is_whole {
+        arguments.push("--page=/proc/self/fd/1".to_owned());
+    }
+    let mut said = String::new();
+    let code = vm::show(version, "rebalancer-demo", &arguments, |line| {
+        said.push_str(line);
+        said.push('\n');
+    })?;
+    if is_whole && code == 0 {
+        let section = section(&said).context("the VM has not said its part of the page")?;
+        let page = root().join("docs/faults.md");
+        let before = fs::read_to_string(&page).with_context(|| format!("cannot read {}", page.display()))?;
+        let relays = before.find(STEER).map_or(before.as_str(), |at| &before[..at]);
+        fs::write(&page, format!("{}\n\n{section}", relays.trim_end()))
+            .with_context(|| format!("cannot write {}", page.display()))?;
+        eprintln!("{} is written", page.display());
+    }
+    Ok(ExitCode::from(code))
+}
+
+/// The heading of that part.
+const STEER: &str = "## With `steer`\n";
+
+/// The part in what was said: from its heading to the end of its table.
+fn section(said: &str) -> Option<String> {
+    let from = &said[said.find(STEER)?..];
+    let table = from.find("\n|")? + 1;
+    let rows = from[table..]
+        .split_inclusive('\n')
+        .take_while(|line| line.starts_with('|'));
+    Some(format!("{}{}", &from[..table], rows.collect::<String>()))
 }
 
 /// Lets a cluster grow old, and writes what it held.
@@ -55,6 +99,13 @@ pub fn run_soak(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 impl Live {
+    /// Whether that leaves some of it out.
+    fn is_part(&self, flags: &[String]) -> bool {
+        flags
+            .iter()
+            .any(|flag| self.leaves_out.iter().any(|part| flag.starts_with(part)))
+    }
+
     fn run(&self, flags: &[String]) -> anyhow::Result<ExitCode> {
         for (program, package) in [("haproxy", "haproxy"), ("iptables", "iptables"), ("ss", "iproute2")] {
             debian::install(program, package)?;
@@ -73,9 +124,8 @@ impl Live {
             command
         };
         command.arg(self.part).args(flags);
-        let in_part = |flag: &String| self.leaves_out.iter().any(|part| flag.starts_with(part));
         let mut written: Vec<(PathBuf, PathBuf)> = Vec::new();
-        if !flags.iter().any(in_part) {
+        if !self.is_part(flags) {
             for (flag, page) in self.pages {
                 let at = target().join(page);
                 // One from an earlier run is not this run's, and `--help` writes none.
@@ -114,17 +164,22 @@ impl Live {
 /// Where a page lists its runs, a row each.
 const RUNS: [&str; 2] = ["<!-- runs -->\n", "<!-- /runs -->\n"];
 
-/// A page with the rows of an earlier one before its own, where it lists runs.
+/// A page with the rows of an earlier one before its own, where it lists runs, and with the part of the earlier one that another run
+/// writes.
 fn with_rows_of(before: &str, page: &str) -> String {
     let rows = |text: &str| -> Option<(usize, usize)> {
         let begin = text.find(RUNS[0])? + RUNS[0].len();
         Some((begin, begin + text[begin..].find(RUNS[1])?))
     };
-    match (rows(before), rows(page)) {
+    let page = match (rows(before), rows(page)) {
         (Some((begin, end)), Some((place, _))) => {
             format!("{}{}{}", &page[..place], &before[begin..end], &page[place..])
         }
         _ => page.to_owned(),
+    };
+    match section(before) {
+        Some(section) => format!("{}\n\n{section}", page.trim_end()),
+        None => page,
     }
 }
 
@@ -139,5 +194,17 @@ mod tests {
         assert_eq!(joined, page("| 1 |\n| 2 |\n| 3 |\n", "new"));
         assert_eq!(with_rows_of("", &page("| 3 |\n", "new")), page("| 3 |\n", "new"));
         assert_eq!(with_rows_of(&page("| 1 |\n", "old"), "# Faults\n"), "# Faults\n");
+    }
+
+    #[test]
+    fn the_part_of_another_run_stays() {
+        let part = "## With `steer`\n\nWritten by it.\n\n| fault |\n|---|\n| one |\n";
+        let said = format!("vm: kernel\n{part}vm: exit 0\n");
+        assert_eq!(section(&said).as_deref(), Some(part));
+        let page = "# Faults\n\n| new |\n";
+        assert_eq!(
+            with_rows_of(&format!("# Faults\n\n| old |\n\n{part}"), page),
+            format!("{page}\n{part}")
+        );
     }
 }

@@ -10,11 +10,12 @@ mod guest;
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 
 pub use self::{clock::GuestClock, guest::Payload};
@@ -22,7 +23,7 @@ use self::{extras::Extras, guest::Guest};
 use crate::{
     arch::Arch,
     debian::{self, Suite},
-    run::target,
+    run::{shown, target},
 };
 
 /// Which Debian suites have a kernel of that version, in the order they are looked into: backports come and go.
@@ -133,6 +134,63 @@ pub fn program(version: &str, payload: Payload<'_>, arguments: &[String], group:
     let machine = Machine::plain(version);
     let extras = Extras::of(group, machine.arch)?;
     boot(&machine, payload, arguments, &extras)
+}
+
+/// Boots a VM with that kernel that runs such a program, with what goes with `steer`: its JSON, where asked for, is the only
+/// thing on stdout, and `hear` hears each other line. Answers with the program's exit code.
+///
+/// # Errors
+///
+/// The VM does not start, or ends before the program does.
+pub fn show(version: &str, name: &str, arguments: &[String], mut hear: impl FnMut(&str)) -> anyhow::Result<u8> {
+    let mut command = program(version, Payload::Scene(name), arguments, "steer")?;
+    eprintln!("+ {}", shown(&command));
+    let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
+    let stdout = child.stdout.take().context("stdout is piped")?;
+    let mut code = None;
+    for read in BufReader::new(stdout).split(b'\n') {
+        let read = read?;
+        let text = String::from_utf8_lossy(&read);
+        let text = text.trim_end_matches('\r');
+        code = exit_code(text).or(code);
+        if text.starts_with("{\"") {
+            writeln!(std::io::stdout(), "{text}")?;
+        } else {
+            hear(text);
+            writeln!(std::io::stderr(), "{text}")?;
+        }
+    }
+    child.wait()?;
+    code.context("the VM ended before the program did")
+}
+
+/// Takes `--vm VERSION` out of the flags of what is to run: it is this program's own.
+///
+/// # Errors
+///
+/// There is no such kernel.
+pub fn without_version(flags: &[String]) -> anyhow::Result<(Option<String>, Vec<String>)> {
+    let known: Vec<_> = versions().collect();
+    let mut version = None;
+    let mut others = Vec::new();
+    let mut rest = flags.iter();
+    while let Some(flag) = rest.next() {
+        let given = match flag.strip_prefix("--vm") {
+            Some("") => rest.next().cloned().unwrap_or_default(),
+            Some(value) if value.starts_with('=') => value[1..].to_owned(),
+            _ => {
+                others.push(flag.clone());
+                continue;
+            }
+        };
+        ensure!(
+            known.contains(&given.as_str()),
+            "--vm `{given}`: allowed are Debian's kernels {}",
+            known.join(", ")
+        );
+        version = Some(given);
+    }
+    Ok((version, others))
 }
 
 fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {
@@ -279,4 +337,23 @@ fn module(tree: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
         bail!("xz cannot read {}", path.display());
     }
     Ok(Some(output.stdout))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_vm_is_no_flag_of_what_runs_in_it() {
+        let split = |line: &str| {
+            let flags: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            without_version(&flags).map(|(version, others)| (version, others.join(" ")))
+        };
+        let steer = || "--shim steer --json".to_owned();
+        for line in ["--vm 6.18 --shim steer --json", "--shim steer --vm=6.18 --json"] {
+            assert_eq!(split(line).expect("a version"), (Some("6.18".to_owned()), steer()));
+        }
+        assert_eq!(split("--shim steer --json").expect("no version"), (None, steer()));
+        assert!(split("--vm 5.4").is_err() && split("--vm").is_err());
+    }
 }

@@ -9,10 +9,11 @@ use super::{
     Make, Pair, Row, Side,
     fault::{ALL, Fault},
     limits,
-    report::Report,
+    report::{Report, Run},
 };
 use crate::{
     fixture::Fixture,
+    node::Shim,
     process::{log_directory, open_files},
 };
 
@@ -44,6 +45,10 @@ pub struct Arguments {
     /// Clients of each cluster
     #[arg(long, default_value_t = 150, value_parser = clap::value_parser!(u16).range(30..=2000))]
     clients: u16,
+    /// What sends the GOAWAY: with `steer` small servers on kube-apiserver's own filter stand in its place, no second cluster is
+    /// played, and the faults are those that concern it
+    #[arg(long, value_enum, default_value_t = Shim::Relay)]
+    shim: Shim,
     /// Options of haproxy's servers
     #[arg(long, default_value = "inter 1s fall 2 rise 2")]
     lb_options: String,
@@ -61,9 +66,10 @@ pub struct Arguments {
 impl Arguments {
     fn rounds(&self) -> anyhow::Result<Vec<Vec<Fault>>> {
         let known = |name: &str| {
-            let found = ALL.into_iter().find(|fault| fault.name() == name);
+            let all = || ALL.into_iter().filter(|fault| fault.is_of(self.shim));
+            let found = all().find(|fault| fault.name() == name);
             found.with_context(|| {
-                let names: Vec<_> = ALL.iter().map(|fault| fault.name()).collect();
+                let names: Vec<_> = all().map(Fault::name).collect();
                 format!("--only {name}: allowed are {}", names.join(", "))
             })
         };
@@ -72,10 +78,11 @@ impl Arguments {
             return self.only.iter().map(at_once).collect();
         }
         let single = if self.quick { QUICK.to_vec() } else { ALL.to_vec() };
-        let mut rounds: Vec<Vec<Fault>> = single.into_iter().map(|fault| vec![fault]).collect();
+        let of_this = single.into_iter().filter(|fault| fault.is_of(self.shim));
+        let mut rounds: Vec<Vec<Fault>> = of_this.map(|fault| vec![fault]).collect();
         if !self.quick {
             rounds.extend(
-                pairs(self.seed, usize::from(self.pairs))
+                pairs(self.seed, usize::from(self.pairs), self.shim)
                     .into_iter()
                     .map(|pair| pair.to_vec()),
             );
@@ -97,11 +104,12 @@ pub(crate) fn drawn(seed: u64) -> impl FnMut() -> u64 {
 }
 
 /// Two different faults each, drawn by the seed.
-fn pairs(seed: u64, count: usize) -> Vec<[Fault; 2]> {
+fn pairs(seed: u64, count: usize, shim: Shim) -> Vec<[Fault; 2]> {
+    let all: Vec<Fault> = ALL.into_iter().filter(|fault| fault.is_of(shim)).collect();
     let mut next = drawn(seed);
     let mut drawn = Vec::with_capacity(count);
     while drawn.len() < count {
-        let mut draw = || ALL[(next() % ALL.len() as u64) as usize];
+        let mut draw = || all[(next() % all.len() as u64) as usize];
         let pair = [draw(), draw()];
         if pair[0] != pair[1] && !both_whole(pair) {
             drawn.push(pair);
@@ -144,16 +152,19 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let interrupts = crate::demo::interrupts()?;
     open_files().context("cannot ask how many files may be open")?;
     let say = |line: &str| eprintln!("{line}");
-    let fixture = Fixture::get(say)?;
+    let fixture = match arguments.shim {
+        Shim::Steer => None,
+        Shim::Relay | Shim::None => Some(Fixture::get(say)?),
+    };
     let directory = log_directory("rebalancer-chaos-")?;
     let clients = usize::from(arguments.clients);
-    let compared = !arguments.alone && !arguments.quick;
-    let make = |with_us: bool, name: &str| {
+    let compared = !arguments.alone && !arguments.quick && fixture.is_some();
+    let make = |shim: Shim, name: &str| {
         Side::start(
             Make {
-                fixture: &fixture,
+                fixture: fixture.as_ref(),
                 clients,
-                with_us,
+                shim,
                 lb_options: &arguments.lb_options,
                 client_flags: Vec::new(),
                 directory: directory.join(name),
@@ -162,8 +173,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         )
     };
     let mut pair = Pair {
-        with_us: make(true, "with").with_context(|| format!("logs: {}", directory.display()))?,
-        without: compared.then(|| make(false, "without")).transpose()?,
+        with_us: make(arguments.shim, "with").with_context(|| format!("logs: {}", directory.display()))?,
+        without: compared.then(|| make(Shim::None, "without")).transpose()?,
     };
     let mut rows = Vec::new();
     let mut broken = None;
@@ -180,7 +191,16 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let version = pair.with_us.cluster.version();
     pair.end();
     drop(interrupts);
-    let report = Report::of(rows, arguments.seed, clients, compared, version);
+    let report = Report::of(
+        rows,
+        Run {
+            seed: arguments.seed,
+            clients,
+            compared,
+            apiserver_version: version,
+            steers: arguments.shim == Shim::Steer,
+        },
+    );
     if let Some(page) = &arguments.page {
         std::fs::write(page, report.page()).with_context(|| format!("cannot write {}", page.display()))?;
     }
@@ -213,8 +233,8 @@ mod tests {
 
     #[test]
     fn a_seed_draws_the_same_pairs_each_time_and_never_twice_the_same_fault() {
-        assert_eq!(pairs(7, 20), pairs(7, 20));
-        assert_ne!(pairs(7, 20), pairs(8, 20));
-        assert!(pairs(7, 200).iter().all(|pair| pair[0] != pair[1]));
+        assert_eq!(pairs(7, 20, Shim::Relay), pairs(7, 20, Shim::Relay));
+        assert_ne!(pairs(7, 20, Shim::Relay), pairs(8, 20, Shim::Relay));
+        assert!(pairs(7, 200, Shim::Relay).iter().all(|pair| pair[0] != pair[1]));
     }
 }

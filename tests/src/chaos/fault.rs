@@ -20,7 +20,7 @@ use super::{
 use crate::{
     demo::cluster::Cluster,
     netns::{Namespace, Network},
-    node::PORT,
+    node::{PORT, Shim},
 };
 
 /// How long a process that is asked to end may take.
@@ -211,6 +211,23 @@ impl Fault {
             | Self::PacketsLost
             | Self::PacketsLate => false,
         }
+    }
+
+    /// Whether it can be made of a cluster with that shim: where there is no relay, with small servers in place of apiservers,
+    /// and in a machine with few programs.
+    pub fn is_of(self, shim: Shim) -> bool {
+        shim != Shim::Steer
+            || matches!(
+                self,
+                Self::AgentKilled
+                    | Self::AgentStopped
+                    | Self::AgentReplaced
+                    | Self::ApiserverKilled
+                    | Self::ApiserverStopped
+                    | Self::ApiserverFlaps
+                    | Self::DiskFull
+                    | Self::Strangers
+            )
     }
 
     /// Whether it ends an agent or a relay of ours.

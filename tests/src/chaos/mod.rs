@@ -101,7 +101,7 @@ impl Pair {
             Some(side) => Some(Noticed::of(&side.swarm.line()?)),
             None => None,
         };
-        let texts = self.with_us.swarm.line()?.error_texts.unwrap_or_default();
+        let mut texts = self.with_us.swarm.line()?.error_texts.unwrap_or_default();
 
         // From here on nothing is broken: what clients notice now is ours.
         self.with_us.swarm.reset()?;
@@ -115,7 +115,9 @@ impl Pair {
             check_interrupt()?;
             std::thread::park_timeout(Duration::from_millis(200));
         }
-        let after = Noticed::of(&self.with_us.swarm.line()?);
+        let line = self.with_us.swarm.line()?;
+        let after = Noticed::of(&line);
+        texts.extend(line.error_texts.unwrap_or_default());
         let told_after = self.with_us.goaways().saturating_sub(sent + told);
         // Health checks come and go between two looks: what is wrong stays wrong.
         let mut wrong = Vec::new();

@@ -25,12 +25,12 @@ use crate::{
 
 /// What one is made of.
 pub struct Make<'a> {
-    /// The binaries.
-    pub fixture: &'a Fixture,
+    /// The binaries; without them the small servers that go with the shim.
+    pub fixture: Option<&'a Fixture>,
     /// How many clients.
     pub clients: usize,
-    /// Relays and agents that act, or agents that only look.
-    pub with_us: bool,
+    /// What sends the GOAWAY; with none, agents only look.
+    pub shim: Shim,
     /// Options of haproxy's servers.
     pub lb_options: &'a str,
     /// More flags for the clients.
@@ -79,11 +79,24 @@ impl Side {
             nodes: Self::NODES,
             clients: make.clients,
             policy: POLICY,
-            front: Front::Haproxy(make.lb_options.to_owned()),
-            fixture: Some(make.fixture.clone()),
-            shim: if make.with_us { Shim::Relay } else { Shim::None },
-            peers: Finding::Kubernetes,
-            rebalancer: clock::started_with(binary(), &make.directory)?,
+            front: if make.fixture.is_some() {
+                Front::Haproxy(make.lb_options.to_owned())
+            } else {
+                Front::default()
+            },
+            fixture: make.fixture.cloned(),
+            shim: make.shim,
+            peers: if make.fixture.is_some() {
+                Finding::Kubernetes
+            } else {
+                Finding::Static
+            },
+            // The clock of a process is another one by a library that a machine without the real thing does not carry.
+            rebalancer: if make.fixture.is_some() {
+                clock::started_with(binary(), &make.directory)?
+            } else {
+                binary()
+            },
             // Years of faults come within half an hour: by the usual cool-down nobody would be left who may be told.
             agent_flags: vec!["--client-cooldown=30s".to_owned()],
             client_flags: make.client_flags,
@@ -108,7 +121,7 @@ impl Side {
             clients: make.clients as u64,
             told: vec![Told::default(); Self::NODES],
         };
-        if make.with_us {
+        if make.shim != Shim::None {
             ensure!(side.levels(super::PATIENCE)?, "the load is not level at the start");
         }
         Ok(side)

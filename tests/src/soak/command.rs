@@ -13,6 +13,7 @@ use super::{Soak, picture, report::Report};
 use crate::{
     chaos::{Make, Pair, Side, limits},
     fixture::Fixture,
+    node::Shim,
     process::{log_directory, open_files},
 };
 
@@ -62,9 +63,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let clients = usize::from(arguments.clients);
     let side = Side::start(
         Make {
-            fixture: &fixture,
+            fixture: Some(&fixture),
             clients,
-            with_us: true,
+            shim: Shim::Relay,
             lb_options: "inter 1s fall 2 rise 2",
             client_flags: vec!["--life=5m".to_owned(), "--short=2".to_owned()],
             directory: directory.clone(),
