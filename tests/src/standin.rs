@@ -7,6 +7,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     path::PathBuf,
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -33,8 +34,28 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
+use crate::{demo_binary, pki::Pki};
+
 /// The version it says it has.
 pub const VERSION: &str = "standin-v1";
+
+/// The command of one that listens there, counts from that instant on, and has a cluster's certificates.
+pub fn command(listen: SocketAddr, origin_ms: u128, pki: &Pki) -> Command {
+    let mut command = Command::new(demo_binary());
+    command
+        .arg("standin")
+        .arg(format!("--listen={listen}"))
+        .arg(format!("--origin-ms={origin_ms}"))
+        .arg("--certificate")
+        .arg(pki.file("apiserver.crt"))
+        .arg("--key")
+        .arg(pki.file("apiserver.key"))
+        .arg("--client-ca")
+        .arg(pki.file("ca.crt"))
+        .arg("--client-ca")
+        .arg(pki.file("front-proxy-ca.crt"));
+    command
+}
 
 /// What a stand-in is told.
 #[derive(Clone, Debug)]

@@ -142,8 +142,13 @@ pub fn program(version: &str, payload: Payload<'_>, arguments: &[String], group:
 /// # Errors
 ///
 /// The VM does not start, or ends before the program does.
-pub fn show(version: &str, name: &str, arguments: &[String], mut hear: impl FnMut(&str)) -> anyhow::Result<u8> {
-    let mut command = program(version, Payload::Scene(name), arguments, "steer")?;
+pub fn show(
+    version: &str,
+    payload: Payload<'_>,
+    arguments: &[String],
+    mut hear: impl FnMut(&str),
+) -> anyhow::Result<u8> {
+    let mut command = program(version, payload, arguments, "steer")?;
     eprintln!("+ {}", shown(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
     let stdout = child.stdout.take().context("stdout is piped")?;

@@ -239,17 +239,18 @@ mod tests {
         view::Part,
     };
 
-    /// Two donors and one that takes are ready, a fourth is down: an even choice sends a third elsewhere, not half. So 28 % are
-    /// no slow start, while of a half they would be.
-    #[test]
-    fn who_is_down_is_no_place_to_which_an_even_choice_sends_anybody() {
-        let name = |index: usize| ApiserverName::new(format!("n{index}"));
-        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
-        let mut policy = Policy::new(name(0), (1..4).map(name).collect());
-        policy.shim = ShimKind::Relay;
-        let mut agent = Agent::new(policy, 1, at(0));
+    fn name(index: usize) -> ApiserverName {
+        ApiserverName::new(format!("n{index}"))
+    }
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_millis(1_000 * seconds)
+    }
+
+    /// So many clients are connected to an apiserver that is ready.
+    fn seed(agent: &mut Agent, clients: u64) {
         let list = Observation::Resync {
-            sockets: (1..=3_000).map(socket).collect(),
+            sockets: (1..=clients).map(socket).collect(),
             listener: Some(ConnectionId(9_999)),
         };
         agent.handle(at(0), Input::Observations(vec![list]));
@@ -258,6 +259,16 @@ mod tests {
             ..ShimReport::default()
         };
         agent.handle(at(0), Input::Shim(report));
+    }
+
+    /// Two donors and one that takes are ready, a fourth is down: an even choice sends a third elsewhere, not half. So 28 % are
+    /// no slow start, while of a half they would be.
+    #[test]
+    fn who_is_down_is_no_place_to_which_an_even_choice_sends_anybody() {
+        let mut policy = Policy::new(name(0), (1..4).map(name).collect());
+        policy.shim = ShimKind::Relay;
+        let mut agent = Agent::new(policy, 1, at(0));
+        seed(&mut agent, 3_000);
 
         // What the peers say: the load of each, GOAWAYs, and landings.
         let mut hear = |second: u64, peers: &[(usize, u64, u64, u64)]| {
@@ -297,8 +308,6 @@ mod tests {
     /// later would differ.
     #[test]
     fn what_was_tried_outlives_a_start_in_which_nobody_is_known_yet() {
-        let name = |index: usize| ApiserverName::new(format!("n{index}"));
-        let at = |seconds: u64| Timestamp::from_millis(1_000 * seconds);
         let hours = Duration::from_secs(12 * 3_600);
         let mut policy = Policy::new(name(0), std::collections::BTreeSet::new());
         policy.shim = ShimKind::Relay;
@@ -307,16 +316,7 @@ mod tests {
         memory.tries.left = hours / 2;
         let mut agent = Agent::with_memory(policy, 2, at(0), &memory, Duration::ZERO);
         agent.call_first(Roll::unread("it is not read yet"));
-        let list = Observation::Resync {
-            sockets: (1..=300).map(socket).collect(),
-            listener: Some(ConnectionId(9_999)),
-        };
-        agent.handle(at(0), Input::Observations(vec![list]));
-        let report = ShimReport {
-            upstream_ready: Some(true),
-            ..ShimReport::default()
-        };
-        agent.handle(at(0), Input::Shim(report));
+        seed(&mut agent, 300);
         for second in 1..=8 {
             agent.handle(at(second), Input::Tick);
         }

@@ -6,6 +6,7 @@
 mod bounds;
 mod envelope;
 mod figures;
+mod futile;
 mod scenarios;
 mod unkind;
 
@@ -15,7 +16,7 @@ use rebalancer_core::policy::Policy;
 use rebalancer_sim::{
     balancer::LoadBalancer,
     figures::Run,
-    setup::{Contender, Horizon, Setup},
+    setup::{Contender, Group, Horizon, Incident, Setup, Spread},
     simulate,
 };
 
@@ -43,9 +44,34 @@ fn loads(loads: &[usize], balancer: LoadBalancer, policy: Policy) -> Setup {
     setup
 }
 
-/// One world, with the agents, once for each seed.
+/// One world, with the agents.
+fn run(setup: &Setup, seed: u64) -> Run {
+    simulate(setup, Contender::Rebalancer, seed)
+}
+
+/// The same once for each seed.
 fn runs(setup: &Setup, seeds: u64) -> Vec<Run> {
-    (0..seeds)
-        .map(|seed| simulate(setup, Contender::Rebalancer, seed))
-        .collect()
+    (0..seeds).map(|seed| run(setup, seed)).collect()
+}
+
+/// So many clients with two watches each, who ask so often a second.
+fn who_watch(count: usize, requests: f64) -> Group {
+    Group {
+        requests: Spread::Constant(requests),
+        watches: 2,
+        ..Group::plain(count)
+    }
+}
+
+/// 1,200 clients, of whom seven of ten only watch.
+fn seven_of_ten_watch() -> Vec<Group> {
+    vec![who_watch(840, 0.0), Group::plain(360)]
+}
+
+/// The third apiserver dies then, and is back half a minute later.
+fn restart_at(second: u64) -> Vec<(Duration, Incident)> {
+    vec![
+        (Duration::from_secs(second), Incident::Crash(2)),
+        (Duration::from_secs(second + 30), Incident::Start(2)),
+    ]
 }

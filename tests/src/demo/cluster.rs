@@ -21,6 +21,7 @@ use crate::{
     node::{APISERVER, Finding, Node, PORT, Shared, Shim},
     pki::Pki,
     process::{Process, is_emulated, wait_for},
+    standin,
     swarm::Driver,
 };
 
@@ -278,20 +279,7 @@ impl Cluster {
                 Process::start(&name, command, Some(namespace.fd()), &self.options.directory)
             }
             None => {
-                let pem = |name: &str| self.pki.file(name);
-                let mut command = Command::new(demo_binary());
-                command
-                    .arg("standin")
-                    .arg(format!("--listen={listen}"))
-                    .arg(format!("--origin-ms={}", self.origin_ms))
-                    .arg("--certificate")
-                    .arg(pem("apiserver.crt"))
-                    .arg("--key")
-                    .arg(pem("apiserver.key"))
-                    .arg("--client-ca")
-                    .arg(pem("ca.crt"))
-                    .arg("--client-ca")
-                    .arg(pem("front-proxy-ca.crt"));
+                let command = standin::command(listen, self.origin_ms.into(), &self.pki);
                 Process::start(&name, command, Some(namespace.fd()), &self.options.directory)
             }
         }
@@ -341,7 +329,7 @@ impl Cluster {
     pub fn version(&self) -> String {
         match &self.options.fixture {
             None if self.options.shim == Shim::Steer => "standin-go".to_owned(),
-            None => crate::standin::VERSION.to_owned(),
+            None => standin::VERSION.to_owned(),
             Some(fixture) => Command::new(&fixture.apiserver)
                 .arg("--version")
                 .output()

@@ -10,12 +10,12 @@ use std::{
 };
 
 use rebalancer_tests::{
-    binary, demo_binary,
+    binary,
     netns::{Namespace, Network},
     node::{PORT, ask},
     pki::Pki,
     process::{Process, log_directory, wait_for},
-    skip,
+    skip, standin,
 };
 use serde_json::Value;
 
@@ -93,17 +93,7 @@ fn standin(index: usize, node: &Namespace, pki: &Pki, directory: &Path) -> Stand
         .duration_since(UNIX_EPOCH)
         .expect("after 1970")
         .as_millis();
-    let mut server = Command::new(demo_binary());
-    server
-        .arg("standin")
-        .arg(format!("--listen={listen}"))
-        .arg(format!("--origin-ms={origin}"))
-        .arg("--certificate")
-        .arg(pki.file("apiserver.crt"))
-        .arg("--key")
-        .arg(pki.file("apiserver.key"))
-        .arg("--client-ca")
-        .arg(pki.file("ca.crt"));
+    let server = standin::command(listen, origin, pki);
     let server = Process::start("apiserver", server, Some(node.fd()), &directory).expect("an apiserver");
     let socket = directory.join("agent.sock");
     let mut agent = Command::new(binary());

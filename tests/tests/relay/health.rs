@@ -4,17 +4,16 @@ use std::{
     fs,
     io::ErrorKind,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    process::Command,
     thread,
     time::Duration,
 };
 
 use rebalancer_tests::{
-    demo_binary,
     h2wire::{END_HEADERS, END_STREAM, PATIENCE, Peer, client_config, frame, kind, request},
     netns::Namespace,
     pki::{Pair, Pki},
     process::{Process, tail, wait_for},
+    standin,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -355,19 +354,7 @@ fn a_killed_apiserver_closes_the_port_before_the_first_of_many_hears_of_it() {
     namespace.enter().expect("its own namespace");
     let logs = tempfile::tempdir().expect("a directory");
     let pki = Pki::new(&[RELAY.ip()]).expect("certificates");
-    let mut server = Command::new(demo_binary());
-    server
-        .arg("standin")
-        .arg(format!("--listen={UPSTREAM}"))
-        .arg("--origin-ms=0")
-        .arg("--certificate")
-        .arg(pki.file("apiserver.crt"))
-        .arg("--key")
-        .arg(pki.file("apiserver.key"))
-        .arg("--client-ca")
-        .arg(pki.file("ca.crt"))
-        .arg("--client-ca")
-        .arg(pki.file("front-proxy-ca.crt"));
+    let server = standin::command(UPSTREAM, 0, &pki);
     let apiserver = Process::start("apiserver", server, Some(namespace.fd()), logs.path()).expect("an apiserver");
     let control = logs.path().join("relay.sock");
     let relay = relay_between(&pki, &namespace, logs.path(), &control, "relay", [RELAY, UPSTREAM], &[]);
