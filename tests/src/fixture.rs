@@ -24,8 +24,9 @@ pub struct Fixture {
     pub swarm: PathBuf,
 }
 
-/// Names the swarm where a VM carries it.
+/// Name the swarm and the light kubelets where a VM carries them.
 const SWARM: &str = "REBALANCER_SWARM";
+const KUBELETS: &str = "REBALANCER_KUBELETS";
 
 /// Where the Go module is.
 fn module() -> PathBuf {
@@ -192,6 +193,9 @@ fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathB
 ///
 /// No Go, or the build fails.
 pub fn kubelets() -> anyhow::Result<PathBuf> {
+    if let Some(carried) = env::var_os(KUBELETS) {
+        return Ok(carried.into());
+    }
     small("kubelets", &module(), "./cmd/kubelets")
 }
 

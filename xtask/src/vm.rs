@@ -100,8 +100,9 @@ impl Machine {
 /// Modules the tests need, in the order they are loaded: namespaces on a bridge, sock_diag, and a queue that drops packets.
 const MODULES: [&str; 7] = ["llc", "stp", "bridge", "veth", "inet_diag", "tcp_diag", "sch_tbf"];
 
-/// No run takes longer, emulated as it is.
-const SECONDS: &str = "1800";
+/// No run takes longer, emulated as it is: tests, and what is measured or shown in many scenes.
+const TESTS_S: &str = "1800";
+const SCENES_S: &str = "5400";
 
 /// The versions `--kernel` takes.
 pub fn versions() -> impl Iterator<Item = &'static str> {
@@ -125,17 +126,6 @@ pub fn command(machine: &Machine, group: &str, filters: &[&str]) -> anyhow::Resu
     boot(machine, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
 }
 
-/// A command that boots a VM with that kernel, which runs its payload and prints what it says; the programs that go with `group` are there too.
-///
-/// # Errors
-///
-/// The kernel, qemu or the program cannot be had.
-pub fn program(version: &str, payload: Payload<'_>, arguments: &[String], group: &str) -> anyhow::Result<Command> {
-    let machine = Machine::plain(version);
-    let extras = Extras::of(group, machine.arch)?;
-    boot(&machine, payload, arguments, &extras)
-}
-
 /// Boots a VM with that kernel that runs such a program, with what goes with `steer`: its JSON, where asked for, is the only
 /// thing on stdout, and `hear` hears each other line. Answers with the program's exit code.
 ///
@@ -148,7 +138,33 @@ pub fn show(
     arguments: &[String],
     mut hear: impl FnMut(&str),
 ) -> anyhow::Result<u8> {
-    let mut command = program(version, payload, arguments, "steer")?;
+    listen(version, payload, arguments, "steer", |line| {
+        if line.starts_with("{\"") {
+            writeln!(std::io::stdout(), "{line}")?;
+        } else {
+            hear(line);
+            writeln!(std::io::stderr(), "{line}")?;
+        }
+        Ok(())
+    })
+}
+
+/// Boots a VM with that kernel that runs such a program, with what goes with a group; `hear` hears each line of its console.
+/// Answers with the program's exit code.
+///
+/// # Errors
+///
+/// The VM does not start, or ends before the program does.
+pub fn listen(
+    version: &str,
+    payload: Payload<'_>,
+    arguments: &[String],
+    group: &str,
+    mut hear: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<u8> {
+    let machine = Machine::plain(version);
+    let extras = Extras::of(group, machine.arch)?;
+    let mut command = boot(&machine, payload, arguments, &extras)?;
     eprintln!("+ {}", shown(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
     let stdout = child.stdout.take().context("stdout is piped")?;
@@ -158,12 +174,7 @@ pub fn show(
         let text = String::from_utf8_lossy(&read);
         let text = text.trim_end_matches('\r');
         code = exit_code(text).or(code);
-        if text.starts_with("{\"") {
-            writeln!(std::io::stdout(), "{text}")?;
-        } else {
-            hear(text);
-            writeln!(std::io::stderr(), "{text}")?;
-        }
+        hear(text)?;
     }
     child.wait()?;
     code.context("the VM ended before the program did")
@@ -216,9 +227,13 @@ fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &
         guest.path,
         arguments.join(" ")
     );
+    let patience = match payload {
+        Payload::Tests(_) => TESTS_S,
+        Payload::Program(_) | Payload::Scene(_) => SCENES_S,
+    };
     let mut command = Command::new("timeout");
     command
-        .args([SECONDS, qemu])
+        .args([patience, qemu])
         .args(emulated)
         .args(["-accel", "tcg", "-smp", "1", "-m", "3000"])
         .args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])

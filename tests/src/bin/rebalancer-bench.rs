@@ -15,6 +15,7 @@ use rebalancer_tests::{
         scale,
         steer::{self, Measured},
     },
+    fixture::{self, Fixture},
     process::log_directory,
 };
 
@@ -48,6 +49,9 @@ enum Command {
     Flood(FloodArguments),
     /// Light kubelets on real kube-apiservers
     Kubemark(KubemarkArguments),
+    /// Build what a virtual machine carries for light kubelets on real kube-apiservers, and measure nothing
+    #[command(hide = true)]
+    KubemarkPrograms,
     /// Light kubelets beside hollow ones, by what the apiserver's audit log says that they ask
     Hollow(HollowArguments),
     /// One scene for each way to level apiservers
@@ -283,6 +287,11 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Flood(arguments) => {
             let figures = flood::run(&arguments.rebalancer, &arguments.effort, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
+        }
+        Command::KubemarkPrograms => {
+            Fixture::get(say)?;
+            fixture::kubelets()?;
+            return Ok(());
         }
         Command::Kubemark(arguments) => {
             let figures = kubemark::run(&arguments.programs, &arguments.effort, &directory()?, say)?;

@@ -153,6 +153,7 @@ fn run() -> io::Result<i32> {
         .env("REBALANCER_BIN", "/bin/rebalancer")
         .env("REBALANCER_VM", "1")
         .env("REBALANCER_SWARM", "/bin/swarm")
+        .env("REBALANCER_KUBELETS", "/bin/kubelets")
         .env("REBALANCER_SKIPS", "/tmp/skips")
         // The console is no terminal to draw on.
         .stdout(Stdio::piped())

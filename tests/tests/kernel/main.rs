@@ -116,7 +116,11 @@ fn connections_from_before_are_seeded_and_loopback_is_counted_apart() {
         assert!(list.iter().all(|connection| connection["seeded"] == true), "{list:#?}");
         let own = list.iter().filter(|connection| connection["node_local"] == true);
         assert_eq!(own.count(), 1, "{list:#?}");
-        assert_eq!((host.figure("/view/0/connections"), host.figure("/node_local")), (5, 1));
+        wait_for(PATIENCE, || {
+            let figures = (host.figure("/view/0/connections"), host.figure("/node_local"));
+            (figures == (5, 1)).then_some(())
+        })
+        .expect("the figures of the same connections");
         let after = host.connect(address, &listener);
         let list = host.expect("one more", |list| list.len() == 7);
         assert_eq!(

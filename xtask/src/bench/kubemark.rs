@@ -1,5 +1,9 @@
-//! `bench kubemark`: light kubelets on real apiservers, with nothing, with a lottery, with proxies, with rebalancer;
+//! `bench kubemark`: light kubelets on real kube-apiservers, with nothing, with a lottery, with proxies, with rebalancer;
 //! docs/kubemark.md is its page.
+
+use clap::builder::PossibleValuesParser;
+
+use crate::{debian, vm};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -13,7 +17,14 @@ pub struct Arguments {
     /// the apiserver's audit log says that they ask; docs/kubemark.md stays as it is
     #[arg(long, value_name = "COUNT")]
     hollow: Option<u32>,
+    /// Instead: `steer` beside nothing, in a virtual machine with that Debian kernel: a part of docs/kubemark.md
+    #[arg(long, value_name = "VERSION", conflicts_with_all = ["quick", "hollow"],
+          value_parser = PossibleValuesParser::new(vm::versions()))]
+    vm: Option<String>,
 }
+
+/// How much an emulated processor bears: it starts an apiserver in a minute.
+const IN_VM: [&str; 4] = ["--shim=steer", "--kubelets=10", "--runs=1", "--seconds=600"];
 
 /// Fetches, builds, measures, shows, and writes the page.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
@@ -24,6 +35,15 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
             command.arg(format!("--count={count}"));
         })?;
         return super::show("hollow", &outcome, &page, arguments.json, true);
+    }
+    if let Some(version) = &arguments.vm {
+        debian::install("haproxy", "haproxy")?;
+        super::build()?;
+        super::prepare("kubemark-programs")?;
+        let flags = [&["--rebalancer=/bin/rebalancer"][..], &IN_VM].concat();
+        let outcome = super::measure_in_vm(version, "kubemark", "kubemark", &flags, "Written by ")?;
+        let part = super::Page::Part("kubemark.md");
+        return super::show("kubemark-steer", &outcome, &part, arguments.json, false);
     }
     let outcome = super::measure_beside_envoy("kubemark", |command| {
         if arguments.quick {

@@ -14,13 +14,17 @@ mod steer;
 
 use std::{
     fs,
+    io::Write as _,
     path::PathBuf,
     process::{Command, ExitCode, Stdio},
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::run::{cargo, is_root, root, run, shown, target};
+use crate::{
+    run::{cargo, is_root, run, shown, target},
+    vm,
+};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -79,6 +83,11 @@ fn build() -> anyhow::Result<()> {
     ]))
 }
 
+/// Lets the measuring binary build what a VM carries.
+fn prepare(name: &str) -> anyhow::Result<()> {
+    run(Command::new(target().join("release/rebalancer-bench")).arg(name))
+}
+
 /// What a benchmark found.
 struct Outcome {
     /// One JSON object.
@@ -132,6 +141,40 @@ fn measure_beside_envoy(name: &str, flags: impl FnOnce(&mut Command)) -> anyhow:
     })
 }
 
+/// Runs the measuring binary in a VM with that kernel and what the group's carries; its tables come over the console, and begin
+/// with `first`: what the boot loader says is before them.
+fn measure_in_vm(version: &str, name: &str, group: &str, flags: &[&str], first: &str) -> anyhow::Result<Outcome> {
+    let arguments: Vec<String> = [name, "--page=/proc/self/fd/1"]
+        .iter()
+        .chain(flags)
+        .map(|flag| (*flag).to_owned())
+        .collect();
+    let (mut json, mut tables) = (None, String::new());
+    let code = vm::listen(
+        version,
+        vm::Payload::Program("rebalancer-bench"),
+        &arguments,
+        group,
+        |line| {
+            if line.starts_with('{') {
+                json = Some(format!("{line}\n"));
+            } else if !["bench: ", "vm: ", "["].iter().any(|begin| line.starts_with(begin)) {
+                tables.push_str(line);
+                tables.push('\n');
+            }
+            writeln!(std::io::stderr(), "{line}").map_err(Into::into)
+        },
+    )?;
+    if code != 0 {
+        bail!("the benchmark failed in the VM");
+    }
+    let begin = tables.find(first).context("the VM printed no tables")?;
+    Ok(Outcome {
+        json: json.context("the VM printed no figures")?,
+        tables: tables[begin..].to_owned(),
+    })
+}
+
 /// Where a benchmark's tables go.
 enum Page {
     /// Between its marks on a page, in docs/, that has more.
@@ -155,12 +198,7 @@ fn show(name: &str, outcome: &Outcome, page: &Page, json: bool, quick: bool) -> 
     }
     match page {
         Page::Part(_) => page::replace(file, name, &outcome.tables),
-        Page::Whole(_) => {
-            let path = root().join("docs").join(file);
-            fs::write(&path, &outcome.tables).with_context(|| format!("cannot write {}", path.display()))?;
-            eprintln!("the page is {}", path.display());
-            Ok(())
-        }
+        Page::Whole(_) => page::write(file, &outcome.tables),
     }
 }
 

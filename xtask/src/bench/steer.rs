@@ -1,10 +1,7 @@
 //! `bench steer`: what the probe costs here, and in a VM as well where this kernel refuses its answer; and what finding its
 //! place in a binary costs.
 
-use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    process::{Command, Stdio},
-};
+use std::process::Command;
 
 use anyhow::{Context as _, bail};
 use clap::builder::PossibleValuesParser;
@@ -56,7 +53,12 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
             "this kernel refuses the probe its answer, so it was measured without; with it, in a VM with Debian's {}",
             arguments.kernel
         );
-        let emulated = in_vm(&arguments.kernel, real.is_some())?;
+        let mut flags = vec!["--server=/bin/goaway-server"];
+        if real.is_some() {
+            flags.extend(["--apiserver=/bin/kube-apiserver", "--etcd=/bin/etcd"]);
+        }
+        // The page's first line says what it was measured on.
+        let emulated = super::measure_in_vm(&arguments.kernel, "steer", "steer", &flags, "Emulated: ")?;
         tables += &format!("\n{}", emulated.tables);
         // The figures are those of the probe that answers, wherever it does.
         let here = std::mem::replace(&mut figures, serde_json::from_str(&emulated.json)?);
@@ -89,43 +91,4 @@ fn takes_the_probe() -> anyhow::Result<bool> {
     let features: serde_json::Value =
         serde_json::from_slice(&output.stdout).with_context(|| format!("what `{}` says", shown(&command)))?;
     Ok(features["steer-kernel"]["ok"] == true)
-}
-
-/// Runs the measuring binary in a VM; its page comes over the console, between two marks.
-fn in_vm(version: &str, real: bool) -> anyhow::Result<Outcome> {
-    let mut arguments = vec!["steer", "--server=/bin/goaway-server", "--page=/proc/self/fd/1"];
-    if real {
-        arguments.extend(["--apiserver=/bin/kube-apiserver", "--etcd=/bin/etcd"]);
-    }
-    let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-    let mut command = vm::program(version, vm::Payload::Program("rebalancer-bench"), &arguments, "steer")?;
-    let line = shown(&command);
-    eprintln!("+ {line}");
-    let mut child = command.stdout(Stdio::piped()).spawn()?;
-    let stdout = child.stdout.take().context("stdout is piped")?;
-    let (mut json, mut tables, mut code) = (None, String::new(), None);
-    for read in BufReader::new(stdout).split(b'\n') {
-        let read = read?;
-        let text = String::from_utf8_lossy(&read);
-        let text = text.trim_end_matches('\r');
-        writeln!(std::io::stderr(), "{text}")?;
-        if text.starts_with('{') {
-            json = Some(format!("{text}\n"));
-        } else if let Some(exit) = vm::exit_code(text) {
-            code = Some(exit);
-        } else if !["bench: ", "vm: ", "["].iter().any(|begin| text.starts_with(begin)) {
-            tables.push_str(text);
-            tables.push('\n');
-        }
-    }
-    child.wait()?;
-    if code != Some(0) {
-        bail!("the benchmark failed in the VM (`{line}`)");
-    }
-    // The page's first line says what it was measured on; the boot loader's come before it.
-    let begin = tables.find("Emulated: ").context("the VM printed no page")?;
-    Ok(Outcome {
-        json: json.context("the VM printed no figures")?,
-        tables: tables[begin..].to_owned(),
-    })
 }

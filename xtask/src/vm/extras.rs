@@ -21,7 +21,10 @@ use crate::{
 const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etcd", "ETCD")];
 
 /// Their clients, which the guest is told of.
-const SWARM: &str = "swarm";
+const CLIENTS: [&str; 2] = ["swarm", "kubelets"];
+
+/// The group whose VM has a load balancer too: kubelets beside each other, no tests.
+const KUBEMARK: &str = "kubemark";
 
 /// How large the swap disk is.
 const SWAP_OCTETS: u64 = 1 << 30;
@@ -44,7 +47,7 @@ impl Extras {
     ///
     /// The disk cannot be made, or a program that should build does not.
     pub fn of(group: &str, arch: Arch) -> anyhow::Result<Self> {
-        if group != "steer" {
+        if !["steer", KUBEMARK].contains(&group) {
             return Ok(Self::default());
         }
         let mut files = Vec::new();
@@ -56,7 +59,12 @@ impl Extras {
                 files.push((format!("bin/{name}"), found));
             }
         }
-        files.extend(built(SWARM, arch).map(|found| (format!("bin/{SWARM}"), found)));
+        for name in CLIENTS {
+            files.extend(built(name, arch).map(|found| (format!("bin/{name}"), found)));
+        }
+        if group == KUBEMARK {
+            files.extend(on_path("haproxy").map(|found| ("bin/haproxy".to_owned(), found)));
+        }
         // Pages that are to be paged out need a place to go to.
         let disk = target().join("vm/swap");
         fs::create_dir_all(target().join("vm"))?;

@@ -140,7 +140,8 @@ impl Guest {
             libraries: mut needed,
         } = Programs::of(self.arch)?;
         if self.arch.is_host() {
-            for program in [&self.init, &self.rebalancer, &self.program] {
+            let more = extras.files.iter().map(|(_, path)| path);
+            for program in [&self.init, &self.rebalancer, &self.program].into_iter().chain(more) {
                 needed.extend(libraries(program)?.into_iter().map(as_here));
             }
         }

@@ -237,7 +237,7 @@ pub fn run(
         effort: effort.clone(),
         rows: Vec::new(),
         no_steer: steer_refusal(&programs.rebalancer)?,
-        envoy: version_of(&programs.envoy, "--version", None),
+        envoy: version_of(programs.envoy()?, "--version", None),
         haproxy: version_of(&PathBuf::from(crate::balancer::haproxy_program()), "-v", None),
     };
     for contender in Contender::value_variants() {

@@ -179,7 +179,7 @@ impl World {
                     };
                     let name = format!("envoy-{}", index + 1);
                     self.envoys
-                        .push(front.envoy(&programs.envoy, &name, namespace.fd(), &self.directory)?);
+                        .push(front.envoy(programs.envoy()?, &name, namespace.fd(), &self.directory)?);
                     continue;
                 }
                 _ => continue,
@@ -215,9 +215,10 @@ impl World {
             maximum_age: None,
         };
         match self.contender {
-            Contender::Envoy => self
-                .envoys
-                .push(front.envoy(&programs.envoy, "envoy", namespace, &self.directory)?),
+            Contender::Envoy => {
+                self.envoys
+                    .push(front.envoy(programs.envoy()?, "envoy", namespace, &self.directory)?)
+            }
             Contender::Haproxy => self.balancer = Some(front.haproxy(namespace, &self.directory)?),
             contender => {
                 let options = if contender == Contender::Age {

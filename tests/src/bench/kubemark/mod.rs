@@ -1,6 +1,6 @@
 //! Light kubelets on real apiservers: how long requests take with nothing, with a lottery, with proxies, with rebalancer.
 //!
-//! Job: all variants at the same moment, each with apiservers of its own and one etcd for all, in several runs that rotate
+//! Job: all variants of a shim's table at the same moment, each with apiservers of its own and one etcd for all, in several runs that rotate
 //! who gets which addresses and ports; `none` is there twice, so that what chance does is a line of the table.
 //! Must never compare figures of different runs, nor call a difference a finding that is no larger than that line.
 
@@ -20,7 +20,7 @@ use clap::Args;
 
 use self::world::{Used, World};
 use super::kubelets::{Counters, Group, Kubelets, STATUS, Times};
-use crate::{demo::scene::check_interrupt, fixture::Fixture, process::wait_for};
+use crate::{demo::scene::check_interrupt, fixture::Fixture, node::Shim, process::wait_for};
 
 /// How large, and for how long.
 #[derive(Args, Clone, Debug)]
@@ -34,6 +34,23 @@ pub struct Effort {
     /// Seconds of each run that are measured
     #[arg(long, default_value_t = 240)]
     pub seconds: u64,
+    /// What rebalancer tells clients by; with `steer` there is nothing else beside it but two who have nothing
+    #[arg(long, value_enum, default_value_t = Shim::Relay)]
+    pub shim: Shim,
+}
+
+impl Effort {
+    /// What is compared, in the order of the table.
+    fn variants(&self) -> &'static [Variant] {
+        match self.shim {
+            Shim::Steer => &[Variant::None, Variant::NoneAgain, Variant::Steer],
+            Shim::Relay | Shim::None => &VARIANTS,
+        }
+    }
+
+    fn apiservers(&self) -> usize {
+        self.variants().iter().map(|variant| variant.apiservers()).sum()
+    }
 }
 
 /// What is run beside what is in the fixture.
@@ -42,9 +59,22 @@ pub struct Programs {
     /// The `rebalancer` binary
     #[arg(long)]
     pub rebalancer: PathBuf,
-    /// Envoy
+    /// Envoy, where it is one of those that are compared
     #[arg(long)]
-    pub envoy: PathBuf,
+    envoy: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Envoy.
+    ///
+    /// # Errors
+    ///
+    /// It was not named.
+    pub fn envoy(&self) -> anyhow::Result<&Path> {
+        self.envoy
+            .as_deref()
+            .context("`--envoy` is missing: Envoy is one of those that are compared")
+    }
 }
 
 /// What stands between kubelets and etcd.
@@ -64,10 +94,12 @@ pub enum Variant {
     Envoy,
     /// Three apiservers with relays and agents, one of which is killed.
     Rebalancer,
+    /// Two with agents that answer by a probe, one of which is killed.
+    Steer,
 }
 
 /// In the order of the table.
-pub const VARIANTS: [Variant; 7] = [
+const VARIANTS: [Variant; 7] = [
     Variant::None,
     Variant::NoneAgain,
     Variant::Low,
@@ -88,6 +120,7 @@ impl Variant {
             Self::Hop => "hop",
             Self::Envoy => "envoy",
             Self::Rebalancer => "rebalancer",
+            Self::Steer => "steer",
         }
     }
 
@@ -101,11 +134,21 @@ impl Variant {
             Self::Hop => "a hop that ends TLS and copies octets",
             Self::Envoy => "Envoy before it",
             Self::Rebalancer => "rebalancer, relay before each of three, one killed",
+            Self::Steer => "rebalancer, a probe on each of two, one killed",
         }
     }
 
     fn apiservers(self) -> usize {
-        if self == Self::Rebalancer { 3 } else { 1 }
+        match self {
+            Self::Rebalancer => 3,
+            Self::Steer => 2,
+            _ => 1,
+        }
+    }
+
+    /// Whether it is the one with agents.
+    fn is_ours(self) -> bool {
+        matches!(self, Self::Rebalancer | Self::Steer)
     }
 
     /// Whether something stands before its apiserver.
@@ -117,6 +160,8 @@ impl Variant {
         match self {
             Self::Low => 0.001,
             Self::High => 0.01,
+            // Without one the apiserver has no filter to answer for.
+            Self::Steer => 0.000_001,
             _ => 0.0,
         }
     }
@@ -194,9 +239,14 @@ pub fn run(
     let kubelets = crate::fixture::kubelets()?;
     let mut runs = Vec::new();
     for turn in 0..effort.runs {
-        say(&format!("run {} of {}: nine apiservers start", turn + 1, effort.runs));
+        let count = effort.apiservers();
+        say(&format!(
+            "run {} of {}: {count} apiservers start",
+            turn + 1,
+            effort.runs
+        ));
         let logs = directory.join(format!("run-{}", turn + 1));
-        let mut world = World::start(programs, &fixture, turn * 2, &logs)?;
+        let mut world = World::start(programs, &fixture, effort, turn * 2, &logs)?;
         let measured = measure(&mut world, &kubelets, effort, &logs, say);
         world.end();
         runs.push(measured.with_context(|| format!("run {}; logs: {}", turn + 1, logs.display()))?);
@@ -295,9 +345,8 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
         let since_level = level
             .as_ref()
             .map_or(0, |(_, moment)| of(&last).dials - of(moment).dials);
-        let is_ours = running.variant == Variant::Rebalancer;
         let goaways = |earlier: &Moment| {
-            if is_ours {
+            if running.variant.is_ours() {
                 last.goaways.saturating_sub(earlier.goaways)
             } else {
                 0

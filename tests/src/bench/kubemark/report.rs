@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-use super::{Figures, Row, Run, VARIANTS, Variant};
+use super::{Figures, Row, Run, Shim, Variant};
 use crate::bench::machine::{kernel_release, processor};
 
 /// The table of the article, in milliseconds: average, P50, P90, P95, P99
@@ -72,6 +72,17 @@ impl Figures {
         self.runs.iter().map(|run| of(run.row(variant))).sum()
     }
 
+    fn variants(&self) -> impl Iterator<Item = Variant> {
+        self.effort.variants().iter().copied()
+    }
+
+    /// The one with agents.
+    fn ours(&self) -> Variant {
+        self.variants()
+            .find(|variant| variant.is_ours())
+            .expect("each table has one")
+    }
+
     /// The largest spread of any run.
     fn spread(&self, of: Of) -> f64 {
         self.runs.iter().map(|run| run.spread(of)).fold(1.0, f64::max)
@@ -80,8 +91,8 @@ impl Figures {
     /// The object of figures.
     pub fn json(&self) -> Value {
         let each = |of: &dyn Fn(Variant) -> Value| -> Value {
-            let pairs: Map<String, Value> = VARIANTS
-                .into_iter()
+            let pairs: Map<String, Value> = self
+                .variants()
                 .map(|variant| (variant.key().to_owned(), of(variant)))
                 .collect();
             Value::Object(pairs)
@@ -97,18 +108,27 @@ impl Figures {
             "reconnects_after_balance": each(&|variant| json!(self.sum(variant, |row| row.reconnects_after))),
             "errors": each(&|variant| json!(self.sum(variant, |row| row.times.errors))),
             "requests": each(&|variant| json!(self.sum(variant, |row| row.times.count))),
-            "goaways": self.sum(Variant::Rebalancer, |row| row.goaways),
-            "goaways_after_balance": self.sum(Variant::Rebalancer, |row| row.goaways_after),
+            "goaways": self.sum(self.ours(), |row| row.goaways),
+            "goaways_after_balance": self.sum(self.ours(), |row| row.goaways_after),
             "level_after_s": self.runs.iter().map(|run| run.level_after.map(rounded)).collect::<Vec<_>>(),
             "runs": self.runs.len(),
             "kubelets": self.runs.first().map_or(0, |run| run.rows.values().map(|row| row.kubelets).sum()),
         })
     }
 
-    /// docs/kubemark.md.
+    /// docs/kubemark.md; with `steer` the part of it that is measured in a virtual machine.
     pub fn page(&self) -> String {
-        let first = &self.runs[0];
-        let all: usize = first.rows.values().map(|row| row.kubelets).sum();
+        match self.effort.shim {
+            Shim::Steer => self.part(),
+            Shim::Relay | Shim::None => self.whole(),
+        }
+    }
+
+    fn kubelets(&self) -> usize {
+        self.runs[0].rows.values().map(|row| row.kubelets).sum()
+    }
+
+    fn whole(&self) -> String {
         let mut page = format!(
             "# A thousand kubelets, and what the lottery costs\n\n\
              Written by `cargo xtask bench kubemark`: {} light kubelets on nine kube-apiservers ({}) of one etcd, all at the \
@@ -122,10 +142,8 @@ impl Figures {
              seconds later; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
              for all, so the apiserver has less to ask before it lets a request pass.\n\n\
              ## How long a request takes\n\n\
-             Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n\
-             | | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | failed |\n\
-             |---|--:|--:|--:|--:|--:|--:|--:|--:|\n",
-            all,
+             Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n",
+            self.kubelets(),
             self.version,
             processor(),
             kernel_release(),
@@ -133,59 +151,111 @@ impl Figures {
             self.effort.seconds,
             self.effort.kubelets,
         );
-        for variant in VARIANTS {
+        page += &self.times();
+        page += "\nWhat is within the last line of this table is what chance does.\n\n## What can be counted\n\n";
+        page += &self.counts();
+        page += "\n## Processor and memory\n\n";
+        page += &self.used();
+        page += "\n## The article's table\n\n\
+                 What it measured on a cluster of 1,000 hollow nodes, in milliseconds:\n\n\
+                 | `--goaway-chance` | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
+        for (name, times) in ARTICLE {
+            let _ = writeln!(page, "| {name} | {} |", times.map(|time| time.to_string()).join(" | "));
+        }
+        // What another run writes.
+        page += "\n## With `steer`\n\n<!-- kubemark-steer -->\n<!-- /kubemark-steer -->\n";
+        page
+    }
+
+    fn part(&self) -> String {
+        let mut part = format!(
+            "Written by `cargo xtask bench kubemark --vm VERSION`: the same kubelets, {} of them, {} on each of four \
+             kube-apiservers of one etcd, all at the same moment, in a virtual machine with Linux {}, whose one processor is \
+             emulated: a request takes ten times as long there, and only what stands beside it in the same table says \
+             anything. {} of {} s.\n\n",
+            self.kubelets(),
+            self.effort.kubelets,
+            kernel_release(),
+            if self.runs.len() == 1 {
+                "One run".to_owned()
+            } else {
+                format!("{} runs", self.runs.len())
+            },
+            self.effort.seconds,
+        );
+        for table in [self.times(), self.counts(), self.used()] {
+            part += &table;
+            part.push('\n');
+        }
+        part
+    }
+
+    /// How long a request takes, and that over what it takes with nothing.
+    fn times(&self) -> String {
+        let mut text = "| | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | failed |\n\
+                        |---|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+            .to_owned();
+        for variant in self.variants() {
             let _ = write!(
-                page,
+                text,
                 "| {} | {} |",
                 variant.name(),
                 self.sum(variant, |row| row.times.count)
             );
             for (_, of) in TIMES {
-                let _ = write!(page, " {:.1} |", self.median(|run| of(run.row(variant))));
+                let _ = write!(text, " {:.1} |", self.median(|run| of(run.row(variant))));
             }
             let _ = writeln!(
-                page,
+                text,
                 " {} | {} |",
                 self.sum(variant, |row| row.times.stalls),
                 self.sum(variant, |row| row.times.errors)
             );
         }
-        page += "\nOver the mean of the two who have nothing, each run for itself, the median of the runs (least to most):\n\n\
+        text += "\nOver the mean of the two who have nothing, each run for itself, the median of the runs (least to most):\n\n\
                  | | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
-        for variant in VARIANTS.into_iter().skip(2) {
-            let _ = write!(page, "| {} |", variant.name());
+        for variant in self.variants().skip(2) {
+            let _ = write!(text, "| {} |", variant.name());
             for (_, of) in TIMES {
                 let ratios: Vec<f64> = self.runs.iter().map(|run| run.ratio(variant, of)).collect();
                 let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
                 let most = ratios.iter().copied().fold(0.0, f64::max);
-                let _ = write!(page, " {:.2} ({least:.2} to {most:.2}) |", median(ratios));
+                let _ = write!(text, " {:.2} ({least:.2} to {most:.2}) |", median(ratios));
             }
-            page.push('\n');
+            text.push('\n');
         }
-        page += "| *the two who have nothing, the larger over the smaller, at most* |";
+        text += "| *the two who have nothing, the larger over the smaller, at most* |";
         for (_, of) in TIMES {
-            let _ = write!(page, " {:.2} |", self.spread(of));
+            let _ = write!(text, " {:.2} |", self.spread(of));
         }
-        page += "\n\nWhat is within the last line of this table is what chance does.\n\n## What can be counted\n\n\
-                 | | requests that opened a connection | connections opened | of these after the load was level again | open at \
-                 the end, for so many kubelets | GOAWAYs | of these after |\n|---|--:|--:|--:|--:|--:|--:|\n";
-        for variant in VARIANTS {
+        text.push('\n');
+        text
+    }
+
+    /// What does not depend on how fast the machine is.
+    fn counts(&self) -> String {
+        let mut text =
+            "| | requests that opened a connection | connections opened | of these after the load was level again \
+                        | open at the end, for so many kubelets | GOAWAYs | of these after |\n\
+                        |---|--:|--:|--:|--:|--:|--:|\n"
+                .to_owned();
+        for variant in self.variants() {
             let count = self.sum(variant, |row| row.times.count).max(1);
             let fresh = self.sum(variant, |row| row.times.fresh) as f64 / count as f64 * 100.0;
-            let (told, after) = if variant == Variant::Rebalancer {
+            let (told, after) = if variant.is_ours() {
                 let told = self.sum(variant, |row| row.goaways);
                 (told.to_string(), self.sum(variant, |row| row.goaways_after).to_string())
             } else {
                 ("-".to_owned(), "-".to_owned())
             };
             let _ = writeln!(
-                page,
+                text,
                 "| {} | {fresh:.2} % | {} | {} | {:.0} for {} | {told} | {after} |",
                 variant.name(),
                 self.sum(variant, |row| row.reconnects),
                 self.sum(variant, |row| row.reconnects_after),
                 self.median(|run| run.row(variant).open as f64),
-                first.row(variant).kubelets,
+                self.runs[0].row(variant).kubelets,
             );
         }
         let seconds: Vec<String> = self
@@ -199,25 +269,31 @@ impl Figures {
         let loads: Vec<String> = self
             .runs
             .iter()
-            .map(|run| format!("{:?}", run.row(Variant::Rebalancer).loads))
+            .map(|run| format!("{:?}", run.row(self.ours()).loads))
             .collect();
-        let _ = write!(
-            page,
+        let _ = writeln!(
+            text,
             "\nThe load was level again after the restart, agents at rest: {}. Sockets of its apiservers at the end, as haproxy \
-             counts them: {}.\n\n## Processor and memory\n\n\
-             | | apiserver, ms of processor a second | in front of it | agents | apiserver, MiB | in front | agents |\n\
-             |---|--:|--:|--:|--:|--:|--:|\n",
+             counts them: {}.",
             seconds.join("; "),
             loads.join(", "),
         );
-        for variant in VARIANTS {
+        text
+    }
+
+    /// What each variant's parts used.
+    fn used(&self) -> String {
+        let mut text = "| | apiserver, ms of processor a second | in front of it | agents | apiserver, MiB | in front | agents |\n\
+                        |---|--:|--:|--:|--:|--:|--:|\n"
+            .to_owned();
+        for variant in self.variants() {
             let share = variant.apiservers() as f64;
             let ms = |of: fn(&Row) -> u64| {
                 self.median(|run| of(run.row(variant)) as f64) / 1e6 / self.effort.seconds as f64 / share
             };
             let mib = |of: fn(&Row) -> u64| self.median(|run| of(run.row(variant)) as f64) / 1024.0 / share;
             let _ = writeln!(
-                page,
+                text,
                 "| {} | {:.1} | {:.1} | {:.1} | {:.0} | {:.1} | {:.1} |",
                 variant.name(),
                 ms(|row| row.used.apiservers_ns),
@@ -228,14 +304,8 @@ impl Figures {
                 mib(|row| row.used.agents_kib),
             );
         }
-        page += "\nEach for one apiserver; rebalancer's killed one counts with what it used until then.\n\n\
-                 ## The article's table\n\n\
-                 What it measured on a cluster of 1,000 hollow nodes, in milliseconds:\n\n\
-                 | `--goaway-chance` | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
-        for (name, times) in ARTICLE {
-            let _ = writeln!(page, "| {name} | {} |", times.map(|time| time.to_string()).join(" | "));
-        }
-        page
+        text += "\nEach for one apiserver; rebalancer's killed one counts with what it used until then.\n";
+        text
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::{Programs, VARIANTS, Variant};
+use super::{Effort, Programs, Variant};
 use crate::{
     apiserver::{Settings, start_apiserver, start_etcd},
     balancer::{Haproxy, Policy},
@@ -73,6 +73,8 @@ pub struct World {
     pub network: Network,
     pub pki: Pki,
     pub running: Vec<Running>,
+    /// Apiservers of all variants.
+    count: usize,
     fixture: Fixture,
     directory: PathBuf,
     _etcd: Process,
@@ -80,9 +82,15 @@ pub struct World {
 
 impl World {
     /// Starts everything but the kubelets; `turn` says who gets which addresses and ports.
-    pub fn start(programs: &Programs, fixture: &Fixture, turn: usize, directory: &Path) -> anyhow::Result<Self> {
+    pub fn start(
+        programs: &Programs,
+        fixture: &Fixture,
+        effort: &Effort,
+        turn: usize,
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
         fs::create_dir_all(directory)?;
-        let count = VARIANTS.iter().map(|variant| variant.apiservers()).sum();
+        let (variants, count) = (effort.variants(), effort.apiservers());
         let network = Network::new(count)?;
         let mut addresses: Vec<IpAddr> = (0..count).map(Network::node_address).collect();
         addresses.extend([Network::HUB, APISERVER.ip()]);
@@ -95,13 +103,14 @@ impl World {
             network,
             pki,
             running: Vec::new(),
+            count,
             fixture: fixture.clone(),
             directory: directory.to_owned(),
             _etcd: etcd,
         };
         let mut next = 0;
-        for index in 0..VARIANTS.len() {
-            let variant = VARIANTS[(index + turn) % VARIANTS.len()];
+        for index in 0..variants.len() {
+            let variant = variants[(index + turn) % variants.len()];
             let nodes: Vec<usize> = (next..next + variant.apiservers()).collect();
             next += nodes.len();
             let running = world.variant(programs, variant, &nodes, FRONT + index as u16)?;
@@ -154,10 +163,10 @@ impl World {
             let apiserver = self.apiserver(variant, place)?;
             let namespace = &self.network.nodes[*node];
             match variant {
-                Variant::Rebalancer => {
+                Variant::Rebalancer | Variant::Steer => {
                     let shared = Shared {
                         rebalancer: &programs.rebalancer,
-                        shim: Shim::Relay,
+                        shim: if variant.has_front() { Shim::Relay } else { Shim::Steer },
                         peers: Finding::Static,
                         pki: &self.pki,
                         nodes: &names,
@@ -186,7 +195,7 @@ impl World {
                         apiservers: &[APISERVER],
                         maximum_age: None,
                     };
-                    let envoy = front.envoy(&programs.envoy, "envoy", namespace.fd(), &directory)?;
+                    let envoy = front.envoy(programs.envoy()?, "envoy", namespace.fd(), &directory)?;
                     running.fronts.push(envoy);
                 }
                 Variant::None | Variant::NoneAgain | Variant::Low | Variant::High => {}
@@ -203,7 +212,7 @@ impl World {
             etcd: SocketAddr::new(Network::HUB, 2379),
             listen: place.listen,
             advertise: Network::node_address(place.node),
-            count: VARIANTS.iter().map(|variant| variant.apiservers()).sum(),
+            count: self.count,
             directory: &self.directory,
             name: &format!("apiserver-{}", place.node + 1),
             goaway_chance: variant.goaway_chance(),
@@ -241,8 +250,9 @@ impl World {
 
     /// Starts it again.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        let place = self.ours()?.settings[0];
-        let apiserver = self.apiserver(Variant::Rebalancer, place)?;
+        let ours = self.ours()?;
+        let (variant, place) = (ours.variant, ours.settings[0]);
+        let apiserver = self.apiserver(variant, place)?;
         self.ours()?.nodes[0].apiserver = Some(apiserver);
         Ok(())
     }
@@ -250,8 +260,7 @@ impl World {
     /// The variant that is ours.
     pub fn ours(&mut self) -> anyhow::Result<&mut Running> {
         let mut all = self.running.iter_mut();
-        all.find(|running| running.variant == Variant::Rebalancer)
-            .context("rebalancer runs")
+        all.find(|running| running.variant.is_ours()).context("rebalancer runs")
     }
 
     /// Ends everything, agents first.
