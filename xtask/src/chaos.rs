@@ -64,7 +64,7 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
         arguments.push("--page=/proc/self/fd/1".to_owned());
     }
     let mut said = String::new();
-    let code = vm::show(version, vm::Payload::Scene("rebalancer-demo"), &arguments, |line| {
+    let code = vm::show(version, vm::Payload::Program("rebalancer-demo"), &arguments, |line| {
         said.push_str(line);
         said.push('\n');
     })?;

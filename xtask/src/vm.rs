@@ -229,7 +229,7 @@ fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &
     );
     let patience = match payload {
         Payload::Tests(_) => TESTS_S,
-        Payload::Program(_) | Payload::Scene(_) => SCENES_S,
+        Payload::Program(_) => SCENES_S,
     };
     let mut command = Command::new("timeout");
     command

@@ -65,6 +65,8 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from
 #[derive(Default)]
 struct Stats {
     mark: AtomicU64,
+    /// When all was last set to nothing.
+    since: Mutex<Option<Instant>>,
     requests: AtomicU64,
     errors: AtomicU64,
     texts: Mutex<VecDeque<String>>,
@@ -80,8 +82,13 @@ struct Stats {
 }
 
 impl Stats {
-    fn error(&self, what: String) {
+    fn error(&self, what: &str) {
         self.errors.fetch_add(1, Relaxed);
+        let since = *self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let what = match since {
+            Some(since) => format!("{what} ({:.1} s after the last reset)", since.elapsed().as_secs_f64()),
+            None => what.to_owned(),
+        };
         let mut texts = self.texts.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if texts.len() == 10 {
             texts.pop_front();
@@ -111,6 +118,7 @@ impl Stats {
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .clear();
+        *self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Instant::now());
         self.mark.fetch_add(1, Relaxed);
     }
 
@@ -274,7 +282,8 @@ impl Client {
                         current.1 = None;
                     }
                     if !never_sent && !is_unprocessed(&error) {
-                        return Err(error.into());
+                        let on = format!("on the client's connection {which}");
+                        return Err(anyhow::Error::new(error).context(on));
                     }
                 }
             }
@@ -304,9 +313,9 @@ impl Client {
                         .unwrap_or_else(|poisoned| poisoned.into_inner());
                     latencies.push(began.elapsed().as_secs_f64() * 1000.0);
                 }
-                Ok(Ok(status)) => self.stats.error(format!("get: {status}")),
-                Ok(Err(error)) => self.stats.error(format!("get: {error:#}")),
-                Err(_) => self.stats.error("get: timed out".to_owned()),
+                Ok(Ok(status)) => self.stats.error(&format!("get: {status}")),
+                Ok(Err(error)) => self.stats.error(&format!("get: {error:#}")),
+                Err(_) => self.stats.error("get: timed out"),
             }
         }
     }
@@ -335,7 +344,7 @@ impl Client {
             match outcome {
                 Ok(()) => backoff = BACKOFF.0,
                 Err(error) => {
-                    self.stats.error(format!(
+                    self.stats.error(&format!(
                         "{}: {error:#}",
                         if version.is_none() { "list" } else { "watch" }
                     ));

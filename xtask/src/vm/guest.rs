@@ -38,10 +38,8 @@ const PROGRAMS: [(&str, &[&str]); 4] = [
 pub enum Payload<'a> {
     /// A test group.
     Tests(&'a str),
-    /// A program of the package `rebalancer-tests`, as it is released: something is measured.
+    /// A program of the package `rebalancer-tests`, as it is released: an emulated processor has no time for more.
     Program(&'a str),
-    /// One that shows something, as the tests are built.
-    Scene(&'a str),
 }
 
 /// What runs inside.
@@ -63,10 +61,6 @@ impl Guest {
                 programs(&[])?;
                 let mut tests = cargo(["test", "--no-run", "--package", "rebalancer-tests", "--test", group]);
                 Self::as_here(&test_binary(&mut tests, group)?, "tests".to_owned())
-            }
-            Payload::Scene(name) if arch.is_host() => {
-                programs(&[])?;
-                Self::as_here(&target().join("debug").join(name), format!("bin/{name}"))
             }
             _ => Self::without_libraries(payload, arch),
         }
@@ -90,7 +84,7 @@ impl Guest {
         let triple = arch.triple();
         let standard = Standard::of(arch)?;
         let profile: &[&str] = match payload {
-            Payload::Tests(_) | Payload::Scene(_) => &[],
+            Payload::Tests(_) => &[],
             Payload::Program(_) => &["--release"],
         };
         let build = |arguments: &[&str]| {
@@ -109,11 +103,11 @@ impl Guest {
         let mut binaries = vec!["build", "--package", "rebalancer", "--package", "rebalancer-tests"];
         binaries.extend(["--bin", "rebalancer", "--bin", "vm-init"]);
         let built = directory.join(&triple).join(match payload {
-            Payload::Tests(_) | Payload::Scene(_) => "debug",
+            Payload::Tests(_) => "debug",
             Payload::Program(_) => "release",
         });
         let (program, path) = match payload {
-            Payload::Program(name) | Payload::Scene(name) => {
+            Payload::Program(name) => {
                 binaries.extend(["--bin", name]);
                 run(&mut build(&binaries))?;
                 (built.join(name), format!("bin/{name}"))
