@@ -288,7 +288,9 @@ impl Node {
     pub fn active(&self) -> anyhow::Result<u64> {
         let active = |connection: &&Value| {
             let protocol = &connection["protocol"];
-            (protocol == "h2" || protocol == "offered")
+            // An agent that came later than its connections has not seen what they offered, and counts them all the same.
+            let unseen = protocol == "unknown" && self.relay.is_none();
+            (protocol == "h2" || protocol == "offered" || unseen)
                 && connection["state"] == "active"
                 && connection["node_local"] != true
         };

@@ -51,7 +51,7 @@ enum Command {
     Kubemark(KubemarkArguments),
     /// Build what a virtual machine carries for light kubelets on real kube-apiservers, and measure nothing
     #[command(hide = true)]
-    KubemarkPrograms,
+    KubeletsPrograms,
     /// Light kubelets beside hollow ones, by what the apiserver's audit log says that they ask
     Hollow(HollowArguments),
     /// One scene for each way to level apiservers
@@ -288,7 +288,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let figures = flood::run(&arguments.rebalancer, &arguments.effort, &directory()?, say)?;
             (figures.json(), figures.page(), arguments.page)
         }
-        Command::KubemarkPrograms => {
+        Command::KubeletsPrograms => {
             Fixture::get(say)?;
             fixture::kubelets()?;
             return Ok(());

@@ -3,7 +3,7 @@
 
 use clap::builder::PossibleValuesParser;
 
-use crate::{debian, vm};
+use crate::vm;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -37,11 +37,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         return super::show("hollow", &outcome, &page, arguments.json, true);
     }
     if let Some(version) = &arguments.vm {
-        debian::install("haproxy", "haproxy")?;
-        super::build()?;
-        super::prepare("kubemark-programs")?;
-        let flags = [&["--rebalancer=/bin/rebalancer"][..], &IN_VM].concat();
-        let outcome = super::measure_in_vm(version, "kubemark", "kubemark", &flags, "Written by ")?;
+        let outcome = super::measure_kubelets_in_vm(version, "kubemark", &IN_VM)?;
         let part = super::Page::Part("kubemark.md");
         return super::show("kubemark-steer", &outcome, &part, arguments.json, false);
     }

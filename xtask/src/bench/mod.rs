@@ -83,11 +83,6 @@ fn build() -> anyhow::Result<()> {
     ]))
 }
 
-/// Lets the measuring binary build what a VM carries.
-fn prepare(name: &str) -> anyhow::Result<()> {
-    run(Command::new(target().join("release/rebalancer-bench")).arg(name))
-}
-
 /// What a benchmark found.
 struct Outcome {
     /// One JSON object.
@@ -141,9 +136,18 @@ fn measure_beside_envoy(name: &str, flags: impl FnOnce(&mut Command)) -> anyhow:
     })
 }
 
-/// Runs the measuring binary in a VM with that kernel and what the group's carries; its tables come over the console, and begin
-/// with `first`: what the boot loader says is before them.
-fn measure_in_vm(version: &str, name: &str, group: &str, flags: &[&str], first: &str) -> anyhow::Result<Outcome> {
+/// Runs a benchmark of light kubelets on real kube-apiservers in a VM.
+fn measure_kubelets_in_vm(version: &str, name: &str, flags: &[&str]) -> anyhow::Result<Outcome> {
+    crate::debian::install("haproxy", "haproxy")?;
+    build()?;
+    // What the VM carries is built here.
+    run(Command::new(target().join("release/rebalancer-bench")).arg("kubelets-programs"))?;
+    let flags = [&["--rebalancer=/bin/rebalancer"][..], flags].concat();
+    measure_in_vm(version, name, vm::extras::KUBELETS, &flags)
+}
+
+/// Runs the measuring binary in a VM with that kernel and what the group's carries; its tables come over the console.
+fn measure_in_vm(version: &str, name: &str, group: &str, flags: &[&str]) -> anyhow::Result<Outcome> {
     let arguments: Vec<String> = [name, "--page=/proc/self/fd/1"]
         .iter()
         .chain(flags)
@@ -168,10 +172,9 @@ fn measure_in_vm(version: &str, name: &str, group: &str, flags: &[&str], first: 
     if code != 0 {
         bail!("the benchmark failed in the VM");
     }
-    let begin = tables.find(first).context("the VM printed no tables")?;
     Ok(Outcome {
         json: json.context("the VM printed no figures")?,
-        tables: tables[begin..].to_owned(),
+        tables,
     })
 }
 

@@ -57,8 +57,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
         if real.is_some() {
             flags.extend(["--apiserver=/bin/kube-apiserver", "--etcd=/bin/etcd"]);
         }
-        // The page's first line says what it was measured on.
-        let emulated = super::measure_in_vm(&arguments.kernel, "steer", "steer", &flags, "Emulated: ")?;
+        let emulated = super::measure_in_vm(&arguments.kernel, "steer", "steer", &flags)?;
         tables += &format!("\n{}", emulated.tables);
         // The figures are those of the probe that answers, wherever it does.
         let here = std::mem::replace(&mut figures, serde_json::from_str(&emulated.json)?);

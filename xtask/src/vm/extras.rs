@@ -23,8 +23,8 @@ const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etc
 /// Their clients, which the guest is told of.
 const CLIENTS: [&str; 2] = ["swarm", "kubelets"];
 
-/// The group whose VM has a load balancer too: kubelets beside each other, no tests.
-const KUBEMARK: &str = "kubemark";
+/// The group whose VM has a load balancer too, and no disk: kubelets beside each other, no tests.
+pub const KUBELETS: &str = "kubelets";
 
 /// How large the swap disk is.
 const SWAP_OCTETS: u64 = 1 << 30;
@@ -47,7 +47,7 @@ impl Extras {
     ///
     /// The disk cannot be made, or a program that should build does not.
     pub fn of(group: &str, arch: Arch) -> anyhow::Result<Self> {
-        if !["steer", KUBEMARK].contains(&group) {
+        if !["steer", KUBELETS].contains(&group) {
             return Ok(Self::default());
         }
         let mut files = Vec::new();
@@ -62,24 +62,30 @@ impl Extras {
         for name in CLIENTS {
             files.extend(built(name, arch).map(|found| (format!("bin/{name}"), found)));
         }
-        if group == KUBEMARK {
+        if group == KUBELETS {
             files.extend(on_path("haproxy").map(|found| ("bin/haproxy".to_owned(), found)));
         }
-        // Pages that are to be paged out need a place to go to.
-        let disk = target().join("vm/swap");
-        fs::create_dir_all(target().join("vm"))?;
-        let file = fs::File::create(&disk).with_context(|| format!("cannot make {}", disk.display()))?;
-        file.set_len(SWAP_OCTETS)?;
-        let drive = format!("file={},if=none,id=swap,format=raw,cache=unsafe", disk.display());
+        let mut machine = vec!["-m".to_owned(), "6000".to_owned()];
+        if group != KUBELETS {
+            machine.extend(swap()?);
+        }
         Ok(Self {
             files,
-            machine: ["-m", "6000", "-drive", &drive, "-device", "nvme,drive=swap,serial=swap"]
-                .map(str::to_owned)
-                .to_vec(),
+            machine,
             // These build Go programs, or are about this machine's kernel.
             arguments: vec!["--skip=here::".to_owned()],
         })
     }
+}
+
+/// A disk where pages that are to be paged out have a place to go to.
+fn swap() -> anyhow::Result<[String; 4]> {
+    let disk = target().join("vm/swap");
+    fs::create_dir_all(target().join("vm"))?;
+    let file = fs::File::create(&disk).with_context(|| format!("cannot make {}", disk.display()))?;
+    file.set_len(SWAP_OCTETS)?;
+    let drive = format!("file={},if=none,id=swap,format=raw,cache=unsafe", disk.display());
+    Ok(["-drive", &drive, "-device", "nvme,drive=swap,serial=swap"].map(str::to_owned))
 }
 
 /// The small server on k8s.io/apiserver's filter, built from its Go modules; `None` without Go.

@@ -204,7 +204,8 @@ pub struct Figures {
     rows: Vec<Row>,
     /// Why the probe was left out.
     no_steer: Option<String>,
-    envoy: String,
+    /// Its version, where it is one of them.
+    envoy: Option<String>,
     haproxy: String,
 }
 
@@ -237,7 +238,7 @@ pub fn run(
         effort: effort.clone(),
         rows: Vec::new(),
         no_steer: steer_refusal(&programs.rebalancer)?,
-        envoy: version_of(programs.envoy()?, "--version", None),
+        envoy: programs.envoy().ok().map(|envoy| version_of(envoy, "--version", None)),
         haproxy: version_of(&PathBuf::from(crate::balancer::haproxy_program()), "-v", None),
     };
     for contender in Contender::value_variants() {

@@ -141,11 +141,15 @@ impl Figures {
 
     /// What is between the marks of docs/compare.md.
     pub fn page(&self) -> String {
+        let envoy = self
+            .envoy
+            .as_ref()
+            .map(|version| format!("Envoy {version}, "))
+            .unwrap_or_default();
         let mut page = format!(
-            "{} kubelets, kube-apiserver {VERSION}, Envoy {}, haproxy {}, on {} with Linux {}; one run each, {} s from the \
+            "{} kubelets, kube-apiserver {VERSION}, {envoy}haproxy {}, on {} with Linux {}; one run each, {} s from the \
              restart on.\n",
             self.effort.kubelets,
-            self.envoy,
             self.haproxy,
             processor(),
             kernel_release(),
@@ -155,7 +159,7 @@ impl Figures {
             let _ = writeln!(
                 page,
                 "`steer` was not run: this machine's kernel, {}, does not let a probe answer (`rebalancer system-info` says \
-                 so); [steer.md](steer.md) says which do, and [bench.md](bench.md) has what it costs.",
+                 so). Beside nothing and the lottery it was, in a virtual machine: [below](#with-steer-in-a-virtual-machine).",
                 kernel_release()
             );
         }
