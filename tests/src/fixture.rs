@@ -64,7 +64,10 @@ impl Fixture {
         Some(Self {
             apiserver: named("KUBE_APISERVER", "kube-apiserver").or_else(|| built("kube-apiserver"))?,
             etcd: named("ETCD", "etcd").or_else(|| built("etcd"))?,
-            swarm: env::var_os(SWARM).map(PathBuf::from).or_else(|| built("swarm"))?,
+            swarm: env::var_os(SWARM)
+                .map(PathBuf::from)
+                .filter(|path| path.is_file())
+                .or_else(|| built("swarm"))?,
         })
     }
 

@@ -63,11 +63,21 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
     if is_whole {
         arguments.push("--page=/proc/self/fd/1".to_owned());
     }
+    if !flags.iter().any(|flag| flag.starts_with("--clients")) {
+        eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
+        arguments.push(format!("--clients={VM_CLIENTS}"));
+    }
+    if vm::extras::control_plane().is_none() {
+        eprintln!("no kube-apiserver is at hand, so small servers stand in its place: `cargo xtask chaos` builds one");
+    }
+    debian::install("haproxy", "haproxy")?;
     let mut said = String::new();
-    let code = vm::show(version, vm::Payload::Program("rebalancer-demo"), &arguments, |line| {
+    let hear = |line: &str| {
         said.push_str(line);
         said.push('\n');
-    })?;
+    };
+    let program = vm::Payload::Program("rebalancer-demo");
+    let code = vm::show(version, program, &arguments, vm::extras::CLUSTER, hear)?;
     if is_whole && code == 0 {
         let section = section(&said).context("the VM has not said its part of the page")?;
         let page = root().join("docs/faults.md");
@@ -79,6 +89,9 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
     }
     Ok(ExitCode::from(code))
 }
+
+/// Clients in a VM, whose one processor is emulated and plays them and all nodes.
+const VM_CLIENTS: u16 = 60;
 
 /// The heading of that part.
 const STEER: &str = "## With `steer`\n";

@@ -87,5 +87,12 @@ fn in_vm(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
         eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
         flags.push(format!("--clients={VM_CLIENTS}"));
     }
-    vm::show(version, vm::Payload::Program("rebalancer-demo"), &flags, |_| {}).map(ExitCode::from)
+    vm::show(
+        version,
+        vm::Payload::Program("rebalancer-demo"),
+        &flags,
+        "steer",
+        |_| {},
+    )
+    .map(ExitCode::from)
 }

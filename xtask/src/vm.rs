@@ -126,7 +126,7 @@ pub fn command(machine: &Machine, group: &str, filters: &[&str]) -> anyhow::Resu
     boot(machine, Payload::Tests(group), &arguments.collect::<Vec<_>>(), &extras)
 }
 
-/// Boots a VM with that kernel that runs such a program, with what goes with `steer`: its JSON, where asked for, is the only
+/// Boots a VM with that kernel that runs such a program, with what goes with a group: its JSON, where asked for, is the only
 /// thing on stdout, and `hear` hears each other line. Answers with the program's exit code.
 ///
 /// # Errors
@@ -136,9 +136,10 @@ pub fn show(
     version: &str,
     payload: Payload<'_>,
     arguments: &[String],
+    group: &str,
     mut hear: impl FnMut(&str),
 ) -> anyhow::Result<u8> {
-    listen(version, payload, arguments, "steer", |line| {
+    listen(version, payload, arguments, group, |line| {
         if line.starts_with("{\"") {
             writeln!(std::io::stdout(), "{line}")?;
         } else {

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{
     Make, Pair, Row, Side,
-    fault::{ALL, Fault},
+    fault::{ALL, Fault, Stage},
     limits,
     report::{Report, Run},
 };
@@ -45,8 +45,8 @@ pub struct Arguments {
     /// Clients of each cluster
     #[arg(long, default_value_t = 150, value_parser = clap::value_parser!(u16).range(30..=2000))]
     clients: u16,
-    /// What sends the GOAWAY: with `steer` small servers on kube-apiserver's own filter stand in its place, no second cluster is
-    /// played, and the faults are those that concern it
+    /// What sends the GOAWAY: with `steer` no second cluster is played, the faults are those that concern it, and where no
+    /// kube-apiserver is at hand small servers on its own filter stand in its place
     #[arg(long, value_enum, default_value_t = Shim::Relay)]
     shim: Shim,
     /// Options of haproxy's servers
@@ -64,9 +64,9 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    fn rounds(&self) -> anyhow::Result<Vec<Vec<Fault>>> {
+    fn rounds(&self, stage: Stage) -> anyhow::Result<Vec<Vec<Fault>>> {
         let known = |name: &str| {
-            let all = || ALL.into_iter().filter(|fault| fault.is_of(self.shim));
+            let all = || ALL.into_iter().filter(|fault| fault.is_of(stage));
             let found = all().find(|fault| fault.name() == name);
             found.with_context(|| {
                 let names: Vec<_> = all().map(Fault::name).collect();
@@ -78,11 +78,11 @@ impl Arguments {
             return self.only.iter().map(at_once).collect();
         }
         let single = if self.quick { QUICK.to_vec() } else { ALL.to_vec() };
-        let of_this = single.into_iter().filter(|fault| fault.is_of(self.shim));
+        let of_this = single.into_iter().filter(|fault| fault.is_of(stage));
         let mut rounds: Vec<Vec<Fault>> = of_this.map(|fault| vec![fault]).collect();
         if !self.quick {
             rounds.extend(
-                pairs(self.seed, usize::from(self.pairs), self.shim)
+                pairs(self.seed, usize::from(self.pairs), stage)
                     .into_iter()
                     .map(|pair| pair.to_vec()),
             );
@@ -104,8 +104,8 @@ pub(crate) fn drawn(seed: u64) -> impl FnMut() -> u64 {
 }
 
 /// Two different faults each, drawn by the seed.
-fn pairs(seed: u64, count: usize, shim: Shim) -> Vec<[Fault; 2]> {
-    let all: Vec<Fault> = ALL.into_iter().filter(|fault| fault.is_of(shim)).collect();
+fn pairs(seed: u64, count: usize, stage: Stage) -> Vec<[Fault; 2]> {
+    let all: Vec<Fault> = ALL.into_iter().filter(|fault| fault.is_of(stage)).collect();
     let mut next = drawn(seed);
     let mut drawn = Vec::with_capacity(count);
     while drawn.len() < count {
@@ -147,18 +147,21 @@ fn played(pair: &mut Pair, faults: &[Fault], say: &dyn Fn(&str)) -> anyhow::Resu
 ///
 /// The clusters do not start, or one does not come back after a fault.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let rounds = arguments.rounds()?;
+    let say = |line: &str| eprintln!("{line}");
+    let fixture = match arguments.shim {
+        Shim::Steer => Fixture::at_hand(),
+        Shim::Relay | Shim::None => Some(Fixture::get(say)?),
+    };
+    let rounds = arguments.rounds(Stage {
+        shim: arguments.shim,
+        is_real: fixture.is_some(),
+    })?;
     limits::own_mounts()?;
     let interrupts = crate::demo::interrupts()?;
     open_files().context("cannot ask how many files may be open")?;
-    let say = |line: &str| eprintln!("{line}");
-    let fixture = match arguments.shim {
-        Shim::Steer => None,
-        Shim::Relay | Shim::None => Some(Fixture::get(say)?),
-    };
     let directory = log_directory("rebalancer-chaos-")?;
     let clients = usize::from(arguments.clients);
-    let compared = !arguments.alone && !arguments.quick && fixture.is_some();
+    let compared = !arguments.alone && !arguments.quick && arguments.shim != Shim::Steer;
     let make = |shim: Shim, name: &str| {
         Side::start(
             Make {
@@ -233,8 +236,12 @@ mod tests {
 
     #[test]
     fn a_seed_draws_the_same_pairs_each_time_and_never_twice_the_same_fault() {
-        assert_eq!(pairs(7, 20, Shim::Relay), pairs(7, 20, Shim::Relay));
-        assert_ne!(pairs(7, 20, Shim::Relay), pairs(8, 20, Shim::Relay));
-        assert!(pairs(7, 200, Shim::Relay).iter().all(|pair| pair[0] != pair[1]));
+        let stage = Stage {
+            shim: Shim::Relay,
+            is_real: true,
+        };
+        assert_eq!(pairs(7, 20, stage), pairs(7, 20, stage));
+        assert_ne!(pairs(7, 20, stage), pairs(8, 20, stage));
+        assert!(pairs(7, 200, stage).iter().all(|pair| pair[0] != pair[1]));
     }
 }

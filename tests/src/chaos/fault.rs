@@ -100,6 +100,15 @@ pub const ALL: [Fault; 28] = [
     Fault::Strangers,
 ];
 
+/// What faults are made on.
+#[derive(Clone, Copy, Debug)]
+pub struct Stage {
+    /// What sends the GOAWAY: there is no relay to break beside a probe, and a virtual machine has no packet filter.
+    pub shim: Shim,
+    /// Real apiservers, with an etcd, Leases and haproxy.
+    pub is_real: bool,
+}
+
 impl Fault {
     /// As flags and tables name it.
     pub fn name(self) -> &'static str {
@@ -213,21 +222,25 @@ impl Fault {
         }
     }
 
-    /// Whether it can be made of a cluster with that shim: where there is no relay, with small servers in place of apiservers,
-    /// and in a machine with few programs.
-    pub fn is_of(self, shim: Shim) -> bool {
-        shim != Shim::Steer
-            || matches!(
-                self,
-                Self::AgentKilled
-                    | Self::AgentStopped
-                    | Self::AgentReplaced
-                    | Self::ApiserverKilled
-                    | Self::ApiserverStopped
-                    | Self::ApiserverFlaps
-                    | Self::DiskFull
-                    | Self::Strangers
-            )
+    /// Whether it can be made there.
+    pub fn is_of(self, stage: Stage) -> bool {
+        match self {
+            Self::AgentKilled
+            | Self::AgentStopped
+            | Self::AgentReplaced
+            | Self::ApiserverKilled
+            | Self::ApiserverStopped
+            | Self::ApiserverFlaps
+            | Self::DiskFull
+            | Self::Strangers => true,
+            Self::EtcdKilled
+            | Self::EtcdStopped
+            | Self::BalancerKilled
+            | Self::BalancerStopped
+            | Self::CertificatesRenewed
+            | Self::LeasesLost => stage.is_real,
+            _ => stage.is_real && stage.shim != Shim::Steer,
+        }
     }
 
     /// Whether it ends an agent or a relay of ours.

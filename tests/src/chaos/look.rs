@@ -1,6 +1,6 @@
 //! What a cluster holds when it is at rest: its tables beside the kernel's list, its processes' files and memory.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 
@@ -44,6 +44,12 @@ impl Look {
             }
         }
         Ok(Self(held))
+    }
+
+    /// What each has in RAM, in MiB.
+    pub fn memory(&self) -> BTreeMap<String, i64> {
+        let mib = |held: &Held| (held.what.clone(), held.memory / (1 << 20));
+        self.0.iter().map(mib).collect()
     }
 
     /// What grew more than chance makes it; a process that was started anew is compared with its predecessor all the same.

@@ -134,7 +134,7 @@ impl Pair {
                 }
             }
         });
-        let leaks = Look::at(&self.with_us.cluster)?.grown_since(&before);
+        let at_end = Look::at(&self.with_us.cluster)?;
         let row = Row {
             faults: names.iter().map(|name| (*name).to_owned()).collect(),
             plays: 1,
@@ -150,7 +150,8 @@ impl Pair {
             goaways_after: told_after,
             seconds_to_level,
             wrong_connections: if agreed.is_some() { Vec::new() } else { wrong },
-            leaks,
+            leaks: at_end.grown_since(&before),
+            memory_mib: at_end.memory(),
         };
         say(&format!("  {}", row.sentence()));
         Ok(row)

@@ -1,6 +1,6 @@
 //! What was found: a row a fault, the sums, and the page.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use serde::Serialize;
 
@@ -98,6 +98,8 @@ pub struct Row {
     pub seconds_to_level: Option<f64>,
     pub wrong_connections: Vec<String>,
     pub leaks: Vec<String>,
+    /// What each of our processes has in RAM at the end.
+    pub memory_mib: BTreeMap<String, i64>,
 }
 
 impl Row {
@@ -156,6 +158,7 @@ impl Row {
                 .map(|(one, other)| one.max(other)),
             wrong_connections: both(self.wrong_connections, again.wrong_connections),
             leaks: both(self.leaks, again.leaks),
+            memory_mib: again.memory_mib,
         }
     }
 
@@ -267,11 +270,20 @@ impl Report {
 
     fn about(&self) -> String {
         if self.steers {
+            let scene = if self.apiserver_version.starts_with("standin") {
+                "three small servers on kube-apiserver's own goaway filter in its place, their agents with probes, a balancer of \
+                 the tests' own"
+                    .to_owned()
+            } else {
+                format!(
+                    "three kube-apiservers ({}), agents with probes that find each other by Leases, haproxy",
+                    self.apiserver_version
+                )
+            };
             return format!(
                 "## With `steer`\n\n\
-                 Written by `cargo xtask chaos --vm 6.18 --seed {}`, in a virtual machine whose one processor is emulated: three small \
-                 servers on kube-apiserver's own goaway filter in its place (three real ones do not get through their start there), \
-                 their agents with probes, a balancer of the tests' own, {} clients that list and watch. Nothing is played without \
+                 Written by `cargo xtask chaos --vm 6.18 --seed {}`, in a virtual machine whose one processor is emulated: {scene}, \
+                 {} clients that list and watch. The machine has no packet filter, and no relay to break. Nothing is played without \
                  us: what a fault of an apiserver breaks by itself is not looked at while it lasts.\n\n",
                 self.seed, self.clients
             );
@@ -375,6 +387,7 @@ mod tests {
             seconds_to_level: Some(7.0),
             wrong_connections: vec![],
             leaks: vec![],
+            memory_mib: BTreeMap::new(),
         }
     }
 

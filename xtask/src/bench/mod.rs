@@ -143,7 +143,7 @@ fn measure_kubelets_in_vm(version: &str, name: &str, flags: &[&str]) -> anyhow::
     // What the VM carries is built here.
     run(Command::new(target().join("release/rebalancer-bench")).arg("kubelets-programs"))?;
     let flags = [&["--rebalancer=/bin/rebalancer"][..], flags].concat();
-    measure_in_vm(version, name, vm::extras::KUBELETS, &flags)
+    measure_in_vm(version, name, vm::extras::CLUSTER, &flags)
 }
 
 /// Runs the measuring binary in a VM with that kernel and what the group's carries; its tables come over the console.

@@ -23,8 +23,8 @@ const PROGRAMS: [(&str, &str); 2] = [("kube-apiserver", "KUBE_APISERVER"), ("etc
 /// Their clients, which the guest is told of.
 const CLIENTS: [&str; 2] = ["swarm", "kubelets"];
 
-/// The group whose VM has a load balancer too, and no disk: kubelets beside each other, no tests.
-pub const KUBELETS: &str = "kubelets";
+/// The group whose VM has a load balancer too, and no disk: live clusters, no tests.
+pub const CLUSTER: &str = "cluster-in-vm";
 
 /// How large the swap disk is.
 const SWAP_OCTETS: u64 = 1 << 30;
@@ -47,7 +47,7 @@ impl Extras {
     ///
     /// The disk cannot be made, or a program that should build does not.
     pub fn of(group: &str, arch: Arch) -> anyhow::Result<Self> {
-        if !["steer", KUBELETS].contains(&group) {
+        if !["steer", CLUSTER].contains(&group) {
             return Ok(Self::default());
         }
         let mut files = Vec::new();
@@ -62,11 +62,11 @@ impl Extras {
         for name in CLIENTS {
             files.extend(built(name, arch).map(|found| (format!("bin/{name}"), found)));
         }
-        if group == KUBELETS {
+        if group == CLUSTER {
             files.extend(on_path("haproxy").map(|found| ("bin/haproxy".to_owned(), found)));
         }
         let mut machine = vec!["-m".to_owned(), "6000".to_owned()];
-        if group != KUBELETS {
+        if group != CLUSTER {
             machine.extend(swap()?);
         }
         Ok(Self {
