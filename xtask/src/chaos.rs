@@ -91,7 +91,7 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
 }
 
 /// Clients in a VM, whose one processor is emulated and plays them and all nodes.
-const VM_CLIENTS: u16 = 60;
+const VM_CLIENTS: u16 = 30;
 
 /// The heading of that part.
 const STEER: &str = "## With `steer`\n";

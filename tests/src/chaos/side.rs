@@ -133,17 +133,17 @@ impl Side {
     ///
     /// Somebody does not come back.
     pub fn revive(&mut self) -> anyhow::Result<()> {
-        for index in 0..Self::NODES {
-            let ended = self.cluster.nodes[index]
-                .apiserver
-                .as_mut()
-                .is_none_or(|apiserver| apiserver.is_running().is_err());
-            // As the kubelet does with one that gave up without etcd.
-            if ended {
-                self.cluster.restart_apiserver(index)?;
-            }
-        }
         self.until("the load balancer does not send to all apiservers", |side| {
+            for index in 0..Self::NODES {
+                let ended = side.cluster.nodes[index]
+                    .apiserver
+                    .as_mut()
+                    .is_none_or(|apiserver| apiserver.is_running().is_err());
+                // As the kubelet does with one that gave up without etcd, or on a slow machine.
+                if ended {
+                    side.cluster.restart_apiserver(index)?;
+                }
+            }
             side.cluster.check()?;
             Ok(side.cluster.admitted().iter().all(|admitted| *admitted))
         })?;

@@ -148,7 +148,7 @@ fn state_line(event: &Event<'_>) -> String {
 }
 
 /// A plan, or a hold with another reason than this node's last.
-fn decision_line(decision: &Value, holds: &mut Vec<(String, String)>) -> Option<String> {
+pub(crate) fn decision_line(decision: &Value, holds: &mut Vec<(String, String)>) -> Option<String> {
     let node = decision["node"].as_str()?.to_owned();
     let reason = decision["hold"]["reason"].as_str().unwrap_or("plan").to_owned();
     let known = holds.iter_mut().find(|(name, _)| *name == node);

@@ -20,7 +20,12 @@ use clap::Args;
 
 use self::world::{Used, World};
 use super::kubelets::{Counters, Group, Kubelets, STATUS, Times};
-use crate::{demo::scene::check_interrupt, fixture::Fixture, node::Shim, process::wait_for};
+use crate::{
+    demo::{scene::check_interrupt, screen::decision_line},
+    fixture::Fixture,
+    node::Shim,
+    process::wait_for,
+};
 
 /// How large, and for how long.
 #[derive(Args, Clone, Debug)]
@@ -402,6 +407,14 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
                 .take(2)
                 .collect::<Vec<_>>(),
         ));
+    }
+    let mut holds = Vec::new();
+    for node in &world.ours()?.nodes {
+        for decision in node.decisions(0)? {
+            if let Some(line) = decision_line(&decision, &mut holds) {
+                say(&format!("{} {line}", decision["at"].as_str().unwrap_or_default()));
+            }
+        }
     }
     say(&format!(
         "level again after {:?} s, {} s were left",
