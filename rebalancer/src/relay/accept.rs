@@ -199,6 +199,8 @@ pub async fn run(
                     if !seen {
                         return;
                     }
+                    // A taker that has it and has not said anything may have it for seconds.
+                    door.listening.shut();
                     door.listening.set(None);
                     break;
                 }
@@ -478,11 +480,21 @@ impl Door {
         let began = Instant::now();
         let connecting = self.target.connect(config, ALPN[usize::from(!h2)]);
         let server = timeout(limit, connecting).await.map_err(io::Error::from).flatten();
-        match &server {
-            Ok(_) => self.metrics.connected(began.elapsed()),
-            Err(error) => self.unreachable(connection, error).await,
-        }
-        let server = server.with_context(|| format!("cannot reach the apiserver at {}", self.target.address))?;
+        let server = match server {
+            Ok(server) => {
+                self.metrics.connected(began.elapsed());
+                server
+            }
+            Err(error) => {
+                self.unreachable(connection, &error).await;
+                // What is lacking here is lacking for the next connection too: who is sent away politely comes at once.
+                if !upstream::is_ours(&error) {
+                    pump::last_words(&mut client, unserved(h2)).await;
+                }
+                let address = self.target.address;
+                return Err(error).with_context(|| format!("cannot reach the apiserver at {address}"));
+            }
+        };
         if known {
             connection.set_front_proxy(tls.front_proxy_certificate);
         }
@@ -552,6 +564,16 @@ impl Door {
         }
         Ok(end)
     }
+}
+
+/// What a client hears none of whose requests has reached the apiserver: it may send them again, elsewhere.
+fn unserved(h2: bool) -> &'static [u8] {
+    /// Empty SETTINGS, which a server begins with (RFC 9113, section 3.4), and GOAWAY: none was processed, no error
+    /// (section 6.8).
+    const H2: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    const HTTP1: &[u8] =
+        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+    if h2 { H2 } else { HTTP1 }
 }
 
 impl Renews<ClientStream> for Door {

@@ -191,6 +191,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&listening),
         Arc::clone(&workers),
         Arc::clone(&doubt),
+        takeover::path_beside(&config.control.0),
     );
     let replacements = Replacements::new(
         Arc::clone(&target),
@@ -214,7 +215,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             limits: config.limits,
             workers,
             doubt,
-            vigil,
+            vigil: Arc::clone(&vigil),
             replacements,
         }),
         inherited.clone(),
@@ -232,7 +233,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             }
         }
     });
-    let lending = tokio::spawn(takeover::serve(lending.listener, Arc::clone(&listening)));
+    let lending = tokio::spawn(takeover::serve(lending.listener, Arc::clone(&listening), move || {
+        vigil.look();
+    }));
     if let Some(predecessor) = predecessor {
         tracing::info!(control = %config.control.0.display(), "taking over from the relay that runs here; it drains");
         // Whatever has become of it, this relay accepts.

@@ -225,8 +225,25 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     // A server that ends or a failure of ours: what the client can still get, it gets.
+    let last_words = last_words(client, due.client);
+    // What the client had sent by then is the server's, as it is without a relay.
+    let last_requests = async {
+        server.write_all(due.server).await?;
+        server.shutdown().await
+    };
+    // However it goes, the connection is over.
     let last_words = async {
-        client.write_all(due.client).await?;
+        if !matches!(end, End::Client | End::ClientIo(_)) {
+            last_words.await;
+        }
+    };
+    let _ = tokio::join!(last_words, timeout(LINGER, last_requests));
+}
+
+/// Writes that to a client whose connection is over, and ends it so that it is read.
+pub async fn last_words<C: AsyncRead + AsyncWrite + Unpin>(client: &mut C, words: &[u8]) {
+    let said = async {
+        client.write_all(words).await?;
         client.shutdown().await?;
         // Closing with unread bytes would reset the connection, and the reset could overtake the last words.
         let mut left = LINGER_OCTETS;
@@ -239,18 +256,8 @@ where
         }
         io::Result::Ok(())
     };
-    // What the client had sent by then is the server's, as it is without a relay.
-    let last_requests = async {
-        server.write_all(due.server).await?;
-        server.shutdown().await
-    };
-    // However it goes, the connection is over.
-    let last_words = async {
-        if !matches!(end, End::Client | End::ClientIo(_)) {
-            let _ = timeout(LINGER, last_words).await;
-        }
-    };
-    let _ = tokio::join!(last_words, timeout(LINGER, last_requests));
+    // Nobody else is to be told when it fails.
+    let _ = timeout(LINGER, said).await;
 }
 
 struct Pump {

@@ -33,11 +33,16 @@ pub struct Renewal {
 impl Renewal {
     /// One look at the connections, each `turn`; says when the first certificate in use ends.
     pub fn turn(&mut self, registry: &Registry, current: FrontProxy, is_ready: bool, now: i64, turn: Duration) -> i64 {
-        let outdated = registry.outdated(current.issue);
-        let Some((first, _)) = outdated.first() else {
+        let all = registry.outdated(current.issue);
+        let Some((first, _)) = all.first() else {
             return current.until;
         };
-        let first = *first;
+        let first = first.until;
+        let outdated: Vec<_> = all
+            .iter()
+            .filter(|(outdated, _)| outdated.may_be_told)
+            .map(|(outdated, connection)| (outdated.until, connection))
+            .collect();
         // Those whose certificate has ended are answered 401 already, and say nothing of how long the others have.
         let over = outdated.partition_point(|(until, _)| *until <= now);
         let Some((next, _)) = outdated.get(over) else {
@@ -160,8 +165,13 @@ mod tests {
         assert_eq!(told(&registry), 0, "the new one is not taken yet");
         renewal.turn(&registry, current, true, 115, TURN);
         assert!((1..=3).contains(&told(&registry)), "{} at once", told(&registry));
-        assert_eq!(renewal.turn(&registry, current, true, 120, TURN), 10_000);
-        drop(lasting);
+        // Whoever takes the old authority out by that would have these answered 401.
+        assert_eq!(renewal.turn(&registry, current, true, 120, TURN), 50);
+        lasting[0].set_upgraded();
+        lasting[1..]
+            .iter()
+            .for_each(|connection| connection.set_front_proxy(current));
+        assert_eq!(renewal.turn(&registry, current, true, 125, TURN), 10_000);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{
     sync::{Semaphore, oneshot},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -22,6 +22,7 @@ use super::{
     registry::{Connection, Registry},
     renewal::LAST,
     stream::ClientStream,
+    tls::Tls,
     unix_now,
     upstream::Target,
     workers::Workers,
@@ -84,21 +85,47 @@ impl Replacements {
         }
         let left = used.until.saturating_sub(i64::try_from(unix_now()).unwrap_or(i64::MAX));
         let is_urgent = left <= LAST;
+        // One that nobody has tried may be one that it answers 401.
         let may_serve = match self.registry.upstream() {
-            Upstream::Ready => true,
-            Upstream::Overloaded => left <= SOON,
+            Upstream::Ready => self.registry.takes(current.issue),
+            Upstream::Overloaded => left <= SOON && self.registry.takes(current.issue),
             _ => false,
         };
-        if !(is_urgent || may_serve) || Instant::now() < *self.again.lock().unwrap_or_else(PoisonError::into_inner) {
+        let rests = self.again().saturating_duration_since(Instant::now());
+        if !(is_urgent || may_serve) || (left > 0 && !rests.is_zero()) {
             return None;
         }
         let patience = if left > 0 { BRIEF } else { PATIENT };
+        let until = Instant::now() + patience;
+        let mut server = timeout(patience, self.connect(connection, tls, is_urgent, until))
+            .await
+            .ok()??;
+        server.settle().ok()?;
+        connection.set_front_proxy(current);
+        Some(server)
+    }
+
+    /// The moment before which nobody tries.
+    fn again(&self) -> Instant {
+        *self.again.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One when its turn has come; the handshake goes on when nobody waits for it any more, no longer than until then.
+    async fn connect(
+        &self,
+        connection: &Connection,
+        tls: Arc<Tls>,
+        is_urgent: bool,
+        until: Instant,
+    ) -> Option<ClientStream> {
         let permits = Arc::clone(&self.permits[usize::from(is_urgent)]);
         let permit = if is_urgent {
-            timeout(patience, permits.acquire_owned()).await.ok()?.ok()?
+            permits.acquire_owned().await.ok()?
         } else {
             permits.try_acquire_owned().ok()?
         };
+        // The one before may have failed meanwhile.
+        sleep(self.again().saturating_duration_since(Instant::now())).await;
         let (done, connected) = oneshot::channel();
         let (target, again) = (Arc::clone(&self.target), Arc::clone(&self.again));
         let (complaints, metrics) = (Arc::clone(&self.complaints), Arc::clone(&self.metrics));
@@ -107,7 +134,8 @@ impl Replacements {
         self.workers.shake_hands(async move {
             let _permit = permit;
             let began = Instant::now();
-            let connecting = timeout(patience, target.connect(&tls.front_proxy, b"http/1.1")).await;
+            let left = until.saturating_duration_since(began);
+            let connecting = timeout(left, target.connect(&tls.front_proxy, b"http/1.1")).await;
             match connecting.map_err(io::Error::from).flatten() {
                 Ok(server) => {
                     metrics.connected(began.elapsed());
@@ -121,9 +149,6 @@ impl Replacements {
                 }
             }
         });
-        let mut server = connected.await.ok()?;
-        server.settle().ok()?;
-        connection.set_front_proxy(current);
-        Some(server)
+        connected.await.ok()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Beside the control socket there is another one, `CONTROL.listener`, with the same mode. Whoever connects says one
 //! octet and hears one: [`LOOK`] or [`TAKE`], then [`SOCKET`] with the descriptor, or [`NONE`]. A taker says [`TAKEN`]
-//! when it accepts on it; from then on this relay accepts no more and drains.
+//! when it accepts on it; from then on this relay accepts no more and drains. A relay that drains says [`GONE`] to its successor
+//! when nobody listens behind both, and hears [`NONE`] when the successor has seen for itself.
 //! Must never accept for a moment less than its successor has begun to: a taker that has the socket and has not said so
 //! is waited for, also by a relay that is told to end.
 
@@ -32,6 +33,8 @@ pub const LOOK: u8 = b'L';
 const TAKE: u8 = b'T';
 /// I accept on it.
 const TAKEN: u8 = b'!';
+/// Nobody listens behind us, says one that drains.
+const GONE: u8 = b'G';
 /// Here it is.
 pub const SOCKET: u8 = b'S';
 /// I do not listen now.
@@ -39,6 +42,9 @@ pub const NONE: u8 = b'N';
 
 /// How long either side waits for the other's octet.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long clients of one that drains wait for the successor's look.
+const WARNED: Duration = Duration::from_millis(200);
 
 /// How long a taker has from the socket to its word: it asks the apiserver first.
 const DECISION: Duration = Duration::from_secs(30);
@@ -92,11 +98,11 @@ impl Listening {
         self.state().socket = socket;
     }
 
-    /// Closes it at once, whoever has it besides: who connects from here on is refused. Not when another relay has it or
-    /// is about to, which asks the apiserver itself.
+    /// Closes it at once, whoever has it besides: who connects from here on is refused. A taker that has not said anything finds
+    /// that it accepts nobody, and listens anew; one that has taken it asks the apiserver itself.
     pub fn shut(&self) {
         let mut state = self.state();
-        if state.taken || state.undecided > 0 || state.ending {
+        if state.taken {
             return;
         }
         let Some(socket) = &state.socket else { return };
@@ -132,6 +138,20 @@ impl Listening {
     pub async fn decided(&self) -> bool {
         self.until(|state| state.taken || state.undecided == 0).await;
         self.is_taken()
+    }
+
+    /// Tells the successor that nobody listens behind both, and waits a moment until it has looked.
+    pub async fn warn_successor(&self, path: &Path) {
+        let told = async {
+            let stream = UnixStream::connect(path).await?;
+            descriptor::send(&stream, GONE, None).await?;
+            descriptor::receive(&stream).await
+        };
+        match timeout(WARNED, told).await.map_err(io::Error::from).flatten() {
+            Ok(_) => {}
+            // Its own check finds out.
+            Err(error) => tracing::debug!(%error, "the successor does not hear that the apiserver is gone"),
+        }
     }
 
     /// Whether a successor accepts on it.
@@ -171,8 +191,12 @@ impl Listening {
         (socket, taker)
     }
 
-    async fn answer(&self, stream: UnixStream) -> io::Result<()> {
+    async fn answer(&self, stream: UnixStream, look: impl FnOnce()) -> io::Result<()> {
         let (asked, _) = timeout(PATIENCE, descriptor::receive(&stream)).await??;
+        if asked == GONE {
+            look();
+            return descriptor::send(&stream, NONE, None).await;
+        }
         let (socket, taker) = self.lend(asked);
         match socket {
             Some(socket) => descriptor::send(&stream, SOCKET, Some(socket.as_fd())).await?,
@@ -190,15 +214,15 @@ impl Listening {
     }
 }
 
-/// Answers everybody who connects.
-pub async fn serve(listener: UnixListener, listening: Arc<Listening>) {
+/// Answers everybody who connects; `look` looks whether somebody listens behind the port, and shuts it if not.
+pub async fn serve(listener: UnixListener, listening: Arc<Listening>, look: impl Fn() + Clone + Send + 'static) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let listening = Arc::clone(&listening);
+                let (listening, look) = (Arc::clone(&listening), look.clone());
                 tokio::spawn(async move {
                     // Who asks nothing, or goes away, is told nothing.
-                    let _ = listening.answer(stream).await;
+                    let _ = listening.answer(stream, look).await;
                 });
             }
             Err(error) => {

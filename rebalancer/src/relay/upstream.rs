@@ -250,6 +250,11 @@ impl Checks {
         }
     }
 
+    /// Of the front proxy's certificate that it was asked with last.
+    fn issue(&self) -> Option<u64> {
+        self.kept.as_ref().map(|kept| kept.tls.front_proxy_certificate.issue)
+    }
+
     /// Asks once, in four times [`CHECK`] at most.
     async fn check(&mut self) -> Found {
         match self.ask().await {
@@ -450,6 +455,9 @@ pub async fn watch(
         let state = judge.take(&found, checks.listener, Instant::now());
         // Before the state: who hears that it is ready hears which process it is.
         registry.set_upstream_process(checks.version.clone(), checks.listener);
+        if matches!(found, Found::State(Upstream::Ready, _)) {
+            registry.set_taken(checks.issue());
+        }
         registry.set_upstream(state);
         seen.send_replace(state);
         let address = checks.target.address;

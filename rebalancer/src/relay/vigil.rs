@@ -2,11 +2,12 @@
 //!
 //! Job: close the port before a client hears that its connection ends. It connects anew at once, through a load balancer
 //! that takes it elsewhere only when it is refused here.
-//! Input: ends, and the kernel's list. Output: a port that is shut.
+//! Input: ends, and the kernel's list. Output: a port that is shut, or, where a successor has it, that relay's own look.
 //! Must never look for each connection by itself, nor keep a client waiting while nobody else's connection breaks.
 
 use std::{
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -81,6 +82,8 @@ pub struct Vigil<T = Target> {
     workers: Arc<Workers>,
     /// Rings when nobody listens any more: the health check finds out the rest.
     doubt: Arc<Notify>,
+    /// Where a successor that has the port is told.
+    successor: PathBuf,
     /// Until when nobody looks for a single connection; held while the kernel is asked.
     rests_until: Mutex<Instant>,
     /// Never held while the kernel is asked.
@@ -107,14 +110,21 @@ impl Listens for Target {
 }
 
 impl<T: Listens> Vigil<T> {
-    /// One for what stands there, and the port before it.
-    pub fn new(target: Arc<T>, listening: Arc<Listening>, workers: Arc<Workers>, doubt: Arc<Notify>) -> Arc<Self> {
+    /// One for what stands there, and the port before it; `successor` is where a relay that takes it over hears.
+    pub fn new(
+        target: Arc<T>,
+        listening: Arc<Listening>,
+        workers: Arc<Workers>,
+        doubt: Arc<Notify>,
+        successor: PathBuf,
+    ) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
             target,
             listening,
             workers,
             doubt,
+            successor,
             rests_until: Mutex::new(now),
             watched: Mutex::new(Watched {
                 broke: now,
@@ -134,17 +144,15 @@ impl<T: Listens> Vigil<T> {
         if !self.can_tell() {
             return;
         }
-        let is_resting = {
+        let (is_resting, is_gone) = {
             // Whoever comes while another one looks waits for what he sees, a moment.
             let mut rests_until = self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
             let is_resting = Instant::now() < *rests_until;
-            if !is_resting {
-                self.ask(&mut rests_until);
-            }
-            is_resting
+            (is_resting, !is_resting && self.ask(&mut rests_until))
         };
         let mut watched = self.watched();
-        if is_resting || watched.is_watching {
+        // A watch tells the successor what was seen.
+        if is_resting || watched.is_watching || (is_gone && self.listening.is_taken()) {
             watched.broke = Instant::now();
             self.begin(&mut watched);
         }
@@ -181,8 +189,11 @@ impl<T: Listens> Vigil<T> {
         let since = Instant::now();
         loop {
             let began = Instant::now();
-            self.ask_now();
-            if self.is_over(began, since) {
+            let is_gone = self.ask_now();
+            if is_gone && self.listening.is_taken() {
+                self.listening.warn_successor(&self.successor).await;
+            }
+            if self.is_over(is_gone, began, since) {
                 return;
             }
             sleep(LOOK).await;
@@ -190,9 +201,9 @@ impl<T: Listens> Vigil<T> {
     }
 
     /// Whether the watch is over, after a look that began then.
-    fn is_over(&self, looked: Instant, since: Instant) -> bool {
+    fn is_over(&self, is_gone: bool, looked: Instant, since: Instant) -> bool {
         let mut watched = self.watched();
-        let is_over = !self.listening.is_open() || looked >= watched.broke + QUIET || since.elapsed() >= LONGEST;
+        let is_over = is_gone || !self.can_tell() || looked >= watched.broke + QUIET || since.elapsed() >= LONGEST;
         if is_over {
             watched.is_watching = false;
             self.over.notify_waiters();
@@ -200,24 +211,28 @@ impl<T: Listens> Vigil<T> {
         is_over
     }
 
+    /// Whether there is a port to shut, this relay's or a successor's, and a list to look at.
     fn can_tell(&self) -> bool {
-        self.listening.is_open() && self.target.is_known()
+        (self.listening.is_open() || self.listening.is_taken()) && self.target.is_known()
     }
 
-    fn ask_now(&self) {
-        self.ask(&mut self.rests_until.lock().unwrap_or_else(PoisonError::into_inner));
+    fn ask_now(&self) -> bool {
+        self.ask(&mut self.rests_until.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn ask(&self, rests_until: &mut Instant) {
-        if !self.listening.is_open() {
-            return;
+    /// Whether nobody listens any more; then the port is shut.
+    fn ask(&self, rests_until: &mut Instant) -> bool {
+        if !self.can_tell() {
+            return false;
         }
         let began = Instant::now();
-        if self.target.is_gone() {
+        let is_gone = self.target.is_gone();
+        if is_gone {
             self.listening.shut();
             self.doubt.notify_one();
         }
         *rests_until = Instant::now() + (began.elapsed() * PART).min(2 * LOOK);
+        is_gone
     }
 }
 
@@ -259,7 +274,7 @@ mod tests {
             takes,
         };
         let workers = Arc::new(Workers::start().expect("threads"));
-        Vigil::new(Arc::new(target), listening, workers, Arc::default())
+        Vigil::new(Arc::new(target), listening, workers, Arc::default(), PathBuf::new())
     }
 
     #[tokio::test]

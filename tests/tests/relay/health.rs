@@ -341,8 +341,24 @@ fn the_port_is_closed_before_a_client_hears_that_its_apiserver_goes() {
     let mut late = Peer::connect(&world.pki, RELAY, None, b"h2").expect("a handshake");
     world.stop_listening();
     late.begin_client(&[]);
-    let _ = late.try_next();
+    late.send(&request(1, "/version"));
+    assert_eq!(late.expect(kind::SETTINGS).flags, 0);
+    let goaway = late.expect(kind::GOAWAY);
+    // It may send the request again, whatever its method (RFC 9113, section 6.8).
+    assert_eq!((goaway.word(0), goaway.word(4)), (0, 0), "none was processed");
+    assert_eq!(late.rest(), []);
     refused(&world, "a client that was let in");
+
+    let world = World::start(&[]);
+    let mut late = Peer::connect(&world.pki, RELAY, None, b"http/1.1").expect("a handshake");
+    world.stop_listening();
+    late.send(b"POST /api HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}");
+    let head = late.read_head();
+    assert!(
+        head.contains(" 503 ") && head.contains("Retry-After: 1\r\n"),
+        "who retries knows when: {head}"
+    );
+    refused(&world, "a client of HTTP/1.1 that was let in");
 }
 
 /// A process that is killed closes its connections one after the other, and the socket that listens after them: whoever hears of it

@@ -1,7 +1,7 @@
 //! A new relay takes the listening socket over: no connection is lost, and the old one drains.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::TcpStream,
     os::unix::net::{UnixListener, UnixStream},
 };
@@ -68,6 +68,24 @@ fn the_old_relay_serves_what_is_open_and_tells_its_clients_to_go() {
     ends(&mut older);
     bystander.is_served();
     assert_eq!(world.connections().len(), 1, "the new relay lists its own");
+}
+
+/// Whoever hears of it connects anew at once, and is to be refused, whichever relay served him.
+#[test]
+fn clients_of_a_relay_that_drains_hear_that_the_apiserver_goes_when_its_successors_port_is_closed() {
+    let mut world = World::start(&[]);
+    let (mut client, mut server) = world.open(None);
+    client.send(&request(1, "/api/v1/pods?watch=true"));
+    server.expect(kind::HEADERS);
+    let newer = world.start_another("newer", RELAY);
+    let _older = std::mem::replace(&mut world.relay, newer);
+    client.expect(kind::GOAWAY);
+    let _bystander = world.bystander();
+    world.stop_listening();
+    server.shut_down();
+    while let Ok(Some(_)) = client.try_next() {}
+    let error = TcpStream::connect(RELAY).expect_err("nobody is there");
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
 }
 
 #[test]

@@ -101,6 +101,15 @@ pub struct Connection {
     registry: Arc<Registry>,
 }
 
+/// What a connection is served by that was served before the front proxy's certificate changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outdated {
+    /// When that certificate ends, in seconds since 1970.
+    pub until: i64,
+    /// It comes to the new one only when it goes; over HTTP/1.1 the apiserver is connected to anew between two requests.
+    pub may_be_told: bool,
+}
+
 impl Connection {
     pub(super) fn new(registry: &Arc<Registry>, id: Id, peer: SocketAddr, local: SocketAddr) -> Self {
         Self {
@@ -196,17 +205,20 @@ impl Connection {
         self.known().front_proxy
     }
 
-    /// When the certificate ends by which it is served, if it is another than that issue, and it can be served with that
-    /// one only when it goes, and nobody has told it to. Over HTTP/1.1 the apiserver is connected to anew between two
-    /// requests, and after an upgrade it is asked nothing any more.
-    pub(super) fn outdated(&self, issue: u64) -> Option<i64> {
+    /// By which certificate it is served, if that is of another issue and the apiserver will be asked something with it.
+    pub(super) fn outdated(&self, issue: u64) -> Option<Outdated> {
         let known = self.known();
         let certificate = known.front_proxy.filter(|own| own.issue != issue)?;
         let is_told = matches!(
             known.telling,
             Telling::Due { until: None } | Telling::Ordered | Telling::Told | Telling::Final
         );
-        (!is_told && known.protocol == Protocol::H2).then_some(certificate.until)
+        let is_h2 = known.protocol == Protocol::H2;
+        // Who has been told asks nothing more on it, and after an upgrade nobody does.
+        (!known.upgraded && !(is_h2 && is_told)).then_some(Outdated {
+            until: certificate.until,
+            may_be_told: is_h2,
+        })
     }
 
     /// When its own certificate ends, in seconds since 1970, if it is a user's that is believed.

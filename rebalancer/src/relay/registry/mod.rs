@@ -66,6 +66,8 @@ struct Inner {
     upstream: Upstream,
     upstream_version: Option<String>,
     upstream_listener: Option<Id>,
+    /// The issue of the front proxy's certificate that it was ready with last.
+    taken: Option<u64>,
     ended: Totals,
     /// What connections that have ended came to, by flow.
     ended_flows: flows::Ended,
@@ -94,6 +96,7 @@ impl Registry {
                 upstream: Upstream::Unknown,
                 upstream_version: None,
                 upstream_listener: None,
+                taken: None,
                 ended: Totals::default(),
                 ended_flows: flows::Ended::default(),
                 drained: (0, 0),
@@ -125,6 +128,16 @@ impl Registry {
     /// What the health check saw.
     pub fn set_upstream(&self, upstream: Upstream) {
         self.inner().upstream = upstream;
+    }
+
+    /// The apiserver has said that it is ready to who shows a front proxy's certificate of that issue.
+    pub fn set_taken(&self, issue: Option<u64>) {
+        self.inner().taken = issue;
+    }
+
+    /// Whether it has, since another one was tried.
+    pub fn takes(&self, issue: u64) -> bool {
+        self.inner().taken == Some(issue)
     }
 
     /// What the health check saw last.

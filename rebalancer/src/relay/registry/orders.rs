@@ -8,7 +8,11 @@ use std::{
     time::Duration,
 };
 
-use super::{Connection, Registry, entry::Telling, mailbox::Order};
+use super::{
+    Connection, Registry,
+    entry::{Outdated, Telling},
+    mailbox::Order,
+};
 use crate::shim::wire::{self, GoawayResult, Id, Outcome, Protocol};
 
 /// How long a client may take to answer the PING between the two GOAWAYs.
@@ -154,15 +158,15 @@ impl Registry {
         }
     }
 
-    /// The connections that are served with another front-proxy certificate than that issue and were not told to go, each
-    /// with the end of its own; those that end first come first.
-    pub fn outdated(&self, issue: u64) -> Vec<(i64, Arc<Connection>)> {
+    /// The connections that are served with another front-proxy certificate than that issue, and will be; those whose own ends
+    /// first come first.
+    pub fn outdated(&self, issue: u64) -> Vec<(Outdated, Arc<Connection>)> {
         let mut outdated: Vec<_> = self
             .all()
             .into_iter()
             .filter_map(|connection| Some((connection.outdated(issue)?, connection)))
             .collect();
-        outdated.sort_by_key(|(until, connection)| (*until, connection.id().0));
+        outdated.sort_by_key(|(outdated, connection)| (outdated.until, connection.id().0));
         outdated
     }
 
