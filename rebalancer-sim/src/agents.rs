@@ -22,7 +22,7 @@ use crate::{
     node::{Life, index_of},
     queue::Event,
     setup::Role,
-    world::{World, millis},
+    world::{START, World, millis},
 };
 
 /// How long a batch of observations is gathered.
@@ -43,10 +43,8 @@ impl World<'_> {
     /// An agent ends and is started again at once, with what it wrote down.
     pub(crate) fn restart_agent(&mut self, server: usize) {
         let now = self.clock(server);
-        if let Some(agent) = &self.nodes[server].agent {
-            let memory = agent.memory(now);
-            self.start_agent_with(server, &memory);
-        }
+        let memory = self.nodes[server].agent.as_ref().map(|agent| agent.memory(now));
+        self.start_agent_with(server, &memory.unwrap_or_default());
     }
 
     /// Starts an agent that knows nothing and hears the complete list.
@@ -91,6 +89,9 @@ impl World<'_> {
         } else {
             0
         };
+        if self.now > START {
+            self.nodes[server].clock.restart(phase, self.now);
+        }
         let now = self.clock(server);
         let start = now.back(Duration::from_millis(phase));
         let mut agent = Agent::with_memory(policy, self.instances, start, memory, Duration::ZERO);

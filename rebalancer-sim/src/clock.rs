@@ -42,6 +42,12 @@ impl Clock {
         };
     }
 
+    /// From now on it shows that and what passes: a process that starts has a clock of its own.
+    pub fn restart(&mut self, shown: u64, now: u64) {
+        self.since = now;
+        self.shown = shown as f64;
+    }
+
     fn exactly(&self, now: u64) -> f64 {
         self.shown + (now as f64 - self.since as f64) * self.pace
     }

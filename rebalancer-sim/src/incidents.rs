@@ -32,8 +32,9 @@ impl World<'_> {
                     }
                 }
                 if self.contender == crate::setup::Contender::Rebalancer {
+                    // With other flags, and what they know.
                     for server in 0..self.nodes.len() {
-                        self.start_agent(server);
+                        self.restart_agent(server);
                     }
                 }
                 self.measure();

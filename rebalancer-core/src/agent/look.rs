@@ -4,7 +4,7 @@
 //! Input: the agent's state and `now`. Output: a [`Look`].
 //! Must never decide: everything a turn decides on is in here, and nothing is computed twice.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use super::{
     Agent,
@@ -19,9 +19,6 @@ use crate::{
     planner::{self, Balance, Transit},
     view::{Entry, ServerState, View},
 };
-
-/// From then on after its start an agent compares the apiservers with what it knew, also when it has not heard of all.
-const FIRST_SET: Duration = Duration::from_secs(60);
 
 /// What one turn rests on.
 #[derive(Clone, Debug)]
@@ -78,7 +75,13 @@ impl Agent {
         if donors.is_empty() {
             donors.clone_from(&donors_now);
         }
-        let tellers = self.lately_donors(&donors_now, expected + moves.told > 0, now);
+        let below = if self.policy.weight.is_counted() {
+            planner::below(&view, &self.policy, transit)
+        } else {
+            // What is measured goes up and down by itself.
+            Vec::new()
+        };
+        let tellers = self.lately_donors(&donors_now, &below, expected + moves.told > 0, now);
         self.tellers.clone_from(&tellers);
         // Nor is one that sends all its clients away a place where they go: whoever comes back to it was sent there by nobody's
         // wish.
@@ -177,7 +180,9 @@ impl Agent {
     fn compare_ready(&mut self, view: &View, are_all_there: bool, now: Timestamp) {
         let is_ready = |(name, entry): &(&ApiserverName, &Entry)| match entry.snapshot.state {
             ServerState::Ready => true,
-            ServerState::Unknown | ServerState::Overloaded => self.ready.contains(name),
+            // One that is heard of for the first time may be overloaded since before.
+            ServerState::Overloaded => !self.was_whole || self.ready.contains(name),
+            ServerState::Unknown => self.ready.contains(name),
             ServerState::Starting | ServerState::Down | ServerState::Evacuating => false,
         };
         let ready: Vec<ApiserverName> = view
@@ -186,18 +191,20 @@ impl Agent {
             .filter(is_ready)
             .map(|(name, _)| name.clone())
             .collect();
-        // The first set is no change: what another process tried still stands. It is not whole before all were heard of, and
-        // what this one's own requests come to is known after half a minute.
+        // The first set is no change, but from what another process knew: what that tried still stands. It is not whole before all
+        // were heard of, and what this one's own requests come to is known after half a minute.
         let is_known = |entry: &Entry| entry.snapshot.state != ServerState::Unknown;
-        let is_whole = are_all_there && view.entries.values().all(is_known);
         let was_whole = self.was_whole;
-        self.was_whole |= is_whole || now.since(self.started) >= FIRST_SET;
+        self.was_whole |= are_all_there && view.entries.values().all(is_known);
+        if self.was_whole && ready != self.tried_on {
+            if was_whole || !self.tried_on.is_empty() {
+                self.ramp.renew(now);
+            }
+            self.tried_on.clone_from(&ready);
+            self.memory_changes += 1;
+        }
         if ready == self.ready {
             return;
-        }
-        if was_whole {
-            self.ramp.renew(now);
-            self.memory_changes += 1;
         }
         let own = &self.policy.node;
         if ready.contains(own) && !self.ready.contains(own) {
@@ -210,15 +217,23 @@ impl Agent {
     }
 
     /// Who is a donor, or was one within the settle time or while somebody who was told is on his way: those whom it told come
-    /// back until then, while without them it may be none. Where that is everybody who is ready, those who are donors now.
-    fn lately_donors(&mut self, donors: &[ApiserverName], is_any_told: bool, now: Timestamp) -> Vec<ApiserverName> {
+    /// back until then, while without them it may be none. Not one that has fallen below its part since, where others' clients
+    /// may well go. Where that is everybody who is ready, those who are donors now.
+    fn lately_donors(
+        &mut self,
+        donors: &[ApiserverName],
+        below: &[ApiserverName],
+        is_any_told: bool,
+        now: Timestamp,
+    ) -> Vec<ApiserverName> {
         for name in donors {
             self.were_donors.insert(name.clone(), now);
         }
         let settle = self.policy.settle;
         // Those who land in this look were on their way until now.
         let is_awaited = is_any_told || self.motion.in_transit() > 0;
-        self.were_donors.retain(|_, at| is_awaited || now.since(*at) < settle);
+        self.were_donors
+            .retain(|name, at| !below.contains(name) && (is_awaited || now.since(*at) < settle));
         if self.were_donors.len() < self.ready.len() {
             self.were_donors.keys().cloned().collect()
         } else {
@@ -229,6 +244,8 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         agent::{Input, Policy, tests::socket},
@@ -302,6 +319,18 @@ mod tests {
         assert_eq!(agent.ready, [name(0), name(1), name(2)]);
         assert_eq!(agent.donors, [name(0), name(1)]);
         assert!(!is_slow, "{:?}", agent.ramp);
+    }
+
+    /// A node pool that went was its: what others tell may land there, and is no sign that moving is in vain.
+    #[test]
+    fn one_that_told_and_has_fallen_below_its_part_is_a_place_again() {
+        let mut agent = Agent::new(Policy::new(name(0), std::collections::BTreeSet::new()), 1, at(0));
+        agent.ready = (0..3).map(name).collect();
+        let both = [name(0), name(1)];
+        assert_eq!(agent.lately_donors(&both, &[], true, at(10)), both);
+        assert_eq!(agent.lately_donors(&both[..1], &[], true, at(60)), both, "they drain");
+        assert_eq!(agent.lately_donors(&both[..1], &both[1..], true, at(61)), both[..1]);
+        assert_eq!(agent.lately_donors(&both[..1], &[], true, at(62)), both[..1]);
     }
 
     /// Before the first list of Leases it knows itself alone: that is no set of apiservers, from which those who are heard of

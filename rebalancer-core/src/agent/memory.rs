@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use super::{
     Agent, RememberedEvacuation, Switch,
     motion::{Motion, Totals},
+    plan::Plan,
     ramp::Ramp,
     switch::Kept,
 };
@@ -38,6 +39,8 @@ pub struct Memory {
     pub cooldowns: Vec<Resting>,
     /// What was tried in vain.
     pub tries: RememberedTries,
+    /// The apiservers that it was tried on; empty where nobody knows.
+    pub ready: Vec<ApiserverName>,
     /// The next decision's id; none that was given is higher.
     pub next_decision: u64,
     /// Clients in transit.
@@ -68,6 +71,8 @@ pub struct RememberedTries {
     pub in_vain: u64,
     /// As many as the next plan might have had; 0 where it would have been a probe.
     pub limit: usize,
+    /// How long ago the set of apiservers last changed; `None` where nobody knows.
+    pub changed: Option<Duration>,
     /// How long ago somebody first landed elsewhere.
     pub admitted: Option<Duration>,
     /// Whether all who landed did so elsewhere, once since then.
@@ -127,6 +132,7 @@ impl Agent {
             );
         }
         agent.ramp = Ramp::resumed(&memory.tries, down, now);
+        agent.tried_on.clone_from(&memory.ready);
         agent.table.drained_before(&memory.draining);
         agent.next_id = memory.next_decision.max(1);
         let transit = &memory.transit;
@@ -148,7 +154,8 @@ impl Agent {
             switch: self.switch.told(now),
             evacuation: self.remembered_evacuation(now),
             cooldowns: self.cooldowns.resting(now),
-            tries: self.ramp.remembered(now),
+            tries: self.ramp.remembered(self.plan.as_ref().map_or(0, Plan::probed), now),
+            ready: self.tried_on.clone(),
             draining: self.table.drains().rev().take(DRAINING).collect(),
             next_decision: self.next_id.next_multiple_of(STEP) + 1,
             transit: self.motion.remembered(),

@@ -151,6 +151,8 @@ pub struct Agent {
     ready: Vec<ApiserverName>,
     /// Whether all were known once: what differs from then on is a change.
     was_whole: bool,
+    /// Those that what was tried was tried on, by this process or the one before it.
+    tried_on: Vec<ApiserverName>,
     /// The donors at the last look.
     donors: Vec<ApiserverName>,
     /// Those on whom a landing is no evidence, as of the last look.
@@ -235,6 +237,7 @@ impl Agent {
             unmovable: Unmovable::default(),
             ready: Vec::new(),
             was_whole: false,
+            tried_on: Vec::new(),
             donors: Vec::new(),
             tellers: Vec::new(),
             were_donors: BTreeMap::new(),
@@ -526,6 +529,9 @@ impl Agent {
         self.next_decision = now + self.policy.interval;
         let growth = self.growth_at(&look, now);
         let (mut decision, rebalancing) = self.decide(now, look);
+        if let Some(elsewhere) = self.rebalancing.levelled(&rebalancing) {
+            self.ramp.levelled(elsewhere, now);
+        }
         self.rebalancing = rebalancing;
         self.growth = growth;
         decision.id = self.next_id();

@@ -68,6 +68,15 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// How many were told to find out where clients land, when nobody has been seen to land elsewhere.
+    pub fn probed(&self) -> usize {
+        if self.is_probe && self.seen.elsewhere == 0 {
+            self.told.len()
+        } else {
+            0
+        }
+    }
+
     /// Spreads what is unsent over a time; it is not given up before.
     pub fn spread_over(&mut self, over: Duration, order_expiry: Duration, now: Timestamp) {
         self.spread = Some((now, over, self.unsent.len()));

@@ -158,10 +158,10 @@ pub(super) struct Ramp {
     /// Told in vain since somebody landed elsewhere.
     in_vain: u64,
     unheard: Option<Unheard>,
-    /// When the set of apiservers last changed.
-    since: Timestamp,
-    /// When somebody first landed elsewhere since then.
-    admitted: Option<Timestamp>,
+    /// Until then an apiserver that came may not be admitted yet.
+    fresh_until: Timestamp,
+    /// Until then one that was admitted may start slowly.
+    slow_until: Option<Timestamp>,
     /// Whether all who landed did so elsewhere, once since then: the balancer seeks the emptiest.
     takes_all: bool,
     /// What landed lately, and when.
@@ -185,8 +185,8 @@ impl Ramp {
             wait: Duration::ZERO,
             in_vain: 0,
             unheard: None,
-            since: now,
-            admitted: None,
+            fresh_until: now + FRESH,
+            slow_until: None,
             takes_all: false,
             window: VecDeque::new(),
             is_slow: false,
@@ -200,14 +200,12 @@ impl Ramp {
     /// many it would have told, and an apiserver that starts slowly, where that is not long ago.
     pub fn resumed(tries: &RememberedTries, down: Duration, now: Timestamp) -> Self {
         let left = tries.left.saturating_sub(down).min(tries.wait.max(PAUSE));
-        let admitted = tries
-            .admitted
-            .map(|ago| ago.saturating_add(down))
-            .filter(|ago| *ago < FRESH);
+        let left_of_fresh = |ago: Duration| FRESH.saturating_sub(ago.saturating_add(down));
+        let slow_left = tries.admitted.map(left_of_fresh).filter(|left| !left.is_zero());
         let is_recent = down < FRESH;
         let next = if left > Duration::ZERO {
             Next::After(now + left)
-        } else if is_recent && tries.limit > 0 && !(tries.is_slow && admitted.is_some()) {
+        } else if is_recent && tries.limit > 0 && !(tries.is_slow && slow_left.is_some()) {
             Next::UpTo(tries.limit)
         } else {
             Next::Probe
@@ -216,24 +214,32 @@ impl Ramp {
             next,
             wait: tries.wait.min(LONGEST_WAIT),
             in_vain: tries.in_vain,
-            admitted: admitted.map(|ago| now.back(ago)),
+            // Who is started again and again must not take the load balancer for one that is slow to admit for ever.
+            fresh_until: now + tries.changed.map_or(FRESH, left_of_fresh),
+            slow_until: slow_left.map(|left| now + left),
             takes_all: tries.takes_all && is_recent,
-            is_slow: tries.is_slow && admitted.is_some(),
+            is_slow: tries.is_slow && slow_left.is_some(),
             ..Self::new(now)
         }
     }
 
-    /// What another process needs to go on.
-    pub fn remembered(&self, now: Timestamp) -> RememberedTries {
+    /// What another process needs to go on. A probe that told so many and has not settled would have to be told again: the next
+    /// process takes it for one in vain, until somebody lands elsewhere.
+    pub fn remembered(&self, told: usize, now: Timestamp) -> RememberedTries {
+        let probed = told > 0 && self.next == Next::Probe;
+        let wait = if probed { self.next_wait(now) } else { self.wait };
+        let left = self.ends().map_or(Duration::ZERO, |until| until.since(now));
+        let ago = |until: Timestamp| FRESH.saturating_sub(until.since(now));
         RememberedTries {
-            wait: self.wait,
-            left: self.ends().map_or(Duration::ZERO, |until| until.since(now)),
-            in_vain: self.in_vain,
+            wait,
+            left: if probed { wait } else { left },
+            in_vain: self.in_vain + if probed { told as u64 } else { 0 },
             limit: match self.next {
                 Next::UpTo(limit) => limit,
                 Next::Probe | Next::After(_) => 0,
             },
-            admitted: self.admitted.map(|at| now.since(at)),
+            changed: Some(ago(self.fresh_until)),
+            admitted: self.slow_until.map(ago),
             takes_all: self.takes_all,
             is_slow: self.is_slow,
         }
@@ -260,7 +266,7 @@ impl Ramp {
         self.evidence
             .add(Landings::of(landed, evidence, tellers.even), self.heard(), now);
         if evidence > 0 {
-            self.admitted.get_or_insert(now);
+            self.slow_until.get_or_insert(now + FRESH);
             self.unheard = None;
             self.helped(evidence, tellers.probe, now);
         } else {
@@ -277,7 +283,7 @@ impl Ramp {
         if let Next::After(until) = self.next
             && !self.is_slow
             && self.wait >= FUTILE_WAIT
-            && now.since(until.back(self.wait)) >= SAME_TRY.max(self.wait / 2)
+            && self.wait.saturating_sub(until.since(now)) >= SAME_TRY.max(self.wait / 2)
         {
             self.next = Next::Probe;
             return true;
@@ -362,17 +368,30 @@ impl Ramp {
         self.evidence.was_used();
         self.is_slow = false;
         self.in_vain += told as u64 + before.map_or(0, |before| before.told);
-        let longest = if now.since(self.since) < FRESH {
-            FRESH_WAIT
-        } else {
-            LONGEST_WAIT
-        };
-        self.wait = (self.wait * 2).max(FIRST_WAIT).min(longest.max(self.wait));
+        self.wait = self.next_wait(now);
         self.next = Next::After(now + self.wait);
         Some(Vain {
             told: seen.told + before.map_or(0, |before| before.told_by_all),
             landed: before.map_or(seen.landed, |before| before.landed),
         })
+    }
+
+    /// The load is level, and so many of those who were told landed elsewhere until it was: moving helps.
+    pub fn levelled(&mut self, elsewhere: f64, now: Timestamp) {
+        if elsewhere >= CERTAIN as f64 && matches!(self.next, Next::UpTo(_)) && !self.is_hopeless(now) {
+            self.wait = Duration::ZERO;
+            self.in_vain = 0;
+        }
+    }
+
+    /// How long is waited after another one in vain.
+    fn next_wait(&self, now: Timestamp) -> Duration {
+        let longest = if now < self.fresh_until {
+            FRESH_WAIT
+        } else {
+            LONGEST_WAIT
+        };
+        (self.wait * 2).max(FIRST_WAIT).min(longest.max(self.wait))
     }
 
     /// Whether so many landed on donors alone, and for so long.
@@ -443,7 +462,7 @@ impl Ramp {
     }
 
     fn is_fresh(&self, now: Timestamp) -> bool {
-        self.admitted.is_some_and(|at| now.since(at) < FRESH)
+        self.slow_until.is_some_and(|until| now < until)
     }
 
     /// Time passes: whether a wait has just ended. Where an apiserver starts slowly, what comes next is this agent's part of

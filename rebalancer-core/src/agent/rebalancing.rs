@@ -179,6 +179,14 @@ impl Rebalancing {
         })
     }
 
+    /// Where `after` is one that has reached its target just now: how many landed elsewhere in it.
+    pub fn levelled(&self, after: &Self) -> Option<f64> {
+        match (self, after) {
+            (Self::On(_), Self::Over(course, _)) => Some(course.elsewhere),
+            _ => None,
+        }
+    }
+
     /// The course it is on.
     pub fn course(&self) -> Option<&Course> {
         match self {

@@ -164,6 +164,15 @@ pub fn donors(view: &View, policy: &Policy, transit: Transit) -> Vec<ApiserverNa
     donors_of(&servers(view, policy, transit))
 }
 
+/// The apiservers as far below their part as donors are above it: whom they have told cannot have come back to them alone.
+pub fn below(view: &View, policy: &Policy, transit: Transit) -> Vec<ApiserverName> {
+    let is_below =
+        |server: &Server| server.load < server.target * (1.0 - policy.skew_target) / (1.0 + policy.skew_target);
+    let servers = servers(view, policy, transit);
+    let those = servers.into_iter().filter(is_below);
+    those.map(|server| server.name).collect()
+}
+
 fn donors_of(servers: &[Server]) -> Vec<ApiserverName> {
     let above = servers
         .iter()

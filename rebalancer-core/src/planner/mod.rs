@@ -17,7 +17,7 @@ mod cooldown;
 pub mod noise;
 mod spread;
 
-pub use balance::{Balance, Need, Server, Transit, balance, donors, full_ceiling, need};
+pub use balance::{Balance, Need, Server, Transit, balance, below, donors, full_ceiling, need};
 pub use choose::{LeftOut, Request, choose, heavy, left_out};
 pub use cooldown::{Cooldowns, Resting};
 pub use spread::Spread;

@@ -193,18 +193,18 @@ fn donors_do_not_have_each_other_try_for_ever() {
 fn agents_that_restart_do_not_find_out_again_that_moving_is_futile() {
     let count = seeds(2);
     for weight in [Weight::Requests, Weight::Connections] {
-        for minutes in [60, 10] {
+        for seconds in [3_600, 600, 100, 40] {
             let policy = Policy {
                 weight,
                 ..default_policy()
             };
             let mut setup = loads(&[300, 300, 0], LoadBalancer::Affinity, policy);
             let restarts =
-                (1..6 * 60 / minutes).map(|at| (Duration::from_secs(60 * minutes * at), Incident::RestartAgent(0)));
+                (1..6 * 3_600 / seconds).map(|at| (Duration::from_secs(seconds * at), Incident::RestartAgent(0)));
             setup.incidents = restarts.collect();
             in_six_hours(
                 setup,
-                &format!("(300,300,0), affinity, {weight:?}, an agent restarts each {minutes} minutes"),
+                &format!("(300,300,0), affinity, {weight:?}, an agent restarts each {seconds} s"),
                 count,
                 200,
             );
@@ -285,5 +285,30 @@ fn the_last_donor_of_many_is_not_taken_for_one_that_moves_in_vain() {
         ));
         assert!(!run.holds.contains_key("futile"), "seed {seed}");
         assert!(run.last_skew < 0.15, "seed {seed}: {}", run.last_skew);
+    }
+}
+
+/// With peers by name all agents start anew when the apiservers are others, and go on with what they knew: but for the tries, which
+/// were on others, and for hours would say that moving is in vain.
+#[test]
+fn what_was_tried_on_other_apiservers_says_nothing_of_these() {
+    let mut setup = loads(&[300, 300, 0, 0], LoadBalancer::Affinity, default_policy());
+    setup.members = vec![0, 1, 2];
+    setup.incidents = vec![
+        (
+            Duration::from_secs(3 * 3_600),
+            Incident::Balancer(LoadBalancer::RoundRobin),
+        ),
+        (Duration::from_secs(3 * 3_600), Incident::Members(vec![0, 1, 3])),
+    ];
+    setup.horizon = Horizon::Fixed(Duration::from_secs(3 * 3_600 + 900));
+    for seed in 0..seeds(4) {
+        let run = run(&setup, seed);
+        say(&format!(
+            "(300,300,0), affinity, another third and round robin after three hours, seed {seed}: {} GOAWAYs, at the end {:+.1} %",
+            run.goaways_total,
+            100.0 * run.last_skew
+        ));
+        assert!(run.last_skew < 0.10, "seed {seed}: {}", run.last_skew);
     }
 }

@@ -230,14 +230,14 @@ fn a_restart_goes_on_with_as_many_as_before_and_knows_a_slow_start() {
     let mut ramp = Ramp::new(at(0));
     ramp.landed(of(5, 5), TELLERS, at(1));
     ramp.settled(12, seen(24, 24), PROBE, at(4));
-    let next = Ramp::resumed(&ramp.remembered(at(5)), Duration::from_secs(2), at(7));
+    let next = Ramp::resumed(&ramp.remembered(0, at(5)), Duration::from_secs(2), at(7));
     assert_eq!(next.limit(3, at(7)), Ok(48));
-    let next = Ramp::resumed(&ramp.remembered(at(5)), FRESH, at(170));
+    let next = Ramp::resumed(&ramp.remembered(0, at(5)), FRESH, at(170));
     assert!(next.is_probe() && !next.is_slow(), "{next:?}");
     ramp.landed(of(24, 24), TELLERS, at(5));
     ramp.landed(of(48, 10), TELLERS, at(6));
     assert!(ramp.landed(of(48, 10), TELLERS, at(8)) && ramp.is_slow(), "{ramp:?}");
-    let next = Ramp::resumed(&ramp.remembered(at(8)), Duration::from_secs(1), at(9));
+    let next = Ramp::resumed(&ramp.remembered(0, at(8)), Duration::from_secs(1), at(9));
     assert!(next.is_slow() && next.takes_all, "{next:?}");
     assert_eq!(next.limit(3, at(9)), Err(Duration::from_secs(2)));
 }
@@ -259,6 +259,71 @@ fn a_restart_goes_on_with_what_is_left_of_a_wait() {
         (Duration::from_secs(3_600), 43),
         "short waits while it is fresh never shorten it"
     );
+}
+
+/// A process begins with its own clock: what was before that is not at its beginning.
+#[test]
+fn a_restart_makes_nothing_younger() {
+    let tries = RememberedTries {
+        wait: Duration::from_secs(43_200),
+        left: Duration::from_secs(14_400),
+        changed: Some(Duration::from_secs(150)),
+        admitted: Some(Duration::from_secs(150)),
+        ..RememberedTries::default()
+    };
+    let mut ramp = Ramp::resumed(&tries, Duration::ZERO, at(0));
+    assert!(ramp.is_fresh(at(9)) && !ramp.is_fresh(at(10)));
+    let again = ramp.remembered(0, at(5));
+    assert_eq!(again.admitted, Some(Duration::from_secs(155)));
+    assert_eq!(again.changed, Some(Duration::from_secs(155)));
+    assert!(ramp.others_tell(at(60)), "it has waited eight hours of twelve");
+}
+
+/// However often: the waits grow from process to process, also where none lives to see what became of its probe.
+#[test]
+fn one_that_restarts_again_and_again_waits_longer_each_time() {
+    for is_seen in [true, false] {
+        let mut tries = RememberedTries::default();
+        let mut waits = Vec::new();
+        for _ in 0..30 {
+            let mut ramp = Ramp::resumed(&tries, Duration::from_secs(2), at(0));
+            if let Some(ends) = ramp.ends() {
+                // The next one goes on where this one ends.
+                let life = ends.min(at(100));
+                tries = ramp.remembered(0, life);
+                if !ramp.look(life) {
+                    continue;
+                }
+            }
+            tries = if is_seen {
+                ramp.settled(3, VAIN, PROBE, at(100));
+                ramp.remembered(0, at(100))
+            } else {
+                ramp.remembered(3, at(100))
+            };
+            waits.push(tries.wait.as_secs());
+        }
+        assert!(waits.last() > Some(&100), "{waits:?}");
+        assert!(waits.is_sorted(), "{waits:?}");
+    }
+}
+
+/// What one wait of hours ended in is no measure of the next: the load is level.
+#[test]
+fn what_was_in_vain_is_forgotten_when_moving_has_made_the_load_level() {
+    let mut ramp = Ramp::new(at(0));
+    for second in 0..12 {
+        ramp.settled(3, VAIN, PROBE, at(1_000 * second));
+    }
+    let futile = ramp.tried();
+    assert!(ramp.is_futile());
+    ramp.levelled(20.0, at(20_000));
+    assert_eq!(ramp.tried(), futile, "nobody was seen to land elsewhere");
+    ramp.next = Next::UpTo(12);
+    ramp.levelled(2.0, at(20_000));
+    assert_eq!(ramp.tried(), futile, "two may be anybody");
+    ramp.levelled(20.0, at(20_000));
+    assert_eq!(ramp.tried(), (Duration::ZERO, 0));
 }
 
 #[test]

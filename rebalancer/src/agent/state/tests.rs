@@ -51,10 +51,12 @@ fn memory() -> Memory {
             left: Duration::from_secs(30),
             in_vain: 20,
             limit: 48,
+            changed: Some(Duration::from_secs(900)),
             admitted: Some(Duration::from_secs(12)),
             takes_all: true,
             is_slow: true,
         },
+        ready: vec![ApiserverName::new("a"), ApiserverName::new("b")],
         draining: vec![ConnectionId(7), ConnectionId(1 << 40)],
         next_decision: 1_001,
         strangers: RememberedStrangers {

@@ -48,6 +48,9 @@ pub(super) struct Written {
     switch: WireSwitch,
     cooldowns: Vec<Cooldown>,
     tries: Tries,
+    /// Which apiservers these were; files of before lack it.
+    #[serde(default)]
+    ready: Vec<String>,
     next_decision: u64,
     transit: Transit,
     /// Cookies of connections that drain with a relay which handed over; files of before lack them.
@@ -91,6 +94,8 @@ struct Tries {
     /// From here on files of before lack it.
     #[serde(default)]
     limit: usize,
+    #[serde(default)]
+    changed_ms: Option<u64>,
     #[serde(default)]
     admitted_ms: Option<u64>,
     #[serde(default)]
@@ -244,10 +249,12 @@ impl Written {
                 left_ms: millis(memory.tries.left),
                 in_vain: memory.tries.in_vain,
                 limit: memory.tries.limit,
+                changed_ms: memory.tries.changed.map(millis),
                 admitted_ms: memory.tries.admitted.map(millis),
                 takes_all: memory.tries.takes_all,
                 is_slow: memory.tries.is_slow,
             },
+            ready: memory.ready.iter().map(|name| name.as_str().to_owned()).collect(),
             next_decision: memory.next_decision,
             transit: Transit::of(&memory.transit, &memory.strangers),
             draining: memory.draining.iter().map(|id| id.0).collect(),
@@ -308,10 +315,12 @@ impl Written {
                 left: Duration::from_millis(self.tries.left_ms),
                 in_vain: self.tries.in_vain,
                 limit: self.tries.limit,
+                changed: self.tries.changed_ms.map(Duration::from_millis),
                 admitted: self.tries.admitted_ms.map(Duration::from_millis),
                 takes_all: self.tries.takes_all,
                 is_slow: self.tries.is_slow,
             },
+            ready: self.ready.into_iter().map(ApiserverName::new).collect(),
             next_decision: self.next_decision,
             transit,
             strangers,

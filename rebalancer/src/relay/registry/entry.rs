@@ -215,7 +215,8 @@ impl Connection {
         );
         let is_h2 = known.protocol == Protocol::H2;
         // Who has been told asks nothing more on it, and after an upgrade nobody does.
-        (!known.upgraded && !(is_h2 && is_told)).then_some(Outdated {
+        let asks = !(known.upgraded || is_h2 && is_told);
+        asks.then_some(Outdated {
             until: certificate.until,
             may_be_told: is_h2,
         })

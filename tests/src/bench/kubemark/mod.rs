@@ -416,9 +416,12 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             }
         }
     }
+    let after = run
+        .level_after
+        .context("the load was not level again before the end: on a machine with too little time that says nothing")?;
     say(&format!(
-        "level again after {:?} s, {} s were left",
-        run.level_after, run.rest_s as u64
+        "level again after {after:.0} s, {:.0} s were left",
+        run.rest_s
     ));
     Ok(run)
 }
