@@ -529,8 +529,8 @@ impl Agent {
         self.next_decision = now + self.policy.interval;
         let growth = self.growth_at(&look, now);
         let (mut decision, rebalancing) = self.decide(now, look);
-        if let Some(elsewhere) = self.rebalancing.levelled(&rebalancing) {
-            self.ramp.levelled(elsewhere, now);
+        if self.rebalancing.levelled(&rebalancing) && self.ramp.levelled(now) {
+            self.memory_changes += 1;
         }
         self.rebalancing = rebalancing;
         self.growth = growth;

@@ -157,6 +157,8 @@ pub(super) struct Ramp {
     wait: Duration,
     /// Told in vain since somebody landed elsewhere.
     in_vain: u64,
+    /// Landings that were evidence since a plan was in vain.
+    helped: u64,
     unheard: Option<Unheard>,
     /// Until then an apiserver that came may not be admitted yet.
     fresh_until: Timestamp,
@@ -184,6 +186,7 @@ impl Ramp {
             next: Next::Probe,
             wait: Duration::ZERO,
             in_vain: 0,
+            helped: 0,
             unheard: None,
             fresh_until: now + FRESH,
             slow_until: None,
@@ -268,6 +271,7 @@ impl Ramp {
         if evidence > 0 {
             self.slow_until.get_or_insert(now + FRESH);
             self.unheard = None;
+            self.helped += evidence;
             self.helped(evidence, tellers.probe, now);
         } else {
             self.unheard_of(landed, now);
@@ -369,6 +373,7 @@ impl Ramp {
         self.is_slow = false;
         self.in_vain += told as u64 + before.map_or(0, |before| before.told);
         self.wait = self.next_wait(now);
+        self.helped = 0;
         self.next = Next::After(now + self.wait);
         Some(Vain {
             told: seen.told + before.map_or(0, |before| before.told_by_all),
@@ -376,12 +381,14 @@ impl Ramp {
         })
     }
 
-    /// The load is level, and so many of those who were told landed elsewhere until it was: moving helps.
-    pub fn levelled(&mut self, elsewhere: f64, now: Timestamp) {
-        if elsewhere >= CERTAIN as f64 && matches!(self.next, Next::UpTo(_)) && !self.is_hopeless(now) {
+    /// The load is level: whether what was in vain is forgotten, since more than an accident landed elsewhere until it was.
+    pub fn levelled(&mut self, now: Timestamp) -> bool {
+        let is_forgotten = self.helped >= CERTAIN && self.in_vain > 0 && !self.is_hopeless(now);
+        if is_forgotten {
             self.wait = Duration::ZERO;
             self.in_vain = 0;
         }
+        is_forgotten
     }
 
     /// How long is waited after another one in vain.

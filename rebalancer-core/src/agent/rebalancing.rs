@@ -179,12 +179,9 @@ impl Rebalancing {
         })
     }
 
-    /// Where `after` is one that has reached its target just now: how many landed elsewhere in it.
-    pub fn levelled(&self, after: &Self) -> Option<f64> {
-        match (self, after) {
-            (Self::On(_), Self::Over(course, _)) => Some(course.elsewhere),
-            _ => None,
-        }
+    /// Whether `after` is one that has reached its target just now.
+    pub fn levelled(&self, after: &Self) -> bool {
+        matches!((self, after), (Self::On(_), Self::Over(..)))
     }
 
     /// The course it is on.

@@ -164,10 +164,16 @@ pub fn donors(view: &View, policy: &Policy, transit: Transit) -> Vec<ApiserverNa
     donors_of(&servers(view, policy, transit))
 }
 
-/// The apiservers as far below their part as donors are above it: whom they have told cannot have come back to them alone.
+/// So many below its part are no accident.
+const BELOW: f64 = 3.0;
+
+/// The apiservers as far below their part as donors are above it, by more than some clients: whom they have told cannot have come
+/// back to them alone.
 pub fn below(view: &View, policy: &Policy, transit: Transit) -> Vec<ApiserverName> {
-    let is_below =
-        |server: &Server| server.load < server.target * (1.0 - policy.skew_target) / (1.0 + policy.skew_target);
+    let is_below = |server: &Server| {
+        let part = server.target / (1.0 + policy.skew_target);
+        server.load < part * (1.0 - policy.skew_target) && server.load + BELOW < part
+    };
     let servers = servers(view, policy, transit);
     let those = servers.into_iter().filter(is_below);
     those.map(|server| server.name).collect()

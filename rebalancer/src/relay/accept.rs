@@ -28,7 +28,7 @@ use tokio::{
 use super::{
     Limits,
     admission::{Admission, Place},
-    begun::{Begun, first_octets},
+    begun::{Begun, first_octets, unserved},
     complaints::{Cause, Complaints},
     header,
     http1::{self, Renews},
@@ -123,6 +123,9 @@ pub enum Stop {
 
 /// How long a relay that ends still accepts when somebody steers connections to its socket.
 const NOTICE: Duration = Duration::from_secs(1);
+
+/// So long a client that finds no apiserver may take to hear it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long handshakes of TCP that have begun when the port closes may take.
 const HANDSHAKES: Duration = Duration::from_millis(500);
@@ -487,9 +490,9 @@ impl Door {
             }
             Err(error) => {
                 self.unreachable(connection, &error).await;
-                // What is lacking here is lacking for the next connection too: who is sent away politely comes at once.
-                if !upstream::is_ours(&error) {
-                    pump::last_words(&mut client, unserved(h2)).await;
+                // Only one that is refused when it comes again: it comes at once, and without end.
+                if is_end(&error) && self.target.is_gone() {
+                    let _ = timeout(LAST_WORDS, pump::last_words(&mut client, unserved(h2))).await;
                 }
                 let address = self.target.address;
                 return Err(error).with_context(|| format!("cannot reach the apiserver at {address}"));
@@ -564,16 +567,6 @@ impl Door {
         }
         Ok(end)
     }
-}
-
-/// What a client hears none of whose requests has reached the apiserver: it may send them again, elsewhere.
-fn unserved(h2: bool) -> &'static [u8] {
-    /// Empty SETTINGS, which a server begins with (RFC 9113, section 3.4), and GOAWAY: none was processed, no error
-    /// (section 6.8).
-    const H2: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    const HTTP1: &[u8] =
-        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-    if h2 { H2 } else { HTTP1 }
 }
 
 impl Renews<ClientStream> for Door {

@@ -1,4 +1,4 @@
-//! What a client says first, before the apiserver is connected to.
+//! What a client says first, before the apiserver is connected to, and what it hears when that fails.
 //!
 //! Must never hold a buffer for a client that says nothing.
 
@@ -70,4 +70,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.rest).poll_shutdown(context)
     }
+}
+
+/// What a client hears none of whose requests has reached the apiserver: it may send them again, elsewhere.
+pub fn unserved(h2: bool) -> &'static [u8] {
+    /// Empty SETTINGS, which a server begins with (RFC 9113, section 3.4), and GOAWAY: none was processed, no error
+    /// (section 6.8).
+    const H2: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    const HTTP1: &[u8] =
+        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+    if h2 { H2 } else { HTTP1 }
 }

@@ -234,7 +234,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     });
     let lending = tokio::spawn(takeover::serve(lending.listener, Arc::clone(&listening), move || {
-        vigil.look();
+        vigil.ask_now();
     }));
     if let Some(predecessor) = predecessor {
         tracing::info!(control = %config.control.0.display(), "taking over from the relay that runs here; it drains");

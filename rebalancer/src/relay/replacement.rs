@@ -50,8 +50,8 @@ pub struct Replacements {
     complaints: Arc<Complaints>,
     metrics: Arc<Metrics>,
     permits: [Arc<Semaphore>; 2],
-    /// Nobody tries again before.
-    again: Arc<Mutex<Instant>>,
+    /// Nobody tries again before, while there is time and when there is none.
+    again: [Arc<Mutex<Instant>>; 2],
 }
 
 impl Replacements {
@@ -70,7 +70,7 @@ impl Replacements {
             complaints,
             metrics,
             permits: AT_ONCE.map(|count| Arc::new(Semaphore::new(count))),
-            again: Arc::new(Mutex::new(Instant::now())),
+            again: [(); 2].map(|()| Arc::new(Mutex::new(Instant::now()))),
         }
     }
 
@@ -91,51 +91,58 @@ impl Replacements {
             Upstream::Overloaded => left <= SOON && self.registry.takes(current.issue),
             _ => false,
         };
-        let rests = self.again().saturating_duration_since(Instant::now());
-        if !(is_urgent || may_serve) || (left > 0 && !rests.is_zero()) {
+        if !(is_urgent || may_serve) || (left > 0 && !self.rest(is_urgent).is_zero()) {
             return None;
         }
         let patience = if left > 0 { BRIEF } else { PATIENT };
-        let until = Instant::now() + patience;
-        let mut server = timeout(patience, self.connect(connection, tls, is_urgent, until))
-            .await
-            .ok()??;
+        let connecting = self.connect(connection, tls, is_urgent, patience);
+        let mut server = timeout(patience, connecting).await.ok()??;
         server.settle().ok()?;
         connection.set_front_proxy(current);
         Some(server)
     }
 
-    /// The moment before which nobody tries.
-    fn again(&self) -> Instant {
-        *self.again.lock().unwrap_or_else(PoisonError::into_inner)
+    /// How long nobody tries yet.
+    fn rest(&self, is_urgent: bool) -> Duration {
+        let again = self.again[usize::from(is_urgent)].lock();
+        again
+            .unwrap_or_else(PoisonError::into_inner)
+            .saturating_duration_since(Instant::now())
     }
 
-    /// One when its turn has come; the handshake goes on when nobody waits for it any more, no longer than until then.
+    /// One when its turn has come; a handshake that has begun goes on when nobody waits for it any more.
     async fn connect(
         &self,
         connection: &Connection,
         tls: Arc<Tls>,
         is_urgent: bool,
-        until: Instant,
+        patience: Duration,
     ) -> Option<ClientStream> {
-        let permits = Arc::clone(&self.permits[usize::from(is_urgent)]);
-        let permit = if is_urgent {
-            permits.acquire_owned().await.ok()?
-        } else {
-            permits.try_acquire_owned().ok()?
+        let permits = &self.permits[usize::from(is_urgent)];
+        let permit = loop {
+            sleep(self.rest(is_urgent)).await;
+            let permit = if is_urgent {
+                Arc::clone(permits).acquire_owned().await.ok()?
+            } else {
+                Arc::clone(permits).try_acquire_owned().ok()?
+            };
+            // The one before may have failed meanwhile; nobody rests with a permit.
+            if self.rest(is_urgent).is_zero() {
+                break permit;
+            }
         };
-        // The one before may have failed meanwhile.
-        sleep(self.again().saturating_duration_since(Instant::now())).await;
         let (done, connected) = oneshot::channel();
-        let (target, again) = (Arc::clone(&self.target), Arc::clone(&self.again));
+        let (target, again) = (
+            Arc::clone(&self.target),
+            Arc::clone(&self.again[usize::from(is_urgent)]),
+        );
         let (complaints, metrics) = (Arc::clone(&self.complaints), Arc::clone(&self.metrics));
         let client = connection.client();
         // Handshakes keep the threads that serve from others' octets.
         self.workers.shake_hands(async move {
             let _permit = permit;
             let began = Instant::now();
-            let left = until.saturating_duration_since(began);
-            let connecting = timeout(left, target.connect(&tls.front_proxy, b"http/1.1")).await;
+            let connecting = timeout(patience, target.connect(&tls.front_proxy, b"http/1.1")).await;
             match connecting.map_err(io::Error::from).flatten() {
                 Ok(server) => {
                     metrics.connected(began.elapsed());

@@ -231,6 +231,8 @@ pub struct Checks {
     /// The header that says who asks, as for clients.
     username: String,
     kept: Option<Kept>,
+    /// Of which issue the front proxy's certificate was that it believed last.
+    believed: Option<u64>,
     /// What it called its version last.
     version: Option<String>,
     /// Which socket it listened on then, where that is on this host.
@@ -245,14 +247,10 @@ impl Checks {
             target,
             username,
             kept: None,
+            believed: None,
             version: None,
             listener: None,
         }
-    }
-
-    /// Of the front proxy's certificate that it was asked with last.
-    fn issue(&self) -> Option<u64> {
-        self.kept.as_ref().map(|kept| kept.tls.front_proxy_certificate.issue)
     }
 
     /// Asks once, in four times [`CHECK`] at most.
@@ -274,6 +272,7 @@ impl Checks {
         if let Some(mut kept) = self.kept.take()
             && let Ok(Ok(readiness)) = timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await
         {
+            self.believe(&kept, &readiness);
             self.kept = Some(kept);
             return judged(&readiness);
         }
@@ -295,11 +294,18 @@ impl Checks {
                 {
                     self.version = Some(version);
                 }
+                self.believe(&kept, &readiness);
                 self.kept = Some(kept);
                 judged(&readiness)
             }
             Ok(Err(error)) => failed(&error, "it closes the connection instead of answering"),
             Err(_) => Found::State(Upstream::Overloaded, format!("/readyz takes longer than {CHECK:?}")),
+        }
+    }
+
+    fn believe(&mut self, kept: &Kept, readiness: &Readiness) {
+        if readiness.believes() {
+            self.believed = Some(kept.tls.front_proxy_certificate.issue);
         }
     }
 
@@ -455,9 +461,7 @@ pub async fn watch(
         let state = judge.take(&found, checks.listener, Instant::now());
         // Before the state: who hears that it is ready hears which process it is.
         registry.set_upstream_process(checks.version.clone(), checks.listener);
-        if matches!(found, Found::State(Upstream::Ready, _)) {
-            registry.set_taken(checks.issue());
-        }
+        registry.set_taken(checks.believed);
         registry.set_upstream(state);
         seen.send_replace(state);
         let address = checks.target.address;

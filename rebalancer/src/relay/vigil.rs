@@ -216,7 +216,8 @@ impl<T: Listens> Vigil<T> {
         (self.listening.is_open() || self.listening.is_taken()) && self.target.is_known()
     }
 
-    fn ask_now(&self) -> bool {
+    /// Looks, whether or not somebody has a moment ago, and shuts the port when nobody listens; says whether that is so.
+    pub fn ask_now(&self) -> bool {
         self.ask(&mut self.rests_until.lock().unwrap_or_else(PoisonError::into_inner))
     }
 

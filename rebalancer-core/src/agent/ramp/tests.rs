@@ -317,12 +317,12 @@ fn what_was_in_vain_is_forgotten_when_moving_has_made_the_load_level() {
     }
     let futile = ramp.tried();
     assert!(ramp.is_futile());
-    ramp.levelled(20.0, at(20_000));
-    assert_eq!(ramp.tried(), futile, "nobody was seen to land elsewhere");
-    ramp.next = Next::UpTo(12);
-    ramp.levelled(2.0, at(20_000));
-    assert_eq!(ramp.tried(), futile, "two may be anybody");
-    ramp.levelled(20.0, at(20_000));
+    assert!(!ramp.levelled(at(20_000)), "nobody was seen to land elsewhere");
+    ramp.landed(of(9, 2), TELLERS, at(20_001));
+    assert!(!ramp.levelled(at(20_002)), "two may be anybody");
+    ramp.landed(of(9, 2), TELLERS, at(20_003));
+    assert_eq!(ramp.tried(), futile);
+    assert!(ramp.levelled(at(20_004)));
     assert_eq!(ramp.tried(), (Duration::ZERO, 0));
 }
 

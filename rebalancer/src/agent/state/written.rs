@@ -48,9 +48,6 @@ pub(super) struct Written {
     switch: WireSwitch,
     cooldowns: Vec<Cooldown>,
     tries: Tries,
-    /// Which apiservers these were; files of before lack it.
-    #[serde(default)]
-    ready: Vec<String>,
     next_decision: u64,
     transit: Transit,
     /// Cookies of connections that drain with a relay which handed over; files of before lack them.
@@ -102,6 +99,9 @@ struct Tries {
     takes_all: bool,
     #[serde(default)]
     is_slow: bool,
+    /// On which apiservers; here, where programs of before read over it.
+    #[serde(default)]
+    ready: Vec<String>,
 }
 
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -253,8 +253,8 @@ impl Written {
                 admitted_ms: memory.tries.admitted.map(millis),
                 takes_all: memory.tries.takes_all,
                 is_slow: memory.tries.is_slow,
+                ready: memory.ready.iter().map(|name| name.as_str().to_owned()).collect(),
             },
-            ready: memory.ready.iter().map(|name| name.as_str().to_owned()).collect(),
             next_decision: memory.next_decision,
             transit: Transit::of(&memory.transit, &memory.strangers),
             draining: memory.draining.iter().map(|id| id.0).collect(),
@@ -320,7 +320,7 @@ impl Written {
                 takes_all: self.tries.takes_all,
                 is_slow: self.tries.is_slow,
             },
-            ready: self.ready.into_iter().map(ApiserverName::new).collect(),
+            ready: self.tries.ready.into_iter().map(ApiserverName::new).collect(),
             next_decision: self.next_decision,
             transit,
             strangers,

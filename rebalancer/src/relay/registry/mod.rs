@@ -66,7 +66,7 @@ struct Inner {
     upstream: Upstream,
     upstream_version: Option<String>,
     upstream_listener: Option<Id>,
-    /// The issue of the front proxy's certificate that it was ready with last.
+    /// The issue of the front proxy's certificate that it believed last.
     taken: Option<u64>,
     ended: Totals,
     /// What connections that have ended came to, by flow.
@@ -130,12 +130,12 @@ impl Registry {
         self.inner().upstream = upstream;
     }
 
-    /// The apiserver has said that it is ready to who shows a front proxy's certificate of that issue.
+    /// Of which issue the front proxy's certificate was that the apiserver believed last.
     pub fn set_taken(&self, issue: Option<u64>) {
         self.inner().taken = issue;
     }
 
-    /// Whether it has, since another one was tried.
+    /// Whether it was that one.
     pub fn takes(&self, issue: u64) -> bool {
         self.inner().taken == Some(issue)
     }

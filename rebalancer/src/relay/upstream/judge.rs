@@ -142,6 +142,11 @@ pub struct Readiness {
 }
 
 impl Readiness {
+    /// Whether it was given to who the front proxy says that asks.
+    pub fn believes(&self) -> bool {
+        self.status != http::StatusCode::UNAUTHORIZED
+    }
+
     /// Of an answer.
     pub fn new(status: http::StatusCode, text: &[u8]) -> Self {
         let mark = b"[-]shutdown failed";
