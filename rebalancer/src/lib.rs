@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod cli;
 pub mod doctor;
+mod heap;
 pub mod intercept;
 pub mod kernel;
 pub mod kubernetes;

@@ -71,6 +71,8 @@ pub struct Running {
 ///
 /// A start that cannot succeed: what, where, and what to do.
 pub async fn start(config: Config) -> anyhow::Result<Running> {
+    // Kernel types and a binary's symbols are some thirty megabytes for a moment, each time an apiserver starts.
+    crate::heap::give_back();
     let clock = Clock::start();
     let (handle, requests) = AgentHandle::new(clock);
     let (inputs_sender, inputs) = mpsc::channel(256);

@@ -12,7 +12,6 @@ mod control;
 mod discovery;
 mod expiry;
 mod header;
-mod heap;
 mod http1;
 mod identity;
 mod metrics;
@@ -135,7 +134,7 @@ pub struct Limits {
 ///
 /// A file, the control socket or the address that cannot be used: the operator can mend it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    heap::give_back();
+    crate::heap::give_back();
     // Everything that may fail comes first: until the predecessor is relieved, it goes on as if nobody had asked.
     let headers = Arc::new(config.headers.clone());
     let tls = Arc::new(Reloader::new(config.files.clone(), Arc::clone(&headers))?);

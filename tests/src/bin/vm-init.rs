@@ -7,7 +7,7 @@ use std::{
     env,
     ffi::CString,
     fs,
-    io::{self, Write as _},
+    io::{self, BufRead as _, BufReader, Read, Write as _},
     os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::Path,
     process::{Command, Stdio},
@@ -134,6 +134,20 @@ fn enter_container() -> io::Result<()> {
     mount("cgroup2", "/sys/fs/cgroup")
 }
 
+/// Puts each line on the console whole: both streams of a program end there, and the host reads figures among them.
+fn show(from: impl Read) -> io::Result<()> {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    while from.read_until(b'\n', &mut line)? > 0 {
+        if !line.ends_with(b"\n") {
+            line.push(b'\n');
+        }
+        io::stdout().lock().write_all(&line)?;
+        line.clear();
+    }
+    Ok(())
+}
+
 fn run() -> io::Result<i32> {
     let mut arguments = env::args_os().skip(1);
     let program = arguments
@@ -159,12 +173,9 @@ fn run() -> io::Result<i32> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let errors = child
-        .stderr
-        .take()
-        .map(|mut from| thread::spawn(move || io::copy(&mut from, &mut io::stderr())));
-    if let Some(mut from) = child.stdout.take() {
-        io::copy(&mut from, &mut io::stdout())?;
+    let errors = child.stderr.take().map(|from| thread::spawn(move || show(from)));
+    if let Some(from) = child.stdout.take() {
+        show(from)?;
     }
     if let Some(errors) = errors {
         // A console that is gone is nobody's to tell.
