@@ -9,7 +9,7 @@ use std::{
     os::fd::BorrowedFd,
 };
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 use tokio::net::TcpListener;
 
 /// How many connections may wait to be accepted.
@@ -104,6 +104,31 @@ pub fn inherit(socket: std::net::TcpListener) -> io::Result<TcpListener> {
     socket.set_nonblocking(true)?;
     unfilter(&SockRef::from(&socket));
     TcpListener::from_std(socket)
+}
+
+/// A classic BPF filter that drops segments with SYN and without ACK, and passes all others: on a listening socket the
+/// kernel looks at it before a handshake begins (net/ipv4/tcp_ipv4.c, `tcp_v4_rcv`), and the segment begins with TCP's
+/// header. The client sends its SYN again, and by then the port is closed.
+const NO_SYN: [SockFilter; 5] = {
+    const FLAGS_AT: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    [
+        SockFilter::new((libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16, 0, 0, FLAGS_AT),
+        SockFilter::new((libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16, 0, 0, SYN | ACK),
+        SockFilter::new((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, 0, 1, SYN),
+        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0),
+        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX),
+    ]
+};
+
+/// No handshake of TCP begins on a socket that listens any more; those that have begun end as they would.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn begin_no_handshake(socket: &Socket) -> io::Result<()> {
+    socket.attach_filter(&NO_SYN)
 }
 
 /// Takes a filter off, if there is one (socket(7), SO_DETACH_FILTER).

@@ -70,7 +70,8 @@ pub(super) struct Plan {
 impl Plan {
     /// How many were told to find out where clients land, when nobody has been seen to land elsewhere.
     pub fn probed(&self) -> usize {
-        if self.is_probe && self.seen.elsewhere == 0 {
+        let finds_out = self.is_probe && !self.is_ordered && !self.is_evacuation;
+        if finds_out && self.seen.elsewhere == 0 {
             self.told.len()
         } else {
             0

@@ -18,7 +18,7 @@ use rebalancer_core::wire::{
     rewrite::IdentityNames,
 };
 use rustls::pki_types::CertificateDer;
-use socket2::{SockFilter, SockRef, TcpKeepalive};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
@@ -129,22 +129,6 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long handshakes of TCP that have begun when the port closes may take.
 const HANDSHAKES: Duration = Duration::from_millis(500);
-
-/// A classic BPF filter that drops segments with SYN and without ACK, and passes all others: on a listening socket the
-/// kernel looks at it before a handshake begins (net/ipv4/tcp_ipv4.c, `tcp_v4_rcv`), and the segment begins with TCP's
-/// header. The client sends its SYN again, and by then the port is closed.
-const NO_SYN: [SockFilter; 5] = {
-    const FLAGS_AT: u32 = 13;
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    [
-        SockFilter::new((libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16, 0, 0, FLAGS_AT),
-        SockFilter::new((libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16, 0, 0, SYN | ACK),
-        SockFilter::new((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, 0, 1, SYN),
-        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0),
-        SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX),
-    ]
-};
 
 /// Accepts while a client's request gets through, until told to stop; `inherited` is a predecessor's socket.
 pub async fn run(
@@ -305,7 +289,7 @@ impl Door {
             return;
         }
         // Whoever connects between the last accept and the close would be reset: no handshake begins any more.
-        if let Err(error) = SockRef::from(listener).attach_filter(&NO_SYN) {
+        if let Err(error) = listen::begin_no_handshake(&SockRef::from(listener)) {
             tracing::warn!(%error, "clients that connect just as the port closes may be reset");
         }
         self.accept_for(HANDSHAKES, listener).await;

@@ -160,7 +160,10 @@ fn measure_in_vm(version: &str, name: &str, group: &str, flags: &[&str]) -> anyh
         &arguments,
         group,
         |line| {
-            if line.starts_with('{') {
+            if line.starts_with("vm: kernel") {
+                // What the boot loader said is before it.
+                tables.clear();
+            } else if line.starts_with('{') {
                 json = Some(format!("{line}\n"));
             } else if !["bench: ", "vm: ", "["].iter().any(|begin| line.starts_with(begin)) {
                 tables.push_str(line);

@@ -172,6 +172,7 @@ fn what_was_told_drains_over_a_restart_whatever_the_shim_knows() {
     agent.handle(at, Input::GoawayAnswered(vec![(ConnectionId(1), GoawayResult::Sent)]));
     assert_eq!((agent.table().active(), agent.table().draining()), (1, 1));
     let memory = agent.memory(at);
+    assert_eq!(memory.tries.in_vain, 0, "an operator's order finds nothing out");
     let sockets = [1, 2].map(|id| Socket {
         id: ConnectionId(id),
         local: "10.0.0.1:6443".parse().expect("an address"),

@@ -1,7 +1,7 @@
 //! Light kubelets on real apiservers: how long requests take with nothing, with a lottery, with proxies, with rebalancer.
 //!
-//! Job: all variants of a shim's table at the same moment, each with apiservers of its own and one etcd for all, in several runs that rotate
-//! who gets which addresses and ports; `none` is there twice, so that what chance does is a line of the table.
+//! Job: all variants of a shim's table at the same moment, each with apiservers of its own and one etcd for all, in several
+//! runs that rotate who gets which addresses and ports; `none` is there twice, so that what chance does is a line of the table.
 //! Must never compare figures of different runs, nor call a difference a finding that is no larger than that line.
 
 pub mod hollow;
