@@ -204,11 +204,13 @@ impl Ramp {
     pub fn resumed(tries: &RememberedTries, down: Duration, now: Timestamp) -> Self {
         let left = tries.left.saturating_sub(down).min(tries.wait.max(PAUSE));
         let left_of_fresh = |ago: Duration| FRESH.saturating_sub(ago.saturating_add(down));
-        let slow_left = tries.admitted.map(left_of_fresh).filter(|left| !left.is_zero());
+        // One that was admitted long ago starts slowly no more, whoever lands on it next.
+        let slow_left = tries.admitted.map(left_of_fresh);
+        let may_be_slow = slow_left.is_some_and(|left| !left.is_zero());
         let is_recent = down < FRESH;
         let next = if left > Duration::ZERO {
             Next::After(now + left)
-        } else if is_recent && tries.limit > 0 && !(tries.is_slow && slow_left.is_some()) {
+        } else if is_recent && tries.limit > 0 && !(tries.is_slow && may_be_slow) {
             Next::UpTo(tries.limit)
         } else {
             Next::Probe
@@ -221,7 +223,7 @@ impl Ramp {
             fresh_until: now + tries.changed.map_or(FRESH, left_of_fresh),
             slow_until: slow_left.map(|left| now + left),
             takes_all: tries.takes_all && is_recent,
-            is_slow: tries.is_slow && slow_left.is_some(),
+            is_slow: tries.is_slow && may_be_slow,
             ..Self::new(now)
         }
     }

@@ -172,7 +172,9 @@ const BELOW: f64 = 3.0;
 pub fn below(view: &View, policy: &Policy, transit: Transit) -> Vec<ApiserverName> {
     let is_below = |server: &Server| {
         let part = server.target / (1.0 + policy.skew_target);
-        server.load < part * (1.0 - policy.skew_target) && server.load + BELOW < part
+        // With an even choice's part of those who are on their way: they may have been told here.
+        let load = server.load + server.fair * transit.load;
+        load < part * (1.0 - policy.skew_target) && load + BELOW < part
     };
     let servers = servers(view, policy, transit);
     let those = servers.into_iter().filter(is_below);
@@ -402,6 +404,17 @@ mod tests {
         policy.skew_target = 0.05;
         policy.weight = weight;
         policy
+    }
+
+    #[test]
+    fn one_whose_clients_are_on_their_way_back_is_not_below() {
+        let below_of = |loads: &[f64], clients: f64| {
+            let transit = Transit { clients, load: clients };
+            below(&view(loads), &policy(0, Weight::Connections), transit)
+        };
+        assert_eq!(below_of(&[161.0, 167.0, 0.0], 0.0), [name(2)]);
+        assert_eq!(below_of(&[155.0, 167.0, 0.0], 167.0), [name(2)]);
+        assert_eq!(below_of(&[20.0, 167.0, 200.0], 20.0), [name(0)], "a pool of nodes went");
     }
 
     fn balances(loads: &[f64], rho: f64, weight: Weight) -> Vec<Balance> {

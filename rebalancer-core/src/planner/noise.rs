@@ -7,12 +7,15 @@
 //! `s = sqrt((n-1)/N)` and skewness `g = (n-2)/sqrt(N(n-1))`. The agents look at the fullest and at the emptiest of the `n`:
 //! that chance takes either over the floor in no more than 1 % of looks, each side of each is allowed `0.005/n` (Bonferroni),
 //! and `z` is the normal quantile of that. Above, Cornish and Fisher's first correction for skewness makes it
-//! `z + g(z^2-1)/6`, and half a connection more for its being a whole number. Below, Chernoff's bound holds at any size:
-//! `n exp(-x^2 N/2n) <= 0.005`; and that one is quite empty has the chance `n (1-1/n)^N`.
+//! `z + g(z^2-1)/6`, and half a connection more for its being a whole number. Below, Chernoff's bound holds at any size,
+//! `n exp(-x^2 N/2n) <= 0.005`, and says little of few: those are reckoned exactly, count by count.
 //! A factor of 2 instead would be passed in 6 % of looks with three apiservers, in 85 % with 64.
 
 /// The share of looks in which random placement may pass the floor.
 const FALSE_STARTS: f64 = 0.01;
+
+/// A mean of so many connections is few: how far below it one may come is reckoned exactly.
+const FEW: f64 = 200.0;
 
 /// How far chance takes loads from the mean, as skews; infinite without connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,16 +45,37 @@ pub fn floor(apiservers: usize, connections: f64) -> Floor {
     let z = quantile(FALSE_STARTS / 2.0 / n);
     let mean = connections / n;
     let half = 0.5 / mean;
-    let bound = (2.0 * (n * 2.0 / FALSE_STARTS).ln() / mean).sqrt();
-    let empty = n * (1.0 - 1.0 / n).powf(connections);
+    let chernoff = (2.0 * (n * 2.0 / FALSE_STARTS).ln() / mean).sqrt();
+    let below = if mean <= FEW {
+        // Whoever has as many as chance does not come down to, or fewer, is below.
+        let most = impossibly_few(n, connections.round(), FALSE_STARTS / 2.0);
+        most.map_or(chernoff.max(1.0), |most| 1.0 - (most + 0.5) / mean)
+    } else {
+        chernoff
+    };
     Floor {
         above: deviation * (z + skewness * (z * z - 1.0) / 6.0) + half,
-        below: if empty < FALSE_STARTS / 2.0 {
-            bound.min(1.0 - half)
-        } else {
-            bound
-        },
+        below,
     }
+}
+
+/// The most connections that one of `n` apiservers has, of so many placed by chance, with no more than this probability; `None`
+/// when it may well have none.
+fn impossibly_few(n: f64, connections: f64, probability: f64) -> Option<f64> {
+    // The binomial distribution, from one count to the next.
+    let (mut count, mut chance) = (0.0, (1.0 - 1.0 / n).powf(connections));
+    let mut sum = 0.0;
+    let mut most = None;
+    while count <= connections {
+        sum += chance;
+        if n * sum > probability {
+            break;
+        }
+        most = Some(count);
+        chance *= (connections - count) / (count + 1.0) / (n - 1.0);
+        count += 1.0;
+    }
+    most
 }
 
 /// The floor of loads that are counted over the smoothing time: requests come as they please, so that `m` a second are
@@ -130,10 +154,21 @@ mod tests {
         }
     }
 
-    /// Twenty nodes: an apiserver that came back empty is no chance, though the others are within theirs.
+    /// Twenty nodes: an apiserver that came back empty is no chance, though the others are within theirs; nor is one that had
+    /// one or two clients before anybody looked.
     #[test]
-    fn an_empty_apiserver_of_a_small_cluster_is_seen() {
-        let Floor { above, below } = floor(3, 30.0);
-        assert!(above > 0.5 && below < 1.0, "above {above}, below {below}");
+    fn a_nearly_empty_apiserver_of_a_small_cluster_is_seen() {
+        for (connections, few) in [(30.0, 2.0), (60.0, 9.0), (300.0, 76.0), (600.0, 166.0)] {
+            let Floor { above, below } = floor(3, connections);
+            let mean = connections / 3.0;
+            assert!(few / mean - 1.0 < -below, "{few} of {connections}: {below}");
+            assert!(
+                (few + 1.0) / mean - 1.0 > -below,
+                "{few} and one of {connections}: {below}"
+            );
+            assert!(connections > 30.0 || above > 0.5, "above {above}");
+        }
+        let Floor { below, .. } = floor(3, 10.0);
+        assert!(below >= 1.0, "three apiservers may well have 10, 0 and 0: {below}");
     }
 }

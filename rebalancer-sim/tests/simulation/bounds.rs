@@ -42,6 +42,32 @@ fn cost(case: &str, runs: &[Run], lag: f64) -> Cost {
     }
 }
 
+/// A cluster of ten nodes whose third apiserver came back: somebody is on it before anybody looks.
+#[test]
+fn a_small_cluster_is_levelled_though_somebody_is_on_the_empty_one() {
+    let count = seeds(20);
+    for (counts, surplus) in [
+        ([15, 15, 0], 9.4),
+        ([15, 14, 1], 8.4),
+        ([14, 14, 2], 7.4),
+        ([29, 27, 4], 14.8),
+    ] {
+        for (balancer, rho) in [(LoadBalancer::Leastconn, 1.0), (LoadBalancer::RoundRobin, 1.0 / 3.0)] {
+            let case = format!("{counts:?}, {balancer}, {count} seeds");
+            let cost = cost(&case, &runs(&loads(&counts, balancer, default_policy()), count), 0.0);
+            let needed = surplus / rho;
+            say(&format!(
+                "{case}: {:.1} GOAWAYs (at most {}), {needed:.0} are needed; level after {:.0} s (at most {:.0})",
+                cost.goaways, cost.most, cost.took, cost.longest
+            ));
+            assert!(
+                cost.goaways <= 1.25 * needed && cost.longest <= 150.0,
+                "{case}: {cost:?}"
+            );
+        }
+    }
+}
+
 /// The main job behind a load balancer whose health check is slower than the agents.
 #[test]
 fn a_balancer_that_admits_late_costs_a_few_probes() {
@@ -104,7 +130,7 @@ fn large_clusters_are_level_as_soon_as_small_ones() {
                 "{case}: {:.0} GOAWAYs, level after {:.0} s (at most {:.0})",
                 cost.goaways, cost.took, cost.longest
             ));
-            assert!(cost.longest <= 90.0, "{case}: {cost:?}");
+            assert!(cost.longest <= 150.0, "{case}: {cost:?}");
         }
     }
 }

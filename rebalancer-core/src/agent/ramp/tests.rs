@@ -279,6 +279,20 @@ fn a_restart_makes_nothing_younger() {
     assert!(ramp.others_tell(at(60)), "it has waited eight hours of twelve");
 }
 
+/// Nor is an apiserver that was admitted long ago taken for one that starts slowly by the next process.
+#[test]
+fn what_was_admitted_long_ago_does_not_start_slowly_after_a_restart() {
+    let mut ramp = Ramp::new(at(0));
+    ramp.landed(of(9, 3), TELLERS, at(1));
+    let tries = ramp.remembered(0, at(1_000));
+    let mut next = Ramp::resumed(&tries, Duration::from_secs(2), at(0));
+    next.landed(of(9, 3), TELLERS, at(5));
+    assert!(!next.is_fresh(at(5)), "{next:?}");
+    next.renew(at(6));
+    next.landed(of(9, 3), TELLERS, at(7));
+    assert!(next.is_fresh(at(8)), "the apiservers are others: {next:?}");
+}
+
 /// However often: the waits grow from process to process, also where none lives to see what became of its probe.
 #[test]
 fn one_that_restarts_again_and_again_waits_longer_each_time() {
