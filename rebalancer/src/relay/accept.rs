@@ -133,6 +133,16 @@ const HANDSHAKES: Duration = Duration::from_millis(500);
 /// Accepts while a client's request gets through, until told to stop; `inherited` is a predecessor's socket.
 pub async fn run(
     door: Arc<Door>,
+    inherited: Option<Arc<TcpListener>>,
+    upstream: watch::Receiver<Upstream>,
+    stop: watch::Receiver<Stop>,
+) {
+    accept(&door, inherited, upstream, stop).await;
+    door.listening.leave();
+}
+
+async fn accept(
+    door: &Arc<Door>,
     mut inherited: Option<Arc<TcpListener>>,
     mut upstream: watch::Receiver<Upstream>,
     mut stop: watch::Receiver<Stop>,
@@ -159,6 +169,18 @@ pub async fn run(
                 _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
             }
             continue;
+        }
+        // One that was lent and shut is a taker's port now: who binds it first keeps the other out.
+        if inherited.is_none() {
+            tokio::select! {
+                () = door.listening.undisputed() => {}
+                _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
+            }
+            if door.listening.is_taken() {
+                // Which is heard in a moment.
+                state(&mut stop, |stop| *stop != Stop::Not).await;
+                return;
+            }
         }
         let listener = match inherited.take().map_or_else(|| bind(door.listen).map(Arc::new), Ok) {
             Ok(listener) => listener,
@@ -192,10 +214,13 @@ pub async fn run(
                     break;
                 }
                 _ = state(&mut stop, |stop| *stop != Stop::Not) => {
-                    if *stop.borrow() == Stop::Ending {
+                    let why = *stop.borrow();
+                    if why == Stop::Ending {
                         door.last_ones(&listener).await;
+                    } else if !door.listening.is_lent(&listener) {
+                        // The taker has another one: whoever waits on this would be reset.
+                        door.close(&listener).await;
                     }
-                    door.listening.set(None);
                     return;
                 }
             }
@@ -285,10 +310,13 @@ impl Door {
                 }
             }
         };
-        if taken {
-            return;
+        if !taken {
+            self.close(listener).await;
         }
-        // Whoever connects between the last accept and the close would be reset: no handshake begins any more.
+    }
+
+    /// Whoever connects between the last accept and the close would be reset: no handshake begins any more.
+    async fn close(self: &Arc<Self>, listener: &TcpListener) {
         if let Err(error) = listen::begin_no_handshake(&SockRef::from(listener)) {
             tracing::warn!(%error, "clients that connect just as the port closes may be reset");
         }

@@ -347,13 +347,21 @@ fn unix_now() -> u64 {
 
 /// Uses changed files; but a front proxy's certificate that the apiserver does not take would close a port that works, so the last
 /// one is used for as long as it is good.
-async fn adopt(target: &Target, headers: &RequestHeaders, loaded: Loaded, now: i64, refused: &mut bool) -> Changed {
+async fn adopt(
+    target: &Target,
+    headers: &RequestHeaders,
+    registry: &Registry,
+    loaded: Loaded,
+    now: i64,
+    refused: &mut bool,
+) -> Changed {
     let tls = &target.tls;
     let until = tls.current().front_proxy_certificate.until;
-    let stays = match loaded.front_proxy() {
-        Some(new) if now < until => !upstream::takes(target, headers, new).await,
-        _ => false,
+    let taken = match loaded.front_proxy() {
+        Some(new) if now < until => upstream::takes(target, headers, new).await,
+        _ => None,
     };
+    let stays = taken == Some(false);
     if stays && !*refused {
         tracing::error!(
             seconds = until - now,
@@ -363,10 +371,14 @@ async fn adopt(target: &Target, headers: &RequestHeaders, loaded: Loaded, now: i
     }
     *refused = stays;
     if stays {
-        tls.adopt_others(loaded)
-    } else {
-        tls.adopt(loaded)
+        return tls.adopt_others(loaded);
     }
+    let changed = tls.adopt(loaded);
+    if taken == Some(true) {
+        // A relay that drains checks no more.
+        registry.set_taken(Some(tls.current().front_proxy_certificate.issue));
+    }
+    changed
 }
 
 /// Looks at files, idle connections and drain deadlines.
@@ -411,7 +423,7 @@ async fn sweep(
         metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, is_ready, now, SWEEP));
         let changed = match tls.look() {
             Ok(None) => Ok(Changed::Nothing),
-            Ok(Some(loaded)) => Ok(adopt(&target, &headers, loaded, now, &mut refused).await),
+            Ok(Some(loaded)) => Ok(adopt(&target, &headers, &registry, loaded, now, &mut refused).await),
             Err(error) => Err(error),
         };
         match changed {

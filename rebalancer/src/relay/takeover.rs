@@ -13,7 +13,7 @@ use std::{
     net::Shutdown,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -49,6 +49,9 @@ const WARNED: Duration = Duration::from_millis(200);
 /// How long a taker has from the socket to its word: it asks the apiserver first.
 const DECISION: Duration = Duration::from_secs(30);
 
+/// How long a port that was shut while a taker had its socket is left to him: he listens as soon as he has seen the apiserver.
+const DISPUTED: Duration = Duration::from_secs(2);
+
 /// Somebody who looked within this time steers connections to the socket, and must hear that it goes.
 const LOOKS_RECENTLY: Duration = Duration::from_secs(3);
 
@@ -62,11 +65,17 @@ pub fn path_beside(control: &Path) -> PathBuf {
 #[derive(Debug, Default)]
 struct State {
     socket: Option<Arc<TcpListener>>,
+    /// The one that a taker has.
+    lent: Weak<TcpListener>,
     looked: Option<Instant>,
     ending: bool,
     /// Takers that have the socket and have not said anything.
     undecided: usize,
     taken: bool,
+    /// It accepts no more: whoever listens on the port is another relay.
+    left: bool,
+    /// The local sockets are left.
+    released: bool,
     /// Waits for this relay to leave its local sockets.
     successor: Option<UnixStream>,
 }
@@ -96,6 +105,24 @@ impl Listening {
     /// This is the socket from now on.
     pub fn set(&self, socket: Option<Arc<TcpListener>>) {
         self.state().socket = socket;
+    }
+
+    /// It accepts no more.
+    pub fn leave(&self) {
+        let mut state = self.state();
+        state.socket = None;
+        state.left = true;
+    }
+
+    /// Whether another relay may listen on the port.
+    pub fn is_left(&self) -> bool {
+        let state = self.state();
+        state.taken || state.left
+    }
+
+    /// Whether a taker has this socket.
+    pub fn is_lent(&self, socket: &Arc<TcpListener>) -> bool {
+        self.state().lent.ptr_eq(&Arc::downgrade(socket))
     }
 
     /// Closes it at once, whoever has it besides: who connects from here on is refused. A taker that has not said anything finds
@@ -140,6 +167,11 @@ impl Listening {
         self.is_taken()
     }
 
+    /// Waits until nobody has it who has not said anything, and not for long: whoever is about to take the port listens on it.
+    pub async fn undisputed(&self) {
+        let _ = timeout(DISPUTED, self.decided()).await;
+    }
+
     /// Tells the successor that nobody listens behind both, and waits a moment until it has looked.
     pub async fn warn_successor(&self, path: &Path) {
         let told = async {
@@ -172,7 +204,9 @@ impl Listening {
 
     /// The local sockets are left: the successor may have them.
     pub fn release(&self) {
-        self.state().successor.take();
+        let mut state = self.state();
+        state.released = true;
+        state.successor = None;
     }
 
     fn lend(&self, asked: u8) -> (Option<Arc<TcpListener>>, Option<Undecided<'_>>) {
@@ -181,7 +215,8 @@ impl Listening {
             return (None, None);
         }
         let socket = state.socket.clone();
-        let taker = (asked == TAKE && socket.is_some()).then(|| {
+        let taker = socket.as_ref().filter(|_| asked == TAKE).map(|socket| {
+            state.lent = Arc::downgrade(socket);
             state.undecided += 1;
             Undecided(self)
         });
@@ -205,7 +240,7 @@ impl Listening {
         if asked == TAKE && timeout(DECISION, descriptor::receive(&stream)).await??.0 == TAKEN {
             let mut state = self.state();
             state.taken = true;
-            state.successor = Some(stream);
+            state.successor = (!state.released).then_some(stream);
             drop(state);
             self.changed.notify_waiters();
         }
@@ -314,4 +349,75 @@ pub async fn look(path: &Path, patience: Duration) -> io::Result<Option<OwnedFd>
     };
     let (said, socket) = timeout(patience, asked).await.map_err(io::Error::from)??;
     Ok(socket.filter(|_| said == SOCKET))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future as _;
+
+    use super::*;
+
+    /// One that listens, and a taker that has asked for its socket and has it.
+    async fn lent() -> (Arc<Listening>, Arc<TcpListener>, UnixStream) {
+        let listening = Arc::new(Listening::default());
+        let socket = Arc::new(TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+        listening.set(Some(Arc::clone(&socket)));
+        let (taker, asked) = UnixStream::pair().expect("sockets");
+        let answering = Arc::clone(&listening);
+        tokio::spawn(async move { answering.answer(asked, || {}).await });
+        descriptor::send(&taker, TAKE, None).await.expect("asked");
+        let (said, given) = descriptor::receive(&taker).await.expect("answered");
+        assert!(said == SOCKET && given.is_some());
+        (listening, socket, taker)
+    }
+
+    /// The apiserver restarts in the moment of a takeover: whoever binds the shut port first keeps the taker out.
+    #[tokio::test]
+    async fn a_port_that_is_shut_while_a_taker_has_its_socket_is_left_to_him() {
+        let (listening, socket, taker) = lent().await;
+        assert!(listening.is_lent(&socket));
+        listening.shut();
+        assert!(!listening.is_open());
+        let mut undisputed = std::pin::pin!(listening.undisputed());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(
+            undisputed.as_mut().poll(&mut context).is_pending(),
+            "he has not said anything"
+        );
+        descriptor::send(&taker, TAKEN, None).await.expect("said");
+        undisputed.await;
+        assert!(listening.is_taken());
+        let another = Arc::new(TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+        assert!(!listening.is_lent(&another));
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_taker_that_has_gone_or_where_there_is_none() {
+        let (listening, _socket, taker) = lent().await;
+        listening.shut();
+        drop(taker);
+        listening.undisputed().await;
+        assert!(!listening.is_taken());
+        Listening::default().undisputed().await;
+    }
+
+    #[tokio::test]
+    async fn a_taker_that_decides_when_the_local_sockets_are_left_waits_for_nothing() {
+        let (listening, _socket, taker) = lent().await;
+        listening.release();
+        let predecessor = Predecessor {
+            socket: None,
+            stream: taker,
+        };
+        predecessor.relieve().await.expect("they are left");
+        assert!(listening.is_taken());
+    }
+
+    #[tokio::test]
+    async fn whoever_accepts_no_more_may_have_left_the_port_to_another() {
+        let listening = Listening::default();
+        assert!(!listening.is_left());
+        listening.leave();
+        assert!(listening.is_left() && !listening.is_open());
+    }
 }

@@ -414,8 +414,8 @@ fn request(target: &Target, username: &str, path: &'static str) -> http::Request
     request
 }
 
-/// Whether the apiserver believes a front proxy with that certificate, as far as it says.
-pub async fn takes(target: &Target, headers: &RequestHeaders, front_proxy: &Arc<ClientConfig>) -> bool {
+/// Whether the apiserver believes a front proxy with that certificate; `None` where it does not say.
+pub async fn takes(target: &Target, headers: &RequestHeaders, front_proxy: &Arc<ClientConfig>) -> Option<bool> {
     let [username, ..] = headers.written();
     let asked = async {
         let stream = target.connect(front_proxy, b"http/1.1").await;
@@ -426,13 +426,16 @@ pub async fn takes(target: &Target, headers: &RequestHeaders, front_proxy: &Arc<
             .map_err(closes)?;
         let answer = ask(&mut sender, request(target, &username, "/readyz"));
         tokio::select! {
-            answer = answer => Ok(judged(&answer.map_err(closes)?)),
+            answer = answer => Ok(answer.map_err(closes)?),
             Err(error) = connection => Err(closes(error)),
         }
     };
+    let is_refused = |found: &Found| matches!(found, Found::State(Upstream::Unusable, _));
     match timeout(CHECK, asked).await {
-        Ok(Ok(found) | Err(found)) => !matches!(found, Found::State(Upstream::Unusable, _)),
-        Err(_) => true,
+        Ok(Ok(readiness)) if readiness.believes() => Some(true),
+        Ok(Ok(readiness)) => is_refused(&judged(&readiness)).then_some(false),
+        Ok(Err(found)) => is_refused(&found).then_some(false),
+        Err(_) => None,
     }
 }
 

@@ -59,6 +59,9 @@ const LOOK: Duration = Duration::from_millis(5);
 /// broken for so long, it was this one alone.
 const QUIET: Duration = Duration::from_millis(50);
 
+/// A successor that has heard that nobody listens is not told again for so long.
+const HEARD: Duration = Duration::from_secs(1);
+
 /// So long is looked at most, however many break.
 const LONGEST: Duration = Duration::from_secs(2);
 
@@ -72,6 +75,15 @@ struct Watched {
     broke: Instant,
     /// Somebody looks again and again, for all.
     is_watching: bool,
+    /// When a successor heard last that nobody listens.
+    warned: Option<Instant>,
+}
+
+impl Watched {
+    /// Whether that is so lately that there is nothing to look at: its port is shut.
+    fn has_just_warned(&self) -> bool {
+        self.warned.is_some_and(|at| at.elapsed() < HEARD)
+    }
 }
 
 /// One for all connections.
@@ -129,6 +141,7 @@ impl<T: Listens> Vigil<T> {
             watched: Mutex::new(Watched {
                 broke: now,
                 is_watching: false,
+                warned: None,
             }),
             over: Notify::new(),
         })
@@ -141,7 +154,7 @@ impl<T: Listens> Vigil<T> {
     /// For one connection that ends: shuts the port when nobody listens behind it. Within the rest after a look another one is
     /// on its way.
     pub fn look(self: &Arc<Self>) {
-        if !self.can_tell() {
+        if !self.can_tell() || self.watched().has_just_warned() {
             return;
         }
         let (is_resting, is_gone) = {
@@ -152,7 +165,7 @@ impl<T: Listens> Vigil<T> {
         };
         let mut watched = self.watched();
         // A watch tells the successor what was seen.
-        if is_resting || watched.is_watching || (is_gone && self.listening.is_taken()) {
+        if is_resting || watched.is_watching || (is_gone && self.listening.is_left()) {
             watched.broke = Instant::now();
             self.begin(&mut watched);
         }
@@ -161,9 +174,9 @@ impl<T: Listens> Vigil<T> {
     /// Waits until the port is shut, or connections break no more while somebody listens.
     pub async fn breaks(self: &Arc<Self>) {
         let Some(over) = self.joins() else { return };
-        if timeout(LONGEST, over).await.is_err() {
-            // The threads that shake hands have too much to do.
-            self.ask_now();
+        // The threads that shake hands have too much to do.
+        if timeout(LONGEST, over).await.is_err() && self.ask_now() {
+            self.warn_successor().await;
         }
     }
 
@@ -172,6 +185,9 @@ impl<T: Listens> Vigil<T> {
             return None;
         }
         let mut watched = self.watched();
+        if watched.has_just_warned() {
+            return None;
+        }
         watched.broke = Instant::now();
         self.begin(&mut watched);
         // It hears whoever says that it is over from here on: a watch that has ended said so before this lock was had.
@@ -190,13 +206,21 @@ impl<T: Listens> Vigil<T> {
         loop {
             let began = Instant::now();
             let is_gone = self.ask_now();
-            if is_gone && self.listening.is_taken() {
-                self.listening.warn_successor(&self.successor).await;
+            if is_gone {
+                self.warn_successor().await;
             }
             if self.is_over(is_gone, began, since) {
                 return;
             }
             sleep(LOOK).await;
+        }
+    }
+
+    /// Nobody listens any more: whoever listens on the port in this relay's place hears it.
+    async fn warn_successor(&self) {
+        if self.listening.is_left() {
+            self.listening.warn_successor(&self.successor).await;
+            self.watched().warned = Some(Instant::now());
         }
     }
 
@@ -213,7 +237,7 @@ impl<T: Listens> Vigil<T> {
 
     /// Whether there is a port to shut, this relay's or a successor's, and a list to look at.
     fn can_tell(&self) -> bool {
-        (self.listening.is_open() || self.listening.is_taken()) && self.target.is_known()
+        (self.listening.is_open() || self.listening.is_left()) && self.target.is_known()
     }
 
     /// Looks, whether or not somebody has a moment ago, and shuts the port when nobody listens; says whether that is so.
@@ -304,6 +328,20 @@ mod tests {
         assert!(!vigil.watched().is_watching);
         let looks = u32::MAX - vigil.target.left.load(SeqCst);
         assert!((2..100).contains(&looks), "{looks} looks for both together");
+    }
+
+    /// Whoever drains closes no port of its own: thousands of ends are no more than a look and a word in a while.
+    #[tokio::test]
+    async fn a_relay_that_drains_does_not_look_again_and_again_for_one_that_is_gone() {
+        let vigil = vigil(0, true, Duration::ZERO).await;
+        vigil.listening.leave();
+        vigil.breaks().await;
+        assert!(vigil.watched().warned.is_some(), "whoever listens has been told");
+        for _ in 0..1_000 {
+            vigil.look();
+            assert!(vigil.joins().is_none(), "nobody waits for another watch");
+        }
+        assert!(!vigil.watched().is_watching);
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use rebalancer_tests::{
     process::{Process, tail, wait_for},
 };
 
-use crate::world::{OK, RELAY, World};
+use crate::world::{OK, RELAY, UPSTREAM, World, serve};
 
 fn ends(relay: &mut Process) {
     let ended = wait_for(PATIENCE, || relay.is_running().err());
@@ -177,6 +177,50 @@ fn a_relay_that_is_told_to_end_accepts_until_its_successor_has_decided() {
             TcpStream::connect(RELAY).is_err(),
             "the port is closed, and not filtered"
         );
+    }
+}
+
+/// The port of a relay that has lent its socket is shut when the apiserver goes. When that comes back, the port is the taker's if he
+/// takes it, and this relay's if he says nothing; in neither case is somebody reset who has connected.
+#[test]
+fn an_apiserver_that_restarts_during_a_takeover_finds_one_relay_on_the_port() {
+    for decides in [true, false] {
+        let mut world = World::start(&[]);
+        let (mut client, server) = world.open(None);
+        let path = world.control_path().with_extension("sock.listener");
+        let mut successor = UnixStream::connect(path).expect("it lends");
+        successor.write_all(b"T").expect("room");
+        let mut octet = [0];
+        successor.read_exact(&mut octet).expect("an answer");
+        assert_eq!(&octet, b"S");
+        world.stop_listening();
+        server.shut_down();
+        while let Ok(Some(_)) = client.try_next() {}
+        let error = TcpStream::connect(RELAY).expect_err("nobody is there");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+        let _accepted = serve(&world.pki, UPSTREAM, true);
+        if decides {
+            // As soon as he has seen the apiserver himself.
+            successor.write_all(b"!").expect("room");
+            ends(&mut world.relay);
+            assert!(TcpStream::connect(RELAY).is_err(), "he has not bound it here");
+            let bound = world.relay.log().matches("listening").count();
+            assert_eq!(bound, 1, "{}", world.relay.log());
+            continue;
+        }
+        let come = || Peer::connect(&world.pki, RELAY, None, b"h2").ok();
+        let mut client = wait_for(PATIENCE, come).expect("it listens again");
+        client.begin_client(&[]);
+        client.expect(kind::SETTINGS);
+        // And who connects while it goes after all is served.
+        let mut late: Vec<TcpStream> = (0..5).map(|_| TcpStream::connect(RELAY).expect("it listens")).collect();
+        successor.write_all(b"!").expect("room");
+        for stream in &mut late {
+            stream.write_all(b"no TLS").expect("room");
+            stream.read_to_end(&mut Vec::new()).expect("it is accepted, not reset");
+        }
+        drop(client);
+        ends(&mut world.relay);
     }
 }
 

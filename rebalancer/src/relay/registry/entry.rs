@@ -209,13 +209,15 @@ impl Connection {
     pub(super) fn outdated(&self, issue: u64) -> Option<Outdated> {
         let known = self.known();
         let certificate = known.front_proxy.filter(|own| own.issue != issue)?;
-        let is_told = matches!(
-            known.telling,
-            Telling::Due { until: None } | Telling::Ordered | Telling::Told | Telling::Final
-        );
         let is_h2 = known.protocol == Protocol::H2;
-        // Who has been told asks nothing more on it, and after an upgrade nobody does.
-        let asks = !(known.upgraded || is_h2 && is_told);
+        // Who has been told asks nothing more on it, and after an upgrade nobody does. HTTP/1.1 is told with an answer, which comes
+        // after another question.
+        let asks = match known.telling {
+            Telling::Told | Telling::Final => false,
+            Telling::Due { until: None } | Telling::Ordered => !is_h2,
+            _ => true,
+        };
+        let asks = asks && !known.upgraded;
         asks.then_some(Outdated {
             until: certificate.until,
             may_be_told: is_h2,

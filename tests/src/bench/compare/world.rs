@@ -82,6 +82,8 @@ pub struct World {
     fixture: Fixture,
     directory: PathBuf,
     apiservers: Vec<Option<Process>>,
+    /// Whether the killed one was started and has not been ready yet.
+    is_starting: bool,
     /// Ours: relay and agent.
     nodes: Vec<Node>,
     /// Layer 4, or layer 7 where that is the contender; none where Envoy stands in its place.
@@ -114,6 +116,7 @@ impl World {
             fixture: fixture.clone(),
             directory: directory.to_owned(),
             apiservers: Vec::new(),
+            is_starting: false,
             nodes: Vec::new(),
             balancer: None,
             envoys: Vec::new(),
@@ -242,14 +245,30 @@ impl World {
     }
 
     /// Waits until each apiserver is ready, and kubelets would reach all of them.
-    fn wait(&self) -> anyhow::Result<()> {
+    fn wait(&mut self) -> anyhow::Result<()> {
         for index in 0..APISERVERS {
-            wait_for(START, || self.is_ready(index).then_some(()))
-                .with_context(|| format!("apiserver {} is not ready", index + 1))?;
+            wait_for(START, || match self.revive() {
+                Ok(()) => self.is_ready(index).then_some(Ok(())),
+                Err(error) => Some(Err(error)),
+            })
+            .with_context(|| format!("apiserver {} is not ready", index + 1))??;
         }
         if let Some(balancer) = &self.balancer {
             wait_for(START, || balancer.healthy().iter().all(|up| *up).then_some(()))
                 .context("the load balancer does not send to all")?;
+        }
+        Ok(())
+    }
+
+    /// Starts each apiserver again that has ended by itself, as the kubelet does: on a slow machine one may give up at its
+    /// start.
+    fn revive(&mut self) -> anyhow::Result<()> {
+        for index in 0..APISERVERS {
+            let apiserver = self.apiservers[index].as_mut();
+            if apiserver.is_some_and(|apiserver| apiserver.is_running().is_err()) {
+                self.audit.ended(index);
+                self.apiservers[index] = Some(self.apiserver(index)?);
+            }
         }
         Ok(())
     }
@@ -275,6 +294,11 @@ impl World {
 
     /// Whether everything runs that should.
     pub fn check(&mut self) -> anyhow::Result<()> {
+        if self.is_starting && !self.is_ready(0) {
+            self.revive()?;
+        } else {
+            self.is_starting = false;
+        }
         self.nodes.iter_mut().try_for_each(Node::check)?;
         let apiservers = self.apiservers.iter_mut().flatten();
         apiservers.chain(&mut self.envoys).try_for_each(Process::is_running)
@@ -292,6 +316,7 @@ impl World {
     pub fn restart(&mut self) -> anyhow::Result<()> {
         let apiserver = self.apiserver(0)?;
         self.apiservers[0] = Some(apiserver);
+        self.is_starting = true;
         Ok(())
     }
 

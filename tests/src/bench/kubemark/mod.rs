@@ -329,6 +329,7 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
                 restarted = true;
             }
             _ if restarted && level.is_none() => {
+                world.revive()?;
                 let ours = world.ours()?;
                 let is_level = ours.balancer.healthy().iter().all(|up| *up) && ours.is_at_rest();
                 rested = if is_level { rested + 1 } else { 0 };

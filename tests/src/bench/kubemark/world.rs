@@ -224,16 +224,40 @@ impl World {
 
     /// Waits until each apiserver is ready, and each load balancer sends to all of its own.
     fn wait(&mut self) -> anyhow::Result<()> {
-        for running in &mut self.running {
-            for place in &running.settings {
+        for index in 0..self.running.len() {
+            let name = self.running[index].variant.name();
+            for place in self.running[index].settings.clone() {
                 let admin = Admin::new(&self.pki, &self.network.nodes[place.node], place.listen)?;
-                wait_for(START, || {
-                    (admin.ask_text("GET", "/readyz", None).ok()?.0 == 200).then_some(())
+                let is_ready = || matches!(admin.ask_text("GET", "/readyz", None), Ok((200, _)));
+                wait_for(START, || match self.revive() {
+                    Ok(()) => is_ready().then_some(Ok(())),
+                    Err(error) => Some(Err(error)),
                 })
-                .with_context(|| format!("an apiserver of `{}` is not ready", running.variant.name()))?;
+                .with_context(|| format!("an apiserver of `{name}` is not ready"))??;
             }
-            wait_for(START, || running.balancer.healthy().iter().all(|up| *up).then_some(()))
-                .with_context(|| format!("the load balancer of `{}` does not send to all", running.variant.name()))?;
+            let balancer = &self.running[index].balancer;
+            wait_for(START, || balancer.healthy().iter().all(|up| *up).then_some(()))
+                .with_context(|| format!("the load balancer of `{name}` does not send to all"))?;
+        }
+        Ok(())
+    }
+
+    /// Starts each apiserver again that has ended by itself, as the kubelet does: on a slow machine one may give up at its
+    /// start.
+    pub fn revive(&mut self) -> anyhow::Result<()> {
+        for index in 0..self.running.len() {
+            let variant = self.running[index].variant;
+            for (at, place) in self.running[index].settings.clone().into_iter().enumerate() {
+                let has_ended = self.running[index]
+                    .apiserver(at)
+                    .is_some_and(|apiserver| apiserver.is_running().is_err());
+                if has_ended {
+                    let again = self.apiserver(variant, place)?;
+                    if let Some(apiserver) = self.running[index].apiserver(at) {
+                        *apiserver = again;
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -272,6 +296,15 @@ impl World {
 }
 
 impl Running {
+    /// Its apiserver at that place; none while it is killed.
+    fn apiserver(&mut self, at: usize) -> Option<&mut Process> {
+        if self.nodes.is_empty() {
+            self.apiservers.get_mut(at)
+        } else {
+            self.nodes.get_mut(at)?.apiserver.as_mut()
+        }
+    }
+
     /// What its parts have used so far.
     pub fn used(&self) -> anyhow::Result<Used> {
         let mut used = Used {
