@@ -11,6 +11,7 @@ mod decide;
 mod evacuation;
 mod growth;
 mod guard;
+mod hear;
 mod landings;
 mod look;
 mod memory;
@@ -319,13 +320,6 @@ impl Agent {
         effects
     }
 
-    /// What a peer says was said to all: whoever is at odds with it otherwise is paused with it all the same.
-    fn hear_word(&mut self, name: &ApiserverName, switch: &Switch, now: Timestamp) {
-        if self.peers.may_speak(name) && self.switch.hear(switch, now) {
-            self.memory_changes += 1;
-        }
-    }
-
     /// When to call again with [`Input::Tick`] at the latest.
     pub fn next_wakeup(&self, now: Timestamp) -> Timestamp {
         let soon = now + Duration::from_millis(1);
@@ -416,56 +410,6 @@ impl Agent {
                 let moving = |snapshot: &Snapshot| snapshot.plan_in_flight || snapshot.in_transit > 0;
                 peer.snapshot.as_ref().is_some_and(|(_, snapshot)| moving(snapshot))
             })
-    }
-
-    fn observe(&mut self, now: Timestamp, observations: Vec<Observation>, effects: &mut Vec<Effect>) {
-        let mut listed = false;
-        for observation in observations {
-            listed |= matches!(observation, Observation::Listed { .. });
-            let changes = self.table.observe(observation, now);
-            if changes.listener_changed {
-                self.up_since = Some(now);
-                // A relay's own socket says nothing of the apiserver behind it.
-                self.restarts += u64::from(self.policy.shim != ShimKind::Relay);
-            }
-            if changes.lost && !effects.contains(&Effect::Resync) {
-                effects.push(Effect::Resync);
-            }
-        }
-        // Also with the first list of this process: another may have begun what ended meanwhile.
-        self.listener_is(now);
-        if listed && self.table.is_in_doubt() {
-            effects.push(Effect::Confirm);
-        }
-    }
-
-    fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
-        self.shim_fault = None;
-        self.abilities = report.abilities;
-        // One that is slow, or not ready for a while, is still the one it was.
-        let listeners = self.upstream_listener.zip(report.upstream_listener);
-        let is_another = listeners.is_some_and(|(before, now)| before != now);
-        let is_new = is_another || !self.overload.lasts(now);
-        if self.upstream_ready == Some(false) && report.upstream_ready == Some(true) && is_new {
-            // The port was open a while before the server behind it was ready: clients come from now on.
-            self.up_since = Some(now);
-        }
-        self.restarts += u64::from(is_another || report.upstream_gone && !self.upstream_gone);
-        self.overload
-            .hear(report.upstream_overloaded, is_another || report.upstream_gone, now);
-        self.upstream_gone = report.upstream_gone;
-        if report.release.is_some() {
-            self.release.clone_from(&report.release);
-        }
-        self.upstream_ready = report.upstream_ready;
-        self.upstream_is(report, now);
-        self.upstream_listener = report.upstream_listener.or(self.upstream_listener);
-        self.stress.hear(&report.instance, report.refused_total, now);
-        // A restarted agent goes on above what the shim has seen, or it would be refused.
-        self.generation = self.generation.max(report.generation);
-        let left = self.table.left_total();
-        self.table.report(report, now);
-        self.memory_changes += u64::from(left != self.table.left_total());
     }
 
     /// One turn: look, follow the plan, decide when it is time, send what the budget allows.

@@ -16,6 +16,7 @@ mod http1;
 mod identity;
 mod metrics;
 mod pacing;
+mod port;
 mod pump;
 mod registry;
 mod renewal;
@@ -56,13 +57,14 @@ use crate::{
     random, service,
     shim::wire::Upstream,
 };
-use accept::{Door, Stop};
+use accept::Door;
 use admission::{Admission, Bounds};
 use complaints::{Cause, Complaints};
 pub use discovery::{believes, compare_files};
 pub(crate) use expiry::earliest as earliest_end;
 use metrics::Metrics;
 pub use pacing::WatchHandover;
+use port::Stop;
 use registry::Registry;
 use renewal::Renewal;
 use replacement::Replacements;
@@ -199,7 +201,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&complaints),
         Arc::clone(&metrics),
     );
-    let accepting = tokio::spawn(accept::run(
+    let accepting = tokio::spawn(port::run(
         Arc::new(Door {
             listen: config.listen,
             tls: Arc::clone(&tls),
@@ -315,7 +317,7 @@ async fn inherit(config: &Config, predecessor: Option<&Predecessor>) -> anyhow::
     let Some(socket) = predecessor.and_then(|predecessor| predecessor.socket.as_ref()) else {
         let leaves = Instant::now() + PATIENCE;
         loop {
-            match accept::bind(config.listen) {
+            match port::bind(config.listen) {
                 Ok(_) => return Ok(None),
                 Err(error) => {
                     let is_taken = error

@@ -198,9 +198,13 @@ fn an_apiserver_that_restarts_during_a_takeover_finds_one_relay_on_the_port() {
         while let Ok(Some(_)) = client.try_next() {}
         let error = TcpStream::connect(RELAY).expect_err("nobody is there");
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+        let is_lost = || (world.control("GET /v1/connections", "")["upstream"] != "ready").then_some(());
+        wait_for(PATIENCE, is_lost).expect("it is gone");
         let _accepted = serve(&world.pki, UPSTREAM, true);
         if decides {
-            // As soon as he has seen the apiserver himself.
+            // When this relay has seen it too.
+            let is_seen = || (world.control("GET /v1/connections", "")["upstream"] == "ready").then_some(());
+            wait_for(PATIENCE, is_seen).expect("it is ready again");
             successor.write_all(b"!").expect("room");
             ends(&mut world.relay);
             assert!(TcpStream::connect(RELAY).is_err(), "he has not bound it here");
