@@ -56,11 +56,11 @@ impl Weight {
         if self.is_counted() { 1 } else { 3 }
     }
 
-    /// How far chance takes loads from the mean: of `apiservers` apiservers with `connections` connections in all, each
-    /// apiserver with the load `mean` on average.
-    pub fn floor(self, apiservers: usize, connections: f64, mean: f64) -> Floor {
+    /// How far chance takes the load of one of `apiservers` apiservers from its own `mean`, to which that `part` of all
+    /// `connections` belongs.
+    pub fn floor(self, apiservers: usize, part: f64, connections: f64, mean: f64) -> Floor {
         match self {
-            Self::Connections => noise::floor(apiservers, connections),
+            Self::Connections => noise::floor(apiservers, part, connections),
             Self::Requests => noise::of_rates(apiservers, mean, SMOOTHING.as_secs_f64()),
             // How bytes and streams vary by themselves is not known: the threshold stands.
             Self::Bytes | Self::Streams => Floor { above: 0.0, below: 0.0 },

@@ -72,7 +72,11 @@ impl World<'_> {
             _ => 0.0,
         };
         // What chance makes is no swing.
-        let floor = noise::floor(servers.len(), self.clients.len() as f64);
+        let floor = noise::floor(
+            servers.len(),
+            1.0 / servers.len().max(1) as f64,
+            self.clients.len() as f64,
+        );
         let band = floor.above.max(self.setup.policy.skew_threshold);
         for server in servers {
             let skew = if mean > 0.0 {

@@ -345,7 +345,7 @@ impl Agent {
                 }
                 // The shim's answer is an input of its own.
                 None if plan.is_awaited() => plan.given_up,
-                None => plan.settles_by(self.policy.settle),
+                None => plan.last_goaway + self.policy.settle,
             };
             at = at.min(next.max(soon));
         }

@@ -25,10 +25,6 @@ use crate::{
 /// No plan follows another at once for fewer.
 pub(super) const AGAIN: f64 = 2.0;
 
-/// A probe of whom only some have landed, none of them elsewhere, waits for the rest this many settle times: a kubelet asks each
-/// ten seconds, and comes when it asks.
-const PATIENCE: u32 = 2;
-
 /// What is known when it is asked whether a plan has settled.
 #[derive(Clone, Copy, Debug)]
 struct Known {
@@ -126,7 +122,7 @@ impl Plan {
     /// again as a fourth of it, since those in transit are reckoned with. What must be measured waits always.
     fn is_settled(&self, known: Known, settle: Duration, now: Timestamp) -> bool {
         let sent = self.unsent.is_empty() && self.asked.is_empty();
-        let told = self.told_by_all();
+        let told = self.seen.told.max(self.told.len() as u64);
         let is_known = if self.is_probe {
             self.seen.elsewhere > 0 || known.landing * 10 <= told
         } else {
@@ -138,17 +134,7 @@ impl Plan {
             goes_on || is_seen || known.landing * 2 <= told
         };
         let is_known = known.is_counted && is_known;
-        sent && (self.told.is_empty() || is_known || now >= self.settles_by(settle))
-    }
-
-    fn told_by_all(&self) -> u64 {
-        self.seen.told.max(self.told.len() as u64)
-    }
-
-    /// When nobody who has not landed is waited for any more.
-    pub fn settles_by(&self, settle: Duration) -> Timestamp {
-        let is_open = self.is_probe && self.seen.elsewhere == 0 && self.seen.landed * 5 < self.told_by_all() * 4;
-        self.last_goaway + if is_open { settle * PATIENCE } else { settle }
+        sent && (self.told.is_empty() || is_known || now.since(self.last_goaway) >= settle)
     }
 }
 

@@ -204,8 +204,9 @@ impl Ramp {
     pub fn resumed(tries: &RememberedTries, down: Duration, now: Timestamp) -> Self {
         let left = tries.left.saturating_sub(down).min(tries.wait.max(PAUSE));
         let left_of_fresh = |ago: Duration| FRESH.saturating_sub(ago.saturating_add(down));
-        // One that was admitted long ago starts slowly no more, whoever lands on it next.
-        let slow_left = tries.admitted.map(left_of_fresh);
+        // One that was admitted long ago starts slowly no more, whoever lands on it next; whoever was away for long knows nothing of
+        // what was admitted meanwhile.
+        let slow_left = tries.admitted.map(left_of_fresh).filter(|_| down < FRESH);
         let may_be_slow = slow_left.is_some_and(|left| !left.is_zero());
         let is_recent = down < FRESH;
         let next = if left > Duration::ZERO {

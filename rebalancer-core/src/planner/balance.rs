@@ -248,24 +248,28 @@ pub fn balance(view: &View, policy: &Policy, rho: &Rho, spread: &Spread, transit
             .iter()
             .map(|server| (server.acts, skew_of(server.expected, server.fair, total)))
     };
-    let floor = policy.weight.floor(
-        apiservers,
-        connections as f64 + transit.clients,
-        total / apiservers.max(1) as f64,
-    );
-    let floor = if policy.weight.is_counted() {
-        Floor {
-            above: floor.above * spread.factor(),
-            below: floor.below * spread.factor(),
-        }
+    let wider = if policy.weight.is_counted() {
+        spread.factor()
     } else {
-        floor
+        1.0
     };
-    let emptiest = expected_skews().map(|(_, skew)| skew).fold(f64::INFINITY, f64::min);
-    let trigger = if emptiest < -floor.below {
+    let clients = connections as f64 + transit.clients;
+    let floors: Vec<Floor> = servers
+        .iter()
+        .map(|server| {
+            policy
+                .weight
+                .floor(apiservers, server.fair, clients, server.fair * total)
+        })
+        .collect();
+    let noise_floor = floors.iter().map(|floor| floor.above * wider).fold(0.0, f64::max);
+    let is_any_empty = expected_skews()
+        .zip(&floors)
+        .any(|((_, skew), floor)| skew < -floor.below * wider);
+    let trigger = if is_any_empty {
         policy.skew_threshold
     } else {
-        policy.skew_threshold.max(floor.above)
+        policy.skew_threshold.max(noise_floor)
     };
 
     let here = servers.iter().position(|server| server.name == policy.node);
@@ -284,7 +288,7 @@ pub fn balance(view: &View, policy: &Policy, rho: &Rho, spread: &Spread, transit
             .filter(|(acts, _)| *acts)
             .map(|(_, skew)| skew)
             .fold(0.0, f64::max),
-        noise_floor: floor.above,
+        noise_floor,
         trigger,
         donors,
         rho: credible,

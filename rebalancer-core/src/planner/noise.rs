@@ -1,14 +1,15 @@
 //! The noise floor: how uneven chance alone makes the loads.
 //!
-//! Input: how many apiservers, how many connections. Output: how far chance takes the fullest and the emptiest of them.
+//! Input: how many apiservers, which part of the connections belongs to one of them, how many there are. Output: how far chance
+//! takes that one, where all are looked at.
 //! Must never be tuned to a load balancer: random placement is the most uneven of those that are not sticky.
 //!
-//! Random placement of `N` connections on `n` apiservers gives each a binomial number with mean `N/n`, relative deviation
-//! `s = sqrt((n-1)/N)` and skewness `g = (n-2)/sqrt(N(n-1))`. The agents look at the fullest and at the emptiest of the `n`:
+//! Random placement of `N` connections gives an apiserver whose part is `p` (`1/n` of `n` equal ones) a binomial number with mean
+//! `Np`, relative deviation `s = sqrt((1-p)/Np)` and skewness `g = (1-2p)/sqrt(Np(1-p))`. The agents look at the fullest and at the emptiest of the `n`:
 //! that chance takes either over the floor in no more than 1 % of looks, each side of each is allowed `0.005/n` (Bonferroni),
 //! and `z` is the normal quantile of that. Above, Cornish and Fisher's first correction for skewness makes it
-//! `z + g(z^2-1)/6`, and half a connection more for its being a whole number. Below, Chernoff's bound holds at any size,
-//! `n exp(-x^2 N/2n) <= 0.005`, and says little of few: those are reckoned exactly, count by count.
+//! `z + g(z^2-1)/6`, and half a connection more for its being a whole number. Below, it is
+//! `z - g(z^2-1)/6` and that half; few are reckoned exactly, count by count.
 //! A factor of 2 instead would be passed in 6 % of looks with three apiservers, in 85 % with 64.
 
 /// The share of looks in which random placement may pass the floor.
@@ -34,45 +35,48 @@ impl Floor {
     };
 }
 
-/// The floor of counted connections.
-pub fn floor(apiservers: usize, connections: f64) -> Floor {
+/// The floor of counted connections for one of so many apiservers, to which that part of them belongs.
+pub fn floor(apiservers: usize, part: f64, connections: f64) -> Floor {
     let n = apiservers as f64;
-    if apiservers < 2 || connections <= 0.0 {
+    let mean = connections * part;
+    if apiservers < 2 || mean <= 0.0 || part >= 1.0 {
         return Floor::UNKNOWN;
     }
-    let deviation = ((n - 1.0) / connections).sqrt();
-    let skewness = (n - 2.0) / (connections * (n - 1.0)).sqrt();
-    let z = quantile(FALSE_STARTS / 2.0 / n);
-    let mean = connections / n;
+    let tail = FALSE_STARTS / 2.0 / n;
+    let deviation = ((1.0 - part) / mean).sqrt();
+    let skewness = (1.0 - 2.0 * part) / (mean * (1.0 - part)).sqrt();
+    let z = quantile(tail);
+    let asymmetry = skewness * (z * z - 1.0) / 6.0;
     let half = 0.5 / mean;
-    let chernoff = (2.0 * (n * 2.0 / FALSE_STARTS).ln() / mean).sqrt();
-    let below = if mean <= FEW {
-        // Whoever has as many as chance does not come down to, or fewer, is below.
-        let most = impossibly_few(n, connections.round(), FALSE_STARTS / 2.0);
-        most.map_or(chernoff.max(1.0), |most| 1.0 - (most + 0.5) / mean)
-    } else {
-        chernoff
-    };
+    let none = (1.0 - part).powf(connections.round());
     Floor {
-        above: deviation * (z + skewness * (z * z - 1.0) / 6.0) + half,
-        below,
+        above: deviation * (z + asymmetry) + half,
+        // Where that is beyond what a number can say, it is of many.
+        below: if mean <= FEW && none > 0.0 {
+            match impossibly_few(part, connections.round(), none, tail) {
+                Some(most) => 1.0 - (most + 0.5) / mean,
+                None => f64::INFINITY,
+            }
+        } else {
+            deviation * (z - asymmetry) + half
+        },
     }
 }
 
-/// The most connections that one of `n` apiservers has, of so many placed by chance, with no more than this probability; `None`
-/// when it may well have none.
-fn impossibly_few(n: f64, connections: f64, probability: f64) -> Option<f64> {
+/// The most connections that an apiserver with that part has, of so many placed by chance, with no more than this probability;
+/// `None` when it may well have none, which has the chance `none`.
+fn impossibly_few(part: f64, connections: f64, none: f64, probability: f64) -> Option<f64> {
+    debug_assert!(none > 0.0 && probability < 0.5, "{none}, {probability}");
     // The binomial distribution, from one count to the next.
-    let (mut count, mut chance) = (0.0, (1.0 - 1.0 / n).powf(connections));
-    let mut sum = 0.0;
+    let (mut count, mut chance, mut sum) = (0.0, none, 0.0);
     let mut most = None;
     while count <= connections {
         sum += chance;
-        if n * sum > probability {
+        if sum > probability {
             break;
         }
         most = Some(count);
-        chance *= (connections - count) / (count + 1.0) / (n - 1.0);
+        chance *= (connections - count) / (count + 1.0) * part / (1.0 - part);
         count += 1.0;
     }
     most
@@ -121,20 +125,25 @@ mod tests {
         sums
     }
 
-    /// The exact chance that one of `n` is outside the floor, at most (Bonferroni), for random placement.
-    fn false_starts(n: usize, connections: usize) -> f64 {
-        let mean = connections as f64 / n as f64;
-        let Floor { above, below } = floor(n, connections as f64);
-        let above = ((1.0 + above) * mean).floor() as usize + 1;
-        // Those below: none when even an empty one is within the floor.
-        let below = ((1.0 - below) * mean).ceil().max(0.0) as usize;
+    /// The exact chance that one of them is outside its floor, at most (Bonferroni), for random placement by capacity.
+    fn false_starts(capacities: &[f64], connections: usize) -> f64 {
         let logs = log_factorials(connections);
-        let (p, q) = ((1.0 / n as f64).ln(), (1.0 - 1.0 / n as f64).ln());
-        let chance = |count: usize| {
-            let ways = logs[connections] - logs[count] - logs[connections - count];
-            (ways + count as f64 * p + (connections - count) as f64 * q).exp()
+        let all: f64 = capacities.iter().sum();
+        let outside = |capacity: &f64| {
+            let part = capacity / all;
+            let mean = connections as f64 * part;
+            let Floor { above, below } = floor(capacities.len(), part, connections as f64);
+            let above = ((1.0 + above) * mean).floor() as usize + 1;
+            // Those below: none when even an empty one is within the floor.
+            let below = ((1.0 - below) * mean).ceil().max(0.0) as usize;
+            let (p, q) = (part.ln(), (1.0 - part).ln());
+            let chance = |count: usize| {
+                let ways = logs[connections] - logs[count] - logs[connections - count];
+                (ways + count as f64 * p + (connections - count) as f64 * q).exp()
+            };
+            (above..=connections).chain(0..below).map(chance).sum::<f64>()
         };
-        n as f64 * (above..=connections).chain(0..below).map(chance).sum::<f64>()
+        capacities.iter().map(outside).sum()
     }
 
     /// Exactly, from the binomial distribution, at many sizes; and it is not far below what is allowed where that is possible.
@@ -142,7 +151,7 @@ mod tests {
     fn chance_passes_the_floor_in_less_than_one_look_in_a_hundred() {
         for n in [2, 3, 4, 5, 7, 10, 16, 32, 64] {
             for connections in [2, 5, 10, 20, 50, 60, 100, 300, 1_000, 3_000, 10_000, 100_000] {
-                let chance = false_starts(n, connections);
+                let chance = false_starts(&vec![1.0; n], connections);
                 assert!(chance < 0.01, "{n} apiservers, {connections} connections: {chance}");
                 if connections >= 1_000 * n {
                     assert!(
@@ -154,12 +163,42 @@ mod tests {
         }
     }
 
+    /// What belongs to a small one is less, and goes further up and down.
+    #[test]
+    fn nor_where_apiservers_are_of_different_capacity() {
+        for capacities in [
+            &[2.0, 2.0, 1.0][..],
+            &[4.0, 4.0, 1.0],
+            &[8.0, 1.0],
+            &[1.0, 1.0, 1.0, 0.1],
+            &[99.0, 0.5, 0.5],
+        ] {
+            for connections in [10, 30, 60, 200, 500, 1_000, 3_000, 30_000] {
+                let chance = false_starts(capacities, connections);
+                assert!(chance < 0.01, "{capacities:?}, {connections} connections: {chance}");
+            }
+        }
+    }
+
+    /// From few to many nothing jumps: a client more or less is no other trigger.
+    #[test]
+    fn a_few_connections_more_make_no_other_floor() {
+        for (n, part) in [(2, 0.5), (3, 1.0 / 3.0), (3, 1.0 / 9.0), (5, 0.2), (64, 1.0 / 64.0)] {
+            let few = (FEW / part) as usize;
+            for connections in few - 50..few + 50 {
+                let below = |connections: usize| floor(n, part, connections as f64).below;
+                let jump = (below(connections) - below(connections + 1)).abs();
+                assert!(jump < 2.5 / FEW, "{n}, {part}, {connections}: {jump}");
+            }
+        }
+    }
+
     /// Twenty nodes: an apiserver that came back empty is no chance, though the others are within theirs; nor is one that had
     /// one or two clients before anybody looked.
     #[test]
     fn a_nearly_empty_apiserver_of_a_small_cluster_is_seen() {
         for (connections, few) in [(30.0, 2.0), (60.0, 9.0), (300.0, 76.0), (600.0, 166.0)] {
-            let Floor { above, below } = floor(3, connections);
+            let Floor { above, below } = floor(3, 1.0 / 3.0, connections);
             let mean = connections / 3.0;
             assert!(few / mean - 1.0 < -below, "{few} of {connections}: {below}");
             assert!(
@@ -168,7 +207,7 @@ mod tests {
             );
             assert!(connections > 30.0 || above > 0.5, "above {above}");
         }
-        let Floor { below, .. } = floor(3, 10.0);
+        let Floor { below, .. } = floor(3, 1.0 / 3.0, 10.0);
         assert!(below >= 1.0, "three apiservers may well have 10, 0 and 0: {below}");
     }
 }

@@ -77,16 +77,6 @@ async fn accept(
             seen = state(&mut upstream, |seen| upstream::is_open(*seen)) => if !seen { return },
             _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
         }
-        // Nobody is let in who would find nobody: until the next check nothing is known.
-        if door.target.is_gone() {
-            inherited = None;
-            door.listening.set(None);
-            tokio::select! {
-                seen = upstream.changed() => if seen.is_err() { return },
-                _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
-            }
-            continue;
-        }
         // One that was lent and shut is a taker's port now: who binds it first keeps the other out.
         if inherited.is_none() {
             tokio::select! {
@@ -98,6 +88,19 @@ async fn accept(
                 state(&mut stop, |stop| *stop != Stop::Not).await;
                 return;
             }
+            if !upstream::is_open(*upstream.borrow()) {
+                continue;
+            }
+        }
+        // Nobody is let in who would find nobody: until the next check nothing is known.
+        if door.target.is_gone() {
+            inherited = None;
+            door.listening.set(None);
+            tokio::select! {
+                seen = upstream.changed() => if seen.is_err() { return },
+                _ = state(&mut stop, |stop| *stop != Stop::Not) => return,
+            }
+            continue;
         }
         let listener = match inherited.take().map_or_else(|| bind(door.listen).map(Arc::new), Ok) {
             Ok(listener) => listener,

@@ -172,17 +172,22 @@ impl Listening {
         let _ = timeout(DISPUTED, self.decided()).await;
     }
 
-    /// Tells the successor that nobody listens behind both, and waits a moment until it has looked.
-    pub async fn warn_successor(&self, path: &Path) {
+    /// Tells the successor that nobody listens behind both, and waits a moment until it has looked; `false` when it may not have.
+    pub async fn warn_successor(&self, path: &Path) -> bool {
         let told = async {
             let stream = UnixStream::connect(path).await?;
             descriptor::send(&stream, GONE, None).await?;
             descriptor::receive(&stream).await
         };
         match timeout(WARNED, told).await.map_err(io::Error::from).flatten() {
-            Ok(_) => {}
-            // Its own check finds out.
-            Err(error) => tracing::debug!(%error, "the successor does not hear that the apiserver is gone"),
+            Ok(_) => true,
+            // Nobody is there.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => true,
+            Err(error) => {
+                // Its own check finds out, or whoever warns it next.
+                tracing::debug!(%error, "the successor does not hear that the apiserver is gone");
+                false
+            }
         }
     }
 

@@ -175,7 +175,7 @@ impl<T: Listens> Vigil<T> {
     pub async fn breaks(self: &Arc<Self>) {
         let Some(over) = self.joins() else { return };
         // The threads that shake hands have too much to do.
-        if timeout(LONGEST, over).await.is_err() && self.ask_now() {
+        if timeout(LONGEST, over).await.is_err() && !self.watched().has_just_warned() && self.ask_now() {
             self.warn_successor().await;
         }
     }
@@ -218,9 +218,13 @@ impl<T: Listens> Vigil<T> {
 
     /// Nobody listens any more: whoever listens on the port in this relay's place hears it.
     async fn warn_successor(&self) {
-        if self.listening.is_left() {
-            self.listening.warn_successor(&self.successor).await;
-            self.watched().warned = Some(Instant::now());
+        if !self.listening.is_left() {
+            return;
+        }
+        // One for all who come meanwhile.
+        self.watched().warned = Some(Instant::now());
+        if !self.listening.warn_successor(&self.successor).await {
+            self.watched().warned = None;
         }
     }
 
@@ -299,7 +303,13 @@ mod tests {
             takes,
         };
         let workers = Arc::new(Workers::start().expect("threads"));
-        Vigil::new(Arc::new(target), listening, workers, Arc::default(), PathBuf::new())
+        Vigil::new(
+            Arc::new(target),
+            listening,
+            workers,
+            Arc::default(),
+            PathBuf::from("/nowhere/relay.sock"),
+        )
     }
 
     #[tokio::test]

@@ -288,6 +288,8 @@ fn what_was_admitted_long_ago_does_not_start_slowly_after_a_restart() {
     let mut next = Ramp::resumed(&tries, Duration::from_secs(2), at(0));
     next.landed(of(9, 3), TELLERS, at(5));
     assert!(!next.is_fresh(at(5)), "{next:?}");
+    let away = Ramp::resumed(&tries, Duration::from_secs(200), at(0));
+    assert_eq!(away.slow_until, None, "nobody knows what was admitted meanwhile");
     next.renew(at(6));
     next.landed(of(9, 3), TELLERS, at(7));
     assert!(next.is_fresh(at(8)), "the apiservers are others: {next:?}");
