@@ -63,11 +63,20 @@ pub struct Times {
     pub error_texts: Option<Vec<String>>,
 }
 
+/// Times of a group's requests.
+#[derive(Clone, Debug, Default)]
+pub struct Parts {
+    /// Since they were last forgotten.
+    pub whole: Times,
+    /// Of those that began after [`Kubelets::mark`]; nothing without one.
+    pub after: Times,
+}
+
 /// What they have said.
 #[derive(Debug, Default)]
 struct Said {
     counters: BTreeMap<String, Counters>,
-    times: Option<BTreeMap<String, Times>>,
+    times: Option<BTreeMap<String, Parts>>,
 }
 
 /// One line.
@@ -75,6 +84,8 @@ struct Said {
 struct Line {
     counters: Option<BTreeMap<String, Counters>>,
     times: Option<BTreeMap<String, Times>>,
+    #[serde(default)]
+    times_after: BTreeMap<String, Times>,
 }
 
 /// How often they report their status, where nothing else is said (kubelet's nodeStatusReportFrequency).
@@ -127,14 +138,20 @@ impl Kubelets {
         let newest = Arc::clone(&said);
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let Ok(line) = serde_json::from_str::<Line>(&line) else {
+                let Ok(mut line) = serde_json::from_str::<Line>(&line) else {
                     continue;
                 };
                 let mut said = newest.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(counters) = line.counters {
                     said.counters = counters;
                 }
-                said.times = line.times.or(said.times.take());
+                if let Some(times) = line.times {
+                    let with_after = |(name, whole)| {
+                        let after = line.times_after.remove(&name).unwrap_or_default();
+                        (name, Parts { whole, after })
+                    };
+                    said.times = Some(times.into_iter().map(with_after).collect());
+                }
             }
         });
         Ok(Self { process, stdin, said })
@@ -163,12 +180,21 @@ impl Kubelets {
         writeln!(self.stdin, "measure").context("the kubelets do not read")
     }
 
+    /// From now on times are also kept apart.
+    ///
+    /// # Errors
+    ///
+    /// They do not read.
+    pub fn mark(&mut self) -> anyhow::Result<()> {
+        writeln!(self.stdin, "mark").context("the kubelets do not read")
+    }
+
     /// Times since [`Self::measure`].
     ///
     /// # Errors
     ///
     /// They do not answer.
-    pub fn times(&mut self) -> anyhow::Result<BTreeMap<String, Times>> {
+    pub fn times(&mut self) -> anyhow::Result<BTreeMap<String, Parts>> {
         self.said().times = None;
         writeln!(self.stdin, "figures").context("the kubelets do not read")?;
         wait_for(Duration::from_secs(30), || self.said().times.take()).context("the kubelets say no figures")

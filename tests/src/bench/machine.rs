@@ -211,6 +211,42 @@ impl Busy {
     }
 }
 
+/// What all processors of the machine have had to do so far, in ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Idle {
+    idle: u64,
+    all: u64,
+}
+
+impl Idle {
+    /// Reads it.
+    ///
+    /// # Errors
+    ///
+    /// /proc/stat cannot be read.
+    pub fn now() -> anyhow::Result<Self> {
+        let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+        Self::parsed(&text).context("/proc/stat has no line of all processors")
+    }
+
+    fn parsed(text: &str) -> Option<Self> {
+        let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
+        let fields: Vec<u64> = line.split_whitespace().map_while(|field| field.parse().ok()).collect();
+        // user nice system idle iowait irq softirq steal guest guest_nice; the last two are in user and nice as well
+        // (proc_stat(5)).
+        let idle = fields.get(3)? + fields.get(4)?;
+        Some(Self {
+            idle,
+            all: fields.iter().take(8).sum(),
+        })
+    }
+
+    /// The share of the processors' time since `earlier` in which they had nothing to do.
+    pub fn share(self, earlier: Self) -> f64 {
+        self.idle.saturating_sub(earlier.idle) as f64 / self.all.saturating_sub(earlier.all).max(1) as f64
+    }
+}
+
 /// The processor's name.
 pub fn processor() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

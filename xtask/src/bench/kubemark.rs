@@ -43,7 +43,7 @@ pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {
     }
     let outcome = super::measure_beside_envoy("kubemark", |command| {
         if arguments.quick {
-            command.args(["--kubelets=40", "--runs=1", "--seconds=120"]);
+            command.args(["--kubelets=20", "--runs=1", "--seconds=120"]);
         }
     })?;
     super::show("kubemark", &outcome, &page, arguments.json, arguments.quick)

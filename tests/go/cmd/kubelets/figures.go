@@ -36,7 +36,7 @@ type counters struct {
 	Open  int64 `json:"open"`
 }
 
-// times are those of requests since "measure", in milliseconds.
+// times are those of requests since "measure" or "mark", in milliseconds.
 type times struct {
 	Count   int     `json:"count"`
 	Average float64 `json:"average"`
@@ -53,15 +53,23 @@ type times struct {
 	Texts  []string `json:"error_texts"`
 }
 
+// sample is one request that was answered, or failed.
+type sample struct {
+	began  time.Time
+	ms     float64
+	fresh  bool
+	failed bool
+}
+
 // figures are those of one group.
 type figures struct {
 	ready, requests, errors, broken, early, dials, open atomic.Int64
 
-	mutex  sync.Mutex
-	taken  []float64
-	fresh  int
-	failed int
-	texts  []string
+	mutex   sync.Mutex
+	samples []sample
+	texts   []string
+	// mark is when "mark" was said.
+	mark time.Time
 }
 
 func newFigures() *figures { return &figures{} }
@@ -76,35 +84,71 @@ func (f *figures) counters() counters {
 func (f *figures) forget() {
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	f.taken, f.fresh, f.failed, f.texts = nil, 0, 0, nil
+	f.samples, f.texts, f.mark = nil, nil, time.Time{}
 }
 
-func (f *figures) took(d time.Duration, fresh bool) {
-	f.requests.Add(1)
+// note begins another part of what is measured.
+func (f *figures) note(now time.Time) {
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	f.taken = append(f.taken, float64(d)/float64(time.Millisecond))
-	if fresh {
-		f.fresh++
-	}
+	f.mark = now
 }
 
-func (f *figures) fail(format string, args ...any) {
+func (f *figures) took(began time.Time, fresh bool) {
+	f.requests.Add(1)
+	ms := float64(time.Since(began)) / float64(time.Millisecond)
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	f.samples = append(f.samples, sample{began: began, ms: ms, fresh: fresh})
+}
+
+func (f *figures) fail(began time.Time, format string, args ...any) {
 	f.errors.Add(1)
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	f.failed++
+	f.samples = append(f.samples, sample{began: began, failed: true})
 	if len(f.texts) < keptTexts {
 		f.texts = append(f.texts, fmt.Sprintf(format, args...))
 	}
 }
 
-func (f *figures) times() times {
+// sinceMark is of the requests that began after "mark"; nothing without one.
+func (f *figures) sinceMark() times {
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	sorted := slices.Clone(f.taken)
+	if f.mark.IsZero() {
+		return times{}
+	}
+	return f.times(f.mark)
+}
+
+// all is of all requests since "measure".
+func (f *figures) all() times {
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	t := f.times(time.Time{})
+	t.Texts = slices.Clone(f.texts)
+	return t
+}
+
+// times is of the requests that began after then; the mutex is held.
+func (f *figures) times(then time.Time) times {
+	var sorted []float64
+	var t times
+	for _, s := range f.samples {
+		switch {
+		case s.began.Before(then):
+		case s.failed:
+			t.Errors++
+		default:
+			sorted = append(sorted, s.ms)
+			if s.fresh {
+				t.Fresh++
+			}
+		}
+	}
 	slices.Sort(sorted)
-	t := times{Count: len(sorted), Fresh: f.fresh, Errors: f.failed, Texts: slices.Clone(f.texts)}
+	t.Count = len(sorted)
 	if len(sorted) == 0 {
 		return t
 	}
@@ -140,34 +184,35 @@ func (t *timer) RoundTrip(request *http.Request) (*http.Response, error) {
 	began := time.Now()
 	response, err := t.next.RoundTrip(request.WithContext(httptrace.WithClientTrace(request.Context(), trace)))
 	if err != nil {
-		t.figures.fail("%s %s: %v", request.Method, request.URL.Path, err)
+		t.figures.fail(began, "%s %s: %v", request.Method, request.URL.Path, err)
 		return response, err
 	}
 	// Not found and conflict are what a kubelet asks about.
 	if response.StatusCode >= http.StatusBadRequest && response.StatusCode != http.StatusNotFound && response.StatusCode != http.StatusConflict {
-		t.figures.fail("%s %s: answered %s", request.Method, request.URL.Path, response.Status)
+		t.figures.fail(began, "%s %s: answered %s", request.Method, request.URL.Path, response.Status)
 		return response, nil
 	}
 	response.Body = &timedBody{ReadCloser: response.Body, done: func(err error) {
 		if err != nil {
-			t.figures.fail("%s %s: its answer ended: %v", request.Method, request.URL.Path, err)
+			t.figures.fail(began, "%s %s: its answer ended: %v", request.Method, request.URL.Path, err)
 			return
 		}
-		t.figures.took(time.Since(began), fresh.Load())
+		t.figures.took(began, fresh.Load())
 	}}
 	return response, nil
 }
 
 func (t *timer) watch(request *http.Request) (*http.Response, error) {
+	asked := time.Now()
 	response, err := t.next.RoundTrip(request)
 	if err != nil {
 		if request.Context().Err() == nil {
-			t.figures.fail("watch %s: %v", request.URL.Path, err)
+			t.figures.fail(asked, "watch %s: %v", request.URL.Path, err)
 		}
 		return response, err
 	}
 	if response.StatusCode != http.StatusOK {
-		t.figures.fail("watch %s: answered %s", request.URL.Path, response.Status)
+		t.figures.fail(asked, "watch %s: answered %s", request.URL.Path, response.Status)
 		return response, nil
 	}
 	if t.open.Add(1) == watches {

@@ -4,7 +4,8 @@
 // They are in groups, each with a server of its own, so that the same minutes are measured for all.
 //
 // Output: one JSON object a line on stdout, each second, with the counters of each group since the start. Input, one a
-// line, on stdin: "measure" forgets all times of requests, "figures" prints them as one more line, "quit" ends.
+// line, on stdin: "measure" forgets all times of requests, "mark" begins another part of them, "figures" prints those of all
+// and of who began after the mark as one more line, "quit" ends.
 package main
 
 import (
@@ -160,12 +161,17 @@ func readCommands(all groups, out *output, quit chan<- struct{}) {
 			for _, g := range all {
 				g.figures.forget()
 			}
-		case "figures":
-			taken := map[string]times{}
+		case "mark":
+			now := time.Now()
 			for _, g := range all {
-				taken[g.name] = g.figures.times()
+				g.figures.note(now)
 			}
-			out.line(map[string]any{"times": taken})
+		case "figures":
+			whole, after := map[string]times{}, map[string]times{}
+			for _, g := range all {
+				whole[g.name], after[g.name] = g.figures.all(), g.figures.sinceMark()
+			}
+			out.line(map[string]any{"times": whole, "times_after": after})
 		case "quit":
 			close(quit)
 			return

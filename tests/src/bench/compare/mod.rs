@@ -364,7 +364,12 @@ impl Scene<'_> {
 
     /// What has happened since `earlier`, which is when times were last forgotten.
     fn part(&mut self, earlier: Counters) -> anyhow::Result<Part> {
-        let times = self.kubelets.times()?.remove(self.key).context("the kubelets' times")?;
+        let times = self
+            .kubelets
+            .times()?
+            .remove(self.key)
+            .context("the kubelets' times")?
+            .whole;
         let now = self.counters()?;
         Ok(Part {
             times,

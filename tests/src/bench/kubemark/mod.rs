@@ -19,7 +19,10 @@ use anyhow::Context as _;
 use clap::Args;
 
 use self::world::{Used, World};
-use super::kubelets::{Counters, Group, Kubelets, STATUS, Times};
+use super::{
+    kubelets::{Counters, Group, Kubelets, Parts, STATUS, Times},
+    machine::Idle,
+};
 use crate::{
     demo::{scene::check_interrupt, screen::decision_line},
     fixture::Fixture,
@@ -31,7 +34,7 @@ use crate::{
 #[derive(Args, Clone, Debug)]
 pub struct Effort {
     /// Kubelets of each apiserver
-    #[arg(long, default_value_t = 167)]
+    #[arg(long, default_value_t = 84)]
     pub kubelets: usize,
     /// Runs, each with new processes
     #[arg(long, default_value_t = 3)]
@@ -97,20 +100,23 @@ pub enum Variant {
     Hop,
     /// Envoy.
     Envoy,
-    /// Three apiservers with relays and agents, one of which is killed.
+    /// Three apiservers, one of which is killed: what a restart costs by itself.
+    Restart,
+    /// The same three with relays and agents.
     Rebalancer,
     /// Two with agents that answer by a probe, one of which is killed.
     Steer,
 }
 
 /// In the order of the table.
-const VARIANTS: [Variant; 7] = [
+const VARIANTS: [Variant; 8] = [
     Variant::None,
     Variant::NoneAgain,
     Variant::Low,
     Variant::High,
     Variant::Hop,
     Variant::Envoy,
+    Variant::Restart,
     Variant::Rebalancer,
 ];
 
@@ -124,6 +130,7 @@ impl Variant {
             Self::High => "chance-0.01",
             Self::Hop => "hop",
             Self::Envoy => "envoy",
+            Self::Restart => "none-restart",
             Self::Rebalancer => "rebalancer",
             Self::Steer => "steer",
         }
@@ -138,6 +145,7 @@ impl Variant {
             Self::High => "`--goaway-chance 0.01`",
             Self::Hop => "a hop that ends TLS and copies octets",
             Self::Envoy => "Envoy before it",
+            Self::Restart => "none, three of them, one killed",
             Self::Rebalancer => "rebalancer, relay before each of three, one killed",
             Self::Steer => "rebalancer, a probe on each of two, one killed",
         }
@@ -145,7 +153,7 @@ impl Variant {
 
     fn apiservers(self) -> usize {
         match self {
-            Self::Rebalancer => 3,
+            Self::Restart | Self::Rebalancer => 3,
             Self::Steer => 2,
             _ => 1,
         }
@@ -154,6 +162,11 @@ impl Variant {
     /// Whether it is the one with agents.
     fn is_ours(self) -> bool {
         matches!(self, Self::Rebalancer | Self::Steer)
+    }
+
+    /// Whether one of its apiservers is killed while it is measured.
+    fn has_restart(self) -> bool {
+        self.is_ours() || self == Self::Restart
     }
 
     /// Whether something stands before its apiserver.
@@ -179,6 +192,8 @@ pub struct Row {
     pub kubelets: usize,
     /// Of their requests.
     pub times: Times,
+    /// Of those that began after our load was level again.
+    pub times_after: Times,
     /// Connections that were opened while it was measured.
     pub reconnects: u64,
     /// Of these after our load was level again.
@@ -204,6 +219,8 @@ pub struct Run {
     pub level_after: Option<f64>,
     /// Seconds that were measured after that.
     pub rest_s: f64,
+    /// The share of the machine's processors that had nothing to do.
+    pub idle: f64,
 }
 
 /// All runs.
@@ -307,6 +324,7 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
     say(&format!("{} s are measured", effort.seconds));
     kubelets.measure()?;
     let began = Instant::now();
+    let idle = Idle::now()?;
     let before: Vec<Used> = world
         .running
         .iter()
@@ -330,10 +348,10 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             }
             _ if restarted && level.is_none() => {
                 world.revive()?;
-                let ours = world.ours()?;
-                let is_level = ours.balancer.healthy().iter().all(|up| *up) && ours.is_at_rest();
+                let is_level = world.is_healthy() && world.ours()?.is_at_rest();
                 rested = if is_level { rested + 1 } else { 0 };
                 if rested == LOOKS {
+                    kubelets.mark()?;
                     level = Some((Instant::now(), moment(world, &mut kubelets)?));
                 }
             }
@@ -341,6 +359,7 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
         }
     }
     let mut times = kubelets.times()?;
+    let idle = Idle::now()?.share(idle);
     let last = moment(world, &mut kubelets)?;
     let ended = Instant::now();
     let mut rows = BTreeMap::new();
@@ -358,11 +377,13 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
                 0
             }
         };
+        let Parts { whole, after } = times.remove(key).context("a group's times")?;
         rows.insert(
             running.variant,
             Row {
                 kubelets: effort.kubelets * running.variant.apiservers(),
-                times: times.remove(key).context("a group's times")?,
+                times: whole,
+                times_after: after,
                 reconnects: of(&last).dials - of(&first).dials,
                 reconnects_after: since_level,
                 open: of(&last).open,
@@ -387,16 +408,18 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
         rest_s: level
             .as_ref()
             .map_or(0.0, |(at, _)| ended.duration_since(*at).as_secs_f64()),
+        idle,
     };
     for (variant, row) in &run.rows {
         say(&format!(
-            "{}: n {}, average {:.1} ms, P50 {:.1}, P99 {:.1}, {} stalls, {} errors, {} reconnects, {} after; {:?}",
+            "{}: n {}, average {:.1} ms, P50 {:.1}, P99 {:.1}, {} stalls ({} after), {} errors, {} reconnects, {} after; {:?}",
             variant.name(),
             row.times.count,
             row.times.average,
             row.times.p50,
             row.times.p99,
             row.times.stalls,
+            row.times_after.stalls,
             row.times.errors,
             row.reconnects,
             row.reconnects_after,
@@ -421,8 +444,9 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
         .level_after
         .context("the load was not level again before the end: on a machine with too little time that says nothing")?;
     say(&format!(
-        "level again after {after:.0} s, {:.0} s were left",
-        run.rest_s
+        "level again after {after:.0} s, {:.0} s were left; the processors had nothing to do {:.0} % of the time",
+        run.rest_s,
+        run.idle * 100.0
     ));
     Ok(run)
 }

@@ -7,7 +7,10 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 
 use super::{Figures, Row, Run, Shim, Variant};
-use crate::bench::machine::{kernel_release, processor};
+use crate::bench::{
+    kubelets::Times,
+    machine::{kernel_release, processor},
+};
 
 /// The table of the article, in milliseconds: average, P50, P90, P95, P99
 /// (kubemark, 1,000 nodes; palark.com/blog/kubernetes-api-flow-control-management names its source).
@@ -32,17 +35,36 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// What one of a row's times is.
-type Of = fn(&Row) -> f64;
+/// Which of a row's requests.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    /// All, with the restart in it.
+    Whole,
+    /// Those that began after the load was level again: what a variant costs at rest.
+    After,
+}
 
-const AVERAGE: Of = |row| row.times.average;
-const P50: Of = |row| row.times.p50;
+impl Part {
+    fn of(self, row: &Row) -> &Times {
+        match self {
+            Self::Whole => &row.times,
+            Self::After => &row.times_after,
+        }
+    }
+}
+
+/// What one of a row's times is.
+type Of = fn(&Times) -> f64;
+
+const AVERAGE: Of = |times| times.average;
+const P50: Of = |times| times.p50;
+const P99: Of = |times| times.p99;
 const TIMES: [(&str, Of); 5] = [
     ("average", AVERAGE),
     ("P50", P50),
-    ("P90", |row| row.times.p90),
-    ("P95", |row| row.times.p95),
-    ("P99", |row| row.times.p99),
+    ("P90", |times| times.p90),
+    ("P95", |times| times.p95),
+    ("P99", P99),
 ];
 
 impl Run {
@@ -50,15 +72,29 @@ impl Run {
         &self.rows[&variant]
     }
 
+    fn time(&self, variant: Variant, part: Part, of: Of) -> f64 {
+        of(part.of(self.row(variant)))
+    }
+
+    /// What the mean of the two who have nothing is.
+    fn nothing(&self, part: Part, of: Of) -> f64 {
+        f64::midpoint(
+            self.time(Variant::None, part, of),
+            self.time(Variant::NoneAgain, part, of),
+        )
+    }
+
     /// One of a variant's times over the mean of the two who have nothing.
-    fn ratio(&self, variant: Variant, of: Of) -> f64 {
-        let nothing = f64::midpoint(of(self.row(Variant::None)), of(self.row(Variant::NoneAgain)));
-        of(self.row(variant)) / nothing
+    fn ratio(&self, variant: Variant, part: Part, of: Of) -> f64 {
+        self.time(variant, part, of) / self.nothing(part, of)
     }
 
     /// How far the two who have nothing are from each other: the larger over the smaller.
-    fn spread(&self, of: Of) -> f64 {
-        let (one, other) = (of(self.row(Variant::None)), of(self.row(Variant::NoneAgain)));
+    fn spread(&self, part: Part, of: Of) -> f64 {
+        let (one, other) = (
+            self.time(Variant::None, part, of),
+            self.time(Variant::NoneAgain, part, of),
+        );
         one.max(other) / one.min(other)
     }
 }
@@ -84,36 +120,54 @@ impl Figures {
     }
 
     /// The largest spread of any run.
-    fn spread(&self, of: Of) -> f64 {
-        self.runs.iter().map(|run| run.spread(of)).fold(1.0, f64::max)
+    fn spread(&self, part: Part, of: Of) -> f64 {
+        self.runs.iter().map(|run| run.spread(part, of)).fold(1.0, f64::max)
     }
 
-    /// The object of figures.
-    pub fn json(&self) -> Value {
-        let each = |of: &dyn Fn(Variant) -> Value| -> Value {
-            let pairs: Map<String, Value> = self
-                .variants()
-                .map(|variant| (variant.key().to_owned(), of(variant)))
-                .collect();
-            Value::Object(pairs)
-        };
+    /// What of each variant.
+    fn each(&self, of: impl Fn(Variant) -> Value) -> Value {
+        let pairs: Map<String, Value> = self
+            .variants()
+            .map(|variant| (variant.key().to_owned(), of(variant)))
+            .collect();
+        Value::Object(pairs)
+    }
+
+    /// The figures of requests that `part` has.
+    fn times_json(&self, part: Part) -> Value {
+        let ratio = |of: Of| self.each(|variant| json!(rounded(self.median(|run| run.ratio(variant, part, of)))));
         json!({
-            "aa_ratio": rounded(self.spread(P50)),
-            "aa_average_ratio": rounded(self.spread(AVERAGE)),
-            "p50_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, P50))))),
-            "average_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, AVERAGE))))),
-            "p99_ratio": each(&|variant| json!(rounded(self.median(|run| run.ratio(variant, |row| row.times.p99))))),
-            "stalls": each(&|variant| json!(self.sum(variant, |row| row.times.stalls))),
+            "aa_ratio": rounded(self.spread(part, P50)),
+            "aa_average_ratio": rounded(self.spread(part, AVERAGE)),
+            "aa_p99_ratio": rounded(self.spread(part, P99)),
+            "p50_ratio": ratio(P50),
+            "average_ratio": ratio(AVERAGE),
+            "p99_ratio": ratio(P99),
+            "stalls": self.each(|variant| json!(self.sum(variant, |row| part.of(row).stalls))),
+            "errors": self.each(|variant| json!(self.sum(variant, |row| part.of(row).errors))),
+            "requests": self.each(|variant| json!(self.sum(variant, |row| part.of(row).count))),
+        })
+    }
+
+    /// The object of figures: those of requests are of the whole time, and once more of the time after the load was level.
+    pub fn json(&self) -> Value {
+        let each = |of: &dyn Fn(Variant) -> Value| self.each(of);
+        let mut object = self.times_json(Part::Whole);
+        let others = json!({
+            "after_balance": self.times_json(Part::After),
             "reconnects": each(&|variant| json!(self.sum(variant, |row| row.reconnects))),
             "reconnects_after_balance": each(&|variant| json!(self.sum(variant, |row| row.reconnects_after))),
-            "errors": each(&|variant| json!(self.sum(variant, |row| row.times.errors))),
-            "requests": each(&|variant| json!(self.sum(variant, |row| row.times.count))),
             "goaways": self.sum(self.ours(), |row| row.goaways),
             "goaways_after_balance": self.sum(self.ours(), |row| row.goaways_after),
             "level_after_s": self.runs.iter().map(|run| run.level_after.map(rounded)).collect::<Vec<_>>(),
             "runs": self.runs.len(),
-            "kubelets": self.runs.first().map_or(0, |run| run.rows.values().map(|row| row.kubelets).sum()),
-        })
+            "idle": self.runs.iter().map(|run| rounded(run.idle)).collect::<Vec<_>>(),
+            "kubelets": self.runs.first().map_or(0, |run| run.rows.values().map(|row| row.kubelets).sum::<usize>()),
+        });
+        if let (Value::Object(object), Value::Object(others)) = (&mut object, others) {
+            object.extend(others);
+        }
+        object
     }
 
     /// docs/kubemark.md; with `steer` the part of it that is measured in a virtual machine.
@@ -131,28 +185,29 @@ impl Figures {
     fn whole(&self) -> String {
         let mut page = format!(
             "# A thousand kubelets, and what the lottery costs\n\n\
-             Written by `cargo xtask bench kubemark`: {} light kubelets on nine kube-apiservers ({}) of one etcd, all at the \
-             same moment, on {} with Linux {}, in {} runs of {} s each.\n\n\
+             Written by `cargo xtask bench kubemark`: {} light kubelets on {} kube-apiservers ({}) of one etcd, all at the \
+             same moment, on {} with Linux {}, in {} runs of {} s each. The processors had nothing to do {} of that time.\n\n\
              A light kubelet is a client-go client with a connection and a certificate of its own that asks what a hollow \
              kubelet (k8s.io/kubernetes/cmd/kubemark) was seen to ask: five watches, its Lease each ten seconds, its status \
              each five minutes, in protobuf; `--hollow COUNT` holds as many real ones beside them, by what the apiserver's \
              audit log says that either asks. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
              mode before them; `none` is there twice. Which addresses, ports and turn at the start a variant has changes with \
              each run. Ten seconds into each run one of rebalancer's three apiservers is killed, and started again five \
-             seconds later; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
+             seconds later, and one of three that have nothing else; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
              for all, so the apiserver has less to ask before it lets a request pass.\n\n\
-             ## How long a request takes\n\n\
-             Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n",
+             ## How long a request takes\n\n",
             self.kubelets(),
+            self.effort.apiservers(),
             self.version,
             processor(),
             kernel_release(),
             self.runs.len(),
             self.effort.seconds,
+            self.idle(),
             self.effort.kubelets,
         );
         page += &self.times();
-        page += "\nWhat is within the last line of this table is what chance does.\n\n## What can be counted\n\n";
+        page += "\n## What can be counted\n\n";
         page += &self.counts();
         page += "\n## Processor and memory\n\n";
         page += &self.used();
@@ -172,7 +227,7 @@ impl Figures {
             "Written by `cargo xtask bench kubemark --vm VERSION`: the same kubelets, {} of them, {} on each of four \
              kube-apiservers of one etcd, all at the same moment, in a virtual machine with Linux {}, whose one processor is \
              emulated: a request takes ten times as long there, and only what stands beside it in the same table says \
-             anything. {} of {} s.\n\n",
+             anything. {} of {} s, in which it had nothing to do {} of the time.\n\n",
             self.kubelets(),
             self.effort.kubelets,
             kernel_release(),
@@ -182,6 +237,7 @@ impl Figures {
                 format!("{} runs", self.runs.len())
             },
             self.effort.seconds,
+            self.idle(),
         );
         for table in [self.times(), self.counts(), self.used()] {
             part += &table;
@@ -190,43 +246,70 @@ impl Figures {
         part
     }
 
-    /// How long a request takes, and that over what it takes with nothing.
+    /// The share of the processors' time in which they had nothing to do, of each run.
+    fn idle(&self) -> String {
+        let each: Vec<String> = self
+            .runs
+            .iter()
+            .map(|run| format!("{:.0} %", run.idle * 100.0))
+            .collect();
+        each.join(", ")
+    }
+
+    /// How long a request takes, and that over what it takes with nothing: at rest, and with the restart in it.
     fn times(&self) -> String {
-        let mut text = "| | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | failed |\n\
-                        |---|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+        format!(
+            "Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n\
+             Requests that began after the load was level again after the restart, of all at the same moments:\n\n{}\n\
+             Of the whole time, the restart in it:\n\n{}\n\
+             What is within the last line of a table of ratios is what chance does.\n",
+            self.times_of(Part::After),
+            self.times_of(Part::Whole),
+        )
+    }
+
+    fn times_of(&self, part: Part) -> String {
+        let mut text = "| | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | of 10,000 | failed |\n\
+                        |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
             .to_owned();
         for variant in self.variants() {
-            let _ = write!(
-                text,
-                "| {} | {} |",
-                variant.name(),
-                self.sum(variant, |row| row.times.count)
-            );
+            let count = self.sum(variant, |row| part.of(row).count);
+            let _ = write!(text, "| {} | {count} |", variant.name());
             for (_, of) in TIMES {
-                let _ = write!(text, " {:.1} |", self.median(|run| of(run.row(variant))));
+                let _ = write!(text, " {:.1} |", self.median(|run| run.time(variant, part, of)));
             }
+            let stalls = self.sum(variant, |row| part.of(row).stalls);
             let _ = writeln!(
                 text,
-                " {} | {} |",
-                self.sum(variant, |row| row.times.stalls),
-                self.sum(variant, |row| row.times.errors)
+                " {stalls} | {:.0} | {} |",
+                stalls as f64 * 1e4 / count.max(1) as f64,
+                self.sum(variant, |row| part.of(row).errors)
             );
         }
         text += "\nOver the mean of the two who have nothing, each run for itself, the median of the runs (least to most):\n\n\
                  | | average | P50 | P90 | P95 | P99 |\n|---|--:|--:|--:|--:|--:|\n";
-        for variant in self.variants().skip(2) {
-            let _ = write!(text, "| {} |", variant.name());
+        let mut line = |name: &str, ratio: &dyn Fn(&Run, Of) -> f64| {
+            let _ = write!(text, "| {name} |");
             for (_, of) in TIMES {
-                let ratios: Vec<f64> = self.runs.iter().map(|run| run.ratio(variant, of)).collect();
+                let ratios: Vec<f64> = self.runs.iter().map(|run| ratio(run, of)).collect();
                 let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
                 let most = ratios.iter().copied().fold(0.0, f64::max);
                 let _ = write!(text, " {:.2} ({least:.2} to {most:.2}) |", median(ratios));
             }
             text.push('\n');
+        };
+        for variant in self.variants().skip(2) {
+            line(variant.name(), &|run, of| run.ratio(variant, part, of));
+        }
+        if self.variants().any(|variant| variant == Variant::Restart) {
+            line(
+                "*rebalancer over the three with nothing and the same restart*",
+                &|run, of| run.time(self.ours(), part, of) / run.time(Variant::Restart, part, of),
+            );
         }
         text += "| *the two who have nothing, the larger over the smaller, at most* |";
         for (_, of) in TIMES {
-            let _ = write!(text, " {:.2} |", self.spread(of));
+            let _ = write!(text, " {:.2} |", self.spread(part, of));
         }
         text.push('\n');
         text
@@ -266,17 +349,24 @@ impl Figures {
                 None => "never".to_owned(),
             })
             .collect();
-        let loads: Vec<String> = self
-            .runs
-            .iter()
-            .map(|run| format!("{:?}", run.row(self.ours()).loads))
-            .collect();
+        let loads = |variant: Variant| {
+            let each = self.runs.iter().map(|run| format!("{:?}", run.row(variant).loads));
+            each.collect::<Vec<_>>().join(", ")
+        };
         let _ = writeln!(
             text,
             "\nThe load was level again after the restart, agents at rest: {}. Sockets of its apiservers at the end, as haproxy \
-             counts them: {}.",
+             counts them: {}.{}",
             seconds.join("; "),
-            loads.join(", "),
+            loads(self.ours()),
+            if self.variants().any(|variant| variant == Variant::Restart) {
+                format!(
+                    " Of the three with nothing and the same restart: {}.",
+                    loads(Variant::Restart)
+                )
+            } else {
+                String::new()
+            }
         );
         text
     }
@@ -304,7 +394,7 @@ impl Figures {
                 mib(|row| row.used.agents_kib),
             );
         }
-        text += "\nEach for one apiserver; rebalancer's killed one counts with what it used until then.\n";
+        text += "\nEach for one apiserver; one that is killed counts with what it used until then.\n";
         text
     }
 }
@@ -325,6 +415,7 @@ mod tests {
         let row = |p50| {
             let mut row = Row::default();
             row.times.p50 = p50;
+            row.times_after.p50 = if p50 == 6.0 { 3.0 } else { 1.0 };
             row
         };
         let rows = [
@@ -336,8 +427,10 @@ mod tests {
             rows: rows.into_iter().collect(),
             level_after: None,
             rest_s: 0.0,
+            idle: 0.0,
         };
-        assert_eq!(run.ratio(Variant::High, P50), 2.0);
-        assert_eq!(run.spread(P50), 2.0);
+        assert_eq!(run.ratio(Variant::High, Part::Whole, P50), 2.0);
+        assert_eq!(run.spread(Part::Whole, P50), 2.0);
+        assert_eq!(run.ratio(Variant::High, Part::After, P50), 3.0);
     }
 }

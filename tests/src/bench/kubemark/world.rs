@@ -28,7 +28,7 @@ use crate::{
     process::{Process, wait_for},
 };
 
-/// How long a machine of two processors may take for nine apiservers.
+/// How long a machine of two processors may take for a dozen apiservers.
 const START: Duration = Duration::from_secs(300);
 
 /// The first of the load balancers' ports.
@@ -198,7 +198,7 @@ impl World {
                     let envoy = front.envoy(programs.envoy()?, "envoy", namespace.fd(), &directory)?;
                     running.fronts.push(envoy);
                 }
-                Variant::None | Variant::NoneAgain | Variant::Low | Variant::High => {}
+                Variant::None | Variant::NoneAgain | Variant::Low | Variant::High | Variant::Restart => {}
             }
             running.apiservers.push(apiserver);
         }
@@ -262,22 +262,32 @@ impl World {
         Ok(())
     }
 
-    /// Kills our first apiserver.
+    /// Whether each load balancer sends to all of its apiservers.
+    pub fn is_healthy(&self) -> bool {
+        let all_up = |running: &Running| running.balancer.healthy().iter().all(|up| *up);
+        self.running.iter().all(all_up)
+    }
+
+    /// Kills the first apiserver of whoever has a restart.
     pub fn kill(&mut self) -> anyhow::Result<()> {
-        let ours = self.ours()?;
-        if let Some(mut apiserver) = ours.nodes[0].apiserver.take() {
-            ours.ended_ns += cpu_ns(apiserver.id())?;
+        for running in self.running.iter_mut().filter(|running| running.variant.has_restart()) {
+            let apiserver = running.apiserver(0).context("it has an apiserver")?;
+            let used = cpu_ns(apiserver.id())?;
             apiserver.kill();
+            running.ended_ns += used;
         }
         Ok(())
     }
 
-    /// Starts it again.
+    /// Starts them again.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        let ours = self.ours()?;
-        let (variant, place) = (ours.variant, ours.settings[0]);
-        let apiserver = self.apiserver(variant, place)?;
-        self.ours()?.nodes[0].apiserver = Some(apiserver);
+        for index in 0..self.running.len() {
+            let (variant, place) = (self.running[index].variant, self.running[index].settings[0]);
+            if variant.has_restart() {
+                let again = self.apiserver(variant, place)?;
+                *self.running[index].apiserver(0).context("it has an apiserver")? = again;
+            }
+        }
         Ok(())
     }
 
@@ -296,7 +306,7 @@ impl World {
 }
 
 impl Running {
-    /// Its apiserver at that place; none while it is killed.
+    /// Its apiserver at that place, which may have been killed.
     fn apiserver(&mut self, at: usize) -> Option<&mut Process> {
         if self.nodes.is_empty() {
             self.apiservers.get_mut(at)
