@@ -57,13 +57,15 @@ pub struct Times {
     pub stalls: u64,
     /// Requests that opened their connection.
     pub fresh: u64,
-    /// Requests that failed.
+    /// Requests that failed; they count with the time they took.
     pub errors: u64,
+    /// Watches that were not begun.
+    pub watch_errors: u64,
     /// Some of what they said.
     pub error_texts: Option<Vec<String>>,
 }
 
-/// Times of a group's requests.
+/// Times of a group's requests, in two parts.
 #[derive(Clone, Debug, Default)]
 pub struct Parts {
     /// Since they were last forgotten.
@@ -180,7 +182,7 @@ impl Kubelets {
         writeln!(self.stdin, "measure").context("the kubelets do not read")
     }
 
-    /// From now on times are also kept apart.
+    /// Requests that begin from now on are also counted apart.
     ///
     /// # Errors
     ///

@@ -276,3 +276,16 @@ pub fn version_of(program: &Path, flag: &str, libraries: Option<&Path>) -> Strin
         .unwrap_or("of an unknown version")
         .to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Idle;
+
+    #[test]
+    fn what_guests_use_is_counted_once_and_waiting_for_a_disk_is_idle() {
+        let earlier = Idle::parsed("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n").expect("a line");
+        let later = Idle::parsed("cpu  10 20 30 25 15 0 0 0 9 9\n").expect("a line");
+        assert_eq!(later.share(earlier), 0.4);
+        assert!(Idle::parsed("cpu0 1 2 3 4 5\n").is_none());
+    }
+}

@@ -48,17 +48,18 @@ type times struct {
 	// Stalls took more than a second.
 	Stalls int `json:"stalls"`
 	// Fresh opened their connection.
-	Fresh  int      `json:"fresh"`
-	Errors int      `json:"errors"`
-	Texts  []string `json:"error_texts"`
+	Fresh  int `json:"fresh"`
+	Errors int `json:"errors"`
+	// WatchErrors: watches that were not begun.
+	WatchErrors int      `json:"watch_errors"`
+	Texts       []string `json:"error_texts"`
 }
 
-// sample is one request that was answered, or failed.
+// sample is one request; until it has ended it has taken as long as it has been under way.
 type sample struct {
-	began  time.Time
-	ms     float64
-	fresh  bool
-	failed bool
+	began, ended   time.Time
+	fresh, failed  bool
+	isWatchRefused bool
 }
 
 // figures are those of one group.
@@ -66,7 +67,7 @@ type figures struct {
 	ready, requests, errors, broken, early, dials, open atomic.Int64
 
 	mutex   sync.Mutex
-	samples []sample
+	samples []*sample
 	texts   []string
 	// mark is when "mark" was said.
 	mark time.Time
@@ -94,19 +95,41 @@ func (f *figures) note(now time.Time) {
 	f.mark = now
 }
 
-func (f *figures) took(began time.Time, fresh bool) {
-	f.requests.Add(1)
-	ms := float64(time.Since(began)) / float64(time.Millisecond)
+// begin is of a request that goes out now.
+func (f *figures) begin() *sample {
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	f.samples = append(f.samples, sample{began: began, ms: ms, fresh: fresh})
+	one := &sample{began: time.Now()}
+	f.samples = append(f.samples, one)
+	return one
 }
 
-func (f *figures) fail(began time.Time, format string, args ...any) {
+func (f *figures) took(one *sample, fresh bool) {
+	f.requests.Add(1)
+	f.mutex.Lock()
+	defer f.mutex.Unlock()
+	one.ended, one.fresh = time.Now(), fresh
+}
+
+func (f *figures) fail(one *sample, format string, args ...any) {
+	f.mutex.Lock()
+	one.ended, one.failed = time.Now(), true
+	f.mutex.Unlock()
+	f.say(format, args...)
+}
+
+// refuse is of a watch that was not begun.
+func (f *figures) refuse(began time.Time, format string, args ...any) {
+	f.mutex.Lock()
+	f.samples = append(f.samples, &sample{began: began, ended: time.Now(), isWatchRefused: true})
+	f.mutex.Unlock()
+	f.say(format, args...)
+}
+
+func (f *figures) say(format string, args ...any) {
 	f.errors.Add(1)
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
-	f.samples = append(f.samples, sample{began: began, failed: true})
 	if len(f.texts) < keptTexts {
 		f.texts = append(f.texts, fmt.Sprintf(format, args...))
 	}
@@ -131,21 +154,29 @@ func (f *figures) all() times {
 	return t
 }
 
-// times is of the requests that began after then; the mutex is held.
+// times is of the requests that began after then, those that failed and those under way with the time they have taken;
+// the mutex is held.
 func (f *figures) times(then time.Time) times {
 	var sorted []float64
 	var t times
-	for _, s := range f.samples {
+	now := time.Now()
+	for _, one := range f.samples {
 		switch {
-		case s.began.Before(then):
-		case s.failed:
+		case one.began.Before(then):
+			continue
+		case one.isWatchRefused:
+			t.WatchErrors++
+			continue
+		case one.failed:
 			t.Errors++
-		default:
-			sorted = append(sorted, s.ms)
-			if s.fresh {
-				t.Fresh++
-			}
+		case one.fresh:
+			t.Fresh++
 		}
+		ended := one.ended
+		if ended.IsZero() {
+			ended = now
+		}
+		sorted = append(sorted, float64(ended.Sub(one.began))/float64(time.Millisecond))
 	}
 	slices.Sort(sorted)
 	t.Count = len(sorted)
@@ -181,23 +212,23 @@ func (t *timer) RoundTrip(request *http.Request) (*http.Response, error) {
 	}
 	var fresh atomic.Bool
 	trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { fresh.Store(!got.Reused) }}
-	began := time.Now()
+	one := t.figures.begin()
 	response, err := t.next.RoundTrip(request.WithContext(httptrace.WithClientTrace(request.Context(), trace)))
 	if err != nil {
-		t.figures.fail(began, "%s %s: %v", request.Method, request.URL.Path, err)
+		t.figures.fail(one, "%s %s: %v", request.Method, request.URL.Path, err)
 		return response, err
 	}
 	// Not found and conflict are what a kubelet asks about.
 	if response.StatusCode >= http.StatusBadRequest && response.StatusCode != http.StatusNotFound && response.StatusCode != http.StatusConflict {
-		t.figures.fail(began, "%s %s: answered %s", request.Method, request.URL.Path, response.Status)
+		t.figures.fail(one, "%s %s: answered %s", request.Method, request.URL.Path, response.Status)
 		return response, nil
 	}
 	response.Body = &timedBody{ReadCloser: response.Body, done: func(err error) {
 		if err != nil {
-			t.figures.fail(began, "%s %s: its answer ended: %v", request.Method, request.URL.Path, err)
+			t.figures.fail(one, "%s %s: its answer ended: %v", request.Method, request.URL.Path, err)
 			return
 		}
-		t.figures.took(began, fresh.Load())
+		t.figures.took(one, fresh.Load())
 	}}
 	return response, nil
 }
@@ -207,12 +238,12 @@ func (t *timer) watch(request *http.Request) (*http.Response, error) {
 	response, err := t.next.RoundTrip(request)
 	if err != nil {
 		if request.Context().Err() == nil {
-			t.figures.fail(asked, "watch %s: %v", request.URL.Path, err)
+			t.figures.refuse(asked, "watch %s: %v", request.URL.Path, err)
 		}
 		return response, err
 	}
 	if response.StatusCode != http.StatusOK {
-		t.figures.fail(asked, "watch %s: answered %s", request.URL.Path, response.Status)
+		t.figures.refuse(asked, "watch %s: answered %s", request.URL.Path, response.Status)
 		return response, nil
 	}
 	if t.open.Add(1) == watches {

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Args;
 
 use self::world::{Used, World};
@@ -215,12 +215,14 @@ pub struct Row {
 pub struct Run {
     /// What was seen of each.
     pub rows: BTreeMap<Variant, Row>,
-    /// Seconds from the moment the apiserver is killed until the load is level again.
-    pub level_after: Option<f64>,
-    /// Seconds that were measured after that.
+    /// Seconds from the moment the apiserver is killed until the load is level again and agents are at rest.
+    pub level_after: f64,
+    /// Seconds that were measured after all kubelets had their watches again as well.
     pub rest_s: f64,
-    /// The share of the machine's processors that had nothing to do.
+    /// The share of the time in which the machine's processors had nothing to do.
     pub idle: f64,
+    /// Of `rest_s` alone.
+    pub idle_at_rest: f64,
 }
 
 /// All runs.
@@ -243,6 +245,9 @@ const GONE: Duration = Duration::from_secs(5);
 
 /// At rest is who says so in so many looks, one a second.
 const LOOKS: usize = 8;
+
+/// What is measured at rest is at least so long.
+const REST: Duration = Duration::from_secs(60);
 
 /// Measures; `say` hears what is being done.
 ///
@@ -268,7 +273,7 @@ pub fn run(
             effort.runs
         ));
         let logs = directory.join(format!("run-{}", turn + 1));
-        let mut world = World::start(programs, &fixture, effort, turn * 2, &logs)?;
+        let mut world = World::start(programs, &fixture, effort, turn, &logs)?;
         let measured = measure(&mut world, &kubelets, effort, &logs, say);
         world.end();
         runs.push(measured.with_context(|| format!("run {}; logs: {}", turn + 1, logs.display()))?);
@@ -307,31 +312,34 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
     )?;
     let wanted: BTreeMap<&str, u64> = groups.iter().map(|group| (group.name, group.count as u64)).collect();
     say(&format!("{} kubelets come", wanted.values().sum::<u64>()));
-    until(READY, "not all kubelets have their watches", || {
+    let have_watches = |kubelets: &mut Kubelets| -> anyhow::Result<bool> {
         let counters = kubelets.counters()?;
-        let all_ready = wanted
-            .iter()
-            .all(|(name, count)| counters.get(*name).is_some_and(|counters| counters.ready >= *count));
-        Ok(all_ready && world.ours()?.is_at_rest())
+        let mut each = wanted.iter();
+        Ok(each.all(|(name, count)| counters.get(*name).is_some_and(|counters| counters.ready >= *count)))
+    };
+    until(READY, "not all kubelets have their watches", || {
+        Ok(have_watches(&mut kubelets)? && world.ours()?.is_at_rest())
     })?;
 
     let moment = |world: &mut World, kubelets: &mut Kubelets| -> anyhow::Result<Moment> {
         Ok(Moment {
             counters: kubelets.counters()?,
-            goaways: world.ours()?.goaways(),
+            goaways: world.ours()?.goaways()?,
         })
     };
     say(&format!("{} s are measured", effort.seconds));
     kubelets.measure()?;
     let began = Instant::now();
     let idle = Idle::now()?;
+    let mut at_rest: Option<(Instant, Idle)> = None;
     let before: Vec<Used> = world
         .running
         .iter()
         .map(|running| running.used())
         .collect::<anyhow::Result<_>>()?;
     let first = moment(world, &mut kubelets)?;
-    let (mut killed, mut restarted, mut rested) = (None, false, 0);
+    let (mut killed, mut restarted, mut rested) = (None, false, None);
+    let mut looks = 0;
     let mut level: Option<(Instant, Moment)> = None;
     while began.elapsed() < Duration::from_secs(effort.seconds) {
         check_interrupt()?;
@@ -348,28 +356,46 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             }
             _ if restarted && level.is_none() => {
                 world.revive()?;
-                let is_level = world.is_healthy() && world.ours()?.is_at_rest();
-                rested = if is_level { rested + 1 } else { 0 };
-                if rested == LOOKS {
+                let ours = world.ours()?;
+                let is_level = ours.balancer.healthy().iter().all(|up| *up) && ours.is_at_rest();
+                let since = *rested.get_or_insert_with(Instant::now);
+                (rested, looks) = if is_level { (Some(since), looks + 1) } else { (None, 0) };
+                if looks == LOOKS {
+                    level = Some((since, moment(world, &mut kubelets)?));
+                }
+            }
+            _ if level.is_some() && at_rest.is_none() => {
+                world.revive()?;
+                if world.is_healthy() && have_watches(&mut kubelets)? {
                     kubelets.mark()?;
-                    level = Some((Instant::now(), moment(world, &mut kubelets)?));
+                    at_rest = Some((Instant::now(), Idle::now()?));
                 }
             }
             _ => {}
         }
     }
     let mut times = kubelets.times()?;
-    let idle = Idle::now()?.share(idle);
-    let last = moment(world, &mut kubelets)?;
     let ended = Instant::now();
+    let idle_then = Idle::now()?;
+    let last = moment(world, &mut kubelets)?;
+    world.is_whole()?;
+    let (level, killed) = level
+        .zip(killed)
+        .context("the load was not level again before the end: on a machine with too little time that says nothing")?;
+    let (rest, idle_since) = at_rest
+        .filter(|(since, _)| ended.duration_since(*since) >= REST)
+        .with_context(|| {
+            format!(
+                "less than {} s were left after all kubelets had their watches again",
+                REST.as_secs()
+            )
+        })?;
     let mut rows = BTreeMap::new();
     for (running, before) in world.running.iter().zip(before) {
         let key = running.variant.key();
         let of = |moment: &Moment| moment.counters.get(key).copied().unwrap_or_default();
         let used = running.used()?;
-        let since_level = level
-            .as_ref()
-            .map_or(0, |(_, moment)| of(&last).dials - of(moment).dials);
+        let since_level = of(&last).dials - of(&level.1).dials;
         let goaways = |earlier: &Moment| {
             if running.variant.is_ours() {
                 last.goaways.saturating_sub(earlier.goaways)
@@ -378,6 +404,9 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             }
         };
         let Parts { whole, after } = times.remove(key).context("a group's times")?;
+        if after.count == 0 {
+            bail!("no kubelet of `{}` asked anything at rest", running.variant.name());
+        }
         rows.insert(
             running.variant,
             Row {
@@ -394,21 +423,17 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
                     ..used
                 },
                 goaways: goaways(&first),
-                goaways_after: level.as_ref().map_or(0, |(_, moment)| goaways(moment)),
+                goaways_after: goaways(&level.1),
                 loads: running.balancer.sockets(),
             },
         );
     }
     let run = Run {
         rows,
-        level_after: level
-            .as_ref()
-            .zip(killed)
-            .map(|((at, _), since)| at.duration_since(since).as_secs_f64()),
-        rest_s: level
-            .as_ref()
-            .map_or(0.0, |(at, _)| ended.duration_since(*at).as_secs_f64()),
-        idle,
+        level_after: level.0.duration_since(killed).as_secs_f64(),
+        rest_s: ended.duration_since(rest).as_secs_f64(),
+        idle: idle_then.share(idle),
+        idle_at_rest: idle_then.share(idle_since),
     };
     for (variant, row) in &run.rows {
         say(&format!(
@@ -440,13 +465,13 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
             }
         }
     }
-    let after = run
-        .level_after
-        .context("the load was not level again before the end: on a machine with too little time that says nothing")?;
     say(&format!(
-        "level again after {after:.0} s, {:.0} s were left; the processors had nothing to do {:.0} % of the time",
+        "level again after {:.0} s, {:.0} s at rest were measured; the processors had nothing to do {:.0} % of the time, at rest \
+         {:.0} %",
+        run.level_after,
         run.rest_s,
-        run.idle * 100.0
+        run.idle * 100.0,
+        run.idle_at_rest * 100.0
     ));
     Ok(run)
 }

@@ -40,7 +40,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 enum Part {
     /// All, with the restart in it.
     Whole,
-    /// Those that began after the load was level again: what a variant costs at rest.
+    /// Those that began after our load was level and all kubelets had their watches again: what a variant costs at rest.
     After,
 }
 
@@ -145,6 +145,7 @@ impl Figures {
             "p99_ratio": ratio(P99),
             "stalls": self.each(|variant| json!(self.sum(variant, |row| part.of(row).stalls))),
             "errors": self.each(|variant| json!(self.sum(variant, |row| part.of(row).errors))),
+            "watch_errors": self.each(|variant| json!(self.sum(variant, |row| part.of(row).watch_errors))),
             "requests": self.each(|variant| json!(self.sum(variant, |row| part.of(row).count))),
         })
     }
@@ -159,9 +160,10 @@ impl Figures {
             "reconnects_after_balance": each(&|variant| json!(self.sum(variant, |row| row.reconnects_after))),
             "goaways": self.sum(self.ours(), |row| row.goaways),
             "goaways_after_balance": self.sum(self.ours(), |row| row.goaways_after),
-            "level_after_s": self.runs.iter().map(|run| run.level_after.map(rounded)).collect::<Vec<_>>(),
+            "level_after_s": self.runs.iter().map(|run| rounded(run.level_after)).collect::<Vec<_>>(),
             "runs": self.runs.len(),
             "idle": self.runs.iter().map(|run| rounded(run.idle)).collect::<Vec<_>>(),
+            "idle_at_rest": self.runs.iter().map(|run| rounded(run.idle_at_rest)).collect::<Vec<_>>(),
             "kubelets": self.runs.first().map_or(0, |run| run.rows.values().map(|row| row.kubelets).sum::<usize>()),
         });
         if let (Value::Object(object), Value::Object(others)) = (&mut object, others) {
@@ -186,14 +188,14 @@ impl Figures {
         let mut page = format!(
             "# A thousand kubelets, and what the lottery costs\n\n\
              Written by `cargo xtask bench kubemark`: {} light kubelets on {} kube-apiservers ({}) of one etcd, all at the \
-             same moment, on {} with Linux {}, in {} runs of {} s each. The processors had nothing to do {} of that time.\n\n\
+             same moment, on {} with Linux {}, in {} runs of {} s each. The processors had nothing to do in {}.\n\n\
              A light kubelet is a client-go client with a connection and a certificate of its own that asks what a hollow \
              kubelet (k8s.io/kubernetes/cmd/kubemark) was seen to ask: five watches, its Lease each ten seconds, its status \
              each five minutes, in protobuf; `--hollow COUNT` holds as many real ones beside them, by what the apiserver's \
              audit log says that either asks. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
              mode before them; `none` is there twice. Which addresses, ports and turn at the start a variant has changes with \
-             each run. Ten seconds into each run one of rebalancer's three apiservers is killed, and started again five \
-             seconds later, and one of three that have nothing else; nobody else's is. The hop that ends TLS and copies octets has one certificate of an administrator \
+             each run. Ten seconds into each run one of rebalancer's three apiservers and one of three that have nothing else \
+             are killed, and started again five seconds later; nobody else's is, but all share the processors. The hop that ends TLS and copies octets has one certificate of an administrator \
              for all, so the apiserver has less to ask before it lets a request pass.\n\n\
              ## How long a request takes\n\n",
             self.kubelets(),
@@ -227,7 +229,7 @@ impl Figures {
             "Written by `cargo xtask bench kubemark --vm VERSION`: the same kubelets, {} of them, {} on each of four \
              kube-apiservers of one etcd, all at the same moment, in a virtual machine with Linux {}, whose one processor is \
              emulated: a request takes ten times as long there, and only what stands beside it in the same table says \
-             anything. {} of {} s, in which it had nothing to do {} of the time.\n\n",
+             anything. {} of {} s; it had nothing to do in {}.\n\n",
             self.kubelets(),
             self.effort.kubelets,
             kernel_release(),
@@ -246,32 +248,47 @@ impl Figures {
         part
     }
 
-    /// The share of the processors' time in which they had nothing to do, of each run.
+    /// The share of the time in which the processors had nothing to do, of each run.
     fn idle(&self) -> String {
-        let each: Vec<String> = self
-            .runs
-            .iter()
-            .map(|run| format!("{:.0} %", run.idle * 100.0))
-            .collect();
-        each.join(", ")
+        let each = |of: fn(&Run) -> f64| {
+            let shares = self.runs.iter().map(|run| format!("{:.0} %", of(run) * 100.0));
+            shares.collect::<Vec<_>>().join(", ")
+        };
+        format!(
+            "{} of that time, at rest {}",
+            each(|run| run.idle),
+            each(|run| run.idle_at_rest)
+        )
     }
 
     /// How long a request takes, and that over what it takes with nothing: at rest, and with the restart in it.
     fn times(&self) -> String {
+        let has_control = self.variants().any(|variant| variant == Variant::Restart);
+        let (uneven, recoveries) = if has_control {
+            (
+                ", while the three with nothing stayed as the restart had left them",
+                ", between two who had no restart: of how far two recoveries are from each other it says nothing",
+            )
+        } else {
+            ("", ", between two who had no restart")
+        };
         format!(
-            "Milliseconds until the whole answer is there, watches excluded; the median of the runs.\n\n\
-             Requests that began after the load was level again after the restart, of all at the same moments:\n\n{}\n\
-             Of the whole time, the restart in it:\n\n{}\n\
-             What is within the last line of a table of ratios is what chance does.\n",
+            "Milliseconds until the whole answer is there; the median of the runs. Watches are not in it; a request that failed \
+             counts with the time it took.\n\n\
+             At rest: requests that began after rebalancer's load was level and all kubelets had their watches again, of all \
+             variants in the same seconds{uneven}.\n\n{}\n\
+             The whole time, the restart in it:\n\n{}\n\
+             What is within the last line of a table of ratios is what chance does{recoveries}.\n",
             self.times_of(Part::After),
             self.times_of(Part::Whole),
         )
     }
 
     fn times_of(&self, part: Part) -> String {
-        let mut text = "| | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | of 10,000 | failed |\n\
-                        |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
-            .to_owned();
+        let mut text =
+            "| | n | average | P50 | P90 | P95 | P99 | stalls over 1 s | of 10,000 | failed | watches not begun |\n\
+                        |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+                .to_owned();
         for variant in self.variants() {
             let count = self.sum(variant, |row| part.of(row).count);
             let _ = write!(text, "| {} | {count} |", variant.name());
@@ -281,9 +298,10 @@ impl Figures {
             let stalls = self.sum(variant, |row| part.of(row).stalls);
             let _ = writeln!(
                 text,
-                " {stalls} | {:.0} | {} |",
+                " {stalls} | {:.0} | {} | {} |",
                 stalls as f64 * 1e4 / count.max(1) as f64,
-                self.sum(variant, |row| part.of(row).errors)
+                self.sum(variant, |row| part.of(row).errors),
+                self.sum(variant, |row| part.of(row).watch_errors)
             );
         }
         text += "\nOver the mean of the two who have nothing, each run for itself, the median of the runs (least to most):\n\n\
@@ -344,10 +362,7 @@ impl Figures {
         let seconds: Vec<String> = self
             .runs
             .iter()
-            .map(|run| match run.level_after {
-                Some(after) => format!("{after:.0} s, {:.0} s before the end", run.rest_s),
-                None => "never".to_owned(),
-            })
+            .map(|run| format!("{:.0} s ({:.0} s at rest were measured)", run.level_after, run.rest_s))
             .collect();
         let loads = |variant: Variant| {
             let each = self.runs.iter().map(|run| format!("{:?}", run.row(variant).loads));
@@ -394,7 +409,8 @@ impl Figures {
                 mib(|row| row.used.agents_kib),
             );
         }
-        text += "\nEach for one apiserver; one that is killed counts with what it used until then.\n";
+        text += "\nEach for one apiserver; one that is killed counts with what it used until then, and its successor with its start and the \
+                 memory of a young process.\n";
         text
     }
 }
@@ -425,9 +441,10 @@ mod tests {
         ];
         let run = Run {
             rows: rows.into_iter().collect(),
-            level_after: None,
+            level_after: 0.0,
             rest_s: 0.0,
             idle: 0.0,
+            idle_at_rest: 0.0,
         };
         assert_eq!(run.ratio(Variant::High, Part::Whole, P50), 2.0);
         assert_eq!(run.spread(Part::Whole, P50), 2.0);

@@ -3,10 +3,13 @@
 //! Must never start two variants differently in anything but what they are compared by.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::{IpAddr, SocketAddr},
+    num::NonZero,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::Duration,
 };
 
@@ -20,6 +23,7 @@ use crate::{
         fronts::Front,
         machine::{cpu_ns, rss_kib},
     },
+    demo::scene::check_interrupt,
     fixture::Fixture,
     kube::Admin,
     netns::Network,
@@ -28,7 +32,7 @@ use crate::{
     process::{Process, wait_for},
 };
 
-/// How long a machine of two processors may take for a dozen apiservers.
+/// How long a slow machine may take for one variant's apiservers.
 const START: Duration = Duration::from_secs(300);
 
 /// The first of the load balancers' ports.
@@ -75,6 +79,8 @@ pub struct World {
     pub running: Vec<Running>,
     /// Apiservers of all variants.
     count: usize,
+    /// The nodes of those that have been ready.
+    ready: BTreeSet<usize>,
     fixture: Fixture,
     directory: PathBuf,
     _etcd: Process,
@@ -104,19 +110,30 @@ impl World {
             pki,
             running: Vec::new(),
             count,
+            ready: BTreeSet::new(),
             fixture: fixture.clone(),
             directory: directory.to_owned(),
             _etcd: etcd,
         };
+        // Many that start at once on one processor are too slow for each other, and give up.
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
         let mut next = 0;
         for index in 0..variants.len() {
-            let variant = variants[(index + turn) % variants.len()];
+            // Who comes first changes, and who comes before whom.
+            let place = (index + 2 * turn) % variants.len();
+            let variant = variants[if turn.is_multiple_of(2) {
+                place
+            } else {
+                variants.len() - 1 - place
+            }];
             let nodes: Vec<usize> = (next..next + variant.apiservers()).collect();
             next += nodes.len();
             let running = world.variant(programs, variant, &nodes, FRONT + index as u16)?;
             world.running.push(running);
+            world.wait_for_apiservers(processors)?;
         }
-        world.wait()?;
+        world.wait_for_apiservers(1)?;
+        world.wait_for_balancers()?;
         Ok(world)
     }
 
@@ -222,32 +239,49 @@ impl World {
         start_apiserver(&settings, Some(self.network.nodes[place.node].fd()))
     }
 
-    /// Waits until each apiserver is ready, and each load balancer sends to all of its own.
-    fn wait(&mut self) -> anyhow::Result<()> {
-        for index in 0..self.running.len() {
-            let name = self.running[index].variant.name();
-            for place in self.running[index].settings.clone() {
+    /// Waits until fewer than `most` of the apiservers that were started are not ready.
+    fn wait_for_apiservers(&mut self, most: usize) -> anyhow::Result<()> {
+        let mut waited_for = Vec::new();
+        for running in &self.running {
+            for place in running
+                .settings
+                .iter()
+                .filter(|place| !self.ready.contains(&place.node))
+            {
                 let admin = Admin::new(&self.pki, &self.network.nodes[place.node], place.listen)?;
-                let is_ready = || matches!(admin.ask_text("GET", "/readyz", None), Ok((200, _)));
-                wait_for(START, || match self.revive() {
-                    Ok(()) => is_ready().then_some(Ok(())),
-                    Err(error) => Some(Err(error)),
-                })
-                .with_context(|| format!("an apiserver of `{name}` is not ready"))??;
+                waited_for.push((place.node, running.variant.name(), admin));
             }
-            let balancer = &self.running[index].balancer;
-            wait_for(START, || balancer.healthy().iter().all(|up| *up).then_some(()))
-                .with_context(|| format!("the load balancer of `{name}` does not send to all"))?;
         }
-        Ok(())
+        let enough = wait_for(START * self.running.len() as u32, || {
+            if let Err(error) = check_interrupt().and_then(|()| self.revive()) {
+                return Some(Err(error));
+            }
+            waited_for.retain(|(node, _, admin)| {
+                let is_ready = matches!(admin.ask_text("GET", "/readyz", None), Ok((200, _)));
+                !(is_ready && self.ready.insert(*node))
+            });
+            (waited_for.len() < most).then_some(Ok(()))
+        });
+        enough.with_context(|| {
+            let names = waited_for.iter().map(|(_, name, _)| *name);
+            format!("not ready: an apiserver of {}", names.collect::<Vec<_>>().join(", "))
+        })?
     }
 
-    /// Starts each apiserver again that has ended by itself, as the kubelet does: on a slow machine one may give up at its
-    /// start.
+    fn wait_for_balancers(&self) -> anyhow::Result<()> {
+        wait_for(START, || self.is_healthy().then_some(()))
+            .context("a load balancer does not send to all its apiservers")
+    }
+
+    /// Starts each apiserver again that has ended by itself before it was ready, as the kubelet does: on a slow machine one
+    /// may give up at its start.
     pub fn revive(&mut self) -> anyhow::Result<()> {
         for index in 0..self.running.len() {
             let variant = self.running[index].variant;
             for (at, place) in self.running[index].settings.clone().into_iter().enumerate() {
+                if self.ready.contains(&place.node) {
+                    continue;
+                }
                 let has_ended = self.running[index]
                     .apiserver(at)
                     .is_some_and(|apiserver| apiserver.is_running().is_err());
@@ -268,13 +302,32 @@ impl World {
         self.running.iter().all(all_up)
     }
 
-    /// Kills the first apiserver of whoever has a restart.
+    /// Kills the first apiserver of whoever has a restart, all at once.
     pub fn kill(&mut self) -> anyhow::Result<()> {
-        for running in self.running.iter_mut().filter(|running| running.variant.has_restart()) {
+        let has_restart = |running: &&mut Running| running.variant.has_restart();
+        for running in self.running.iter_mut().filter(has_restart) {
             let apiserver = running.apiserver(0).context("it has an apiserver")?;
             let used = cpu_ns(apiserver.id())?;
-            apiserver.kill();
+            apiserver.signal(libc::SIGKILL);
             running.ended_ns += used;
+        }
+        for running in self.running.iter_mut().filter(has_restart) {
+            running.apiserver(0).context("it has an apiserver")?.kill();
+        }
+        Ok(())
+    }
+
+    /// Whether no apiserver has ended.
+    ///
+    /// # Errors
+    ///
+    /// Its name and how it ended: what was measured of it says nothing.
+    pub fn is_whole(&mut self) -> anyhow::Result<()> {
+        for running in &mut self.running {
+            for at in 0..running.settings.len() {
+                let apiserver = running.apiserver(at).context("it has an apiserver")?;
+                apiserver.is_running()?;
+            }
         }
         Ok(())
     }
@@ -286,6 +339,7 @@ impl World {
             if variant.has_restart() {
                 let again = self.apiserver(variant, place)?;
                 *self.running[index].apiserver(0).context("it has an apiserver")? = again;
+                self.ready.remove(&place.node);
             }
         }
         Ok(())
@@ -339,9 +393,12 @@ impl Running {
     }
 
     /// GOAWAYs its agents have had told so far.
-    pub fn goaways(&self) -> u64 {
-        let told = self.nodes.iter().filter_map(|node| node.told().ok());
-        told.sum()
+    ///
+    /// # Errors
+    ///
+    /// One does not say how many.
+    pub fn goaways(&self) -> anyhow::Result<u64> {
+        self.nodes.iter().map(Node::told).sum()
     }
 
     /// Whether none of its agents would do anything.
