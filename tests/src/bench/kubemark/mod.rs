@@ -192,11 +192,11 @@ pub struct Row {
     pub kubelets: usize,
     /// Of their requests.
     pub times: Times,
-    /// Of those that began after our load was level again.
+    /// Of those that began after our load was level again and all kubelets had their watches.
     pub times_after: Times,
     /// Connections that were opened while it was measured.
     pub reconnects: u64,
-    /// Of these after our load was level again.
+    /// Of these after our load had been level again for [`LOOKS`] looks.
     pub reconnects_after: u64,
     /// Connections that are open at the end.
     pub open: u64,
@@ -204,7 +204,7 @@ pub struct Row {
     pub used: Used,
     /// That agents ordered while it was measured.
     pub goaways: u64,
-    /// Of these after the load was level again.
+    /// Of these after the load had been level again for [`LOOKS`] looks.
     pub goaways_after: u64,
     /// Sockets of each apiserver at the end, as the load balancer counts them.
     pub loads: Vec<usize>,
