@@ -4,7 +4,7 @@
 //! Input: which certificate is in use, and the registry. Output: orders to connections. Must never move many clients at
 //! once while there is time, nor any while the apiserver does not take the new one.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::registry::Registry;
 
@@ -26,8 +26,11 @@ pub const LAST: i64 = 60;
 /// Who is to be told, and by when.
 #[derive(Debug, Default)]
 pub struct Renewal {
-    /// The issue in use, and when the last client of an earlier one is to have been told, in seconds since 1970.
-    by: Option<(u64, i64)>,
+    /// The issue in use.
+    issue: Option<u64>,
+    /// For each end of an earlier certificate, in seconds since 1970, in how many seconds the last client of it is to have
+    /// been told. They are counted down, for a wall clock that jumps is not time that has passed.
+    left: BTreeMap<i64, i64>,
 }
 
 impl Renewal {
@@ -37,49 +40,46 @@ impl Renewal {
         let Some((first, _)) = all.first() else {
             return current.until;
         };
-        let first = first.until;
+        let first = first.until.min(current.until);
         let outdated: Vec<_> = all
             .iter()
             .filter(|(outdated, _)| outdated.may_be_told)
             .map(|(outdated, connection)| (outdated.until, connection))
             .collect();
         // Those whose certificate has ended are answered 401 already, and say nothing of how long the others have.
-        let over = outdated.partition_point(|(until, _)| *until <= now);
-        let Some((next, _)) = outdated.get(over) else {
-            if is_ready {
-                outdated.iter().for_each(|(_, connection)| connection.lets_go());
-            }
-            return first.min(current.until);
-        };
-        let fresh = now + LONGEST.min((next - now) / 2);
-        let by = match self.by {
-            Some((issue, by)) if issue == current.issue => by,
-            _ => {
-                tracing::info!(
-                    clients = outdated.len(),
-                    seconds = fresh - now,
-                    "the front-proxy certificate has changed: clients that are served with the last one are told to go"
-                );
-                self.by = Some((current.issue, fresh));
-                // The apiserver is asked with the new one until the next turn.
-                if next - now > LAST {
-                    return first.min(current.until);
-                }
-                fresh
-            }
-        };
-        if is_ready || next - now <= LAST {
-            let left = &outdated[over..];
-            let many = over + share(left.len(), by - now, turn);
-            outdated
-                .iter()
-                .take(many)
-                .for_each(|(_, connection)| connection.lets_go());
-        } else {
-            // The time in which nobody could be told is not made up for in one turn.
-            self.by = Some((current.issue, by.max(fresh)));
+        let (over, lasting) = outdated.split_at(outdated.partition_point(|(until, _)| *until <= now));
+        let fresh = |until: i64| LONGEST.min((until - now) / 2);
+        let is_new = !lasting.is_empty() && self.issue != Some(current.issue);
+        if is_new {
+            self.issue = Some(current.issue);
+            self.left.clear();
+            tracing::info!(
+                clients = outdated.len(),
+                seconds = lasting.last().map(|(until, _)| fresh(*until)),
+                "the front-proxy certificate has changed: clients that are served with the last one are told to go"
+            );
         }
-        first.min(current.until)
+        // The apiserver is asked with the new one until the next turn.
+        let may_tell = is_ready && !is_new;
+        if may_tell {
+            over.iter().for_each(|(_, connection)| connection.lets_go());
+        }
+        for group in lasting.chunk_by(|(one, _), (other, _)| one == other) {
+            let until = group[0].0;
+            let may_tell = may_tell || until - now <= LAST;
+            let left = match self.left.get(&until) {
+                Some(left) if may_tell => left - turn.as_secs() as i64,
+                // The time in which nobody could be told is not made up for in one turn.
+                _ => fresh(until),
+            };
+            self.left.insert(until, left);
+            if may_tell {
+                // The certificate may end sooner than it seemed, by a clock that is right now.
+                let many = share(group.len(), left.min(fresh(until)), turn);
+                group.iter().take(many).for_each(|(_, connection)| connection.lets_go());
+            }
+        }
+        first
     }
 }
 
@@ -135,6 +135,63 @@ mod tests {
             let even = 1000_usize.div_ceil(span as usize / 5);
             assert!(most <= 2 * even, "{most} at once where {even} do");
         }
+    }
+
+    #[test]
+    fn a_wall_clock_that_jumps_hurries_nobody() {
+        const DAY: i64 = 86_400;
+        let began = 100 * DAY;
+        // A day ahead for ten minutes, and then a day behind; and once, for a moment, to shortly before the certificate ends.
+        let days = |passed: i64| [0, DAY, -DAY, 3600][(passed / 600).min(3) as usize];
+        let moment = |passed: i64| if passed == 600 { 35_900 - passed } else { 0 };
+        let jumps: [(i64, &dyn Fn(i64) -> i64); 2] = [(400 * DAY, &days), (began + 36_000, &moment)];
+        for (until, beside) in jumps {
+            let registry = registry(1000, 0, until);
+            let current = FrontProxy {
+                issue: 1,
+                until: i64::MAX,
+            };
+            let mut renewal = Renewal::default();
+            let (mut before, mut last) = (0, 0);
+            for passed in (0..=LONGEST).step_by(5) {
+                let now = began + passed + beside(passed);
+                renewal.turn(&registry, current, true, now, TURN);
+                let many = told(&registry) - before;
+                // Whoever looks at a clock by which the certificate ends in 100 s has to hurry, for as long as it says so.
+                let most = if until - now < 1000 { 100 } else { 4 };
+                assert!(many <= most, "{many} at once after {passed} s");
+                if many > 0 {
+                    last = passed;
+                }
+                before += many;
+            }
+            assert_eq!(before, 1000);
+            assert!(last > LONGEST / 2, "all were told after {last} s");
+        }
+    }
+
+    #[test]
+    fn each_earlier_certificate_has_a_pace_of_its_own() {
+        let registry = registry(1000, 1, 400_000);
+        let address = SocketAddr::from(([192, 0, 2, 7], 3));
+        for id in 1000..1004 {
+            let connection = registry.open(id, address, address);
+            connection.established(Protocol::H2, Some("alice"));
+            connection.set_front_proxy(FrontProxy { issue: 0, until: 120 });
+        }
+        let current = FrontProxy {
+            issue: 2,
+            until: i64::MAX,
+        };
+        let mut renewal = Renewal::default();
+        assert_eq!(renewal.turn(&registry, current, true, 0, TURN), 120);
+        for now in (5..=60).step_by(5) {
+            renewal.turn(&registry, current, true, now, TURN);
+        }
+        assert_eq!(renewal.turn(&registry, current, true, 65, TURN), 400_000);
+        // Four who had a minute, and as many of the others as a minute of an hour is.
+        let all = told(&registry);
+        assert!((4 + 10..=4 + 2 * 1000 / 60).contains(&all), "{all} in a minute");
     }
 
     /// Clients of HTTP/1.1 are not told at all: the apiserver is connected to anew for them. And one of HTTP/2 was not told in
