@@ -64,7 +64,7 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
         arguments.push("--page=/proc/self/fd/1".to_owned());
     }
     if !flags.iter().any(|flag| flag.starts_with("--clients")) {
-        eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
+        eprintln!("the processors of the VM are emulated: {VM_CLIENTS} clients, unless --clients says otherwise");
         arguments.push(format!("--clients={VM_CLIENTS}"));
     }
     if vm::extras::control_plane().is_none() {
@@ -90,7 +90,7 @@ fn with_steer(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// Clients in a VM, whose one processor is emulated and plays them and all nodes.
+/// Clients in a VM, whose emulated processors play them and all nodes.
 const VM_CLIENTS: u16 = 30;
 
 /// The heading of that part.

@@ -23,17 +23,28 @@ pub struct Suite {
 }
 
 impl Suite {
+    /// A package that was fetched and unpacked before, as [`unpacked`](Self::unpacked) would have it: it takes no network.
+    pub fn kept(name: &str, arch: Arch, package: &str) -> Option<PathBuf> {
+        let tree = Self::directory(name, arch).join("trees").join(tree_name(package));
+        tree.join(".complete").is_file().then_some(tree)
+    }
+
+    fn directory(name: &str, arch: Arch) -> PathBuf {
+        let debian = target().join("debian");
+        if arch.is_host() {
+            debian.join(name)
+        } else {
+            debian.join(format!("{name}-{}", arch.debian()))
+        }
+    }
+
     /// Fetches the suite's list.
     ///
     /// # Errors
     ///
     /// This is no Debian, or the mirror cannot be reached.
     pub fn open(name: &str, arch: Arch) -> anyhow::Result<Self> {
-        let directory = if arch.is_host() {
-            target().join("debian").join(name)
-        } else {
-            target().join("debian").join(format!("{name}-{}", arch.debian()))
-        };
+        let directory = Self::directory(name, arch);
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(directory.join(part))?;
         }
@@ -136,8 +147,16 @@ impl Suite {
     /// It cannot be fetched or unpacked.
     pub fn unpacked(&self, package: &str, version: Option<&str>) -> anyhow::Result<PathBuf> {
         let wanted = version.map_or_else(|| package.to_owned(), |version| format!("{package}={version}"));
-        let name = wanted.replace([':', '~', '='], "_");
+        let name = tree_name(&wanted);
         let tree = self.directory.join("trees").join(&name);
+        if tree.join(".complete").is_file() {
+            return Ok(tree);
+        }
+        // One of two that want the same package waits for the other one, and does not take the tree from under it.
+        let trees = self.directory.join("trees");
+        fs::create_dir_all(&trees)?;
+        let one = fs::File::create(trees.join(format!("{name}.lock")))?;
+        one.lock()?;
         if tree.join(".complete").is_file() {
             return Ok(tree);
         }
@@ -163,6 +182,11 @@ impl Suite {
         fs::write(tree.join(".complete"), "")?;
         Ok(tree)
     }
+}
+
+/// Of a directory, for a package or PACKAGE=VERSION.
+fn tree_name(wanted: &str) -> String {
+    wanted.replace([':', '~', '='], "_")
 }
 
 /// Installs a program's package on this system where the program is missing.

@@ -77,14 +77,14 @@ pub fn run_demo(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Err(error).with_context(|| format!("cannot start {}", demo.display()))
 }
 
-/// Clients in a VM, whose one processor is emulated and plays them, the balancer and all nodes.
+/// Clients in a VM, whose emulated processors play them, the balancer and all nodes.
 const VM_CLIENTS: u16 = 150;
 
 /// Boots a VM that runs the demo; the summary's JSON, where asked for, is the only thing on stdout.
 fn in_vm(version: &str, flags: &[String]) -> anyhow::Result<ExitCode> {
     let mut flags = flags.to_vec();
     if !flags.iter().any(|flag| flag.starts_with("--clients")) {
-        eprintln!("the VM has one emulated processor: {VM_CLIENTS} clients, unless --clients says otherwise");
+        eprintln!("the processors of the VM are emulated: {VM_CLIENTS} clients, unless --clients says otherwise");
         flags.push(format!("--clients={VM_CLIENTS}"));
     }
     vm::show(

@@ -5,6 +5,7 @@
 
 mod archive;
 mod clock;
+mod emulator;
 pub mod extras;
 mod guest;
 
@@ -13,13 +14,14 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Instant,
 };
 
 use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 
 pub use self::{clock::GuestClock, guest::Payload};
-use self::{extras::Extras, guest::Guest};
+use self::{emulator::Emulator, extras::Extras, guest::Guest};
 use crate::{
     arch::Arch,
     debian::{self, Suite},
@@ -169,15 +171,21 @@ pub fn listen(
     eprintln!("+ {}", shown(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("qemu")?;
     let stdout = child.stdout.take().context("stdout is piped")?;
-    let mut code = None;
+    let (mut code, mut guest_clock) = (None, GuestClock::default());
     for read in BufReader::new(stdout).split(b'\n') {
         let read = read?;
         let text = String::from_utf8_lossy(&read);
         let text = text.trim_end_matches('\r');
         code = exit_code(text).or(code);
+        if let Some(seconds) = clock(text) {
+            guest_clock.told(seconds, Instant::now());
+        }
         hear(text)?;
     }
     child.wait()?;
+    if let Some(said) = guest_clock.runaway() {
+        bail!(said);
+    }
     code.context("the VM ended before the program did")
 }
 
@@ -212,18 +220,25 @@ pub fn without_version(flags: &[String]) -> anyhow::Result<(Option<String>, Vec<
 
 fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &Extras) -> anyhow::Result<Command> {
     let Machine { version, arch, mode } = machine;
-    let (qemu, package) = arch.qemu();
-    debian::install(qemu, package)?;
+    let emulator = Emulator::get(*arch)?;
     let image = Image::fetch(version, *arch)?;
     let guest = Guest::build(payload, *arch)?;
     let initramfs = target().join(format!("vm/initramfs-{version}-{}", arch.debian()));
     guest.pack(&image, extras, &initramfs)?;
     let (emulated, console) = arch.machine();
+    let is_large = extras.is_large && emulator.has_threads();
+    let clock = if is_large { clock::by_time_stamps() } else { None };
+    let clock = clock.unwrap_or_else(|| arch.clock().to_owned());
+    let accelerator = if is_large {
+        ["-accel", "tcg,thread=multi", "-smp", "2"]
+    } else {
+        ["-accel", "tcg", "-smp", "1"]
+    };
     // What follows `--` is the first process's: what it is to run.
     // The long form of tests is asked for in the guest as it is here.
     let long = std::env::var_os("REBALANCER_LONG").map_or("", |_| "REBALANCER_LONG=1 ");
     let append = format!(
-        "{console} panic=-1 quiet {long}{} -- /{} {}",
+        "{console} {clock} panic=-1 quiet {long}{} -- /{} {}",
         mode.map(Mode::append).unwrap_or_default(),
         guest.path,
         arguments.join(" ")
@@ -234,9 +249,11 @@ fn boot(machine: &Machine, payload: Payload<'_>, arguments: &[String], extras: &
     };
     let mut command = Command::new("timeout");
     command
-        .args([patience, qemu])
+        .arg(patience)
+        .args(emulator.arguments())
         .args(emulated)
-        .args(["-accel", "tcg", "-smp", "1", "-m", "3000"])
+        .args(accelerator)
+        .args(["-m", "3000"])
         .args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
         .arg("-kernel")
         .arg(&image.kernel)

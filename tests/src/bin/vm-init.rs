@@ -71,11 +71,11 @@ fn prepare() -> io::Result<()> {
         fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
     );
     clock();
+    let said = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     println!(
-        "vm: mode {mode:?}, lockdown {}",
-        fs::read_to_string("/sys/kernel/security/lockdown")
-            .unwrap_or_default()
-            .trim()
+        "vm: mode {mode:?}, lockdown {}, clock source {}",
+        said("/sys/kernel/security/lockdown"),
+        said("/sys/devices/system/clocksource/clocksource0/current_clocksource")
     );
     let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|entry| entry.path()).collect();
     modules.sort();

@@ -282,7 +282,7 @@ impl Report {
             };
             return format!(
                 "## With `steer`\n\n\
-                 Written by `cargo xtask chaos --vm 6.18 --seed {}`, in a virtual machine whose one processor is emulated: {scene}, \
+                 Written by `cargo xtask chaos --vm 6.18 --seed {}`, in a virtual machine whose processors are emulated: {scene}, \
                  {} clients that list and watch. The machine has no packet filter, and no relay to break. Nothing is played without \
                  us: what a fault of an apiserver breaks by itself is not looked at while it lasts.\n\n",
                 self.seed, self.clients

@@ -24,7 +24,7 @@ pub struct Arguments {
 }
 
 /// How much an emulated processor bears: it starts an apiserver in a minute.
-const IN_VM: [&str; 4] = ["--shim=steer", "--kubelets=10", "--runs=1", "--seconds=600"];
+const IN_VM: [&str; 4] = ["--shim=steer", "--kubelets=6", "--runs=1", "--seconds=900"];
 
 /// Fetches, builds, measures, shows, and writes the page.
 pub fn run_bench(arguments: &Arguments) -> anyhow::Result<()> {

@@ -36,6 +36,9 @@ pub struct Extras {
     pub files: Vec<(String, PathBuf)>,
     /// More arguments for qemu.
     pub machine: Vec<String>,
+    /// Whether it has two processors and tells the time by counting: several apiservers are too much for one, whose clock
+    /// is a device.
+    pub is_large: bool,
     /// Arguments for the test binary.
     pub arguments: Vec<String>,
 }
@@ -72,6 +75,7 @@ impl Extras {
         Ok(Self {
             files,
             machine,
+            is_large: group == CLUSTER,
             // These build Go programs, or are about this machine's kernel.
             arguments: vec!["--skip=here::".to_owned()],
         })
