@@ -20,6 +20,13 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 /// The name every serving certificate has besides its addresses.
 pub const SERVER_NAME: &str = "kubernetes.default.svc";
 
+/// The kinds of a name that groups are in, by their OID: rcgen keeps one value for each, so a second organization goes by
+/// the number of the first.
+const GROUPS: [Option<[u64; 4]>; 2] = [None, Some([2, 5, 4, 10])];
+
+/// The common name of the cluster's authority.
+const CLUSTER: &str = "kubernetes";
+
 /// Who may sign.
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -31,6 +38,54 @@ pub struct Pki {
     addresses: Vec<IpAddr>,
     cluster: Authority,
     front_proxy: Authority,
+}
+
+/// Signs clients' certificates, in a process that has no more than the directory of a [`Pki`].
+pub struct Signer {
+    cluster: Authority,
+}
+
+impl Signer {
+    /// By the key in that directory.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn read(directory: &Path) -> anyhow::Result<Self> {
+        let path = directory.join("ca.key");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let key = KeyPair::from_pem(&text).with_context(|| path.display().to_string())?;
+        let issuer = Issuer::new(authority_params(CLUSTER), key);
+        Ok(Self {
+            cluster: Authority { issuer },
+        })
+    }
+
+    /// Another certificate for whom one (DER) is for, with a new key: both in DER, the key as PKCS #8 (RFC 5208).
+    ///
+    /// # Errors
+    ///
+    /// It is no certificate.
+    pub fn like(&self, certificate: &[u8]) -> anyhow::Result<(Vec<u8>, Vec<u8>)> {
+        let (_, read) = X509Certificate::from_der(certificate)?;
+        let user = read
+            .subject()
+            .iter_common_name()
+            .next()
+            .context("it has no common name")?;
+        let groups = read.subject().iter_organization().map(|name| name.as_str());
+        let groups = groups.collect::<Result<Vec<_>, _>>()?;
+        anyhow::ensure!(
+            groups.len() <= GROUPS.len(),
+            "it has more groups than can be signed: {groups:?}"
+        );
+        let mut params = CertificateParams::default();
+        name(&mut params, user.as_str()?, &groups);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &self.cluster.issuer)?;
+        Ok((certificate.der().to_vec(), key.serialize_der()))
+    }
 }
 
 /// A certificate and its key.
@@ -76,7 +131,7 @@ impl Pki {
     /// The directory cannot be written.
     pub fn new(addresses: &[IpAddr]) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("rebalancer-pki-").tempdir()?;
-        let cluster = authority(directory.path(), "ca", "kubernetes")?;
+        let cluster = authority(directory.path(), "ca", CLUSTER)?;
         let front_proxy = authority(directory.path(), "front-proxy-ca", "front-proxy-ca")?;
         let pki = Self {
             directory,
@@ -305,10 +360,12 @@ fn changed(user: &str, change: impl FnOnce(&mut CertificateParams)) -> Certifica
 
 fn name(params: &mut CertificateParams, user: &str, groups: &[&str]) {
     params.distinguished_name = DistinguishedName::new();
-    // rcgen keeps one value for each kind of name, so a second organization goes by its OID.
-    let kinds = [DnType::OrganizationName, DnType::CustomDnType(vec![2, 5, 4, 10])];
-    assert!(groups.len() <= kinds.len(), "two groups at most: {groups:?}");
-    for (kind, group) in kinds.into_iter().zip(groups) {
+    assert!(groups.len() <= GROUPS.len(), "two groups at most: {groups:?}");
+    for (kind, group) in GROUPS.into_iter().zip(groups) {
+        let kind = match kind {
+            None => DnType::OrganizationName,
+            Some(oid) => DnType::CustomDnType(oid.to_vec()),
+        };
         params.distinguished_name.push(kind, *group);
     }
     params.distinguished_name.push(DnType::CommonName, user);

@@ -209,9 +209,9 @@ struct Floor {
     upstream: SocketAddr,
     #[arg(long)]
     certificates: Option<PathBuf>,
-    /// Which certificate of theirs is shown to the server
+    /// The server is shown each client's own name, in a certificate that their `ca.key` signs
     #[arg(long, requires = "certificates")]
-    identity: Option<String>,
+    as_clients: bool,
 }
 
 fn main() -> ExitCode {
@@ -233,8 +233,8 @@ fn run(command: Command) -> anyhow::Result<()> {
     };
     let (json, page, path) = match command {
         Command::Floor(floor) => {
-            let identity = floor.identity.as_deref();
-            return floor::run(floor.listen, floor.upstream, floor.certificates.as_deref(), identity);
+            let certificates = floor.certificates.as_deref();
+            return floor::run(floor.listen, floor.upstream, certificates, floor.as_clients);
         }
         Command::ScalePart(arguments) => {
             let part = scale::part(arguments.apiservers, arguments.clients, arguments.seconds)?;

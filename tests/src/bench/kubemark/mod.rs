@@ -246,6 +246,9 @@ const GONE: Duration = Duration::from_secs(5);
 /// At rest is who says so in so many looks, one a second.
 const LOOKS: usize = 8;
 
+/// Seconds between two words about what is between ours and rest.
+const SAYS: u64 = 30;
+
 /// What is measured at rest is at least so long.
 const REST: Duration = Duration::from_secs(60);
 
@@ -273,7 +276,7 @@ pub fn run(
             effort.runs
         ));
         let logs = directory.join(format!("run-{}", turn + 1));
-        let mut world = World::start(programs, &fixture, effort, turn, &logs)?;
+        let mut world = World::start(programs, &fixture, effort, turn, &logs, say)?;
         let measured = measure(&mut world, &kubelets, effort, &logs, say);
         world.end();
         runs.push(measured.with_context(|| format!("run {}; logs: {}", turn + 1, logs.display()))?);
@@ -339,7 +342,7 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
         .collect::<anyhow::Result<_>>()?;
     let first = moment(world, &mut kubelets)?;
     let (mut killed, mut restarted, mut rested) = (None, false, None);
-    let mut looks = 0;
+    let (mut looks, mut said) = (0, 0);
     let mut level: Option<(Instant, Moment)> = None;
     while began.elapsed() < Duration::from_secs(effort.seconds) {
         check_interrupt()?;
@@ -360,6 +363,15 @@ fn measure(world: &mut World, program: &Path, effort: &Effort, logs: &Path, say:
                 let is_level = ours.balancer.healthy().iter().all(|up| *up) && ours.is_at_rest();
                 let since = *rested.get_or_insert_with(Instant::now);
                 (rested, looks) = if is_level { (Some(since), looks + 1) } else { (None, 0) };
+                let waited = killed.map_or(0, |since| since.elapsed().as_secs());
+                if looks == 0 && said + SAYS <= waited {
+                    said = waited;
+                    let idle = Idle::now()?.share(idle) * 100.0;
+                    let ours = world.ours()?.says();
+                    say(&format!(
+                        "{waited} s after the kill, {idle:.0} % idle until now: {ours}"
+                    ));
+                }
                 if looks == LOOKS {
                     level = Some((since, moment(world, &mut kubelets)?));
                 }

@@ -2,7 +2,7 @@
 //!
 //! Must never call a difference a finding that is no larger than that between the two who have nothing.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, num::NonZero, thread};
 
 use serde_json::{Map, Value, json};
 
@@ -195,8 +195,9 @@ impl Figures {
              audit log says that either asks. Each variant has apiservers of its own, {} kubelets on each, and a haproxy in TCP \
              mode before them; `none` is there twice. Which addresses, ports and turn at the start a variant has changes with \
              each run. Ten seconds into each run one of rebalancer's three apiservers and one of three that have nothing else \
-             are killed, and started again five seconds later; nobody else's is, but all share the processors. The hop that ends TLS and copies octets has one certificate of an administrator \
-             for all, so the apiserver has less to ask before it lets a request pass.\n\n\
+             are killed, and started again five seconds later; nobody else's is, but all share the processors. The hop that \
+             ends TLS and copies octets is lent the key of the cluster's authority, so that the apiserver has as much to ask \
+             about each kubelet as it has without a hop.\n\n\
              ## How long a request takes\n\n",
             self.kubelets(),
             self.effort.apiservers(),
@@ -227,12 +228,16 @@ impl Figures {
     fn part(&self) -> String {
         let mut part = format!(
             "Written by `cargo xtask bench kubemark --vm VERSION`: the same kubelets, {} of them, {} on each of four \
-             kube-apiservers of one etcd, all at the same moment, in a virtual machine with Linux {}, whose one processor is \
-             emulated: a request takes ten times as long there, and only what stands beside it in the same table says \
-             anything. {} of {} s; it had nothing to do in {}.\n\n",
+             kube-apiservers of one etcd, all at the same moment, in a virtual machine with Linux {}, whose {} emulated: a \
+             request takes ten times as long there, and only what stands beside it in the same table says anything. {} of {} \
+             s, in which there was nothing to do in {}.\n\n",
             self.kubelets(),
             self.effort.kubelets,
             kernel_release(),
+            match thread::available_parallelism().map_or(1, NonZero::get) {
+                1 => "processor is".to_owned(),
+                many => format!("{many} processors are"),
+            },
             if self.runs.len() == 1 {
                 "One run".to_owned()
             } else {

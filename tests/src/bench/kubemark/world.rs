@@ -94,6 +94,7 @@ impl World {
         effort: &Effort,
         turn: usize,
         directory: &Path,
+        say: impl Fn(&str),
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(directory)?;
         let (variants, count) = (effort.variants(), effort.apiservers());
@@ -101,8 +102,6 @@ impl World {
         let mut addresses: Vec<IpAddr> = (0..count).map(Network::node_address).collect();
         addresses.extend([Network::HUB, APISERVER.ip()]);
         let pki = Pki::new(&addresses)?;
-        // What a hop that reads nothing can present is one certificate for all.
-        pki.client("hop", "hop", &["system:masters"])?;
         let at = |port| SocketAddr::new(Network::HUB, port);
         let etcd = start_etcd(fixture, at(2379), at(2380), directory, Some(&network.hub))?;
         let mut world = Self {
@@ -117,6 +116,11 @@ impl World {
         };
         // Many that start at once on one processor are too slow for each other, and give up.
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        // A handshake takes an emulated processor a twentieth of a second: one a second of each is too much for it.
+        let check = match effort.shim {
+            Shim::Steer => "inter 5s fall 2 rise 2",
+            Shim::Relay | Shim::None => "inter 1s fall 2 rise 2",
+        };
         let mut next = 0;
         for index in 0..variants.len() {
             // Who comes first changes, and who comes before whom.
@@ -128,16 +132,24 @@ impl World {
             }];
             let nodes: Vec<usize> = (next..next + variant.apiservers()).collect();
             next += nodes.len();
-            let running = world.variant(programs, variant, &nodes, FRONT + index as u16)?;
+            let running = world.variant(programs, variant, &nodes, FRONT + index as u16, check)?;
             world.running.push(running);
             world.wait_for_apiservers(processors)?;
+            say(&format!("{} of {} are ready", world.ready.len(), world.count));
         }
         world.wait_for_apiservers(1)?;
         world.wait_for_balancers()?;
         Ok(world)
     }
 
-    fn variant(&self, programs: &Programs, variant: Variant, nodes: &[usize], port: u16) -> anyhow::Result<Running> {
+    fn variant(
+        &self,
+        programs: &Programs,
+        variant: Variant,
+        nodes: &[usize],
+        port: u16,
+        check: &str,
+    ) -> anyhow::Result<Running> {
         let directory = self.directory.join(variant.key());
         fs::create_dir_all(&directory)?;
         let backends: Vec<SocketAddr> = nodes
@@ -150,7 +162,7 @@ impl World {
             "node",
             &backends,
             Policy::Roundrobin,
-            "inter 1s fall 2 rise 2",
+            check,
             self.network.hub.fd(),
             &directory,
         )?;
@@ -198,7 +210,7 @@ impl World {
                 Variant::Hop => {
                     let mut command = Command::new(std::env::current_exe()?);
                     command
-                        .args(["floor", "--identity=hop", "--certificates"])
+                        .args(["floor", "--as-clients", "--certificates"])
                         .arg(self.pki.path())
                         .arg(format!("--listen={}", backends[index]))
                         .arg(format!("--upstream={APISERVER}"));
@@ -399,6 +411,24 @@ impl Running {
     /// One does not say how many.
     pub fn goaways(&self) -> anyhow::Result<u64> {
         self.nodes.iter().map(Node::told).sum()
+    }
+
+    /// What is between it and rest, for people.
+    pub fn says(&self) -> String {
+        let agents = self.nodes.iter().map(|node| match node.status() {
+            Ok(status) => format!(
+                "{}: {}",
+                node.name,
+                status["hold"]["message"].as_str().unwrap_or("tells clients to go")
+            ),
+            Err(error) => format!("{}: {error:#}", node.name),
+        });
+        format!(
+            "connections {:?}, up {:?}; {}",
+            self.balancer.sockets(),
+            self.balancer.healthy(),
+            agents.collect::<Vec<_>>().join("; ")
+        )
     }
 
     /// Whether none of its agents would do anything.
