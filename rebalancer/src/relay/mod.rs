@@ -66,7 +66,7 @@ use metrics::Metrics;
 pub use pacing::WatchHandover;
 use port::Stop;
 use registry::Registry;
-use renewal::Renewal;
+use renewal::{Renewal, Waiting};
 use replacement::Replacements;
 pub use request_headers::RequestHeaders;
 pub use sni::SniFiles;
@@ -355,28 +355,34 @@ async fn adopt(
     registry: &Registry,
     loaded: Loaded,
     now: i64,
-    refused: &mut bool,
+    waiting: &mut Option<Waiting>,
 ) -> Changed {
     let tls = &target.tls;
     let until = tls.current().front_proxy_certificate.until;
     let taken = match loaded.front_proxy() {
-        Some(new) if now < until => upstream::takes(target, headers, new).await,
-        _ => None,
+        Some(new) => Some(upstream::takes(target, headers, new).await),
+        None => None,
     };
-    let stays = taken == Some(false);
-    if stays && !*refused {
-        tracing::error!(
+    let before = *waiting;
+    *waiting = taken.and_then(|taken| Waiting::after(before, taken, now < until));
+    match *waiting {
+        Some(Waiting::Refused) if *waiting != before => tracing::error!(
             seconds = until - now,
-            "the apiserver does not take the new --proxy-client-cert: the last one is used until it ends; is the new one signed by \
-             the apiserver's --requestheader-client-ca-file, valid already, and its name allowed?"
-        );
+            "the apiserver does not take the new --proxy-client-cert: the last one is used; is the new one signed by the \
+             apiserver's --requestheader-client-ca-file, valid already, and its name allowed?"
+        ),
+        Some(Waiting::Unanswered) if *waiting != before => tracing::info!(
+            seconds = until - now,
+            "the apiserver does not say yet whether it takes the new --proxy-client-cert: the last one is used until it does, or \
+             this one ends"
+        ),
+        _ => {}
     }
-    *refused = stays;
-    if stays {
+    if waiting.is_some() {
         return tls.adopt_others(loaded);
     }
     let changed = tls.adopt(loaded);
-    if taken == Some(true) {
+    if taken == Some(Some(true)) {
         // A relay that drains checks no more.
         registry.set_taken(Some(tls.current().front_proxy_certificate.issue));
     }
@@ -396,7 +402,7 @@ async fn sweep(
     let mut renewal = Renewal::default();
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut failing, mut refused) = (false, false);
+    let (mut failing, mut waiting) = (false, None);
     loop {
         ticks.tick().await;
         service::alive();
@@ -421,11 +427,10 @@ async fn sweep(
         registry.tell_distrusted();
         let front_proxy = tls.current().front_proxy_certificate;
         let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
-        let is_ready = registry.upstream() == Upstream::Ready;
-        metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, is_ready, now, SWEEP));
+        metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, now, SWEEP));
         let changed = match tls.look() {
             Ok(None) => Ok(Changed::Nothing),
-            Ok(Some(loaded)) => Ok(adopt(&target, &headers, &registry, loaded, now, &mut refused).await),
+            Ok(Some(loaded)) => Ok(adopt(&target, &headers, &registry, loaded, now, &mut waiting).await),
             Err(error) => Err(error),
         };
         match changed {

@@ -20,14 +20,13 @@ use super::{
     complaints::{Cause, Complaints},
     metrics::Metrics,
     registry::{Connection, Registry},
-    renewal::LAST,
+    renewal::{LAST, may_serve},
     stream::ClientStream,
     tls::Tls,
     unix_now,
     upstream::Target,
     workers::Workers,
 };
-use crate::shim::wire::Upstream;
 
 /// So many handshakes at once, while there is time, and when there is none.
 const AT_ONCE: [usize; 2] = [2, 32];
@@ -38,9 +37,6 @@ const PATIENT: Duration = Duration::from_secs(10);
 
 /// So long after a failure nobody tries while there is time, and when there is none.
 const PAUSE: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
-
-/// With so little left, an apiserver that is overloaded is not waited for.
-const SOON: i64 = 600;
 
 /// One for all connections.
 pub struct Replacements {
@@ -85,12 +81,7 @@ impl Replacements {
         }
         let left = used.until.saturating_sub(i64::try_from(unix_now()).unwrap_or(i64::MAX));
         let is_urgent = left <= LAST;
-        // One that nobody has tried may be one that it answers 401.
-        let may_serve = match self.registry.upstream() {
-            Upstream::Ready => self.registry.takes(current.issue),
-            Upstream::Overloaded => left <= SOON && self.registry.takes(current.issue),
-            _ => false,
-        };
+        let may_serve = may_serve(&self.registry, current.issue, left);
         if !(is_urgent || may_serve) || (left > 0 && !self.rest(is_urgent).is_zero()) {
             return None;
         }
