@@ -37,7 +37,16 @@ struct Live {
 const CHAOS: Live = Live {
     part: "chaos",
     pages: &[("--page", "faults.md")],
-    leaves_out: &["--quick", "--only", "--alone", "--page"],
+    leaves_out: &[
+        "--quick",
+        "--only",
+        "--alone",
+        "--pairs",
+        "--clients",
+        "--lb-options",
+        "--shim",
+        "--page",
+    ],
 };
 
 const SOAK: Live = Live {

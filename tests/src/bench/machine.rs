@@ -5,6 +5,7 @@
 use std::{
     ffi::OsStr,
     fs, io, mem,
+    num::NonZero,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -244,6 +245,14 @@ impl Idle {
     /// The share of the processors' time since `earlier` in which they had nothing to do.
     pub fn share(self, earlier: Self) -> f64 {
         self.idle.saturating_sub(earlier.idle) as f64 / self.all.saturating_sub(earlier.all).max(1) as f64
+    }
+}
+
+/// How many processors this process may use, as the subject of a sentence with its verb.
+pub fn processors_are() -> String {
+    match thread::available_parallelism().map_or(1, NonZero::get) {
+        1 => "processor is".to_owned(),
+        many => format!("{many} processors are"),
     }
 }
 

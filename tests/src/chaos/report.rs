@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use serde::Serialize;
 
 use super::fault;
-use crate::swarm::Line;
+use crate::{
+    bench::machine::{kernel_release, processors_are},
+    swarm::Line,
+};
 
 /// What clients noticed in a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -282,10 +285,13 @@ impl Report {
             };
             return format!(
                 "## With `steer`\n\n\
-                 Written by `cargo xtask chaos --vm 6.18 --seed {}`, in a virtual machine whose processors are emulated: {scene}, \
+                 Written by `cargo xtask chaos --vm VERSION --seed {}`, in a virtual machine with Linux {}, whose {} emulated: {scene}, \
                  {} clients that list and watch. The machine has no packet filter, and no relay to break. Nothing is played without \
                  us: what a fault of an apiserver breaks by itself is not looked at while it lasts.\n\n",
-                self.seed, self.clients
+                self.seed,
+                kernel_release(),
+                processors_are(),
+                self.clients
             );
         }
         format!(

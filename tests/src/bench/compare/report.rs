@@ -159,7 +159,7 @@ impl Figures {
             let _ = writeln!(
                 page,
                 "`steer` was not run: this machine's kernel, {}, does not let a probe answer (`rebalancer system-info` says \
-                 so). Beside nothing and the lottery it was, in a virtual machine: [below](#with-steer-in-a-virtual-machine).",
+                 so); [steer.md](steer.md) says which do, and [bench.md](bench.md) has what it costs.",
                 kernel_release()
             );
         }
@@ -191,14 +191,18 @@ impl Figures {
             );
         }
         let rate = self.rate();
-        let lottery = |contender: Contender| 1.0 / (contender.goaway_chance() * rate) / 60.0;
+        let lotteries = [Contender::High, Contender::Low]
+            .into_iter()
+            .filter(|lottery| self.rows.iter().any(|row| row.contender == *lottery))
+            .map(|lottery| {
+                let chance = lottery.goaway_chance();
+                format!("every {:.0} minutes at {chance}", 1.0 / (chance * rate) / 60.0)
+            });
         let _ = writeln!(
             page,
             "\nThe first is the apiserver that was killed. A kubelet asked {rate:.2} times a second, watches excluded, so a \
-             lottery tells it every {:.0} minutes at 0.02 and every {:.0} at 0.001, level or not; clients that ask more are \
-             told sooner, and go on being told sooner.",
-            lottery(Contender::High),
-            lottery(Contender::Low),
+             lottery tells it {}, level or not; clients that ask more are told sooner, and go on being told sooner.",
+            lotteries.collect::<Vec<_>>().join(" and "),
         );
     }
 

@@ -2,14 +2,14 @@
 //!
 //! Must never call a difference a finding that is no larger than that between the two who have nothing.
 
-use std::{fmt::Write as _, num::NonZero, thread};
+use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
 use super::{Figures, Row, Run, Shim, Variant};
 use crate::bench::{
     kubelets::Times,
-    machine::{kernel_release, processor},
+    machine::{kernel_release, processor, processors_are},
 };
 
 /// The table of the article, in milliseconds: average, P50, P90, P95, P99
@@ -234,10 +234,7 @@ impl Figures {
             self.kubelets(),
             self.effort.kubelets,
             kernel_release(),
-            match thread::available_parallelism().map_or(1, NonZero::get) {
-                1 => "processor is".to_owned(),
-                many => format!("{many} processors are"),
-            },
+            processors_are(),
             if self.runs.len() == 1 {
                 "One run".to_owned()
             } else {
