@@ -160,7 +160,10 @@ mod tests {
     use std::{net::SocketAddr, sync::Arc};
 
     use super::*;
-    use crate::shim::wire::{Protocol, State};
+    use crate::{
+        relay::registry::Connection,
+        shim::wire::{Protocol, State},
+    };
 
     const TURN: Duration = Duration::from_secs(5);
 
@@ -169,13 +172,24 @@ mod tests {
 
     fn registry(clients: u64, issue: u64, until: i64) -> Arc<Registry> {
         let registry = Registry::new("i".to_owned());
-        let address = SocketAddr::from(([192, 0, 2, 7], 1));
         for id in 0..clients {
-            let connection = registry.open(id, address, address);
-            connection.established(Protocol::H2, Some("alice"));
-            connection.set_front_proxy(FrontProxy { issue, until });
+            client(&registry, id, Protocol::H2, FrontProxy { issue, until });
         }
         registry
+    }
+
+    /// One more, that is served with that certificate.
+    fn client(registry: &Arc<Registry>, id: u64, protocol: Protocol, used: FrontProxy) -> Arc<Connection> {
+        let address = SocketAddr::from(([192, 0, 2, 7], 1));
+        let connection = registry.open(id, address, address);
+        connection.established(protocol, Some("alice"));
+        connection.set_front_proxy(used);
+        connection
+    }
+
+    /// A certificate that does not end.
+    fn endless(issue: u64) -> FrontProxy {
+        FrontProxy { issue, until: i64::MAX }
     }
 
     /// A turn beside an apiserver that is ready, and has been seen to take the certificate in use or has not.
@@ -195,10 +209,7 @@ mod tests {
         for (left, span) in [(7200, 3600), (100_000, 3600), (600, 300), (60, 30)] {
             let registry = registry(1000, 0, left);
             let mut renewal = Renewal::default();
-            let current = FrontProxy {
-                issue: 1,
-                until: i64::MAX,
-            };
+            let current = endless(1);
             let (mut most, mut before) = (0, 0);
             for now in (0..=span).step_by(5) {
                 let end = look(&mut renewal, &registry, current, true, now);
@@ -246,10 +257,7 @@ mod tests {
         }
         for (case, (until, beside)) in jumps.iter().enumerate() {
             let registry = registry(1000, 0, *until);
-            let current = FrontProxy {
-                issue: 1,
-                until: i64::MAX,
-            };
+            let current = endless(1);
             let mut renewal = Renewal::default();
             let (mut before, mut last) = (0, 0);
             for passed in (0..=LONGEST + 60).step_by(5) {
@@ -276,10 +284,7 @@ mod tests {
 
     #[test]
     fn an_overloaded_apiserver_is_waited_for_while_there_is_time_and_ended_ones_are_told_at_a_pace() {
-        let current = FrontProxy {
-            issue: 1,
-            until: i64::MAX,
-        };
+        let current = endless(1);
         let older = registry(300, 0, 2000);
         older.set_upstream(Upstream::Overloaded);
         older.set_taken(Some(1));
@@ -314,16 +319,10 @@ mod tests {
     #[test]
     fn each_earlier_certificate_has_a_pace_of_its_own() {
         let registry = registry(1000, 1, 400_000);
-        let address = SocketAddr::from(([192, 0, 2, 7], 3));
         for id in 1000..1004 {
-            let connection = registry.open(id, address, address);
-            connection.established(Protocol::H2, Some("alice"));
-            connection.set_front_proxy(FrontProxy { issue: 0, until: 120 });
+            client(&registry, id, Protocol::H2, FrontProxy { issue: 0, until: 120 });
         }
-        let current = FrontProxy {
-            issue: 2,
-            until: i64::MAX,
-        };
+        let current = endless(2);
         let mut renewal = Renewal::default();
         assert_eq!(look(&mut renewal, &registry, current, true, 0), 120);
         for now in (5..=60).step_by(5) {
@@ -340,22 +339,12 @@ mod tests {
     #[test]
     fn those_whose_certificate_has_ended_hurry_nobody_else() {
         let registry = registry(100, 1, 10_000);
-        let address = SocketAddr::from(([192, 0, 2, 7], 2));
+        let ended = FrontProxy { issue: 0, until: 50 };
         let lasting: Vec<_> = (100..120)
-            .map(|id| {
-                let connection = registry.open(id, address, address);
-                connection.established(Protocol::Http1, Some("alice"));
-                connection.set_front_proxy(FrontProxy { issue: 0, until: 50 });
-                connection
-            })
+            .map(|id| client(&registry, id, Protocol::Http1, ended))
             .collect();
-        let late = registry.open(120, address, address);
-        late.established(Protocol::H2, Some("alice"));
-        late.set_front_proxy(FrontProxy { issue: 0, until: 50 });
-        let current = FrontProxy {
-            issue: 2,
-            until: i64::MAX,
-        };
+        client(&registry, 120, Protocol::H2, ended);
+        let current = endless(2);
         let mut renewal = Renewal::default();
         for now in [100, 105, 110] {
             look(&mut renewal, &registry, current, false, now);
@@ -400,14 +389,11 @@ mod tests {
         let mut renewal = Renewal::default();
         let two = registry(100, 0, 10_000);
         for (issue, now) in [(1, 0), (2, 5), (2, 10)] {
-            look(&mut renewal, &two, FrontProxy { issue, until: i64::MAX }, true, now);
+            look(&mut renewal, &two, endless(issue), true, now);
         }
         assert_eq!(told(&two), 3, "one in each turn");
         // One that the apiserver does not take stops it.
-        let next = FrontProxy {
-            issue: 3,
-            until: i64::MAX,
-        };
+        let next = endless(3);
         look(&mut renewal, &two, next, false, 15);
         assert_eq!(told(&two), 3);
         look(&mut renewal, &two, next, true, 20);
