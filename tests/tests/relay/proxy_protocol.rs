@@ -69,10 +69,10 @@ fn the_named_client_reaches_the_apiserver_and_the_list() {
     client.begin_client(&[]);
     let mut server = world.accept().peer;
     server.begin_server();
-    // By the client's own address it can be told to go.
-    assert_eq!(world.go_away("192.0.2.7:12345".parse().expect("an address")), "sent");
     assert_eq!(client.expect(kind::SETTINGS).flags, 0);
     assert_eq!(client.expect(kind::SETTINGS).flags, 1);
+    // By the client's own address it can be told to go.
+    assert_eq!(world.go_away("192.0.2.7:12345".parse().expect("an address")), "sent");
     assert_eq!(client.expect(kind::GOAWAY).word(0), 0x7fff_ffff);
     server.send(&frame(kind::PING, 0, 0, b"12345678"));
 }
