@@ -6,6 +6,8 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -167,26 +169,10 @@ pub fn backend() -> anyhow::Result<PathBuf> {
     small("backend", &module(), "./cmd/backend")
 }
 
-/// Builds a program of few dependencies: Go itself knows whether there is anything to do.
+/// Builds a program of tests/go into the cache: Go itself knows whether there is anything to do.
 fn small(program: &str, directory: &Path, package: &str) -> anyhow::Result<PathBuf> {
-    let Some(go) = on_path("go") else {
-        bail!("there is no `go` on PATH to build {program} of tests/go with: install Go 1.26 or later");
-    };
-    let cache = cache()?;
-    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
-    let to = cache.join(program);
-    let status = Command::new(go)
-        .current_dir(directory)
-        .env("CGO_ENABLED", "0")
-        .args(["build", "-trimpath", "-o"])
-        .arg(&to)
-        .arg(package)
-        .status()
-        .context("cannot start go")?;
-    anyhow::ensure!(
-        status.success(),
-        "`go build` of {program} in tests/go failed ({status})"
-    );
+    let to = cache()?.join(program);
+    go_build(package, directory, None, STRIPPED, &to)?;
     Ok(to)
 }
 
@@ -230,23 +216,7 @@ pub fn tool(program: &str) -> anyhow::Result<PathBuf> {
         "kubeconform" => "github.com/yannh/kubeconform/cmd/kubeconform",
         _ => bail!("tests/go/tools has no {program}"),
     };
-    let Some(go) = on_path("go") else {
-        bail!("there is no `go` on PATH to build {program} with: install Go 1.26 or later");
-    };
-    let cache = cache()?;
-    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
-    let to = cache.join(program);
-    // What is there and as new costs Go a second.
-    let status = Command::new(go)
-        .current_dir(module().join("tools"))
-        .env("CGO_ENABLED", "0")
-        .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
-        .arg(&to)
-        .arg(package)
-        .status()
-        .context("cannot start go")?;
-    anyhow::ensure!(status.success(), "`go build` of {package} failed ({status})");
-    Ok(to)
+    small(program, &module().join("tools"), package)
 }
 
 /// The programs of a kubeadm node beside kube-apiserver and etcd, built once from tests/go/node: a directory with
@@ -324,35 +294,67 @@ fn build(program: &str, processor: Option<&str>, to: &Path, say: impl Fn(&str)) 
 
 /// Builds a program that says it is of the release: kubeadm compares versions. Without a processor it is for this one.
 fn build_package(package: &str, directory: &Path, processor: Option<&str>, to: &Path) -> anyhow::Result<()> {
-    let Some(go) = on_path("go") else {
-        bail!("there is no `go` on PATH to build {package} {VERSION} with: install Go 1.26 or later");
-    };
     let partial = to.with_extension(format!("partial-{}", std::process::id()));
     let mut parts = VERSION.trim_start_matches('v').split('.');
     let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let set = |name: &str, value: &str| format!("-X k8s.io/component-base/version.{name}={value}");
     let flags = [
-        "-s -w".to_owned(),
+        STRIPPED.to_owned(),
         set("gitVersion", VERSION),
         set("gitMajor", major),
         set("gitMinor", minor),
     ];
-    let mut command = Command::new(go);
-    if let Some(processor) = processor {
-        command.env("GOARCH", processor);
-    }
-    let status = command
-        .current_dir(directory)
-        .env("CGO_ENABLED", "0")
-        .args(["build", "-trimpath", "-ldflags"])
-        .arg(flags.join(" "))
-        .arg("-o")
-        .arg(&partial)
-        .arg(package)
-        .status()
-        .context("cannot start go")?;
-    if !status.success() {
-        bail!("`go build` of {package} failed ({status})");
-    }
+    go_build(package, directory, processor, &flags.join(" "), &partial)?;
     fs::rename(&partial, to).with_context(|| format!("cannot move the binary to {}", to.display()))
+}
+
+/// Without symbols and debug information.
+const STRIPPED: &str = "-s -w";
+
+/// How often Go is asked to build before it is believed that it cannot.
+const TRIES: u64 = 3;
+
+/// Builds a Go package to that path, with those flags for its linker. Without a processor it is for this one. What Go
+/// fetches may be out of reach for a moment, so it is asked more than once; a program that does not compile is refused
+/// as soon each time.
+fn go_build(
+    package: &str,
+    directory: &Path,
+    processor: Option<&str>,
+    linker_flags: &str,
+    to: &Path,
+) -> anyhow::Result<()> {
+    let Some(go) = on_path("go") else {
+        bail!("there is no `go` on PATH to build {package} with: install Go 1.26 or later");
+    };
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    }
+    let mut tries = 0;
+    loop {
+        let mut command = Command::new(&go);
+        if let Some(processor) = processor {
+            command.env("GOARCH", processor);
+        }
+        // What is there and as new costs Go a second.
+        let status = command
+            .current_dir(directory)
+            .env("CGO_ENABLED", "0")
+            .args(["build", "-trimpath", "-ldflags", linker_flags, "-o"])
+            .arg(to)
+            .arg(package)
+            .status()
+            .context("cannot start go")?;
+        tries += 1;
+        if status.success() {
+            return Ok(());
+        }
+        if tries == TRIES {
+            bail!(
+                "`go build` of {package} in {} failed {TRIES} times ({status})",
+                directory.display()
+            );
+        }
+        thread::sleep(Duration::from_secs(10 * tries));
+    }
 }
