@@ -24,9 +24,13 @@ const DAY: i64 = 24 * 3600;
 
 /// The earliest end of a certificate in a file, in seconds since 1970.
 pub fn earliest(path: &Path) -> Option<i64> {
-    let certificates = CertificateDer::pem_file_iter(path).ok()?.flatten();
-    let ends = certificates.filter_map(|der| {
-        let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+    earliest_of(CertificateDer::pem_file_iter(path).ok()?.flatten())
+}
+
+/// The earliest end of those that can be read, in seconds since 1970.
+pub fn earliest_of<T: AsRef<[u8]>>(certificates: impl IntoIterator<Item = T>) -> Option<i64> {
+    let ends = certificates.into_iter().filter_map(|der| {
+        let (_, parsed) = X509Certificate::from_der(der.as_ref()).ok()?;
         Some(parsed.validity().not_after.timestamp())
     });
     ends.min()

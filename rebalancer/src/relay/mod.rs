@@ -429,7 +429,11 @@ async fn sweep(
         let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
         metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, now, SWEEP));
         let changed = match tls.look() {
-            Ok(None) => Ok(Changed::Nothing),
+            Ok(None) => {
+                // One that waited has been taken away: what was said of it is said of no other.
+                waiting = None;
+                Ok(Changed::Nothing)
+            }
             Ok(Some(loaded)) => Ok(adopt(&target, &headers, &registry, loaded, now, &mut waiting).await),
             Err(error) => Err(error),
         };

@@ -6,16 +6,35 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::registry::Registry;
+use rustls::pki_types::CertificateDer;
+
+use super::{expiry::earliest_of, identity::sha256, registry::Registry};
 use crate::shim::wire::Upstream;
 
 /// A front-proxy certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrontProxy {
-    /// Which one it is since the relay began, from 0 on.
+    /// Which one it is, by its chain: a file that is written anew with the same one, or put back, says no other.
     pub issue: u64,
     /// When the first certificate of its chain ends, in seconds since 1970.
     pub until: i64,
+}
+
+impl FrontProxy {
+    /// The certificate that this chain shows.
+    pub fn of(chain: &[CertificateDer<'_>]) -> Self {
+        // DER says its own length, so one chain only makes up these octets.
+        let octets: Vec<u8> = chain
+            .iter()
+            .flat_map(|certificate| certificate.iter().copied())
+            .collect();
+        let hash = sha256(&octets);
+        let issue = hash.first_chunk().copied().unwrap_or_default();
+        Self {
+            issue: u64::from_be_bytes(issue),
+            until: earliest_of(chain).unwrap_or(i64::MAX),
+        }
+    }
 }
 
 /// Why a new front proxy's certificate is not used yet.

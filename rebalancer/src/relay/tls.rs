@@ -20,7 +20,6 @@ use rustls::{
 };
 
 use super::{
-    expiry,
     identity::sha256,
     renewal::FrontProxy,
     request_headers::RequestHeaders,
@@ -64,7 +63,7 @@ impl Files {
     ///
     /// Names the flag, the file and what is wrong with it.
     pub fn check(&self, headers: &RequestHeaders) -> anyhow::Result<()> {
-        Tls::load(self, &Arc::new(headers.clone()), Counts::default()).map(drop)
+        Tls::load(self, &Arc::new(headers.clone()), 0).map(drop)
     }
 
     /// The first certificate that clients are shown, as it is (DER).
@@ -118,7 +117,7 @@ impl Tls {
         Arc::clone(self.by_address.get(&local.to_canonical()).unwrap_or(&self.server))
     }
 
-    fn load(files: &Files, headers: &Arc<RequestHeaders>, counts: Counts) -> anyhow::Result<Self> {
+    fn load(files: &Files, headers: &Arc<RequestHeaders>, generation: u64) -> anyhow::Result<Self> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let authorities = Authorities::load(&files.client_ca, files.proxy_ca.as_deref(), Arc::clone(headers))?;
         let serving = serving(files, &provider)?;
@@ -144,11 +143,10 @@ impl Tls {
             };
             builder.with_safe_default_protocol_versions().map(judged)
         };
+        let proxy_chain = chain(&files.proxy_certificate, PROXY_CERTIFICATE)?;
+        let front_proxy_certificate = FrontProxy::of(&proxy_chain);
         let front_proxy = towards_upstream()?
-            .with_client_auth_cert(
-                chain(&files.proxy_certificate, PROXY_CERTIFICATE)?,
-                key(&files.proxy_key, PROXY_KEY)?,
-            )
+            .with_client_auth_cert(proxy_chain, key(&files.proxy_key, PROXY_KEY)?)
             .with_context(|| {
                 format!(
                     "--proxy-client-cert {} and --proxy-client-key {} do not belong together",
@@ -160,22 +158,12 @@ impl Tls {
             server: Arc::new(server),
             by_address,
             front_proxy: Arc::new(front_proxy),
-            front_proxy_certificate: FrontProxy {
-                issue: counts.front_proxies,
-                until: expiry::earliest(&files.proxy_certificate).unwrap_or(i64::MAX),
-            },
+            front_proxy_certificate,
             anonymous: Arc::new(towards_upstream()?.with_no_client_auth()),
             authorities,
-            generation: counts.authorities,
+            generation,
         })
     }
-}
-
-/// How often what others rest on has changed.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    authorities: u64,
-    front_proxies: u64,
 }
 
 /// The serving certificates.
@@ -225,7 +213,7 @@ impl Reloader {
     /// Names the flag, the file and what is wrong with it.
     pub fn new(files: Files, headers: Arc<RequestHeaders>) -> anyhow::Result<Self> {
         let hashes = hash_all(&files)?;
-        let tls = Tls::load(&files, &headers, Counts::default())?;
+        let tls = Tls::load(&files, &headers, 0)?;
         Ok(Self {
             files,
             headers,
@@ -245,29 +233,26 @@ impl Reloader {
     /// As [`Self::new`].
     pub fn look(&self) -> anyhow::Result<Option<Loaded>> {
         let hashes = hash_all(&self.files)?;
-        let (counts, authorities, front_proxy_alone) = {
-            let (current, before) = &*self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if *before == hashes {
+        let (current, before) = {
+            let current = self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if current.1 == hashes {
                 return Ok(None);
             }
-            let all = self.files.all();
-            let changed = |flags: [&str; 2]| {
-                let mut files = all.iter().zip(before.iter().zip(&hashes));
-                files.any(|((flag, _), (before, after))| flags.contains(flag) && before != after)
-            };
-            let authorities = changed([CLIENT_CA, PROXY_CA]);
-            let front_proxy = changed([PROXY_CERTIFICATE, PROXY_KEY]);
-            let counts = Counts {
-                authorities: current.generation + u64::from(authorities),
-                front_proxies: current.front_proxy_certificate.issue + u64::from(front_proxy),
-            };
-            (counts, authorities, front_proxy && !changed([UPSTREAM_CA; 2]))
+            current.clone()
         };
+        let all = self.files.all();
+        let changed = |flags: &[&str]| {
+            let mut files = all.iter().zip(before.iter().zip(&hashes));
+            files.any(|((flag, _), (before, after))| flags.contains(flag) && before != after)
+        };
+        let authorities = changed(&[CLIENT_CA, PROXY_CA]);
+        let tls = Tls::load(&self.files, &self.headers, current.generation + u64::from(authorities))?;
+        let is_renewed = tls.front_proxy_certificate.issue != current.front_proxy_certificate.issue;
         Ok(Some(Loaded {
-            tls: Tls::load(&self.files, &self.headers, counts)?,
+            front_proxy_alone: is_renewed && !changed(&[UPSTREAM_CA]),
+            tls,
             hashes,
             authorities,
-            front_proxy_alone,
         }))
     }
 
@@ -360,4 +345,77 @@ pub(super) fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDe
 fn key(path: &Path, flag: &str) -> anyhow::Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_file(path)
         .with_context(|| format!("{flag} {}: cannot read a private key (PEM)", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A directory in which one authority's certificate stands for all.
+    fn directory() -> (TempDir, Reloader) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut params = CertificateParams::new(["localhost".to_owned()]).expect("a name");
+        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let ours = CertifiedIssuer::self_signed(params, &key).expect("a certificate");
+        let at = |name: &str| directory.path().join(name);
+        for name in ["ca.crt", "proxy.crt"] {
+            fs::write(at(name), ours.pem()).expect("a file");
+        }
+        for name in ["tls.key", "proxy.key"] {
+            fs::write(at(name), key.serialize_pem()).expect("a file");
+        }
+        let files = Files {
+            certificate: at("ca.crt"),
+            key: at("tls.key"),
+            sni: Vec::new(),
+            client_ca: at("ca.crt"),
+            proxy_ca: None,
+            proxy_certificate: at("proxy.crt"),
+            proxy_key: at("proxy.key"),
+            upstream_ca: at("ca.crt"),
+        };
+        let reloader = Reloader::new(files, Arc::default()).expect("readable files");
+        (directory, reloader)
+    }
+
+    /// What is in use after the front proxy's files say that; whether the apiserver was to be asked about it.
+    fn renewed(directory: &TempDir, reloader: &Reloader, certificate: &str, key: &str) -> (u64, bool) {
+        fs::write(directory.path().join("proxy.crt"), certificate).expect("a file");
+        fs::write(directory.path().join("proxy.key"), key).expect("a file");
+        let loaded = reloader.look().expect("readable files").expect("another file");
+        let is_asked = loaded.front_proxy().is_some();
+        reloader.adopt(loaded);
+        (reloader.current().front_proxy_certificate.issue, is_asked)
+    }
+
+    /// Nobody is moved because a file was touched: tools that distribute files write comments and line ends of their own.
+    #[test]
+    fn a_front_proxys_certificate_that_is_written_anew_or_put_back_is_no_other() {
+        let (directory, reloader) = directory();
+        let read = |name: &str| fs::read_to_string(directory.path().join(name)).expect("a file");
+        let (certificate, key) = (read("proxy.crt"), read("proxy.key"));
+        let first = reloader.current().front_proxy_certificate.issue;
+        let commented = format!("# of the front proxy\n{}", certificate.replace('\n', "\r\n"));
+        assert_eq!(renewed(&directory, &reloader, &commented, &key), (first, false));
+
+        let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+        let (second, is_asked) = renewed(
+            &directory,
+            &reloader,
+            &other.cert.pem(),
+            &other.signing_key.serialize_pem(),
+        );
+        assert!(second != first && is_asked);
+        let chain = other.cert.pem() + &certificate;
+        let (third, is_asked) = renewed(&directory, &reloader, &chain, &other.signing_key.serialize_pem());
+        assert!(
+            third != second && third != first && is_asked,
+            "its chain is a part of it"
+        );
+        assert_eq!(renewed(&directory, &reloader, &certificate, &key), (first, true));
+    }
 }
