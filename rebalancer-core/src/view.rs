@@ -25,7 +25,7 @@ pub enum ServerState {
     Starting,
     /// Nobody listens, or what is behind the shim does not answer.
     Down,
-    /// Its agent does not know: not seeded yet, or events were lost.
+    /// Its agent does not know: not seeded yet, events were lost, or the relay before it stands still.
     Unknown,
     /// It takes connections, and is to have none: its clients are told to go, and nobody is sent there.
     Evacuating,
@@ -408,7 +408,7 @@ impl Peers {
                     });
                 }
                 Some((_, snapshot)) if snapshot.state == ServerState::Unknown => {
-                    let why = "its agent does not know its connections yet".to_owned();
+                    let why = "its agent does not know its connections, or its relay stands still: `rebalancer status` there says which".to_owned();
                     return Some(Hold::PeerUnknown {
                         peer: name.clone(),
                         why,

@@ -264,8 +264,11 @@ impl Agent {
         for (_, peer) in self.peers.iter() {
             match &peer.snapshot {
                 Some((at, snapshot)) if now.since(*at) <= self.policy.stale_after() => {
-                    if matches!(snapshot.state, ServerState::Ready | ServerState::Starting) {
-                        return Some(true);
+                    match snapshot.state {
+                        ServerState::Ready | ServerState::Starting => return Some(true),
+                        // Its agent does not know, and so does nobody.
+                        ServerState::Unknown => are_all_known = false,
+                        ServerState::Down | ServerState::Evacuating | ServerState::Overloaded => {}
                     }
                 }
                 _ => are_all_known = false,
@@ -304,6 +307,8 @@ impl Agent {
         }
         match connection.protocol {
             Protocol::Http1 if !connection.can_hear() => Some(LeftOut::Deaf),
+            // Of one that has not finished its handshake only the offer is known.
+            _ if !connection.can_hear() => Some(LeftOut::UnknownProtocol),
             Protocol::Unknown => Some(LeftOut::UnknownProtocol),
             _ if connection.is_node_local() && self.policy.node_local != NodeLocal::Move => Some(LeftOut::NodeLocal),
             Protocol::Http1 | Protocol::H2Offered | Protocol::H2Selected => None,

@@ -68,6 +68,13 @@ impl Agent {
                     connections,
                 });
             }
+            // Before what peers are held for: they are held for this.
+            ServerState::Unknown if self.is_stalled(now) => {
+                let why = self.shim_fault.clone();
+                return Some(Hold::ShimUnavailable {
+                    why: why.unwrap_or_else(|| "it did not answer until a moment ago".to_owned()),
+                });
+            }
             ServerState::Starting | ServerState::Unknown => {
                 let up = self.up_since.map(|since| now.since(since));
                 return Some(Hold::ApiserverStarting {

@@ -3,7 +3,7 @@
 //! Input: observations, a shim's report, a word to all. Output: the table and what is known of the apiserver.
 //! Must never take a slow apiserver for another one, nor its own socket for the apiserver's.
 
-use super::{Agent, Effect, Switch};
+use super::{Agent, Effect, Stall, Switch};
 use crate::{
     ids::{ApiserverName, ShimKind, Timestamp},
     observation::Observation,
@@ -35,6 +35,9 @@ impl Agent {
 
     /// Takes in what the shim says of itself and of the apiserver.
     pub(super) fn shim_answered(&mut self, now: Timestamp, report: &ShimReport) {
+        if self.stall == Stall::Lasts {
+            self.stall = Stall::Over(now);
+        }
         self.shim_fault = None;
         self.abilities = report.abilities;
         // One that is slow, or not ready for a while, is still the one it was.

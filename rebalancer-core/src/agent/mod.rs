@@ -91,6 +91,8 @@ pub enum Input {
     Shim(ShimReport),
     /// The shim did not answer.
     ShimFailed(String),
+    /// The shim through which all clients come takes connections and answers nobody.
+    ShimStalled(String),
     /// A peer answered, or did not.
     Peer(ApiserverName, Result<Snapshot, PeerFault>),
     /// What a peer of another release, or with other flags, says was said to all agents: it is paused with them all the same.
@@ -132,6 +134,7 @@ pub struct Agent {
     peers: Peers,
     abilities: Abilities,
     shim_fault: Option<String>,
+    stall: Stall,
     upstream_ready: Option<bool>,
     up_since: Option<Timestamp>,
     /// How often the apiserver was seen to end.
@@ -213,6 +216,17 @@ struct Proposed {
     id: u64,
 }
 
+/// Whether the shim through which all clients come takes connections and answers nobody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stall {
+    /// It answers, or nobody is known to wait for it.
+    #[default]
+    No,
+    Lasts,
+    /// It has answered again since then. Nothing of what was learned is forgotten for it: it is the one it was.
+    Over(Timestamp),
+}
+
 impl Agent {
     /// An agent that knows nothing yet. `instance` names this process to its peers.
     pub fn new(policy: Policy, instance: u64, now: Timestamp) -> Self {
@@ -223,6 +237,7 @@ impl Agent {
             peers: Peers::new(policy.node.clone(), policy.peers.iter().cloned()),
             abilities: Abilities::default(),
             shim_fault: (policy.shim != ShimKind::None).then(|| "it has not answered yet".to_owned()),
+            stall: Stall::No,
             upstream_ready: None,
             up_since: None,
             restarts: 0,
@@ -282,7 +297,14 @@ impl Agent {
             Input::Tick => {}
             Input::Observations(observations) => self.observe(now, observations, &mut effects),
             Input::Shim(report) => self.shim_answered(now, &report),
-            Input::ShimFailed(why) => self.shim_fault = Some(why),
+            Input::ShimFailed(why) => {
+                self.shim_fault = Some(why);
+                self.stall = Stall::No;
+            }
+            Input::ShimStalled(why) => {
+                self.shim_fault = Some(why);
+                self.stall = Stall::Lasts;
+            }
             Input::Peer(name, answer) => {
                 let beyond = |snapshot: &Snapshot| self.switch.is_beyond(&snapshot.switch);
                 let answer = match answer.as_ref().ok().and_then(beyond) {
@@ -372,9 +394,21 @@ impl Agent {
         if is_overloaded {
             return ServerState::Overloaded;
         }
+        if self.is_stalled(now) {
+            return ServerState::Unknown;
+        }
         match self.up_since {
             Some(since) if now.since(since) < self.policy.interval => ServerState::Starting,
             _ => ServerState::Ready,
+        }
+    }
+
+    /// Whether nobody is served here although the port is open. The load balancer learns later than this agent that it is over.
+    fn is_stalled(&self, now: Timestamp) -> bool {
+        match self.stall {
+            Stall::No => false,
+            Stall::Lasts => true,
+            Stall::Over(at) => now.since(at) < self.policy.interval,
         }
     }
 

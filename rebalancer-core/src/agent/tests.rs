@@ -245,6 +245,42 @@ impl<T: Ord> PopFirstIf<T> for BTreeSet<T> {
     }
 }
 
+/// Its port is open, and nobody is served there: whoever is sent there is lost. Two that stand still name themselves.
+#[test]
+fn a_relay_that_stands_still_is_sent_nobody() {
+    let mut world = World::new(&[150, 150, 0], Balancer::LeastSockets, |policy| {
+        policy.settle = Duration::from_secs(2);
+    });
+    let stalls = || Input::ShimStalled("it does not answer".to_owned());
+    let answers = || {
+        Input::Shim(ShimReport {
+            upstream_ready: Some(true),
+            ..ShimReport::default()
+        })
+    };
+    world.input(2, stalls());
+    world.run(90);
+    assert_eq!(world.goaways, 0, "{:?}", world.holds());
+    assert_eq!(world.holds(), ["peer_unknown", "peer_unknown", "shim_unavailable"]);
+    world.input(1, stalls());
+    world.run(20);
+    assert_eq!(world.holds(), ["peer_unknown", "shim_unavailable", "shim_unavailable"]);
+    for index in [1, 2] {
+        world.input(index, answers());
+        let state = world.agents[index].snapshot(world.now()).state;
+        assert_eq!(state, ServerState::Unknown, "a load balancer learns of it later");
+    }
+    world.run(6);
+    assert_eq!(world.agents[2].snapshot(world.now()).state, ServerState::Ready);
+    world.run(180);
+    let active = world.active();
+    assert!(active.iter().all(|load| (90..=104).contains(load)), "{active:?}");
+
+    // Whoever cannot be asked at all is no such: the kernel knows whether its port is open.
+    world.input(2, Input::ShimFailed("no such file".to_owned()));
+    assert_eq!(world.agents[2].snapshot(world.now()).state, ServerState::Ready);
+}
+
 #[test]
 fn loads_become_level_at_the_least_cost_and_then_nothing_happens() {
     for (loads, balancer, rho) in [

@@ -74,6 +74,8 @@ pub struct ConnectionTable {
     shared_port: Option<Arc<str>>,
     doubts: Doubts,
     repairs: Repairs,
+    /// Whether the shim names all whom it can tell.
+    names_all: bool,
 }
 
 /// What changed in a way the agent must know at once.
@@ -180,6 +182,7 @@ impl ConnectionTable {
     /// A full report is the whole truth of that shim: what an earlier one listed and it does not list is with a process
     /// that took its leave, and drains.
     pub fn report(&mut self, report: &ShimReport, now: Timestamp) {
+        self.names_all = report.abilities.names_all;
         if report.full {
             self.early.forget_shim();
             self.leave(report);
@@ -503,6 +506,7 @@ impl ConnectionTable {
         let user = known.user.as_deref().or(connection.user());
         // A client may have many over one connection: whoever is left alone by the first is not told with the next.
         let user_agent = connection.user_agent().or(known.user_agent.as_deref());
+        let names_all = self.names_all;
         let identity = if (user, user_agent) == (connection.user(), connection.user_agent()) {
             connection.identity.clone()
         } else {
@@ -515,8 +519,9 @@ impl ConnectionTable {
         self.change(known.id, |connection| {
             connection.identity = identity;
             let is_first = !std::mem::replace(&mut connection.is_with_shim, true);
-            // In the middle of a handshake it knows no more than the source.
-            if known.protocol != Protocol::Unknown {
+            // In the middle of a handshake one that does not see all knows no more than the source. One that does knows a stranger,
+            // who is no load, however long it stays and whatever it offered.
+            if names_all || known.protocol != Protocol::Unknown {
                 connection.can_be_told = known.can_be_told;
             }
             connection.state = connection.state.max(known.state);

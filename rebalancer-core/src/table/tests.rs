@@ -5,7 +5,7 @@ mod ages;
 mod landings;
 
 use super::*;
-use crate::shim::Counters;
+use crate::shim::{Abilities, Counters};
 use proptest::prelude::*;
 
 fn socket(id: u64) -> Socket {
@@ -232,6 +232,56 @@ fn http1_counts_where_and_while_its_shim_can_tell_it() {
         let policy = crate::policy::Policy::new(crate::ids::ApiserverName::new("n"), BTreeSet::new());
         let told = crate::planner::left_out(table.connection(ConnectionId(1)), &policy, false);
         assert_eq!(told.is_ok(), can_be_told);
+    }
+}
+
+/// A scanner, a probe of TCP alone, a slow loris: the shim that holds all connections has not heard of a client on them.
+#[test]
+fn strangers_are_no_load_where_the_shim_names_all_its_clients() {
+    for (offers, names_all, expected) in [(false, true, 0), (true, true, 0), (false, false, 1), (true, false, 1)] {
+        for is_seeded in [false, true] {
+            let mut table = seeded(if is_seeded { &[1] } else { &[] });
+            let mut now = 1;
+            if !is_seeded {
+                table.observe(Observation::Opened(socket(1)), at(1));
+            }
+            let report = |table: &mut ConnectionTable, protocol: Protocol, now| {
+                let known = ShimConnection {
+                    id: ConnectionId(1),
+                    client: socket(1).remote,
+                    local: socket(1).local,
+                    protocol,
+                    can_be_told: protocol != Protocol::Unknown,
+                    age: None,
+                    state: ConnectionState::Active,
+                    user: None,
+                    user_agent: None,
+                    counters: Counters::default(),
+                };
+                let abilities = Abilities {
+                    names_all,
+                    ..Abilities::default()
+                };
+                let connections = vec![known];
+                table.report(
+                    &ShimReport {
+                        abilities,
+                        connections,
+                        ..ShimReport::default()
+                    },
+                    at(now),
+                );
+            };
+            report(&mut table, Protocol::Unknown, now);
+            if offers {
+                table.observe(classified(1, Protocol::H2Offered), at(1));
+            }
+            settle(&mut table, &mut now);
+            let case = (offers, names_all, is_seeded);
+            assert_eq!(table.active(), expected, "{case:?}");
+            report(&mut table, Protocol::H2Selected, now);
+            assert_eq!(table.active(), 1, "{case:?}: its handshake is done");
+        }
     }
 }
 

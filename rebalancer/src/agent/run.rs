@@ -260,7 +260,9 @@ fn start_shim(
         Shim::None => Ok(None),
         Shim::Relay(socket) => {
             let (orders, receiver) = mpsc::channel(16);
-            tokio::spawn(link::run(socket.0.clone(), receiver, inputs.clone()));
+            // With --intercept clients reach the apiserver itself while the relay does not answer.
+            let is_front_door = !config.intercept;
+            tokio::spawn(link::run(socket.0.clone(), is_front_door, receiver, inputs.clone()));
             Ok(Some(orders))
         }
         Shim::Steer(path) => {
@@ -343,7 +345,7 @@ impl Loop {
                     }
                 },
                 Some(input) = inputs.recv() => {
-                    if matches!(input, Input::Shim(_) | Input::ShimFailed(_)) {
+                    if matches!(input, Input::Shim(_) | Input::ShimFailed(_) | Input::ShimStalled(_)) {
                         shim_silent_at = silence();
                     }
                     self.heard(input, &mut source);

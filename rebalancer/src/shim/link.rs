@@ -5,7 +5,7 @@
 //! Must never send an order twice by itself: an order whose answer was lost is reported as failed. Must never believe a
 //! result for a connection that was not named, nor keep more of a client's words than it needs.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
 
 use rebalancer_core::{
     agent::Input,
@@ -15,7 +15,7 @@ use rebalancer_core::{
 };
 use tokio::{
     sync::mpsc,
-    time::{Instant, MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, error::Elapsed, interval},
 };
 
 use super::wire;
@@ -33,11 +33,17 @@ const USER_AGENT: usize = 256;
 /// Octets kept of a user name.
 const USER: usize = 1_024;
 
-/// Follows one shim until nobody listens to what it says.
-pub async fn run(socket: PathBuf, mut orders: mpsc::Receiver<GoawayOrder>, inputs: mpsc::Sender<Input>) {
+/// Follows one shim until nobody listens to what it says. It is the front door where all clients come through it, also when it
+/// does not answer.
+pub async fn run(
+    socket: PathBuf,
+    is_front_door: bool,
+    mut orders: mpsc::Receiver<GoawayOrder>,
+    inputs: mpsc::Sender<Input>,
+) {
     let mut ticks = interval(POLL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut link = Link::new(socket);
+    let mut link = Link::new(socket, is_front_door);
     loop {
         let said = tokio::select! {
             _ = ticks.tick() => link.look().await,
@@ -54,6 +60,13 @@ pub async fn run(socket: PathBuf, mut orders: mpsc::Receiver<GoawayOrder>, input
     }
 }
 
+/// Whether somebody listens there and does not get to it: the kernel takes connections for it until its queue is full. One that
+/// is not there, or answers what cannot be read, does not stand still.
+fn stands_still(error: &anyhow::Error) -> bool {
+    let is_full = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+    error.is::<Elapsed>() || error.downcast_ref().is_some_and(is_full)
+}
+
 /// A victim whose GOAWAY goes out at its next request.
 struct Pending {
     generation: u64,
@@ -63,6 +76,7 @@ struct Pending {
 
 struct Link {
     socket: PathBuf,
+    is_front_door: bool,
     since: String,
     pending: BTreeMap<ConnectionId, Pending>,
     /// Where in the shim's outcomes to go on, and of which process that is.
@@ -70,9 +84,10 @@ struct Link {
 }
 
 impl Link {
-    fn new(socket: PathBuf) -> Self {
+    fn new(socket: PathBuf, is_front_door: bool) -> Self {
         Self {
             socket,
+            is_front_door,
             since: String::new(),
             pending: BTreeMap::new(),
             next_outcome: (String::new(), 0),
@@ -106,8 +121,17 @@ impl Link {
             }
             Err(error) => {
                 self.since.clear();
-                Input::ShimFailed(format!("{error:#}"))
+                self.failed(&error)
             }
+        }
+    }
+
+    fn failed(&self, error: &anyhow::Error) -> Input {
+        let why = format!("{error:#}");
+        if self.is_front_door && stands_still(error) {
+            Input::ShimStalled(why)
+        } else {
+            Input::ShimFailed(why)
         }
     }
 
@@ -283,12 +307,14 @@ fn report(answer: wire::Connections) -> ShimReport {
 mod tests {
     use std::sync::{Arc, Mutex};
 
+    use anyhow::Context as _;
     use axum::{
         Json, Router,
         routing::{get, post},
     };
     use serde_json::{Value, json};
     use tempfile::TempDir;
+    use tokio::time::timeout;
 
     use super::*;
     use crate::local;
@@ -327,7 +353,7 @@ mod tests {
         }
 
         fn link(&self) -> Link {
-            Link::new(self.directory.path().join("shim.sock"))
+            Link::new(self.directory.path().join("shim.sock"), true)
         }
 
         fn answers(&self, results: &[(u64, &str)]) {
@@ -422,6 +448,32 @@ mod tests {
         pending.until = began;
         assert_eq!(link.follow().await, [(ConnectionId(1), GoawayResult::Expired)]);
         assert_eq!(link.follow().await, []);
+    }
+
+    /// The path is another one, the process has ended, or its answer is another release's: none of that stops its clients.
+    #[tokio::test]
+    async fn one_that_listens_and_does_not_answer_stands_still_and_one_that_is_not_there_does_not() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("shim.sock");
+        let mut link = Link::new(path.clone(), true);
+        assert!(matches!(link.ask().await, Input::ShimFailed(_)), "nobody is there");
+        let socket = local::bind(&path).expect("a socket");
+        let instant = Duration::from_millis(1);
+        let silent = timeout(instant, client::get::<wire::Connections>(&path, "/v1/connections")).await;
+        let silent = silent
+            .map(drop)
+            .context("it did not answer")
+            .expect_err("nobody accepts");
+        assert!(matches!(link.failed(&silent), Input::ShimStalled(_)));
+        let behind = Link::new(path.clone(), false);
+        assert!(
+            matches!(behind.failed(&silent), Input::ShimFailed(_)),
+            "clients reach the apiserver itself"
+        );
+        drop(socket);
+        assert!(matches!(link.ask().await, Input::ShimFailed(_)), "it has ended");
+        let unreadable = Shim::start(json!({"another": "release"}));
+        assert!(matches!(unreadable.link().ask().await, Input::ShimFailed(_)));
     }
 
     #[tokio::test]
