@@ -24,8 +24,8 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     request_headers::RequestHeaders,
-    tls::{Files, chain},
-    trust::{self, Authorities, AwsLc, PROXY_CA},
+    tls::Files,
+    trust::{self, Authorities, AwsLc, PROXY_CA, certificates},
     unix_now,
     upstream::{RULES, Target},
 };
@@ -183,7 +183,7 @@ pub fn believes(data: &BTreeMap<String, String>, certificate: &Path) -> anyhow::
         .get("requestheader-client-ca-file")
         .context("the apiserver has no --requestheader-client-ca-file")?;
     let mut shown = Vec::new();
-    for der in chain(certificate, "--proxy-client-cert")? {
+    for der in certificates(certificate, "--proxy-client-cert")? {
         shown.push(Certificate::parse(&der, &AwsLc)?);
     }
     let leaf = shown.remove(0);

@@ -355,23 +355,26 @@ async fn adopt(
     registry: &Registry,
     loaded: Loaded,
     now: i64,
-    waiting: &mut Option<Waiting>,
+    waiting: &mut Option<(u64, Waiting)>,
 ) -> Changed {
     let tls = &target.tls;
     let until = tls.current().front_proxy_certificate.until;
-    let taken = match loaded.front_proxy() {
+    let issue = loaded.issue();
+    let taken = match loaded.renewed() {
         Some(new) => Some(upstream::takes(target, headers, new).await),
         None => None,
     };
-    let before = *waiting;
-    *waiting = taken.and_then(|taken| Waiting::after(before, taken, now < until));
-    match *waiting {
-        Some(Waiting::Refused) if *waiting != before => tracing::error!(
+    // What was said of one is said of no other.
+    let before = waiting.filter(|(of, _)| *of == issue).map(|(_, why)| why);
+    let waits = taken.and_then(|taken| Waiting::after(before, taken, now < until));
+    *waiting = waits.map(|why| (issue, why));
+    match waits {
+        Some(Waiting::Refused) if waits != before => tracing::error!(
             seconds = until - now,
             "the apiserver does not take the new --proxy-client-cert: the last one is used; is the new one signed by the \
              apiserver's --requestheader-client-ca-file, valid already, and its name allowed?"
         ),
-        Some(Waiting::Unanswered) if *waiting != before => tracing::info!(
+        Some(Waiting::Unanswered) if waits != before => tracing::info!(
             seconds = until - now,
             "the apiserver does not say yet whether it takes the new --proxy-client-cert: the last one is used until it does, or \
              this one ends"
@@ -384,7 +387,7 @@ async fn adopt(
     let changed = tls.adopt(loaded);
     if taken == Some(Some(true)) {
         // A relay that drains checks no more.
-        registry.set_taken(Some(tls.current().front_proxy_certificate.issue));
+        registry.set_taken(issue, true);
     }
     changed
 }
@@ -430,7 +433,7 @@ async fn sweep(
         metrics.front_proxy_ends(renewal.turn(&registry, front_proxy, now, SWEEP));
         let changed = match tls.look() {
             Ok(None) => {
-                // One that waited has been taken away: what was said of it is said of no other.
+                // One that waited has been taken away.
                 waiting = None;
                 Ok(Changed::Nothing)
             }

@@ -4,11 +4,15 @@
 //! Input: which certificate is in use, and the registry. Output: orders to connections. Must never move many clients at
 //! once while there is time, nor any while the apiserver does not take the new one.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    time::Duration,
+};
 
 use rustls::pki_types::CertificateDer;
 
-use super::{expiry::earliest_of, identity::sha256, registry::Registry};
+use super::{expiry::earliest_of, registry::Registry};
 use crate::shim::wire::Upstream;
 
 /// A front-proxy certificate.
@@ -23,15 +27,11 @@ pub struct FrontProxy {
 impl FrontProxy {
     /// The certificate that this chain shows.
     pub fn of(chain: &[CertificateDer<'_>]) -> Self {
-        // DER says its own length, so one chain only makes up these octets.
-        let octets: Vec<u8> = chain
-            .iter()
-            .flat_map(|certificate| certificate.iter().copied())
-            .collect();
-        let hash = sha256(&octets);
-        let issue = hash.first_chunk().copied().unwrap_or_default();
+        // Only told apart, and the files are the operator's: nobody makes two that look alike.
+        let mut hasher = DefaultHasher::new();
+        chain.iter().for_each(|certificate| certificate.hash(&mut hasher));
         Self {
-            issue: u64::from_be_bytes(issue),
+            issue: hasher.finish(),
             until: earliest_of(chain).unwrap_or(i64::MAX),
         }
     }
@@ -87,8 +87,10 @@ pub fn may_serve(registry: &Registry, issue: u64, left: i64) -> bool {
 /// Who is to be told, and by when.
 #[derive(Debug, Default)]
 pub struct Renewal {
-    /// The issue that was in use when somebody was found with another one.
+    /// The issue in use.
     issue: Option<u64>,
+    /// Since it is, it has been said that clients of another one are told.
+    is_said: bool,
     /// By the end of each earlier certificate, in seconds since 1970.
     paces: BTreeMap<i64, Pace>,
 }
@@ -129,6 +131,9 @@ impl Pace {
 impl Renewal {
     /// One look at the connections, each `turn`; says when the first certificate in use ends.
     pub fn turn(&mut self, registry: &Registry, current: FrontProxy, now: i64, turn: Duration) -> i64 {
+        if self.issue != Some(current.issue) {
+            (self.issue, self.is_said) = (Some(current.issue), false);
+        }
         let all = registry.outdated(current.issue);
         let Some((first, _)) = all.first() else {
             self.paces.clear();
@@ -150,7 +155,7 @@ impl Renewal {
                 group.iter().take(many).for_each(|(_, connection)| connection.lets_go());
                 pace.spend(rest, turn);
             }
-            if self.issue != Some(current.issue) {
+            if !self.is_said {
                 tracing::info!(
                     clients = group.len(),
                     certificate_ends_in_s = rest,
@@ -160,9 +165,7 @@ impl Renewal {
             }
             paces.insert(until, pace);
         }
-        if !paces.is_empty() {
-            self.issue = Some(current.issue);
-        }
+        self.is_said |= !paces.is_empty();
         self.paces = paces;
         first
     }
@@ -214,7 +217,7 @@ mod tests {
     /// A turn beside an apiserver that is ready, and has been seen to take the certificate in use or has not.
     fn look(renewal: &mut Renewal, registry: &Registry, current: FrontProxy, is_taken: bool, now: i64) -> i64 {
         registry.set_upstream(Upstream::Ready);
-        registry.set_taken(is_taken.then_some(current.issue));
+        registry.set_taken(current.issue, is_taken);
         renewal.turn(registry, current, now, TURN)
     }
 
@@ -306,7 +309,7 @@ mod tests {
         let current = endless(1);
         let older = registry(300, 0, 2000);
         older.set_upstream(Upstream::Overloaded);
-        older.set_taken(Some(1));
+        older.set_taken(1, true);
         let mut renewal = Renewal::default();
         for now in (0..2000 - SOON).step_by(5) {
             renewal.turn(&older, current, now, TURN);
@@ -351,6 +354,17 @@ mod tests {
         // Four who had a minute, and as many of the others as a minute of an hour is.
         let all = told(&registry);
         assert!((4 + 10..=4 + 2 * 1000 / 60).contains(&all), "{all} in a minute");
+    }
+
+    #[test]
+    fn each_renewal_is_said_also_when_a_certificate_comes_back() {
+        let mut renewal = Renewal::default();
+        let registry = registry(3, 1, 9000);
+        let used = FrontProxy { issue: 1, until: 9000 };
+        for (current, is_said) in [(used, false), (endless(2), true), (used, false), (endless(2), true)] {
+            look(&mut renewal, &registry, current, false, 0);
+            assert_eq!(renewal.is_said, is_said, "{current:?}");
+        }
     }
 
     /// Clients of HTTP/1.1 are not told at all: the apiserver is connected to anew for them. And one of HTTP/2 was not told in

@@ -24,7 +24,7 @@ use super::{
     renewal::FrontProxy,
     request_headers::RequestHeaders,
     sni::{ByName, SniFiles},
-    trust::{self, Authorities, ClientCertificates, PROXY_CA, ServerCertificates},
+    trust::{self, Authorities, ClientCertificates, PROXY_CA, ServerCertificates, certificates},
 };
 
 /// The protocols of the front door, best first.
@@ -73,7 +73,7 @@ impl Files {
     /// It cannot be read.
     pub fn shown(&self) -> anyhow::Result<CertificateDer<'static>> {
         // The chain has at least one.
-        Ok(chain(&self.certificate, "--tls-cert")?.swap_remove(0))
+        Ok(certificates(&self.certificate, "--tls-cert")?.swap_remove(0))
     }
 
     /// Each with its flag.
@@ -143,7 +143,7 @@ impl Tls {
             };
             builder.with_safe_default_protocol_versions().map(judged)
         };
-        let proxy_chain = chain(&files.proxy_certificate, PROXY_CERTIFICATE)?;
+        let proxy_chain = certificates(&files.proxy_certificate, PROXY_CERTIFICATE)?;
         let front_proxy_certificate = FrontProxy::of(&proxy_chain);
         let front_proxy = towards_upstream()?
             .with_client_auth_cert(proxy_chain, key(&files.proxy_key, PROXY_KEY)?)
@@ -169,17 +169,19 @@ impl Tls {
 /// The serving certificates.
 fn serving(files: &Files, provider: &CryptoProvider) -> anyhow::Result<ByName> {
     let certified = |certificate: &Path, private: &Path, flags: [&str; 2]| {
-        CertifiedKey::from_der(chain(certificate, flags[0])?, key(private, flags[1])?, provider).with_context(|| {
-            let both = match flags {
-                [same, other] if same == other => same.to_owned(),
-                [first, second] => format!("{first}, {second}"),
-            };
-            format!(
-                "{both}: {} and {} do not belong together",
-                certificate.display(),
-                private.display()
-            )
-        })
+        CertifiedKey::from_der(certificates(certificate, flags[0])?, key(private, flags[1])?, provider).with_context(
+            || {
+                let both = match flags {
+                    [same, other] if same == other => same.to_owned(),
+                    [first, second] => format!("{first}, {second}"),
+                };
+                format!(
+                    "{both}: {} and {} do not belong together",
+                    certificate.display(),
+                    private.display()
+                )
+            },
+        )
     };
     let mut by_name = ByName::new(certified(&files.certificate, &files.key, ["--tls-cert", "--tls-key"])?);
     for sni in &files.sni {
@@ -221,6 +223,13 @@ impl Reloader {
         })
     }
 
+    fn in_use(&self) -> (Arc<Tls>, Vec<Vec<u8>>) {
+        self.current
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clone()
+    }
+
     /// The configurations for a new connection.
     pub fn current(&self) -> Arc<Tls> {
         Arc::clone(&self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner()).0)
@@ -233,23 +242,18 @@ impl Reloader {
     /// As [`Self::new`].
     pub fn look(&self) -> anyhow::Result<Option<Loaded>> {
         let hashes = hash_all(&self.files)?;
-        let (current, before) = {
-            let current = self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if current.1 == hashes {
-                return Ok(None);
-            }
-            current.clone()
-        };
+        let (current, before) = self.in_use();
+        if before == hashes {
+            return Ok(None);
+        }
         let all = self.files.all();
-        let changed = |flags: &[&str]| {
-            let mut files = all.iter().zip(before.iter().zip(&hashes));
-            files.any(|((flag, _), (before, after))| flags.contains(flag) && before != after)
-        };
-        let authorities = changed(&[CLIENT_CA, PROXY_CA]);
+        let mut files = all.iter().zip(before.iter().zip(&hashes));
+        let authorities =
+            files.any(|((flag, _), (before, after))| [CLIENT_CA, PROXY_CA].contains(flag) && before != after);
         let tls = Tls::load(&self.files, &self.headers, current.generation + u64::from(authorities))?;
         let is_renewed = tls.front_proxy_certificate.issue != current.front_proxy_certificate.issue;
         Ok(Some(Loaded {
-            front_proxy_alone: is_renewed && !changed(&[UPSTREAM_CA]),
+            is_renewed,
             tls,
             hashes,
             authorities,
@@ -274,10 +278,7 @@ impl Reloader {
 
     /// The same, but the front proxy's certificate in use stays in use: the next look finds the new one again.
     pub fn adopt_others(&self, mut loaded: Loaded) -> Changed {
-        let (current, before) = {
-            let current = self.current.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-            (Arc::clone(&current.0), current.1.clone())
-        };
+        let (current, before) = self.in_use();
         let hashes = loaded.hashes.iter_mut().zip(&before);
         for ((flag, _), (hash, before)) in self.files.all().iter().zip(hashes) {
             if [PROXY_CERTIFICATE, PROXY_KEY].contains(flag) {
@@ -287,7 +288,10 @@ impl Reloader {
         if loaded.hashes == before {
             return Changed::Nothing;
         }
-        loaded.tls.front_proxy = Arc::clone(&current.front_proxy);
+        // Who signs the apiserver's certificate may be among the others.
+        let mut front_proxy = ClientConfig::clone(&loaded.tls.front_proxy);
+        front_proxy.client_auth_cert_resolver = Arc::clone(&current.front_proxy.client_auth_cert_resolver);
+        loaded.tls.front_proxy = Arc::new(front_proxy);
         loaded.tls.front_proxy_certificate = current.front_proxy_certificate;
         self.adopt(loaded)
     }
@@ -299,14 +303,19 @@ pub struct Loaded {
     hashes: Vec<Vec<u8>>,
     /// Who vouches for clients has changed.
     authorities: bool,
-    /// Of what the apiserver is connected to with, the front proxy's certificate has changed, and nothing else.
-    front_proxy_alone: bool,
+    /// The front proxy's certificate is another one.
+    is_renewed: bool,
 }
 
 impl Loaded {
-    /// Towards the apiserver, with the front proxy's new certificate, if that alone is another.
-    pub fn front_proxy(&self) -> Option<&Arc<ClientConfig>> {
-        self.front_proxy_alone.then_some(&self.tls.front_proxy)
+    /// Towards the apiserver, with the front proxy's certificate, if that is a new one.
+    pub fn renewed(&self) -> Option<&Arc<ClientConfig>> {
+        self.is_renewed.then_some(&self.tls.front_proxy)
+    }
+
+    /// Which front proxy's certificate it says.
+    pub fn issue(&self) -> u64 {
+        self.tls.front_proxy_certificate.issue
     }
 }
 
@@ -327,19 +336,6 @@ fn hash_all(files: &Files) -> anyhow::Result<Vec<Vec<u8>>> {
         Ok(sha256(&read))
     };
     files.all().into_iter().map(hash).collect()
-}
-
-/// The certificates of a file, at least one.
-pub(super) fn chain(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
-    let certificates: Vec<_> = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect)
-        .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;
-    anyhow::ensure!(
-        !certificates.is_empty(),
-        "{flag} {}: there is no certificate (PEM) in it",
-        path.display()
-    );
-    Ok(certificates)
 }
 
 fn key(path: &Path, flag: &str) -> anyhow::Result<PrivateKeyDer<'static>> {
@@ -387,9 +383,44 @@ mod tests {
         fs::write(directory.path().join("proxy.crt"), certificate).expect("a file");
         fs::write(directory.path().join("proxy.key"), key).expect("a file");
         let loaded = reloader.look().expect("readable files").expect("another file");
-        let is_asked = loaded.front_proxy().is_some();
+        let is_asked = loaded.renewed().is_some();
         reloader.adopt(loaded);
         (reloader.current().front_proxy_certificate.issue, is_asked)
+    }
+
+    /// The apiserver does not take the new one yet; whoever signs the apiserver's own certificate is another matter.
+    #[test]
+    fn a_certificate_that_waits_goes_on_waiting_when_another_file_changes() {
+        let (directory, reloader) = directory();
+        let first = reloader.current();
+        let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+        fs::write(directory.path().join("proxy.crt"), other.cert.pem()).expect("a file");
+        fs::write(directory.path().join("proxy.key"), other.signing_key.serialize_pem()).expect("a file");
+        for looks in 0..3 {
+            let loaded = reloader.look().expect("readable files").expect("another file");
+            assert!(loaded.renewed().is_some(), "it is asked about after {looks} looks");
+            assert_ne!(loaded.issue(), first.front_proxy_certificate.issue);
+            let changed = reloader.adopt_others(loaded);
+            let now = reloader.current();
+            assert_eq!(now.front_proxy_certificate, first.front_proxy_certificate);
+            assert!(
+                Arc::ptr_eq(
+                    &now.front_proxy.client_auth_cert_resolver,
+                    &first.front_proxy.client_auth_cert_resolver
+                ),
+                "the key goes with its certificate"
+            );
+            assert_eq!(
+                changed == Changed::Nothing,
+                looks != 1,
+                "the bundle changed before the second look"
+            );
+            if looks == 0 {
+                let bundle = directory.path().join("ca.crt");
+                let text = fs::read_to_string(&bundle).expect("a file");
+                fs::write(&bundle, format!("# of the cluster\n{text}")).expect("a file");
+            }
+        }
     }
 
     /// Nobody is moved because a file was touched: tools that distribute files write comments and line ends of their own.

@@ -218,6 +218,13 @@ struct Kept {
     since: Instant,
 }
 
+impl Kept {
+    /// Which certificate it shows, and whether that answer believes it.
+    fn verdict(&self, readiness: &Readiness) -> (u64, bool) {
+        (self.tls.front_proxy_certificate.issue, readiness.believes())
+    }
+}
+
 impl Drop for Kept {
     fn drop(&mut self) {
         self.task.abort();
@@ -231,8 +238,8 @@ pub struct Checks {
     /// The header that says who asks, as for clients.
     username: String,
     kept: Option<Kept>,
-    /// Of which issue the front proxy's certificate was that it believed last.
-    believed: Option<u64>,
+    /// The issue of the front proxy's certificate of which it has said something, and whether it believed it.
+    verdict: Option<(u64, bool)>,
     /// What it called its version last.
     version: Option<String>,
     /// Which socket it listened on then, where that is on this host.
@@ -247,7 +254,7 @@ impl Checks {
             target,
             username,
             kept: None,
-            believed: None,
+            verdict: None,
             version: None,
             listener: None,
         }
@@ -272,7 +279,7 @@ impl Checks {
         if let Some(mut kept) = self.kept.take()
             && let Ok(Ok(readiness)) = timeout(CHECK, ask(&mut kept.sender, self.request("/readyz"))).await
         {
-            self.believe(&kept, &readiness);
+            self.verdict = Some(kept.verdict(&readiness));
             self.kept = Some(kept);
             return judged(&readiness);
         }
@@ -294,18 +301,12 @@ impl Checks {
                 {
                     self.version = Some(version);
                 }
-                self.believe(&kept, &readiness);
+                self.verdict = Some(kept.verdict(&readiness));
                 self.kept = Some(kept);
                 judged(&readiness)
             }
             Ok(Err(error)) => failed(&error, "it closes the connection instead of answering"),
             Err(_) => Found::State(Upstream::Overloaded, format!("/readyz takes longer than {CHECK:?}")),
-        }
-    }
-
-    fn believe(&mut self, kept: &Kept, readiness: &Readiness) {
-        if readiness.believes() {
-            self.believed = Some(kept.tls.front_proxy_certificate.issue);
         }
     }
 
@@ -430,11 +431,10 @@ pub async fn takes(target: &Target, headers: &RequestHeaders, front_proxy: &Arc<
             Err(error) = connection => Err(closes(error)),
         }
     };
-    let is_refused = |found: &Found| matches!(found, Found::State(Upstream::Unusable, _));
     match timeout(CHECK, asked).await {
-        Ok(Ok(readiness)) if readiness.believes() => Some(true),
-        Ok(Ok(readiness)) => is_refused(&judged(&readiness)).then_some(false),
-        Ok(Err(found)) => is_refused(&found).then_some(false),
+        Ok(Ok(readiness)) => Some(readiness.believes()),
+        Ok(Err(Found::State(Upstream::Unusable, _))) => Some(false),
+        Ok(Err(_)) => None,
         Err(_) => None,
     }
 }
@@ -464,7 +464,11 @@ pub async fn watch(
         let state = judge.take(&found, checks.listener, Instant::now());
         // Before the state: who hears that it is ready hears which process it is.
         registry.set_upstream_process(checks.version.clone(), checks.listener);
-        registry.set_taken(checks.believed);
+        // Of a certificate that was in use when it was asked, it says nothing any more.
+        let in_use = checks.target.tls.current().front_proxy_certificate.issue;
+        if let Some((issue, is_taken)) = checks.verdict.take().filter(|(issue, _)| *issue == in_use) {
+            registry.set_taken(issue, is_taken);
+        }
         registry.set_upstream(state);
         seen.send_replace(state);
         let address = checks.target.address;

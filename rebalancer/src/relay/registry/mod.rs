@@ -130,12 +130,17 @@ impl Registry {
         self.inner().upstream = upstream;
     }
 
-    /// Of which issue the front proxy's certificate was that the apiserver believed last.
-    pub fn set_taken(&self, issue: Option<u64>) {
-        self.inner().taken = issue;
+    /// Whether the apiserver believed the front proxy's certificate of that issue.
+    pub fn set_taken(&self, issue: u64, is_taken: bool) {
+        let taken = &mut self.inner().taken;
+        if is_taken {
+            *taken = Some(issue);
+        } else if *taken == Some(issue) {
+            *taken = None;
+        }
     }
 
-    /// Whether it was that one.
+    /// Whether that is the one that it believed last, and it has not refused it since.
     pub fn takes(&self, issue: u64) -> bool {
         self.inner().taken == Some(issue)
     }

@@ -272,7 +272,12 @@ pub(super) fn readable_bundle(path: &Path, flag: &str) -> anyhow::Result<Pool> {
     Ok(pool(readable, path, flag))
 }
 
-fn certificates(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+/// The certificates of a file, at least one.
+///
+/// # Errors
+///
+/// Names the flag and the file.
+pub(super) fn certificates(path: &Path, flag: &str) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let ders: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .with_context(|| format!("{flag} {}: cannot read certificates (PEM)", path.display()))?;
