@@ -24,7 +24,7 @@ use crate::{
 /// How long etcd may take to listen, on a machine that is emulated and busy.
 const LISTENS: Duration = Duration::from_secs(180);
 
-/// Starts etcd on that client address (plain HTTP), with its data in `directory`, and waits until it listens: an apiserver
+/// Starts an etcd of one member on that client address, with its data in `directory`, and waits until it listens: an apiserver
 /// that does not reach it within twenty seconds gives up.
 ///
 /// # Errors
@@ -37,30 +37,71 @@ pub fn start_etcd(
     directory: &Path,
     namespace: Option<&Namespace>,
 ) -> anyhow::Result<Process> {
+    let mut member = start_member(fixture, &[Member { client, peer }], 0, directory, namespace)?;
+    member_listens(&mut member, client, namespace)?;
+    Ok(member)
+}
+
+/// Where a member of an etcd is reached, by its clients and by the others (plain HTTP).
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// By apiservers.
+    pub client: SocketAddr,
+    /// By the other members.
+    pub peer: SocketAddr,
+}
+
+/// Starts one of the members of an etcd, anew or with the data it had. It listens when most of them run.
+///
+/// # Errors
+///
+/// It cannot be started.
+pub fn start_member(
+    fixture: &Fixture,
+    members: &[Member],
+    index: usize,
+    directory: &Path,
+    namespace: Option<&Namespace>,
+) -> anyhow::Result<Process> {
+    let name = |index: usize| format!("etcd-{}", index + 1);
+    let Member { client, peer } = members[index];
+    let all: Vec<String> = members
+        .iter()
+        .enumerate()
+        .map(|(index, member)| format!("{}=http://{}", name(index), member.peer))
+        .collect();
     let mut command = Command::new(&fixture.etcd);
     command
-        .arg(format!("--data-dir={}", directory.join("etcd").display()))
+        .arg(format!("--name={}", name(index)))
+        .arg(format!("--data-dir={}", directory.join(name(index)).display()))
         .arg(format!("--listen-client-urls=http://{client}"))
         .arg(format!("--advertise-client-urls=http://{client}"))
         .arg(format!("--listen-peer-urls=http://{peer}"))
         .arg(format!("--initial-advertise-peer-urls=http://{peer}"))
-        .arg(format!("--initial-cluster=default=http://{peer}"))
+        .arg(format!("--initial-cluster={}", all.join(",")))
         .args(["--unsafe-no-fsync", "--log-level=warn"]);
+    Process::start(&name(index), command, namespace.map(Namespace::fd), directory)
+}
+
+/// Waits until a member listens on its client address.
+///
+/// # Errors
+///
+/// It ends, or does not.
+pub fn member_listens(member: &mut Process, client: SocketAddr, namespace: Option<&Namespace>) -> anyhow::Result<()> {
     let reaches = |address| {
         namespace.map_or_else(
             || TcpStream::connect(address).is_ok(),
             |namespace| namespace.reaches(address),
         )
     };
-    let mut etcd = Process::start("etcd", command, namespace.map(Namespace::fd), directory)?;
     let listening = wait_for(LISTENS, || {
-        if let Err(ended) = etcd.is_running() {
+        if let Err(ended) = member.is_running() {
             return Some(Err(ended));
         }
         reaches(client).then_some(Ok(()))
     });
-    listening.with_context(|| format!("etcd does not listen on {client}:\n{}", tail(&etcd.log())))??;
-    Ok(etcd)
+    listening.with_context(|| format!("etcd does not listen on {client}:\n{}", tail(&member.log())))?
 }
 
 /// What one kube-apiserver is started with.

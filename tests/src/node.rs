@@ -264,6 +264,11 @@ impl Node {
         self.agent.log()
     }
 
+    /// The relay's log, of all its processes; nothing where there is none.
+    pub fn relay_log(&self) -> String {
+        self.relay.as_ref().map(Process::log).unwrap_or_default()
+    }
+
     /// Whether everything that should run does.
     ///
     /// # Errors
@@ -335,20 +340,30 @@ impl Node {
         Ok(old * 10 >= ages.len() * 9)
     }
 
-    /// GOAWAYs that its relay has sent on an agent's order, since it started; where there is none, those of the agent's own
-    /// count.
+    /// GOAWAYs that its relay has sent since it started; where there is none, those of the agent's own count.
     ///
     /// # Errors
     ///
     /// It does not answer.
-    pub fn told(&self) -> anyhow::Result<u64> {
+    pub fn told(&self) -> anyhow::Result<Told> {
         if self.relay.is_none() {
-            return self.status()?["goaways_total"].as_u64().context("goaways_total");
+            let by_order = self.status()?["goaways_total"].as_u64().context("goaways_total")?;
+            return Ok(Told { by_order, by_itself: 0 });
         }
         let answer = ask(&self.directory.join("relay.sock"), "/v1/outcomes?since=0")?;
         let outcomes = answer["outcomes"].as_array().context("outcomes")?;
-        let is_told = |entry: &&Value| entry["outcome"] == "draining" && entry["generation"].as_u64() > Some(0);
-        Ok(outcomes.iter().filter(is_told).count() as u64)
+        let told = outcomes.iter().filter(|entry| entry["outcome"] == "draining");
+        let (by_order, by_itself): (Vec<_>, Vec<_>) = told.partition(|entry| entry["generation"].as_u64() > Some(0));
+        Ok(Told {
+            by_order: by_order.len() as u64,
+            by_itself: by_itself.len() as u64,
+        })
+    }
+
+    /// Relays that were taken over and still run.
+    pub fn draining(&mut self) -> Vec<u32> {
+        self.drained.retain_mut(|relay| relay.is_running().is_ok());
+        self.drained.iter().map(Process::id).collect()
     }
 
     /// Whether its shim sees watches.
@@ -407,6 +422,35 @@ impl Node {
         }
         if let Some(mut apiserver) = self.apiserver.take() {
             apiserver.kill();
+        }
+    }
+}
+
+/// GOAWAYs of one relay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// On an agent's order.
+    pub by_order: u64,
+    /// Without one: it ends, a certificate is renewed or no longer believed, a client is idle.
+    pub by_itself: u64,
+}
+
+impl Told {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            by_order: self.by_order + other.by_order,
+            by_itself: self.by_itself + other.by_itself,
+        }
+    }
+
+    /// Those that came since then.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            by_order: self.by_order.saturating_sub(before.by_order),
+            by_itself: self.by_itself.saturating_sub(before.by_itself),
         }
     }
 }

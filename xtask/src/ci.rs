@@ -1,15 +1,16 @@
-//! `ci`: formatting, lints, a short fuzz, the other processor's kernel programs, and every test, on this kernel and on Debian's.
+//! `ci`: formatting, lints, a short fuzz, the other processor's kernel programs, faults on a live cluster, and every test, on this
+//! kernel and on Debian's.
 
 use std::process::ExitCode;
 
 use crate::{
     arch::Arch,
-    ebpf, fuzz,
+    chaos, ebpf, fuzz,
     run::{self, cargo},
     test,
 };
 
-/// Runs the five steps; the last one's exit code is this one's.
+/// Runs them all; the last one's exit code is this one's.
 pub fn run() -> anyhow::Result<ExitCode> {
     run::run(&mut cargo(["fmt", "--all", "--check"]))?;
     run::run(&mut cargo([
@@ -33,5 +34,6 @@ pub fn run() -> anyhow::Result<ExitCode> {
     fuzz::run_fuzz(&fuzz::Arguments::smoke())?;
     // All of it, and its tests in a VM, take as long as everything else: `cargo xtask test --arch arm64 --kernel 6.12 kernel`.
     ebpf::build(Arch::Arm64)?;
+    chaos::run_quick()?;
     test::run_all()
 }

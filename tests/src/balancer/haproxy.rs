@@ -28,6 +28,8 @@ const START: Duration = Duration::from_secs(20);
 pub struct Haproxy {
     socket: PathBuf,
     file: PathBuf,
+    /// What its servers are called, before their numbers.
+    name: String,
     backends: usize,
     namespace: Arc<OwnedFd>,
     process: Process,
@@ -62,7 +64,11 @@ impl Haproxy {
             "--lb-options is one line of server options"
         );
         let text = configuration(listen, name, backends, policy, options, &Self::socket_in(directory));
-        Self::configured(&text, backends.len(), namespace, directory)
+        let haproxy = Self::configured(&text, backends.len(), namespace, directory)?;
+        Ok(Self {
+            name: name.to_owned(),
+            ..haproxy
+        })
     }
 
     /// Starts it with another configuration, for so many servers; its `stats socket` must be [`Self::socket_in`] that
@@ -88,6 +94,7 @@ impl Haproxy {
             process: launch(&file, namespace, directory)?,
             socket: Self::socket_in(directory),
             file,
+            name: String::new(),
             backends,
             namespace: Arc::clone(namespace),
         };
@@ -157,16 +164,44 @@ impl Haproxy {
         &self.socket
     }
 
+    /// Each client's port with the index of the backend that it is connected to.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub fn sessions(&self) -> anyhow::Result<Vec<(u16, usize)>> {
+        Ok(sessions_of(&self.ask("show sess")?))
+    }
+
+    /// Whether new clients are sent to that backend, whatever its health; those it has stay.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer, or knows no such backend.
+    pub fn admit(&self, index: usize, admits: bool) -> anyhow::Result<()> {
+        let state = if admits { "ready" } else { "drain" };
+        let answer = self.ask(&format!(
+            "set server apiservers/{}-{} state {state}",
+            self.name,
+            index + 1
+        ))?;
+        ensure!(answer.trim().is_empty(), "haproxy: {}", answer.trim());
+        Ok(())
+    }
+
+    fn ask(&self, command: &str) -> anyhow::Result<String> {
+        let mut stream = UnixStream::connect(&self.socket).context("haproxy's socket")?;
+        stream.write_all(format!("{command}\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
     /// What it says of its servers; nothing when it does not answer.
     fn rows(&self) -> Vec<Row> {
-        let ask = || -> std::io::Result<String> {
-            let mut stream = UnixStream::connect(&self.socket)?;
-            stream.write_all(b"show stat -1 4 -1\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
-        ask().map(|answer| rows_of(&answer)).unwrap_or_default()
+        self.ask("show stat -1 4 -1")
+            .map(|answer| rows_of(&answer))
+            .unwrap_or_default()
     }
 }
 
@@ -206,6 +241,17 @@ fn rows_of(answer: &str) -> Vec<Row> {
     lines.filter_map(row).collect()
 }
 
+/// The sessions that have a server, in what `show sess` prints.
+fn sessions_of(answer: &str) -> Vec<(u16, usize)> {
+    let of = |line: &str| {
+        let word = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name));
+        let port = word("src=")?.rsplit_once(':')?.1.parse().ok()?;
+        let number: usize = word("srv=")?.rsplit_once('-')?.1.parse().ok()?;
+        Some((port, number.checked_sub(1)?))
+    };
+    answer.lines().filter_map(of).collect()
+}
+
 fn configuration(
     listen: SocketAddr,
     name: &str,
@@ -233,6 +279,14 @@ fn configuration(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sessions_are_read_with_the_server_each_has() {
+        let answer = "0x55: proto=tcpv4 src=10.77.0.1:40544 fe=clients be=apiservers srv=node-3 ts=00 epoch=0\n\
+                      0x56: proto=tcpv4 src=10.77.0.1:40546 fe=clients be=apiservers srv=<none> ts=00\n\
+                      0x57: proto=unix_stream src=unix:1 fe=GLOBAL be=<NONE> srv=<none> ts=00\n\n";
+        assert_eq!(sessions_of(answer), [(40544, 2)]);
+    }
 
     #[test]
     fn rows_are_read_by_the_names_of_their_columns() {

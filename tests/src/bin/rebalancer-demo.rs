@@ -331,6 +331,7 @@ fn run_demo(demo: &Demo) -> anyhow::Result<ExitCode> {
         client_flags: Vec::new(),
         relay_flags: handover.iter().map(|over| format!("--watch-handover={over}")).collect(),
         directory: directory.clone(),
+        etcd_members: 1,
         own_disk: false,
     };
     // A balancer that is told sends nobody to those who have too many: as one does that counts.

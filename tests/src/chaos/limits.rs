@@ -94,6 +94,8 @@ pub struct Group {
     /// Where the process came from.
     from: PathBuf,
     id: u32,
+    /// The file that says what is in use.
+    usage: &'static str,
 }
 
 impl Group {
@@ -107,12 +109,27 @@ impl Group {
         let path = controller.root.join(format!("rebalancer-chaos-{}", process::id()));
         let from = controller.of(id)?;
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let group = Self { path, from, id };
+        let group = Self {
+            path,
+            from,
+            id,
+            usage: controller.usage,
+        };
         // What a process uses stays counted where it was when it is moved (cgroup-v2.rst, "Memory Ownership"; memory.txt
         // of version 1, "Move charges at task migration", which is off): only what comes is counted here.
         fs::write(group.path.join(controller.limit), more.to_string())?;
         fs::write(group.path.join("cgroup.procs"), id.to_string())?;
         Ok(group)
+    }
+
+    /// Octets that are counted in it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn used(&self) -> anyhow::Result<u64> {
+        let text = fs::read_to_string(self.path.join(self.usage))?;
+        text.trim().parse().with_context(|| format!("{}: {text:?}", self.usage))
     }
 }
 
@@ -127,8 +144,9 @@ impl Drop for Group {
 /// A hierarchy that limits memory.
 struct Controller {
     root: PathBuf,
-    /// The file that limits it.
+    /// The file that limits it, and the one that says what is in use.
     limit: &'static str,
+    usage: &'static str,
     /// What a process's line of it begins with after its number (cgroups(7), `/proc/PID/cgroup`).
     of_processes: &'static str,
 }
@@ -153,12 +171,14 @@ fn controller() -> Option<Controller> {
     let mut of = mounts.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(1);
         let (root, kind, options) = (words.next()?, words.next()?, words.next()?);
-        let (limit, of_processes) = match kind {
-            "cgroup" if options.split(',').any(|option| option == "memory") => ("memory.limit_in_bytes", "memory"),
+        let (limit, usage, of_processes) = match kind {
+            "cgroup" if options.split(',').any(|option| option == "memory") => {
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory")
+            }
             "cgroup2" => {
                 let names = fs::read_to_string(Path::new(root).join("cgroup.subtree_control")).ok()?;
                 names.split_whitespace().find(|name| *name == "memory")?;
-                ("memory.max", "")
+                ("memory.max", "memory.current", "")
             }
             _ => return None,
         };
@@ -166,6 +186,7 @@ fn controller() -> Option<Controller> {
         Some(Controller {
             root,
             limit,
+            usage,
             of_processes,
         })
     });

@@ -3,12 +3,13 @@
 use std::{
     fs,
     path::PathBuf,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
 
-use super::{clock, limits};
+use super::{clock, limits, noticed::Noticed};
 use crate::{
     balancer::{Front, Policy},
     binary,
@@ -18,8 +19,8 @@ use crate::{
         scene::{Event, Scene, check_interrupt, lower_bound},
     },
     fixture::Fixture,
-    node::{Finding, Shim},
-    process::wait_for,
+    node::{Finding, Shim, Told},
+    process::{is_emulated, wait_for},
     swarm::Driver,
 };
 
@@ -33,7 +34,9 @@ pub struct Make<'a> {
     pub shim: Shim,
     /// Options of haproxy's servers.
     pub lb_options: &'a str,
-    /// More flags for the clients.
+    /// More flags for agents, relays and clients.
+    pub agent_flags: Vec<String>,
+    pub relay_flags: Vec<String>,
     pub client_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
@@ -42,19 +45,36 @@ pub struct Make<'a> {
 /// A cluster and its clients.
 pub struct Side {
     pub cluster: Cluster,
-    pub swarm: Driver,
+    swarm: Driver,
+    /// Clients of Python's kind.
+    python: Option<Driver>,
     clients: u64,
-    told: Vec<Told>,
+    told: Vec<ToldByNode>,
+    /// What its clients of either kind had noticed when that was last asked for.
+    counted: [Noticed; 2],
 }
 
-/// GOAWAYs of one node's relays by an agent's order.
-#[derive(Clone, Copy, Debug, Default)]
-struct Told {
-    /// By the one that runs, when it was last asked.
-    last: u64,
-    /// By those before it.
-    before: u64,
+/// What a side's clients noticed in some time, and what the newest failures of it said.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    pub noticed: Noticed,
+    pub texts: Vec<String>,
 }
+
+/// GOAWAYs of one node's relays.
+#[derive(Clone, Copy, Debug, Default)]
+struct ToldByNode {
+    /// By the one that runs, when it was last asked.
+    last: Told,
+    /// By those before it.
+    before: Told,
+}
+
+/// Clients of Python's kind beside the others.
+pub const PYTHON: usize = 10;
+
+/// What they are: it is told where and as whom.
+const PYTHON_CLIENT: &str = include_str!("client.py");
 
 /// An agent looks each five seconds; at rest is who says so in so many looks, one a second.
 const LOOKS: usize = 8;
@@ -97,11 +117,12 @@ impl Side {
             } else {
                 binary()
             },
-            // Years of faults come within half an hour: by the usual cool-down nobody would be left who may be told.
-            agent_flags: vec!["--client-cooldown=30s".to_owned()],
+            agent_flags: make.agent_flags,
             client_flags: make.client_flags,
-            relay_flags: vec!["--watch-handover=5s".to_owned()],
+            relay_flags: make.relay_flags,
             directory: make.directory,
+            // An emulated machine has no time for more.
+            etcd_members: if is_emulated() { 1 } else { Self::NODES },
             own_disk: true,
         };
         let mut cluster = Cluster::start(options, say)?;
@@ -118,12 +139,20 @@ impl Side {
         let mut side = Self {
             cluster,
             swarm,
+            python: None,
             clients: make.clients as u64,
-            told: vec![Told::default(); Self::NODES],
+            told: vec![ToldByNode::default(); Self::NODES],
+            counted: [Noticed::default(); 2],
         };
+        if make.fixture.is_some() && !is_emulated() {
+            side.start_python()?;
+            side.until_all_watch()?;
+        }
         if make.shim != Shim::None {
             ensure!(side.levels(super::PATIENCE)?, "the load is not level at the start");
         }
+        // While it started there was nothing to notice yet.
+        side.heard()?;
         Ok(side)
     }
 
@@ -135,12 +164,11 @@ impl Side {
     pub fn revive(&mut self) -> anyhow::Result<()> {
         self.until("the load balancer does not send to all apiservers", |side| {
             for index in 0..Self::NODES {
-                let ended = side.cluster.nodes[index]
-                    .apiserver
-                    .as_mut()
-                    .is_none_or(|apiserver| apiserver.is_running().is_err());
+                let apiserver = side.cluster.nodes[index].apiserver.as_mut();
+                let runs = apiserver.map_or_else(|| anyhow::bail!("it was killed"), |apiserver| apiserver.is_running());
                 // As the kubelet does with one that gave up without etcd, or on a slow machine.
-                if ended {
+                if let Err(ended) = runs {
+                    eprintln!("  apiserver {} is started again: {ended:#}", index + 1);
                     side.cluster.restart_apiserver(index)?;
                 }
             }
@@ -151,10 +179,80 @@ impl Side {
             side.cluster.check()?;
             Ok(side.cluster.nodes.iter().all(|node| node.status().is_ok()))
         })?;
-        let all = self.clients;
-        self.until("not all clients have their watch again", move |side| {
-            Ok(side.swarm.line()?.ready >= all)
+        self.until_all_watch()
+    }
+
+    /// Its client-go clients.
+    pub fn clients(&self) -> u64 {
+        self.clients
+    }
+
+    fn until_all_watch(&mut self) -> anyhow::Result<()> {
+        self.until("not all clients have their watch", |side| {
+            let is_ready = side.swarm.line()?.ready >= side.clients;
+            let is_ready_too = match &mut side.python {
+                Some(python) => python.line()?.ready >= PYTHON as u64,
+                None => true,
+            };
+            Ok(is_ready && is_ready_too)
         })
+    }
+
+    fn start_python(&mut self) -> anyhow::Result<()> {
+        let mut command = Command::new("python3");
+        command.args(["-c", PYTHON_CLIENT]);
+        let mut python = self
+            .cluster
+            .start_others("python", command, PYTHON)
+            .context("clients of Python's kind need python3")?;
+        python.report().context("clients of Python's kind: see python.log")?;
+        self.python = Some(python);
+        Ok(())
+    }
+
+    /// What its clients have noticed since that was asked for last, or since they are there.
+    ///
+    /// # Errors
+    ///
+    /// They do not answer.
+    pub fn heard(&mut self) -> anyhow::Result<Heard> {
+        let mut heard = Heard::default();
+        let drivers = [&mut self.swarm].into_iter().chain(&mut self.python);
+        for (driver, counted) in drivers.zip(&mut self.counted) {
+            let line = driver.report()?;
+            let all = Noticed::of(&line);
+            let noticed = all.minus(std::mem::replace(counted, all));
+            heard.noticed = heard.noticed.plus(noticed);
+            // The newest are kept, and each failure has one.
+            let texts = line.error_texts.unwrap_or_default();
+            let old = texts
+                .len()
+                .saturating_sub((noticed.errors + noticed.watch_breaks) as usize);
+            heard.texts.extend(texts.into_iter().skip(old));
+        }
+        Ok(heard)
+    }
+
+    /// What is not level, as the load balancer has its clients: none may have more than chance gives it.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub fn uneven(&mut self) -> anyhow::Result<Option<String>> {
+        let ports = self.swarm.report()?.ports.unwrap_or_default();
+        let Some(counts) = self.cluster.connected(&ports)? else {
+            return Ok(None);
+        };
+        let found: u64 = counts.iter().sum();
+        ensure!(
+            found * 20 >= self.clients * 19,
+            "the load balancer knows {found} of {} clients: {counts:?}",
+            self.clients
+        );
+        let mean = found as f64 / counts.len() as f64;
+        let most = counts.iter().copied().max().unwrap_or_default() as f64;
+        Ok((most > mean + (0.15 * mean).max(1.5 * mean.sqrt()))
+            .then(|| format!("not level by the load balancer: {counts:?}")))
     }
 
     /// Has all clients come anew, so that the load is level where nobody levels it: the same fault is to hit as many.
@@ -164,10 +262,13 @@ impl Side {
     /// They do not come.
     pub fn start_anew(&mut self) -> anyhow::Result<()> {
         self.swarm = self.cluster.start_clients()?;
-        let all = self.clients;
-        self.until("not all clients have their watch", move |side| {
-            Ok(side.swarm.line()?.ready >= all)
-        })
+        if self.python.take().is_some() {
+            self.start_python()?;
+        }
+        self.until_all_watch()?;
+        self.counted = [Noticed::default(); 2];
+        // What they saw while they came is the fault before this one's.
+        self.heard().map(drop)
     }
 
     fn until(&mut self, otherwise: &str, look: impl Fn(&mut Self) -> anyhow::Result<bool>) -> anyhow::Result<()> {
@@ -179,32 +280,34 @@ impl Side {
         done.with_context(|| otherwise.to_owned())?
     }
 
-    /// GOAWAYs of its relays by an agent's order, which an agent's own count would lose with the agent. What a relay told
-    /// between the last look at it and its end is not seen.
-    pub fn goaways(&mut self) -> u64 {
+    /// GOAWAYs of its relays, which an agent's own count would lose with the agent. What a relay told between the last look at
+    /// it and its end is not seen.
+    pub fn goaways(&mut self) -> Told {
         for (told, node) in self.told.iter_mut().zip(&self.cluster.nodes) {
             // One that does not answer just now has not told fewer.
             let now = node.told().unwrap_or(told.last);
-            if now < told.last {
-                told.before += told.last;
+            if now.by_order < told.last.by_order || now.by_itself < told.last.by_itself {
+                told.before = told.before.plus(told.last);
             }
             told.last = now;
         }
-        self.told.iter().map(|told| told.before + told.last).sum()
+        self.told
+            .iter()
+            .fold(Told::default(), |sum, told| sum.plus(told.before).plus(told.last))
     }
 
-    /// The loads, and the least that levels them.
+    /// The least that levels those loads.
     ///
     /// # Errors
     ///
-    /// A relay does not answer.
-    pub fn least(&self) -> anyhow::Result<(Vec<u64>, u64)> {
-        let loads = self.cluster.loads()?;
-        let target = self.cluster.nodes[0].status()?["skew_target"]
-            .as_f64()
-            .context("skew_target")?;
-        let least = lower_bound(&loads, target, POLICY);
-        Ok((loads, least))
+    /// No agent answers.
+    pub fn least(&self, loads: &[u64]) -> anyhow::Result<u64> {
+        let mut targets = self
+            .cluster
+            .nodes
+            .iter()
+            .filter_map(|node| node.status().ok()?["skew_target"].as_f64());
+        Ok(lower_bound(loads, targets.next().context("skew_target")?, POLICY))
     }
 
     /// Whether in that time the load is level, and no agent would do more.

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use tokio::runtime::Runtime;
 
 use crate::{
-    apiserver::{Settings, start_apiserver, start_etcd},
+    apiserver::{Member, Settings, member_listens, start_apiserver, start_member},
     balancer::{Balancer, Front, Haproxy, Policy},
     demo_binary,
     fixture::{Fixture, goaway_server},
@@ -65,6 +65,8 @@ pub struct Options {
     pub client_flags: Vec<String>,
     /// Logs and sockets.
     pub directory: PathBuf,
+    /// Members of etcd.
+    pub etcd_members: usize,
     /// Agents write their state file and decision log into `NODE/disk` there, which may be a file system of its own.
     pub own_disk: bool,
 }
@@ -85,11 +87,20 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     balancer: Running,
     _runtime: Runtime,
-    etcd: Option<Process>,
+    /// The members of its etcd; none with the stand-in.
+    pub etcd: Vec<Process>,
 }
 
-const ETCD: SocketAddr = SocketAddr::new(Network::HUB, 2379);
-const ETCD_PEER: SocketAddr = SocketAddr::new(Network::HUB, 2380);
+/// Where the members of an etcd are.
+fn members(count: usize) -> Vec<Member> {
+    let at = |port: usize| SocketAddr::new(Network::HUB, port as u16);
+    (0..count)
+        .map(|index| Member {
+            client: at(2379 + 10 * index),
+            peer: at(2380 + 10 * index),
+        })
+        .collect()
+}
 
 impl Cluster {
     /// Starts everything but the clients; `say` hears each step.
@@ -109,19 +120,23 @@ impl Cluster {
             .enumerate()
             .map(|(index, address)| (format!("node-{}", index + 1), *address))
             .collect();
-        let etcd = match &options.fixture {
-            Some(fixture) => {
-                say("starting etcd");
-                Some(start_etcd(
+        let mut etcd = Vec::new();
+        if let Some(fixture) = &options.fixture {
+            say("starting etcd");
+            let members = members(options.etcd_members);
+            for index in 0..members.len() {
+                etcd.push(start_member(
                     fixture,
-                    ETCD,
-                    ETCD_PEER,
+                    &members,
+                    index,
                     &options.directory,
                     Some(&network.hub),
-                )?)
+                )?);
             }
-            None => None,
-        };
+            for (process, member) in etcd.iter_mut().zip(&members) {
+                member_listens(process, member.client, Some(&network.hub))?;
+            }
+        }
         let origin_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
         let hub = network.hub.clone();
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -245,12 +260,18 @@ impl Cluster {
         let namespace = &self.network.nodes[index];
         let name = format!("apiserver-{}", index + 1);
         let listen = self.options.shim.apiserver(Network::node_address(index));
+        let members = members(self.options.etcd_members);
+        // The flag adds to what it was given before.
+        let others: Vec<String> = members[1..]
+            .iter()
+            .map(|member| format!("--etcd-servers=http://{}", member.client))
+            .collect();
         match &self.options.fixture {
             Some(fixture) => start_apiserver(
                 &Settings {
                     fixture,
                     pki: &self.pki,
-                    etcd: ETCD,
+                    etcd: members[0].client,
                     listen,
                     advertise: Network::node_address(index),
                     count: self.options.nodes,
@@ -262,7 +283,7 @@ impl Cluster {
                         Shim::Steer => 0.000_001,
                     },
                     host: Some(&format!("node-{}", index + 1)),
-                    extra: &[],
+                    extra: &others,
                 },
                 Some(namespace.fd()),
             ),
@@ -291,7 +312,7 @@ impl Cluster {
     ///
     /// They cannot be started.
     pub fn start_clients(&self) -> anyhow::Result<Driver> {
-        let identities = self.pki.path().join("clients");
+        let identities = self.identities();
         std::fs::create_dir_all(&identities)?;
         for index in 0..self.options.clients {
             self.pki.client(
@@ -322,7 +343,27 @@ impl Cluster {
             .arg(format!("--ca={}", self.pki.file("ca.crt").display()))
             .arg(format!("--identities={}", identities.display()))
             .arg(format!("--clients={}", self.options.clients));
-        Driver::start(command, Some(self.network.hub.fd()), &self.options.directory)
+        Driver::start("swarm", command, Some(self.network.hub.fd()), &self.options.directory)
+    }
+
+    /// Starts other clients beside them, of a program that speaks the swarm's lines: what it is told is the address, the port,
+    /// the authority's file, the directory of the clients' identities, and how many are to be.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be started.
+    pub fn start_others(&self, name: &str, mut command: Command, count: usize) -> anyhow::Result<Driver> {
+        command
+            .arg(Network::HUB.to_string())
+            .arg(PORT.to_string())
+            .arg(self.pki.file("ca.crt"))
+            .arg(self.identities())
+            .arg(count.to_string());
+        Driver::start(name, command, Some(self.network.hub.fd()), &self.options.directory)
+    }
+
+    fn identities(&self) -> PathBuf {
+        self.pki.path().join("clients")
     }
 
     /// The version the first apiserver says it has.
@@ -412,6 +453,49 @@ impl Cluster {
         }
     }
 
+    /// Of clients with those ports, how many haproxy has connected to each apiserver; nothing for the demo's own load balancer.
+    ///
+    /// # Errors
+    ///
+    /// haproxy does not answer.
+    pub fn connected(&self, ports: &[u16]) -> anyhow::Result<Option<Vec<u64>>> {
+        let Running::Haproxy(haproxy) = &self.balancer else {
+            return Ok(None);
+        };
+        let mut counts = vec![0; self.nodes.len()];
+        for (port, index) in haproxy.sessions()? {
+            if let Some(count) = counts.get_mut(index).filter(|_| ports.contains(&port)) {
+                *count += 1;
+            }
+        }
+        Ok(Some(counts))
+    }
+
+    /// Whether haproxy sends new clients to an apiserver, whatever its health.
+    ///
+    /// # Errors
+    ///
+    /// It is the demo's own load balancer, or haproxy does not answer.
+    pub fn admit(&self, index: usize, admits: bool) -> anyhow::Result<()> {
+        self.haproxy()?.admit(index, admits)
+    }
+
+    /// haproxy's process.
+    ///
+    /// # Errors
+    ///
+    /// It is the demo's own load balancer.
+    pub fn balancer_id(&self) -> anyhow::Result<u32> {
+        Ok(self.haproxy()?.id())
+    }
+
+    fn haproxy(&self) -> anyhow::Result<&Haproxy> {
+        match &self.balancer {
+            Running::Own(_) => anyhow::bail!("the demo's own load balancer is a part of this process"),
+            Running::Haproxy(haproxy) => Ok(haproxy),
+        }
+    }
+
     /// Whether an apiserver takes clients, as its own agent sees it: the load balancer may know later.
     pub fn is_ready(&self, index: usize) -> bool {
         let node = &self.nodes[index];
@@ -432,29 +516,24 @@ impl Cluster {
         &self.options.directory
     }
 
-    /// Starts etcd again, where it has ended.
+    /// Starts members of etcd again that have ended.
     ///
     /// # Errors
     ///
-    /// It cannot be started.
-    pub fn restart_etcd(&mut self) -> anyhow::Result<()> {
+    /// One cannot be started.
+    pub fn restart_etcd(&mut self, which: &[usize]) -> anyhow::Result<()> {
         let Some(fixture) = &self.options.fixture else {
             return Ok(());
         };
-        let directory = &self.options.directory;
-        self.etcd = Some(start_etcd(
-            fixture,
-            ETCD,
-            ETCD_PEER,
-            directory,
-            Some(&self.network.hub),
-        )?);
+        let members = members(self.options.etcd_members);
+        let hub = Some(&self.network.hub);
+        for index in which {
+            self.etcd[*index] = start_member(fixture, &members, *index, &self.options.directory, hub)?;
+        }
+        for index in which {
+            member_listens(&mut self.etcd[*index], members[*index].client, hub)?;
+        }
         Ok(())
-    }
-
-    /// etcd, where there is one.
-    pub fn etcd(&mut self) -> Option<&mut Process> {
-        self.etcd.as_mut()
     }
 
     /// Kills haproxy and starts it again; the demo's own load balancer is part of this process.
@@ -475,10 +554,7 @@ impl Cluster {
     ///
     /// It is the demo's own.
     pub fn signal_balancer(&self, signal: i32) -> anyhow::Result<()> {
-        match &self.balancer {
-            Running::Own(_) => anyhow::bail!("the demo's own load balancer cannot be signalled"),
-            Running::Haproxy(haproxy) => haproxy.signal(signal),
-        }
+        self.haproxy()?.signal(signal);
         Ok(())
     }
 

@@ -67,6 +67,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             clients,
             shim: Shim::Relay,
             lb_options: "inter 1s fall 2 rise 2",
+            agent_flags: vec!["--client-cooldown=30s".to_owned()],
+            relay_flags: vec!["--watch-handover=5s".to_owned()],
             client_flags: vec!["--life=5m".to_owned(), "--short=2".to_owned()],
             directory: directory.clone(),
         },
@@ -80,7 +82,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         ..Report::default()
     };
     let mut soak = Soak {
-        pair: Pair::alone(side),
+        pair: Pair::new(side, None),
         began: Instant::now(),
         report,
         say: &say,

@@ -72,7 +72,6 @@ impl Soak<'_> {
     /// Nothing happens but clients that come and go: nobody may notice anything.
     fn rest(&mut self, pause: Duration) -> anyhow::Result<()> {
         let since = Instant::now();
-        self.pair.with_us.swarm.reset()?;
         while since.elapsed() < pause {
             self.look()?;
             let until = Instant::now() + EVERY.min(pause);
@@ -82,13 +81,13 @@ impl Soak<'_> {
                 std::thread::park_timeout(Duration::from_millis(200));
             }
         }
-        let line = self.pair.with_us.swarm.line()?;
-        self.report.rested(&line);
+        let heard = self.pair.with_us.heard()?;
+        self.report.rested(&heard);
         Ok(())
     }
 
     fn look(&mut self) -> anyhow::Result<()> {
-        let goaways = self.pair.with_us.goaways();
+        let goaways = self.pair.with_us.goaways().by_order;
         let sample = Sample::at(self.began.elapsed(), &self.pair.with_us.cluster, goaways)?;
         self.report.samples.push(sample);
         Ok(())

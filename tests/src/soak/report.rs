@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 use serde::Serialize;
 
 use super::sample::Sample;
-use crate::{chaos::Row, swarm::Line};
+use crate::chaos::{Heard, Row};
 
 /// Memory that may come between the second quarter of the time and the last one: an allocator keeps what it had once.
 const MEMORY: f64 = 4.0;
@@ -86,17 +86,17 @@ impl Report {
     }
 
     /// Counts what clients noticed while nothing happened.
-    pub fn rested(&mut self, line: &Line) {
-        self.requests += line.requests;
-        self.dials += line.dials;
-        self.client_errors += line.errors;
-        self.watch_breaks += line.watch_breaks;
-        self.relists += line.relists;
-        self.missed_events += line.missed;
-        self.doubled_events += line.doubled;
-        if line.errors > 0 {
-            self.error_texts
-                .extend(line.error_texts.iter().flatten().take(3).cloned());
+    pub fn rested(&mut self, heard: &Heard) {
+        let noticed = heard.noticed;
+        self.requests += noticed.requests;
+        self.dials += noticed.dials;
+        self.client_errors += noticed.errors;
+        self.watch_breaks += noticed.watch_breaks;
+        self.relists += noticed.relists;
+        self.missed_events += noticed.missed;
+        self.doubled_events += noticed.doubled;
+        if noticed.errors > 0 {
+            self.error_texts.extend(heard.texts.iter().take(3).cloned());
             self.error_texts.truncate(20);
         }
     }

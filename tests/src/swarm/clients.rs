@@ -59,6 +59,9 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// How long a small request may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// From when on a small request has stalled.
+const STALL: Duration = Duration::from_secs(1);
+
 /// As client-go's `ReadIdleTimeout` and `PingTimeout` (k8s.io/apimachinery/pkg/util/net/http.go).
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(15));
 
@@ -68,6 +71,7 @@ struct Stats {
     /// When all was last set to nothing.
     since: Mutex<Option<Instant>>,
     requests: AtomicU64,
+    stalls: AtomicU64,
     errors: AtomicU64,
     texts: Mutex<VecDeque<String>>,
     relists: AtomicU64,
@@ -99,6 +103,7 @@ impl Stats {
     fn reset(&self) {
         for counter in [
             &self.requests,
+            &self.stalls,
             &self.errors,
             &self.relists,
             &self.breaks,
@@ -119,6 +124,10 @@ impl Stats {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .clear();
         *self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Instant::now());
+        self.mark();
+    }
+
+    fn mark(&self) {
         self.mark.fetch_add(1, Relaxed);
     }
 
@@ -139,6 +148,7 @@ impl Stats {
             clients: clients as u64,
             ready: self.watching.load(Relaxed),
             requests: self.requests.load(Relaxed),
+            stalls: self.stalls.load(Relaxed),
             errors: self.errors.load(Relaxed),
             error_texts: Some(texts.iter().cloned().collect()),
             relists: self.relists.load(Relaxed),
@@ -155,6 +165,7 @@ impl Stats {
                 max: latencies.last().copied().unwrap_or(0.0),
                 count: latencies.len() as u64,
             },
+            ports: None,
         }
     }
 }
@@ -180,17 +191,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut commands = BufReader::new(stdin()).lines();
     loop {
         tokio::select! {
-            _ = ticks.tick() => {
-                use std::io::Write as _;
-                let line = serde_json::to_string(&stats.line(clients))?;
-                writeln!(std::io::stdout().lock(), "{line}").context("stdout is closed")?;
-            }
+            _ = ticks.tick() => {}
             command = commands.next_line() => match command?.as_deref() {
+                Some("report") => stats.mark(),
                 Some("reset") => stats.reset(),
                 Some("quit") | None => return Ok(()),
-                Some(other) => bail!("`{other}` is not a command: there is reset and quit"),
+                Some(other) => bail!("`{other}` is not a command: there is report, reset and quit"),
             },
         }
+        use std::io::Write as _;
+        let line = serde_json::to_string(&stats.line(clients))?;
+        writeln!(std::io::stdout().lock(), "{line}").context("stdout is closed")?;
     }
 }
 
@@ -306,12 +317,14 @@ impl Client {
             match timeout(PATIENCE, asked).await {
                 Ok(Ok(StatusCode::OK)) => {
                     self.stats.requests.fetch_add(1, Relaxed);
+                    let took = began.elapsed();
+                    self.stats.stalls.fetch_add((took > STALL).into(), Relaxed);
                     let mut latencies = self
                         .stats
                         .latencies
                         .lock()
                         .unwrap_or_else(|poisoned| poisoned.into_inner());
-                    latencies.push(began.elapsed().as_secs_f64() * 1000.0);
+                    latencies.push(took.as_secs_f64() * 1000.0);
                 }
                 Ok(Ok(status)) => self.stats.error(&format!("get: {status}")),
                 Ok(Err(error)) => self.stats.error(&format!("get: {error:#}")),

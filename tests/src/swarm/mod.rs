@@ -40,14 +40,16 @@ pub struct Latency {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Line {
-    /// Resets so far.
+    /// Reports and resets so far.
     pub mark: u64,
     /// Clients.
     pub clients: u64,
     /// Clients whose watch is open.
     pub ready: u64,
-    /// Small requests answered.
+    /// Requests made.
     pub requests: u64,
+    /// Small requests that took more than a second.
+    pub stalls: u64,
     /// Requests that failed.
     pub errors: u64,
     /// Some of their messages.
@@ -68,6 +70,8 @@ pub struct Line {
     pub dials: u64,
     /// Of small requests.
     pub latency_ms: Latency,
+    /// The local port of each client's newest connection, where that is known.
+    pub ports: Option<Vec<u16>>,
 }
 
 /// A running swarm.
@@ -83,8 +87,8 @@ impl Driver {
     /// # Errors
     ///
     /// It cannot be started.
-    pub fn start(command: Command, namespace: Option<&Arc<OwnedFd>>, logs: &Path) -> anyhow::Result<Self> {
-        let (process, stdin, stdout) = Process::piped("swarm", command, namespace, logs)?;
+    pub fn start(name: &str, command: Command, namespace: Option<&Arc<OwnedFd>>, logs: &Path) -> anyhow::Result<Self> {
+        let (process, stdin, stdout) = Process::piped(name, command, namespace, logs)?;
         let last = Arc::new(Mutex::new(Line::default()));
         let newest = Arc::clone(&last);
         thread::spawn(move || {
@@ -111,17 +115,31 @@ impl Driver {
             .clone())
     }
 
+    /// How it is at this moment.
+    ///
+    /// # Errors
+    ///
+    /// The swarm does not answer.
+    pub fn report(&mut self) -> anyhow::Result<Line> {
+        self.command("report")
+    }
+
     /// Sets all counters to zero, and waits until a line says so.
     ///
     /// # Errors
     ///
     /// The swarm does not answer.
     pub fn reset(&mut self) -> anyhow::Result<()> {
+        self.command("reset").map(drop)
+    }
+
+    /// Says one, and answers the first line from then on.
+    fn command(&mut self, command: &str) -> anyhow::Result<Line> {
         let mark = self.line()?.mark;
-        writeln!(self.stdin, "reset").context("the swarm does not read")?;
-        wait_for(Duration::from_secs(10), || {
-            self.line().ok().filter(|line| line.mark > mark).map(|_| ())
+        writeln!(self.stdin, "{command}").context("the swarm does not read")?;
+        wait_for(Duration::from_secs(20), || {
+            self.line().ok().filter(|line| line.mark > mark)
         })
-        .context("the swarm did not reset its counters")
+        .with_context(|| format!("the swarm does not hear `{command}`"))
     }
 }

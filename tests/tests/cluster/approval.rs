@@ -121,7 +121,7 @@ fn a_shim_that_falls_silent_in_the_middle_ends_the_plan_and_not_the_rebalancing(
     until("a plan that is under way", || {
         let pending = |decision: &Value| decision["outcomes"]["pending"].as_u64() > Some(0);
         let planned = node.decisions(0).ok()?.iter().any(pending);
-        (planned && node.told().ok()? > unlevel.told[1]).then_some(())
+        (planned && node.told().ok()?.by_order > unlevel.told[1]).then_some(())
     });
     let (socket, away) = (node.directory().join("relay.sock"), node.directory().join("relay.away"));
     fs::rename(&socket, &away).expect("the control socket is moved");

@@ -43,6 +43,7 @@ fn a_node_that_dies_as_a_whole_is_gone_and_the_others_go_on_until_it_is_back() {
         relay_flags: Vec::new(),
         client_flags: Vec::new(),
         directory: log_directory("rebalancer-dead-node-").expect("a directory"),
+        etcd_members: 1,
         own_disk: false,
     };
     let mut cluster = Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster");

@@ -43,6 +43,7 @@ fn evacuable() -> Cluster {
         relay_flags: flags(&["--watch-handover=1s"]),
         client_flags: Vec::new(),
         directory: log_directory("rebalancer-evacuation-").expect("a directory"),
+        etcd_members: 1,
         own_disk: false,
     };
     Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster")

@@ -133,6 +133,7 @@ fn a_dry_run_tells_nobody_and_the_simulation_from_live_says_what_it_would_cost()
         relay_flags: Vec::new(),
         client_flags: Vec::new(),
         directory: directory.clone(),
+        etcd_members: 1,
         own_disk: false,
     };
     let mut cluster = Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster");

@@ -35,6 +35,7 @@ pub fn cluster(clients: usize, policy: Policy, agent_flags: &[&str]) -> Cluster 
         relay_flags: Vec::new(),
         client_flags: Vec::new(),
         directory: log_directory("rebalancer-operator-").expect("a directory"),
+        etcd_members: 1,
         own_disk: false,
     };
     Cluster::start(options, &|step| eprintln!("{step}")).expect("a cluster")
@@ -224,7 +225,7 @@ pub fn is_level(cluster: &Cluster) -> bool {
 
 /// GOAWAYs that a node's relay has sent since it started: an agent's own count begins anew with its process.
 pub fn told(cluster: &Cluster) -> Vec<u64> {
-    let of = |node: &Node| node.told().expect("the relay answers");
+    let of = |node: &Node| node.told().expect("the relay answers").by_order;
     cluster.nodes.iter().map(of).collect()
 }
 
@@ -246,7 +247,7 @@ fn agents_that_are_killed_in_the_middle_of_a_rebalancing_end_it_at_the_same_cost
             let decisions = node.decisions(0).expect("the agent answers");
             let planned =
                 |decision: &&Value| decision["hold"].is_null() && decision["outcomes"]["pending"].as_u64() > Some(0);
-            let told = node.told().expect("the relay answers") > before[index];
+            let told = node.told().expect("the relay answers").by_order > before[index];
             (told && decisions.iter().rev().any(|decision| planned(&decision))).then_some(())
         });
         cluster.nodes[index].kill_agent();

@@ -3,8 +3,8 @@
 // Each client has a connection of its own, a reflector (list and watch of the configmaps of one namespace)
 // and a small request every now and then; one of them changes an object every second, so that watches carry events.
 //
-// Output: one JSON object a line on stdout, each second. Input: "reset" and "quit", one a line, on stdin.
-// All counters but the clients' state count from the last reset; "mark" is the number of resets so far.
+// Output: one JSON object a line on stdout, each second and when asked. Input: "report", "reset" and "quit", one a line, on
+// stdin. All counters but the clients' state count from the last reset; "mark" is the number of reports and resets so far.
 // What is counted, exactly:
 //
 //   - errors: requests that failed in the transport (net/http's own HTTP/2 retries excluded, client-go's included)
@@ -125,8 +125,8 @@ func run() error {
 	}
 	start(ctx, clients, o)
 
-	quit := make(chan struct{})
-	go readCommands(stats, quit)
+	quit, asked := make(chan struct{}), make(chan struct{})
+	go readCommands(stats, asked, quit)
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	out := json.NewEncoder(os.Stdout)
@@ -137,20 +137,21 @@ func run() error {
 		case <-quit:
 			return nil
 		case <-tick.C:
-			line := stats.line()
-			line.Clients = len(clients)
-			for _, place := range clients {
-				c := place.client.Load()
-				if c.watching.Load() > 0 {
-					line.Ready++
-				}
-				if port := c.newestPort(); port != 0 {
-					line.Ports = append(line.Ports, port)
-				}
+		case <-asked:
+		}
+		line := stats.line()
+		line.Clients = len(clients)
+		for _, place := range clients {
+			c := place.client.Load()
+			if c.watching.Load() > 0 {
+				line.Ready++
 			}
-			if err := out.Encode(line); err != nil {
-				return fmt.Errorf("writing to stdout: %w", err)
+			if port := c.newestPort(); port != 0 {
+				line.Ports = append(line.Ports, port)
 			}
+		}
+		if err := out.Encode(line); err != nil {
+			return fmt.Errorf("writing to stdout: %w", err)
 		}
 	}
 }
@@ -283,10 +284,13 @@ func short(ctx context.Context, places []*place, o options) {
 	}
 }
 
-func readCommands(stats *stats, quit chan struct{}) {
+func readCommands(stats *stats, asked, quit chan struct{}) {
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
 		switch command := strings.TrimSpace(lines.Text()); command {
+		case "report":
+			stats.mark()
+			asked <- struct{}{}
 		case "reset":
 			stats.reset()
 		case "quit":
@@ -294,7 +298,7 @@ func readCommands(stats *stats, quit chan struct{}) {
 			return
 		case "":
 		default:
-			fmt.Fprintf(os.Stderr, "swarm: unknown command %q: reset and quit are known\n", command)
+			fmt.Fprintf(os.Stderr, "swarm: unknown command %q: report, reset and quit are known\n", command)
 		}
 	}
 }

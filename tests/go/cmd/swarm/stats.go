@@ -13,6 +13,7 @@ type line struct {
 	Clients     int      `json:"clients"`
 	Ready       int      `json:"ready"`
 	Requests    uint64   `json:"requests"`
+	Stalls      uint64   `json:"stalls"`
 	Errors      uint64   `json:"errors"`
 	ErrorTexts  []string `json:"error_texts"`
 	Relists     uint64   `json:"relists"`
@@ -36,8 +37,11 @@ type latency struct {
 	Count uint64  `json:"count"`
 }
 
-// keptTexts bounds the error texts that are kept: the first ones tell what went wrong.
+// keptTexts bounds the error texts that are kept: the newest.
 const keptTexts = 10
+
+// stall is from when on a small request has stalled.
+const stall = time.Second
 
 // stats holds everything that counts from the last reset.
 type stats struct {
@@ -53,6 +57,10 @@ func (s *stats) reset() {
 	defer s.mutex.Unlock()
 	s.current = line{Mark: s.current.Mark + 1}
 	s.times = histogram{}
+}
+
+func (s *stats) mark() {
+	s.add(func(l *line) { l.Mark++ })
 }
 
 func (s *stats) line() line {
@@ -74,6 +82,9 @@ func (s *stats) took(d time.Duration) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	s.times.add(d)
+	if d > stall {
+		s.current.Stalls++
+	}
 }
 
 func (s *stats) failed(format string, args ...any) {
@@ -91,8 +102,9 @@ func (s *stats) watchBroke(format string, args ...any) {
 }
 
 func (l *line) remember(text string) {
-	if len(l.ErrorTexts) < keptTexts {
-		l.ErrorTexts = append(l.ErrorTexts, text)
+	l.ErrorTexts = append(l.ErrorTexts, text)
+	if len(l.ErrorTexts) > keptTexts {
+		l.ErrorTexts = l.ErrorTexts[1:]
 	}
 }
 

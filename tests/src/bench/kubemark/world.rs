@@ -410,7 +410,7 @@ impl Running {
     ///
     /// One does not say how many.
     pub fn goaways(&self) -> anyhow::Result<u64> {
-        self.nodes.iter().map(Node::told).sum()
+        self.nodes.iter().map(|node| Ok(node.told()?.by_order)).sum()
     }
 
     /// What is between it and rest, for people.

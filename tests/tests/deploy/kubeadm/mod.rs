@@ -293,7 +293,13 @@ fn clients(lab: &Lab, fixture: &Fixture) -> Driver {
         .arg("--client-key")
         .arg(key)
         .arg(format!("--clients={CLIENTS}"));
-    Driver::start(command, Some(lab.network.hub.fd()), &lab.directory.join("logs")).expect("the clients start")
+    Driver::start(
+        "swarm",
+        command,
+        Some(lab.network.hub.fd()),
+        &lab.directory.join("logs"),
+    )
+    .expect("the clients start")
 }
 
 /// The certificate and key of a kubeconfig, as files.
