@@ -6,7 +6,7 @@ use std::{fs, time::Duration};
 
 use anyhow::{Context as _, ensure};
 
-use super::fault::inside;
+use super::made::inside;
 use crate::{demo::cluster::Cluster, netns::Namespace, node::Node, process::wait_for};
 
 /// How long something may take to be seen.

@@ -11,6 +11,7 @@ mod evidence;
 mod fault;
 pub(crate) mod limits;
 mod look;
+mod made;
 mod noticed;
 mod report;
 mod row;
@@ -26,8 +27,8 @@ pub(crate) use self::{
     side::{Heard, Make, Side},
 };
 use self::{
-    fault::Made,
     look::{First, Look},
+    made::Made,
     row::Bound,
 };
 use crate::{
